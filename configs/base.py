@@ -1,0 +1,62 @@
+"""What the two experiments share. A preset is a short difference from the paper's experiment."""
+
+import ml_collections
+
+
+def paper() -> ml_collections.ConfigDict:
+  """The keys that both tasks have, at the paper's values; docs/paper.md says where each comes from."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+
+  config.model = ml_collections.ConfigDict()
+  config.model.width = 64  # channels of the first level
+  config.model.dtype = 'auto'  # of activations: bfloat16 on accelerators, float32 on CPU
+
+  config.data = ml_collections.ConfigDict()
+  config.data.raw_dir = ''  # CT as released: *_ct.nii.gz beside *_seg.nii.gz
+  config.data.dir = ''  # prepared dataset; '' is a cache folder keyed by raw_dir's files
+  config.data.fold = 0  # tested on; the next fold is validated on, the others are trained on
+  config.data.image_size = 512
+  config.data.window = (-1000.0, 300.0)  # HU that the network tells apart
+  config.data.balanced = True  # slices with and without a lesion 1:1 in training
+  config.data.phantom = ml_collections.ConfigDict()  # of the demo's synthetic cohort
+  config.data.phantom.patients = 25
+  config.data.phantom.slices = 24
+  config.data.phantom.seed = 0
+
+  config.augment = ml_collections.ConfigDict()
+  config.augment.crop_probability = 0.5
+  config.augment.crop_fractions = (1 / 2, 1 / 4, 1 / 8)
+  config.augment.flip = False
+  config.augment.hu_shift = 0.0
+  config.augment.hu_scale = 0.0
+
+  config.train = ml_collections.ConfigDict()
+  config.train.steps = 20_000
+  config.train.batch_size = 16  # over all devices of all hosts
+  config.train.learning_rate = 1e-3
+  config.train.warmup_steps = 500
+  config.train.weight_decay = 1e-4
+  config.train.log_every = 50
+  config.train.evaluate_every = 1000  # validation, then a checkpoint
+
+  config.evaluate = ml_collections.ConfigDict()
+  config.evaluate.num_overlays = 12
+
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.data = -1  # devices that share a batch; -1: all that mesh.space leaves
+  config.mesh.space = 1  # devices that share an image
+  return config
+
+
+def demo(config: ml_collections.ConfigDict) -> None:
+  """A size for two CPU cores, on 128 x 128 slices."""
+  config.model.width = 8
+  config.data.image_size = 128
+  config.augment.flip = True
+  config.train.batch_size = 16
+  config.train.steps = 500
+  config.train.warmup_steps = 50
+  config.train.learning_rate = 3e-3
+  config.train.log_every = 20
+  config.train.evaluate_every = 125

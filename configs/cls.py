@@ -1,0 +1,23 @@
+"""Classification of slices (paper, section III-C and Table I)."""
+
+import ml_collections
+
+from configs import base
+
+PRESETS = ('paper', 'demo')
+
+
+def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
+  """paper: FUSA-ResNet-50 on 512 x 512 slices. demo: a narrow FUSA-ResNet-18 at a size for two CPU cores."""
+  if preset not in PRESETS:
+    raise ValueError(f'configs/cls.py has no preset {preset!r}; one of {", ".join(PRESETS)}')
+  config = base.paper()
+  config.task = 'classification'
+  config.model.name = 'fusa_resnet50'
+  # The paper describes the crops for segmentation only, and a crop beside the lesion would belie the slice's label.
+  config.augment.crop_probability = 0.0
+  if preset == 'demo':
+    base.demo(config)
+    config.model.name = 'fusa_resnet18'
+    config.model.width = 16
+  return config

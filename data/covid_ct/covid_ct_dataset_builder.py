@@ -1,0 +1,130 @@
+"""CT slices with lesion masks as a TFDS dataset: a split per fold of patients, a shard per patient."""
+
+import dataclasses
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data import survey
+from data.cohorts import covid19_20
+from fusa_jax import ct
+
+
+@dataclasses.dataclass
+class Config(tfds.core.BuilderConfig):
+  """A cohort at an image size.
+
+  Attributes:
+    size: side of the square slices; slices of another size are resized (paper, section III-A).
+  """
+
+  size: int = 512
+
+
+def features(size: int) -> tfds.features.FeaturesDict:
+  """What a slice is stored as. Tensors, not images: `features.Image` needs TensorFlow to encode."""
+  return tfds.features.FeaturesDict(
+    {
+      'image': tfds.features.Tensor(shape=(size, size), dtype=np.int16, encoding='zlib', doc='Hounsfield units'),
+      'mask': tfds.features.Tensor(shape=(size, size), dtype=np.uint8, encoding='zlib', doc='1 in lesions'),
+      'label': tfds.features.ClassLabel(names=['no lesion', 'lesion']),
+      'patient': tfds.features.Text(),
+      'slice': tfds.features.Scalar(np.int32, doc='0 is the most inferior slice of the scan'),
+      'spacing': tfds.features.Tensor(shape=(3,), dtype=np.float32, doc='mm: slices, rows, columns, as scanned'),
+    }
+  )
+
+
+class Builder(tfds.core.ShardBasedBuilder):
+  """Prepares a cohort; the folder of its files is TFDS's `manual_dir`.
+
+  The splits are fold0 .. fold4, each a set of patients; a shard is a patient, its slices in order. The metadata has,
+  for each fold, its patients in shard order with the lesion voxels of each slice: the index that training samples
+  from, read without opening a shard.
+  """
+
+  VERSION = tfds.core.Version('1.0.0')
+  BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
+    Config(name='covid19_20', description='The COVID-19-20 challenge: 199 patients.'),
+    Config(name='phantom', description='Synthetic chests in HU, in the naming of the challenge.'),
+  ]
+  MANUAL_DOWNLOAD_INSTRUCTIONS = 'The folder of the *_ct.nii.gz and *_seg.nii.gz files, as released.'
+
+  progress = staticmethod(lambda items, **_: items)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return self.dataset_info_from_configs(
+      features=features(self.builder_config.size),
+      homepage='https://covid-segmentation.grand-challenge.org/COVID-19-20/',
+      supervised_keys=('image', 'mask'),
+      disable_shuffling=True,
+      metadata=tfds.core.MetadataDict(),
+    )
+
+  def _shard_iterators_per_split(self, dl_manager):
+    cases = covid19_20.find(dl_manager.manual_dir)
+    folds = survey.deal(survey.survey(cases, self.progress))
+    self.info.metadata['size'] = self.builder_config.size
+    self.info.metadata['files'] = survey.fingerprint(cases)
+    self.info.metadata['folds'] = {
+      f'fold{k}': [
+        {'patient': p.case.patient, 'lesion_voxels': p.lesion_voxels, 'lesion_ml': p.lesion_ml} for p in fold
+      ]
+      for k, fold in enumerate(folds)
+    }
+    return {f'fold{k}': fold for k, fold in enumerate(folds)}
+
+  def _download_and_prepare(self, dl_manager, download_config=None):
+    """As the base class, but shards are written by all cores: reading and compressing are most of the work."""
+    folds = self._shard_iterators_per_split(dl_manager)
+    jobs, splits = [], []
+    for split, fold in folds.items():
+      template = self._get_filename_template(split_name=split)
+      for index, patient in enumerate(fold):
+        path = template.sharded_filepath(shard_index=index, num_shards=len(fold))
+        jobs.append((patient.case, self.builder_config.size, str(path)))
+    with survey.workers(len(jobs)) as run:
+      written = list(self.progress(run(_write_shard, jobs), total=len(jobs), desc='Writing slices', unit='scan'))
+    lengths = iter(written)
+    for split, fold in folds.items():
+      shards = [next(lengths) for _ in fold]
+      splits.append(
+        tfds.core.SplitInfo(
+          name=split,
+          shard_lengths=[count for count, _ in shards],
+          num_bytes=sum(size for _, size in shards),
+          filename_template=self._get_filename_template(split_name=split),
+        )
+      )
+    self.info.set_splits(tfds.core.SplitDict(splits))
+
+
+def _write_shard(job) -> tuple[int, int]:
+  """Writes one patient's slices; (their number, their bytes)."""
+  case, size, path = job
+  scan = ct.read(case.ct)
+  mask = ct.read_mask(case.mask, scan)
+  label = mask.any(axis=(1, 2))
+  images = ct.network_slices(scan.hu, size)
+  # A voxel of a resized mask is lesion where at least half of it was.
+  masks = (ct.resize(mask, (size, size)) >= 0.5).astype(np.uint8)
+  kinds = features(size)
+  serializer = tfds.core.ExampleSerializer(kinds.get_serialized_info())
+  sizes = []
+
+  def examples():
+    for index in range(len(images)):
+      example = {
+        'image': images[index],
+        'mask': masks[index],
+        'label': int(label[index]),
+        'patient': case.patient,
+        'slice': index,
+        'spacing': np.asarray(scan.spacing, np.float32),
+      }
+      serialized = serializer.serialize_example(kinds.encode_example(example))
+      sizes.append(len(serialized))
+      yield index, serialized
+
+  tfds.core.ExampleWriter(tfds.core.FileFormat.ARRAY_RECORD).write(path, examples())
+  return len(sizes), sum(sizes)

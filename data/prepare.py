@@ -1,0 +1,69 @@
+"""From CT as released to a prepared dataset on disk, once: the step that `--mode=prepare` and training take first."""
+
+import contextlib
+import hashlib
+import io
+import json
+import pathlib
+import shutil
+
+import tensorflow_datasets as tfds
+
+from data import survey
+from data.cohorts import covid19_20, phantom
+from data.covid_ct import Builder, Config
+from fusa_jax.errors import UserError
+
+CACHE = pathlib.Path('~/.cache/fusa_jax').expanduser()
+
+
+def prepare(raw_dir: str, data_dir: str, size: int, progress) -> pathlib.Path:
+  """Prepares the cohort in `raw_dir` at size x size, or finds it prepared; gives the folder that training reads.
+
+  Args:
+    raw_dir: the folder of the scans and masks as released.
+    data_dir: where the dataset goes; '' takes a cache folder that is keyed by the cohort's files and the size.
+    size: side of the square slices.
+    progress: wraps an iterable, as tqdm.tqdm does, and shows how far it is.
+
+  Raises:
+    UserError: what is wrong with the cohort's files, all of it; or `data_dir` holds another cohort or size.
+  """
+  return _build('covid19_20', raw_dir, data_dir, size, progress)
+
+
+def prepare_phantom(data_dir: str, size: int, patients: int, slices: int, seed: int, progress) -> pathlib.Path:
+  """Writes a cohort of phantoms as NIfTI files, then prepares it as any other; gives the folder that training reads."""
+  raw_dir = CACHE / f'phantom-{patients}x{slices}x{size}-seed{seed}'
+  if not raw_dir.exists():
+    partial = raw_dir.with_name(f'.{raw_dir.name}')
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    phantom.write(partial, patients=patients, size=size, slices=slices, seed=seed, progress=progress)
+    partial.rename(raw_dir)
+  return _build('phantom', raw_dir, data_dir, size, progress)
+
+
+def _build(cohort, raw_dir, data_dir, size, progress):
+  files = survey.fingerprint(covid19_20.find(raw_dir))
+  if not data_dir:
+    key = hashlib.sha256(json.dumps([files, size, str(Builder.VERSION)]).encode()).hexdigest()[:12]
+    data_dir = CACHE / f'{cohort}-{size}-{key}'
+  # TFDS wants a name of its own for a config that is not one of the builder's.
+  config = cohort if size == Config.size else Config(name=f'{cohort}_{size}', size=size)
+  builder = Builder(data_dir=str(data_dir), config=config, file_format='array_record')
+  if builder.is_prepared():
+    if builder.info.metadata['files'] != files:
+      raise UserError(
+        f'data.dir: {data_dir} was prepared from other files than {raw_dir} holds now; '
+        'name another folder, or delete this one'
+      )
+    return pathlib.Path(builder.data_path)
+  builder.progress = progress
+  settings = tfds.download.DownloadConfig(manual_dir=str(raw_dir), register_checksums=False)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download; there is none
+      builder.download_and_prepare(download_config=settings)
+  except OSError as error:
+    raise UserError(f'data.dir: cannot write the dataset to {data_dir} ({error}); free space, or name another') from error
+  return pathlib.Path(builder.data_path)

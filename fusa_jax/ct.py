@@ -1,0 +1,220 @@
+"""One CT scan: read it, check it, bring it to canonical axes; and write what was made on them on the scan's own grid.
+
+Canonical axes, the way a radiologist sees axial slices: [S, H, W] with axis 0 from inferior to superior, axis 1 from
+anterior to posterior (row 0 is the front of the chest), axis 2 from the patient's right to left. Values are int16
+Hounsfield units. NumPy only: worker processes import this file, and they should start quickly.
+"""
+
+import dataclasses
+import gzip
+import pathlib
+import zlib
+
+import nibabel as nib
+import numpy as np
+from nibabel import orientations
+from PIL import Image
+
+from fusa_jax.errors import UserError
+from fusa_jax.files import replacing
+
+# What scanners call air outside of the field of view lies below this (-2000, -3024, ...); it is no tissue.
+AIR = -1024
+_CANONICAL = orientations.axcodes2ornt(('L', 'P', 'S'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+  """A scan on canonical axes, with what is needed to go back.
+
+  Attributes:
+    hu: int16 [S, H, W], in Hounsfield units, at least AIR.
+    affine: [4, 4], canonical voxel (x, y, z) = (axis 2, axis 1, axis 0) to world millimetres (RAS+).
+    spacing: millimetres between slices, rows and columns: the order of hu's axes.
+    header: the file's own header: its shape, affines and codes.
+    path: where it was read from.
+  """
+
+  hu: np.ndarray
+  affine: np.ndarray
+  spacing: tuple[float, float, float]
+  header: nib.Nifti1Header
+  path: pathlib.Path
+
+  @property
+  def voxel_ml(self) -> float:
+    """The volume of one voxel in millilitres."""
+    return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+
+def is_nifti(path: pathlib.Path) -> bool:
+  return path.name.endswith(('.nii', '.nii.gz'))
+
+
+def stem(path: pathlib.Path) -> str:
+  """The file's name without .nii or .nii.gz."""
+  return path.name.removesuffix('.gz').removesuffix('.nii')
+
+
+def read(path: pathlib.Path) -> Scan:
+  """Reads a CT scan from .nii or .nii.gz, in whatever orientation and with whatever affine and scaling.
+
+  Raises:
+    UserError: unreadable or truncated; not 3D; fewer than 2 slices; an affine that maps no volume; NaN or infinite
+      values; values that are not Hounsfield units. The message names the file and the reason.
+  """
+  path = pathlib.Path(path)
+  values, affine, header = _read_canonical(path)
+  _check_hu(values, path)
+  # The upper bound is int16's; metal goes to a few tens of thousands on extended scales.
+  hu = np.clip(values, AIR, np.iinfo(np.int16).max)
+  if hu.dtype.kind == 'f':
+    hu = np.rint(hu)
+  spacing = np.linalg.norm(affine[:3, :3], axis=0)[::-1]
+  return Scan(np.ascontiguousarray(hu, np.int16), affine, tuple(map(float, spacing)), header, path)
+
+
+def read_mask(path: pathlib.Path, scan: Scan) -> np.ndarray:
+  """Reads the lesion mask of a scan: uint8 {0, 1}, of scan.hu's shape and axes.
+
+  The file may be stored in another orientation than the scan's, as long as it covers the same grid.
+
+  Raises:
+    UserError: as `read`; also a shape or affine that differs from the scan's, and values other than 0 and 1.
+  """
+  path = pathlib.Path(path)
+  values, affine, _ = _read_canonical(path)
+  if values.shape != scan.hu.shape:
+    raise UserError(
+      f'{path}: the mask has {values.shape} voxels (slices, rows, columns) and its scan {scan.path.name} '
+      f'{scan.hu.shape}; save the mask on the grid of its scan'
+    )
+  # Headers keep affines in float32, some as quaternions: equal grids differ by rounding, far below this.
+  apart = _corner_distance(affine, scan.affine, scan.hu.shape)
+  if apart > 0.1 * min(scan.spacing):
+    raise UserError(
+      f'{path}: the affine differs from that of its scan {scan.path.name} (corners up to {apart:.3g} mm apart); '
+      'save the mask on the grid of its scan'
+    )
+  mask = values != 0
+  if not np.array_equal(mask, values):
+    found = np.unique(values)
+    shown = ', '.join(f'{v:g}' for v in found[:6]) + (', ...' if found.size > 6 else '')
+    raise UserError(f'{path}: a mask holds 0 and 1 only, this one has {shown}; save one lesion label as 1')
+  return mask.astype(np.uint8)
+
+
+def write(path: pathlib.Path, volume: np.ndarray, scan: Scan) -> None:
+  """Writes a volume made on canonical axes [S, H, W] on the scan's own grid, with its own affines and their codes.
+
+  The dtype on disk is that of `volume`. Nothing else of the scan's header is copied: its text fields and extensions
+  may name the patient.
+  """
+  original = orientations.io_orientation(scan.header.get_best_affine())
+  back = orientations.ornt_transform(_CANONICAL, original)
+  data = orientations.apply_orientation(volume.transpose(2, 1, 0), back)
+  header = type(scan.header)()
+  header.set_data_shape(scan.header.get_data_shape())
+  header.set_data_dtype(volume.dtype)
+  fields = ['pixdim', 'xyzt_units', 'qform_code', 'sform_code', 'srow_x', 'srow_y', 'srow_z']
+  fields += [f'quatern_{axis}' for axis in 'bcd'] + [f'qoffset_{axis}' for axis in 'xyz']
+  for field in fields:
+    header[field] = scan.header[field]
+  # affine=None keeps both affines of the header as they are; anything else would rewrite one of them.
+  image = _image_class(scan.header)(data, None, header)
+  with replacing(path) as partial:
+    nib.save(image, partial)
+
+
+def network_slices(hu: np.ndarray, size: int) -> np.ndarray:
+  """HU [S, H, W] -> int16 HU [S, size, size]: what datasets store and networks see, in training and in prediction."""
+  return np.rint(resize(hu, (size, size))).astype(np.int16)
+
+
+def resize(slices: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """Slices [S, H, W] -> float32 [S, *shape], bilinear, with the filter widened where it shrinks (no aliasing)."""
+  if slices.shape[1:] == tuple(shape):
+    return slices.astype(np.float32)
+  height, width = shape
+  out = np.empty((len(slices), height, width), np.float32)
+  for target, source in zip(out, slices, strict=True):
+    image = Image.fromarray(np.ascontiguousarray(source, np.float32))
+    target[:] = image.resize((width, height), Image.Resampling.BILINEAR)
+  return out
+
+
+def _read_canonical(path):
+  """Values [S, H, W] on canonical axes, their affine, and the file's header."""
+  image = _load(path)
+  shape = image.shape
+  if len(shape) != 3:
+    raise UserError(f'{path}: {len(shape)}D array of shape {shape}; save one 3D volume')
+  try:
+    values = np.asarray(image.dataobj)
+  except (OSError, ValueError, OverflowError) as error:
+    raise UserError(f'{path}: truncated or damaged ({_one_line(error)}); copy it again from its source') from None
+  if values.dtype.kind not in 'iuf':
+    raise UserError(f'{path}: voxels are {values.dtype}, not numbers; save Hounsfield units (mask: 0 and 1)')
+  if values.dtype.kind == 'f' and not np.isfinite(values).all():
+    count = values.size - np.isfinite(values).sum()
+    raise UserError(f'{path}: {count} of {values.size} voxels are NaN or infinite; export it again without them')
+  affine = image.header.get_best_affine()
+  if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    raise UserError(f'{path}: its affine maps no volume (zero or undefined spacing); repair the header')
+  to_canonical = orientations.ornt_transform(orientations.io_orientation(affine), _CANONICAL)
+  values = orientations.apply_orientation(values, to_canonical).transpose(2, 1, 0)
+  affine = affine @ orientations.inv_ornt_aff(to_canonical, shape)
+  if len(values) < 2:
+    raise UserError(f'{path}: {len(values)} axial slice; a scan has at least 2')
+  return values, affine, image.header
+
+
+def _load(path):
+  """The image, read whole: gzip's checksum is compared only where a stream is read to its end."""
+  try:
+    content = path.read_bytes()
+    if content[:2] == b'\x1f\x8b':
+      content = gzip.decompress(content)
+  except FileNotFoundError:
+    raise UserError(f'{path}: no such file; check the path') from None
+  except (OSError, EOFError, zlib.error) as error:
+    raise UserError(f'{path}: truncated or unreadable ({_one_line(error)}); copy it again from its source') from None
+  try:
+    nifti2 = int.from_bytes(content[:4], 'little') == 540 or int.from_bytes(content[:4], 'big') == 540
+    return (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
+  except Exception as error:  # nibabel lets struct, NumPy and its own errors through for a header that is none
+    raise UserError(f'{path}: not a NIfTI file ({_one_line(error)}); export the scan as .nii.gz') from None
+
+
+def _image_class(header):
+  return nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+
+
+def _one_line(error):
+  return ' '.join(str(error).split())[:120] or type(error).__name__
+
+
+def _corner_distance(affine, other, shape):
+  """The largest distance in mm between where two affines put the corners of a canonical volume."""
+  corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape[::-1]])).reshape(3, -1)
+  return np.linalg.norm((affine - other)[:3, :3] @ corners + (affine - other)[:3, 3:], axis=0).max()
+
+
+def _check_hu(values, path):
+  """Refuses values that cannot be Hounsfield units of a chest: images, normalised or windowed data."""
+  low, high = values.min(), values.max()
+  advice = 'export the original Hounsfield units, neither windowed nor rescaled'
+  if low >= 0:
+    kind = 'a 0-255 image' if 1 < high <= 255 else 'normalised data' if high <= 1 else 'raw scanner values'
+    raise UserError(f'{path}: values {low:g} to {high:g} are {kind}, not HU (air is -1000); {advice}')
+  # Air, in the lungs and around the body, is a large part of any chest CT.
+  air = np.mean(values < -500)
+  if air < 0.001:
+    raise UserError(f'{path}: values {low:g} to {high:g} hold no air (below -500), so they are not HU; {advice}')
+  # A window leaves a wall at its upper end: everything above it has one value. In real scans a few voxels have the
+  # greatest value, except where metal meets the end of the 12-bit scale (3071).
+  at_top = np.mean(values == high)
+  if high < 1500 and at_top > 1e-4:
+    raise UserError(
+      f'{path}: windowed: {at_top:.2%} of all voxels have the highest value, {high:g}, so what lay above is lost; {advice}'
+    )

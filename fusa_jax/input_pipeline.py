@@ -1,0 +1,171 @@
+"""Prepared dataset -> the global batch of step t, on the devices.
+
+The batch of step t is a function of (seed, t) alone: a row's slice is looked up from its number, step * batch + row,
+in a shuffled index that Grain computes at random access. So there is no iterator state to save, a run resumes at any
+step on any number of hosts, and each host reads its own rows only.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import grain
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+
+from fusa_jax import sharding
+from fusa_jax.errors import UserError
+
+# Decoding is zlib and NumPy, which let go of Python's lock: threads are enough (benchmarks/input_pipeline.py).
+_READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Some folds of a prepared dataset, as Grain reads them, and what is known of each slice without reading it.
+
+  Attributes:
+    source: random access to slices: {'image': int16 HU, 'mask': uint8, 'label', 'patient', 'slice', 'spacing'}.
+    label: bool [N], whether a slice has a lesion.
+    patient: str [N].
+    slice: int [N], the slice's place in its scan, 0 the most inferior.
+  """
+
+  source: Sequence[dict]
+  label: np.ndarray
+  patient: np.ndarray
+  slice: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.label)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A prepared dataset, its folds dealt into training, validation and test."""
+
+  name: str
+  image_size: int
+  train: Split
+  validation: Split | None
+  test: Split
+
+
+def load(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
+  """Opens a prepared dataset: test = fold k, validation = fold k + 1, the rest is trained on.
+
+  A cohort of two patients has two folds and nothing left to validate on: `validation` is None.
+
+  Raises:
+    UserError: nothing prepared there, prepared at another size, or no such fold.
+  """
+  builder = _open(pathlib.Path(data_dir))
+  folds, size = builder.info.metadata['folds'], builder.info.metadata['size']
+  if size != image_size:
+    raise UserError(f'data.image_size: {image_size}, but {data_dir} was prepared at {size}; set one to the other')
+  if not 0 <= fold < len(folds):
+    raise UserError(f'data.fold: {fold}, but the folds of {data_dir} are 0 to {len(folds) - 1}')
+  test, validation = fold, (fold + 1) % len(folds)
+  if len(folds) < 3:
+    validation = None
+  train = [k for k in range(len(folds)) if k not in (test, validation)]
+  split = functools.partial(_split, builder, folds)
+  return Dataset(
+    name=builder.info.full_name,
+    image_size=size,
+    train=split(train),
+    validation=None if validation is None else split([validation]),
+    test=split([test]),
+  )
+
+
+def _open(data_dir):
+  if not data_dir.is_dir():
+    raise UserError(f'data.dir: {data_dir} is no folder; prepare the dataset with --mode=prepare')
+  found = [path for path in data_dir.rglob('dataset_info.json') if 'incomplete' not in path.parent.name]
+  if len(found) != 1:
+    what = 'no prepared dataset' if not found else f'{len(found)} prepared datasets'
+    raise UserError(f'data.dir: {what} in {data_dir}; name the folder of one, or prepare it with --mode=prepare')
+  return tfds.builder_from_directory(found[0].parent)
+
+
+def _split(builder, folds, chosen):
+  entries = [entry for k in chosen for entry in folds[f'fold{k}']]
+  slices = [len(entry['lesion_voxels']) for entry in entries]
+  return Split(
+    source=builder.as_data_source(split='+'.join(f'fold{k}' for k in chosen)),
+    label=np.concatenate([np.asarray(entry['lesion_voxels']) > 0 for entry in entries]),
+    patient=np.repeat([entry['patient'] for entry in entries], slices),
+    slice=np.concatenate([np.arange(n) for n in slices]),
+  )
+
+
+def sampled_indices(label: np.ndarray, seed: int, balanced: bool) -> grain.MapDataset:
+  """The endless order in which slices are trained on: indices into a split, at random access.
+
+  Balanced, every second slice is drawn from those with a lesion (paper, section III-B: up-sampling); each of the two
+  kinds is gone through in a new order each time round. Unbalanced, all slices are.
+
+  Raises:
+    UserError: balanced, but one of the kinds is missing.
+  """
+  pools = [np.flatnonzero(label), np.flatnonzero(~label)] if balanced else [np.arange(len(label))]
+  for kind, pool in zip(('with', 'without'), pools, strict=False):
+    if balanced and not len(pool):
+      raise UserError(f'data: no training slice {kind} a lesion, so none can be balanced; set data.balanced=False')
+  # Grain shuffles epoch e with seed + e: seeds far apart keep runs of neighbouring seeds from sharing orders.
+  seeds = np.random.SeedSequence(seed).generate_state(len(pools))
+  streams = [
+    grain.MapDataset.source(pool).shuffle(seed=int(s)).repeat() for pool, s in zip(pools, seeds, strict=True)
+  ]
+  return streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams)
+
+
+def train_batches(
+  split: Split, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int, first_step: int, last_step: int, balanced: bool
+) -> Iterator[dict[str, jax.Array]]:
+  """The batches of steps first_step .. last_step - 1: image int16 [B, H, W], mask uint8 [B, H, W], label [B]."""
+  rows = sharding.local_rows(mesh, batch_size)
+  order = sampled_indices(split.label, seed, balanced)
+
+  def indices(number):
+    step, row = divmod(number, len(rows))
+    return int(order[(first_step + step) * batch_size + int(rows[row])])
+
+  numbers = grain.MapDataset.range(max(last_step - first_step, 0) * len(rows))
+  return _batches(numbers.map(indices), split, mesh, batch_size, rows)
+
+
+def test_batches(split: Split, mesh: jax.sharding.Mesh, *, batch_size: int) -> Iterator[dict[str, jax.Array]]:
+  """Every slice of a split once, in order, as train_batches and with `index` [B]: its place in the split.
+
+  The last batch is filled up with repeats, whose index is -1: they are computed like the others and then dropped.
+  """
+  rows = sharding.local_rows(mesh, batch_size)
+  steps = -(-len(split) // batch_size)
+
+  def indices(number):
+    step, row = divmod(number, len(rows))
+    return step * batch_size + int(rows[row])
+
+  return _batches(grain.MapDataset.range(steps * len(rows)).map(indices), split, mesh, batch_size, rows)
+
+
+def _batches(indices, split, mesh, batch_size, rows):
+  def read(index):
+    example = split.source[index % len(split)]
+    return {
+      'image': example['image'],
+      'mask': example['mask'],
+      'label': np.int32(example['label']),
+      'index': np.int32(index if index < len(split) else -1),
+    }
+
+  def put(batch):
+    return {key: sharding.to_devices(mesh, batch_size, rows, value) for key, value in batch.items()}
+
+  batches = indices.map(read).to_iter_dataset(_READ).batch(len(rows)).map(put)
+  # One more thread copies the next batches to the devices while this one is computed.
+  return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))

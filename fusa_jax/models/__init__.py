@@ -1,0 +1,50 @@
+"""The registry of models: the systems of the paper's two tables, by name."""
+
+import functools
+
+import flax.linen as nn
+
+from fusa_jax.errors import UserError
+from fusa_jax.fusa import FUSA
+from fusa_jax.models import resnet, resunet
+
+_CLASSIFIERS = {
+  'resnet18': resnet.ResNet18,
+  'resnet34': resnet.ResNet34,
+  'resnet50': resnet.ResNet50,
+}
+_SEGMENTERS = {
+  'resunet': resunet.ResUNet,
+}
+
+
+def _and_with_fusa(models):
+  return models | {f'fusa_{name}': functools.partial(model, attention=FUSA) for name, model in models.items()}
+
+
+_CLASSIFIERS, _SEGMENTERS = _and_with_fusa(_CLASSIFIERS), _and_with_fusa(_SEGMENTERS)
+_MODELS = _CLASSIFIERS | _SEGMENTERS
+
+CLASSIFIERS = tuple(sorted(_CLASSIFIERS))
+SEGMENTERS = tuple(sorted(_SEGMENTERS))
+NAMES = CLASSIFIERS + SEGMENTERS
+
+
+def create(name: str, num_classes: int = 1, dtype=None, **options) -> nn.Module:
+  """The model of that name; `module.apply(variables, images [B, H, W, C], train=...)` gives float32 logits.
+
+  Args:
+    name: one of NAMES. A `fusa_` name is the plain one's class with `attention=FUSA`.
+    num_classes: logits per image (classification) or per pixel (segmentation).
+    dtype: of the activations (bfloat16 on accelerators); parameters, statistics and logits are float32 regardless.
+    **options: of the model's class: `width`, and whatever else it documents.
+
+  Raises:
+    UserError: a name that is not in NAMES, or an option that the model does not have.
+  """
+  if name not in _MODELS:
+    raise UserError(f'model.name: there is no {name!r}; one of {", ".join(NAMES)}')
+  try:
+    return _MODELS[name](num_classes=num_classes, dtype=dtype, **options)
+  except TypeError as error:
+    raise UserError(f'model.options: {name} cannot take {options}: {error}') from None

@@ -1,0 +1,114 @@
+"""Scans in, masks and numbers out, on each scan's own grid. Config and weights come from the workdir alone."""
+
+import json
+import logging
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+
+from fusa_jax import ct, evaluate, run_config, sharding, tasks
+from fusa_jax.errors import UserError
+from fusa_jax.files import replacing
+
+
+def predict(workdir: pathlib.Path, source: pathlib.Path, output: pathlib.Path, probabilities: bool = False) -> None:
+  """Marks the lesions of one scan, or of every scan in a folder.
+
+  For `NAME.nii.gz` a segmentation model writes `NAME_mask.nii.gz` (uint8, on the scan's grid, with its affines and
+  their codes) and, on request, `NAME_probability.nii.gz` (float32). Every model writes `NAME.json`: positive slices and
+  their scores, and the lesion's volume where there is a mask.
+
+  Args:
+    workdir: of a trained run.
+    source: a .nii or .nii.gz file, or a folder of them (masks, `*_seg.nii*`, are left out).
+    output: a folder; made where it is missing.
+    probabilities: write them too.
+
+  Raises:
+    UserError: no run, no scans, or scans that are refused (all of them named before the first one is predicted).
+  """
+  config = run_config.load(workdir)
+  paths = find_scans(source)
+  problems = []
+  for path in paths if len(paths) > 1 else ():
+    try:
+      ct.read(path)
+    except UserError as error:
+      problems.append(str(error))
+  if problems:
+    raise UserError('\n'.join(problems))
+
+  mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
+  task = tasks.create(config)
+  run = Predictor(config, task, mesh, workdir)
+  for path in tqdm.tqdm(paths, desc='Predicting', unit='scan', disable=len(paths) == 1):
+    scan = ct.read(path)
+    result, volumes = run(scan)
+    for kind, volume in volumes.items():
+      if kind == 'mask' or probabilities:
+        ct.write(output / f'{ct.stem(path)}_{kind}.nii.gz', volume, scan)
+    with replacing(output / f'{ct.stem(path)}.json') as partial:
+      partial.write_text(json.dumps(result, indent=2) + '\n')
+    logging.info('%s: %s', path.name, _one_line(result))
+
+
+def find_scans(source: pathlib.Path) -> list[pathlib.Path]:
+  """The scans that `source` names.
+
+  Raises:
+    UserError: there is none.
+  """
+  if source.is_dir():
+    paths = sorted(p for p in source.iterdir() if ct.is_nifti(p) and not ct.stem(p).endswith('_seg'))
+    if not paths:
+      raise UserError(f'--input: no .nii or .nii.gz scan in {source}; give a scan, or a folder of scans')
+    return paths
+  if not source.is_file():
+    raise UserError(f'--input: {source} does not exist; give a scan (.nii, .nii.gz), or a folder of scans')
+  return [source]
+
+
+class Predictor:
+  """A run's best checkpoint as a function of one scan."""
+
+  def __init__(self, config: ml_collections.ConfigDict, task: tasks.Task, mesh, workdir: pathlib.Path):
+    self._config, self._mesh = config, mesh
+    self._step, self._variables = evaluate.load_variables(config, task, workdir, mesh)
+    self._probabilities = jax.jit(task.probabilities, out_shardings=sharding.replicated(mesh))
+
+  def __call__(self, scan: ct.Scan) -> tuple[dict, dict[str, np.ndarray]]:
+    """What NAME.json holds, and the volumes 'mask' and 'probability' [S, H, W] (none for classification)."""
+    probability = self._run(ct.network_slices(scan.hu, self._config.data.image_size))
+    result = {'scan': scan.path.name, 'model': self._config.model.name, 'step': self._step, 'num_slices': len(scan.hu)}
+    if probability.ndim == 1:
+      positive = probability >= 0.5
+      scores, volumes = probability, {}
+    else:
+      probability = ct.resize(probability, scan.hu.shape[1:])
+      mask = (probability >= 0.5).astype(np.uint8)
+      volumes = {'mask': mask, 'probability': probability}
+      positive, scores = mask.any(axis=(1, 2)), probability.max(axis=(1, 2))
+      result['lesion_ml'] = float(mask.sum(dtype=np.int64) * scan.voxel_ml)
+    # 0 is the most inferior slice, however the file is stored.
+    result['positive_slices'] = [int(index) for index in np.flatnonzero(positive)]
+    result['slice_scores'] = [round(float(score), 4) for score in scores]
+    return result, volumes
+
+  def _run(self, images):
+    size, out = self._config.train.batch_size, []
+    rows = sharding.local_rows(self._mesh, size)
+    for start in range(0, len(images), size):
+      part = images[start : start + size]
+      batch = np.zeros((size, *part.shape[1:]), part.dtype)
+      batch[: len(part)] = part
+      put = sharding.to_devices(self._mesh, size, rows, batch[rows])
+      out.append(np.asarray(self._probabilities(self._variables, put))[: len(part)])
+    return np.concatenate(out)
+
+
+def _one_line(result):
+  volume = f'{result["lesion_ml"]:.1f} mL of lesion, ' if 'lesion_ml' in result else ''
+  return f'{volume}{len(result["positive_slices"])} of {result["num_slices"]} slices positive'

@@ -1,0 +1,61 @@
+"""The resolved config of a run, in its workdir: what resuming, evaluation and prediction go by."""
+
+import json
+import pathlib
+
+import ml_collections
+
+from fusa_jax.errors import UserError
+from fusa_jax.files import replacing
+
+# Keys that may change between the stops of one run: they do not change its result.
+_HARMLESS = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.')
+
+
+def save(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+  """Writes config.json, or checks a run's own against `config`.
+
+  Raises:
+    UserError: the workdir holds a run whose result this config would change; the keys are named.
+  """
+  path = workdir / 'config.json'
+  if path.exists():
+    before, now = _flat(load(workdir)), _flat(_plain(config))
+    differ = sorted(
+      key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(_HARMLESS)
+    )
+    if differ:
+      listed = ', '.join(f'{key} ({before.get(key)} -> {now.get(key)})' for key in differ)
+      raise UserError(f'{workdir} holds a run of another config: {listed}; name another --workdir, or set these back')
+  with replacing(path) as partial:
+    partial.write_text(json.dumps(_plain(config).to_dict(), indent=2) + '\n')
+
+
+def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+  """The config of a run.
+
+  Raises:
+    UserError: there is no run in the workdir.
+  """
+  path = workdir / 'config.json'
+  try:
+    return ml_collections.ConfigDict(json.loads(path.read_text()))
+  except FileNotFoundError:
+    raise UserError(f'{workdir}: no run in it (config.json is missing); give --workdir of a trained run') from None
+  except json.JSONDecodeError as error:
+    raise UserError(f'{path}: damaged ({error}); restore it, or train anew in another --workdir') from None
+
+
+def _plain(config):
+  """As JSON would give it back: tuples are lists."""
+  return ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict())))
+
+
+def _flat(config):
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      flat |= {f'{key}.{inner}': v for inner, v in _flat(value).items()}
+    else:
+      flat[key] = value
+  return flat

@@ -1,0 +1,231 @@
+"""Training, from top to bottom: `train` reads in the order in which things happen."""
+
+import contextlib
+import itertools
+import logging
+import pathlib
+import time
+
+import clu.parameter_overview
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import tqdm
+
+from fusa_jax import augment, checkpoint, evaluate, input_pipeline, run_config, sharding, tasks
+from fusa_jax.errors import UserError
+from fusa_jax.metric_log import MetricLog
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes. The step's number is in opt_state's counters too; this one is the loop's own."""
+
+  step: jax.Array
+  variables: dict
+  opt_state: optax.OptState
+
+
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
+  """Trains to config.train.steps, from the workdir's latest checkpoint where there is one.
+
+  Args:
+    config: as configs/ gives it.
+    workdir: of the run; see DESIGN.md for what is in it.
+    data_dir: of the prepared dataset.
+
+  Raises:
+    UserError: a config that does not fit the data, the devices or the run in `workdir`; a loss that is not finite.
+  """
+  # ---- what is trained on what
+  mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
+  sharding.check_divides(mesh, config.train.batch_size, config.data.image_size)
+  dataset = input_pipeline.load(data_dir, config.data.fold, config.data.image_size)
+  task = tasks.create(config)
+  optimizer, learning_rate = make_optimizer(config)
+  workdir.mkdir(parents=True, exist_ok=True)
+  run_config.save(workdir, config)
+
+  # ---- shapes before arrays
+  everywhere = sharding.replicated(mesh)
+  init = lambda: init_state(task, optimizer, config)
+  like = checkpoint.shapes(jax.eval_shape(init), everywhere)
+  report_parameters(like.variables)
+
+  with contextlib.ExitStack() as stack:
+    # ---- the state: restored, or initialised on the devices
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
+    first_step = checkpoints.latest() or 0
+    if first_step:
+      items = checkpoints.restore(first_step, variables=like.variables, optimizer=like.opt_state)
+      step = jax.device_put(jnp.asarray(first_step, jnp.int32), everywhere)
+      state = TrainState(step, items['variables'], items['optimizer'])
+      logging.info('resuming %s at step %d of %d', workdir, first_step, config.train.steps)
+    else:
+      state = jax.jit(init, out_shardings=everywhere)()
+    if first_step >= config.train.steps:
+      return
+
+    # ---- the step, compiled before the first batch is read
+    step_function = compile_step(task, optimizer, config, mesh, like)
+    scorer = evaluate.Scorer(task, mesh, config.train.batch_size)
+    batches = input_pipeline.train_batches(
+      dataset.train,
+      mesh,
+      batch_size=config.train.batch_size,
+      seed=config.seed,
+      first_step=first_step,
+      last_step=config.train.steps,
+      balanced=config.data.balanced,
+    )
+    stack.enter_context(contextlib.closing(batches))
+    log = stack.enter_context(contextlib.closing(MetricLog(workdir, first_step)))
+    bar = stack.enter_context(
+      tqdm.tqdm(
+        desc='Training',
+        total=config.train.steps * config.train.batch_size,
+        initial=first_step * config.train.batch_size,
+        unit=' slices',
+        smoothing=0.1,
+        mininterval=1,
+      )
+    )
+
+    # ---- the loop
+    pending, waited, began = [], 0.0, time.perf_counter()
+    for step in itertools.islice(itertools.count(first_step + 1), config.train.steps - first_step):
+      asked = time.perf_counter()
+      batch = next(batches)
+      waited += time.perf_counter() - asked
+      # Nothing moves between host and devices unasked: a transfer in here would stall every step.
+      with jax.transfer_guard('disallow'):
+        state, scalars = step_function(state, batch)
+      pending.append(scalars)
+      bar.update(config.train.batch_size)
+
+      evaluating = step % config.train.evaluate_every == 0 or step == config.train.steps
+      if evaluating or step % config.train.log_every == 0:
+        means = finite_means(pending, step)
+        elapsed = time.perf_counter() - began
+        bar.set_postfix_str(f'loss {means["loss"]:.4f}', refresh=False)
+        log.write(
+          step,
+          {f'train/{name}': value for name, value in means.items()}
+          | {
+            'train/learning_rate': float(learning_rate(step - 1)),
+            'train/slices_per_second': len(pending) * config.train.batch_size / elapsed,
+            'train/input_wait': waited / elapsed,
+          },
+        )
+        pending, waited, began = [], 0.0, time.perf_counter()
+
+      if evaluating:
+        score = None
+        if dataset.validation is not None:
+          summary = task.kind.summary(scorer.table(state.variables, dataset.validation))
+          score = summary[task.kind.SELECTION]
+          log.write(step, {f'validation/{name}': value for name, value in summary.items()})
+          bar.write(f'step {step}: validation {evaluate.one_line(summary)}')
+        checkpoints.save(step, state.variables, state.opt_state, score)
+        began = time.perf_counter()
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """AdamW (kernels only are decayed) with linear warm-up and cosine decay to zero; and its learning rate by step.
+
+  Raises:
+    UserError: a warm-up that is not shorter than training.
+  """
+  train = config.train
+  if not 0 <= train.warmup_steps < train.steps:
+    raise UserError(f'train.warmup_steps: {train.warmup_steps} must be less than train.steps={train.steps}')
+  schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, train.steps)
+  is_kernel = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+  return optax.adamw(schedule, weight_decay=train.weight_decay, mask=is_kernel), schedule
+
+
+def init_state(
+  task: tasks.Task, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
+) -> TrainState:
+  """The state of step 0, a function of config.seed."""
+  variables = task.init(jax.random.key(config.seed), config.data.image_size)
+  return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables['params']))
+
+
+def train_step(
+  state: TrainState,
+  batch: dict[str, jax.Array],
+  *,
+  task: tasks.Task,
+  optimizer: optax.GradientTransformation,
+  augmentation: augment.Augmentation,
+  seed: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update from a batch {'image' int16 HU [B, H, W], 'mask' [B, H, W], 'label' [B]}; the new state and scalars."""
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  image, mask = augment.augment(key, batch['image'], batch['mask'], augmentation)
+
+  def loss_of(params):
+    logits, batch_stats = task.train_logits({**state.variables, 'params': params}, image)
+    return task.kind.loss(logits, {**batch, 'mask': mask}), batch_stats
+
+  (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.variables['params'])
+  updates, opt_state = optimizer.update(gradients, state.opt_state, state.variables['params'])
+  variables = {'params': optax.apply_updates(state.variables['params'], updates), 'batch_stats': batch_stats}
+  scalars = {'loss': loss, 'gradient_norm': optax.global_norm(gradients)}
+  return TrainState(state.step + 1, variables, opt_state), scalars
+
+
+def compile_step(task, optimizer, config, mesh, like: TrainState):
+  """The jitted, sharded step, compiled for the config's shapes; says what it costs. The state is donated."""
+  step = lambda state, batch: train_step(
+    state,
+    batch,
+    task=task,
+    optimizer=optimizer,
+    augmentation=augment.Augmentation(**config.augment),
+    seed=config.seed,
+  )
+  everywhere, size, count = sharding.replicated(mesh), config.data.image_size, config.train.batch_size
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batched(mesh, len(shape)))
+  batch = {
+    'image': array(np.int16, count, size, size),
+    'mask': array(np.uint8, count, size, size),
+    'label': array(np.int32, count),
+    'index': array(np.int32, count),
+  }
+  began = time.perf_counter()
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
+  compiled = jitted.lower(like, batch).compile()
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  logging.info(
+    'compiled the training step in %.1f s: %.1f GFLOP and %.0f MB of temporaries per device and step',
+    time.perf_counter() - began,
+    cost.get('flops', float('nan')) / 1e9,
+    getattr(memory, 'temp_size_in_bytes', float('nan')) / 1e6,
+  )
+  return compiled
+
+
+def finite_means(pending: list[dict[str, jax.Array]], step: int) -> dict[str, float]:
+  """The means of the scalars of the steps up to `step`; waits for the devices.
+
+  Raises:
+    UserError: a loss among them is not finite; names its step. Checked before anything later is saved.
+  """
+  values = jax.device_get(pending)
+  for number, scalars in enumerate(values, start=step - len(values) + 1):
+    if not np.isfinite(scalars['loss']):
+      raise UserError(
+        f'train: the loss is {scalars["loss"]} at step {number}; lower train.learning_rate, or look at the data'
+      )
+  return {name: float(np.mean([scalars[name] for scalars in values])) for name in values[0]}
+
+
+def report_parameters(variables: dict) -> None:
+  """Logs the parameter table: name, shape, size."""
+  table = clu.parameter_overview.get_parameter_overview(variables['params'], include_stats=False)
+  logging.info('parameters\n%s', table)
