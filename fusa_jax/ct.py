@@ -213,8 +213,8 @@ def _check_hu(values, path):
     raise UserError(f'{path}: values {low:g} to {high:g} hold no air (below -500), so they are not HU; {advice}')
   # A window leaves a wall at its upper end: everything above it has one value. In real scans a few voxels have the
   # greatest value, except where metal meets the end of the 12-bit scale (3071).
-  at_top = np.mean(values == high)
-  if high < 1500 and at_top > 1e-4:
+  at_top = int(np.sum(values == high))
+  if high < 1500 and at_top > max(16, 1e-4 * values.size):
     raise UserError(
-      f'{path}: windowed: {at_top:.2%} of all voxels have the highest value, {high:g}, so what lay above is lost; {advice}'
+      f'{path}: windowed: {at_top / values.size:.2%} of all voxels have the highest value, {high:g}, so what lay above is lost; {advice}'
     )
