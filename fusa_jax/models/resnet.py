@@ -39,9 +39,7 @@ class _Residual(nn.Module):
   expansion = 1
 
   def conv3x3(self, stride: int = 1, name: str | None = None):
-    return self.conv(
-      self.features, (3, 3), stride, self.dilation, kernel_dilation=self.dilation, name=name
-    )
+    return self.conv(self.features, (3, 3), stride, self.dilation, kernel_dilation=self.dilation, name=name)
 
   @nn.compact
   def __call__(self, x):

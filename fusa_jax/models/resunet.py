@@ -35,7 +35,9 @@ class ResUNet(nn.Module):
     stride = 2 ** (len(self.multiples) - 1)
     for side in images.shape[1:3]:
       if side % stride:
-        raise ValueError(f'ResUNet takes sides that are multiples of {stride}: {side} is not, {-side // stride * -stride} is')
+        raise ValueError(
+          f'ResUNet takes sides that are multiples of {stride}: {side} is not, {-side // stride * -stride} is'
+        )
     kinds = layers(train, self.dtype)
 
     def block(x, level, name, attention=self.attention):
@@ -46,7 +48,9 @@ class ResUNet(nn.Module):
       skips.append(block(nn.max_pool(skips[-1], (2, 2), (2, 2)), level, f'down{level}'))
     x = skips.pop()
     for level in reversed(range(len(self.multiples) - 1)):
-      x = nn.ConvTranspose(self.width * self.multiples[level], (2, 2), (2, 2), dtype=self.dtype, name=f'up{level}_conv')(x)
+      x = nn.ConvTranspose(
+        self.width * self.multiples[level], (2, 2), (2, 2), dtype=self.dtype, name=f'up{level}_conv'
+      )(x)
       x = block(jnp.concatenate([skips.pop(), x], axis=-1), level, f'up{level}')
     x = x.astype(jnp.promote_types(images.dtype, jnp.float32))
     return nn.Conv(self.num_classes, (1, 1), name='head')(x)
