@@ -65,5 +65,7 @@ def _build(cohort, raw_dir, data_dir, size, progress):
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download; there is none
       builder.download_and_prepare(download_config=settings)
   except OSError as error:
-    raise UserError(f'data.dir: cannot write the dataset to {data_dir} ({error}); free space, or name another') from error
+    raise UserError(
+      f'data.dir: cannot write the dataset to {data_dir} ({error}); free space, or name another'
+    ) from error
   return pathlib.Path(builder.data_path)

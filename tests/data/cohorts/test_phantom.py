@@ -11,134 +11,134 @@ SMALL = {'size': 48, 'slices': 16}
 
 @pytest.fixture(scope='module')
 def cohort():
-    """HU, mask and lungs of ten patients, each [10, 24, 128, 128]."""
-    patients = [phantom.patient(0, number, **SIZE) for number in range(1, 11)]
-    return [np.stack(arrays) for arrays in zip(*patients, strict=True)]
+  """HU, mask and lungs of ten patients, each [10, 24, 128, 128]."""
+  patients = [phantom.patient(0, number, **SIZE) for number in range(1, 11)]
+  return [np.stack(arrays) for arrays in zip(*patients, strict=True)]
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A small cohort as `write` leaves it; the pool draws it."""
-    raw_dir = tmp_path_factory.mktemp('raw') / 'new'
-    phantom.write(raw_dir, patients=5, seed=3, **SMALL)
-    return raw_dir
+  """A small cohort as `write` leaves it; the pool draws it."""
+  raw_dir = tmp_path_factory.mktemp('raw') / 'new'
+  phantom.write(raw_dir, patients=5, seed=3, **SMALL)
+  return raw_dir
 
 
 def test_a_patient_depends_on_seed_and_number_alone():
-    first, again = phantom.patient(1, 2, **SMALL), phantom.patient(1, 2, **SMALL)
-    for array, same, dtype in zip(first, again, (np.int16, np.uint8, np.uint8), strict=True):
-        assert array.dtype == dtype and array.shape == (16, 48, 48)
-        np.testing.assert_array_equal(array, same)
-    for other in (phantom.patient(1, 3, **SMALL), phantom.patient(2, 2, **SMALL)):
-        assert (first[0] != other[0]).mean() > 0.3 and (first[2] != other[2]).any()
+  first, again = phantom.patient(1, 2, **SMALL), phantom.patient(1, 2, **SMALL)
+  for array, same, dtype in zip(first, again, (np.int16, np.uint8, np.uint8), strict=True):
+    assert array.dtype == dtype and array.shape == (16, 48, 48)
+    np.testing.assert_array_equal(array, same)
+  for other in (phantom.patient(1, 3, **SMALL), phantom.patient(2, 2, **SMALL)):
+    assert (first[0] != other[0]).mean() > 0.3 and (first[2] != other[2]).any()
 
 
 def test_anatomy_is_in_millimetres():
-    """A finer matrix shows the same lungs and lesions."""
-    _, mask, lungs = phantom.patient(0, 1, size=64, slices=24)
-    _, fine_mask, fine_lungs = phantom.patient(0, 1, size=128, slices=24)
-    for coarse, fine in ((mask, fine_mask), (lungs, fine_lungs)):
-        shrunk = fine.reshape(24, 64, 2, 64, 2).mean((2, 4))
-        assert (np.abs(coarse - shrunk) > 0.5).sum() < 0.05 * coarse.sum()
+  """A finer matrix shows the same lungs and lesions."""
+  _, mask, lungs = phantom.patient(0, 1, size=64, slices=24)
+  _, fine_mask, fine_lungs = phantom.patient(0, 1, size=128, slices=24)
+  for coarse, fine in ((mask, fine_mask), (lungs, fine_lungs)):
+    shrunk = fine.reshape(24, 64, 2, 64, 2).mean((2, 4))
+    assert (np.abs(coarse - shrunk) > 0.5).sum() < 0.05 * coarse.sum()
 
 
-@pytest.mark.parametrize('wrong', [
-    {'number': 0}, {'seed': -1}, {'size': 31}, {'slices': 15}], ids=lambda wrong: next(iter(wrong)))
+@pytest.mark.parametrize(
+  'wrong', [{'number': 0}, {'seed': -1}, {'size': 31}, {'slices': 15}], ids=lambda wrong: next(iter(wrong))
+)
 def test_a_patient_out_of_range_is_an_error(wrong):
-    with pytest.raises(ValueError, match='no phantom for'):
-        phantom.patient(**({'seed': 0, 'number': 1, **SMALL} | wrong))
+  with pytest.raises(ValueError, match='no phantom for'):
+    phantom.patient(**({'seed': 0, 'number': 1, **SMALL} | wrong))
 
 
 def test_a_cohort_of_nobody_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match='patients=0'):
-        phantom.write(tmp_path / 'raw', patients=0)
-    assert not (tmp_path / 'raw').exists()
+  with pytest.raises(ValueError, match='patients=0'):
+    phantom.write(tmp_path / 'raw', patients=0)
+  assert not (tmp_path / 'raw').exists()
 
 
 def test_files_are_named_and_stored_as_in_the_challenge(folder):
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        f'volume-phantom-A-{number:04d}_{kind}.nii.gz'
-        for number in range(1, 6) for kind in ('ct', 'seg'))
-    for number in range(1, 6):
-        stem = f'volume-phantom-A-{number:04d}'
-        ct, seg = (nib.load(folder / f'{stem}_{kind}.nii.gz') for kind in ('ct', 'seg'))
-        assert ct.shape == seg.shape == (48, 48, 16)
-        np.testing.assert_array_equal(ct.affine, seg.affine)
-        np.testing.assert_allclose(
-            ct.header.get_zooms()[::-1], phantom.spacing(3, number, **SMALL), rtol=1e-5)
-        for image, dtype in ((ct, np.int16), (seg, np.uint8)):
-            assert image.get_data_dtype() == dtype
-            assert image.header['qform_code'] == 1 and image.header['sform_code'] == 0
-            assert nib.aff2axcodes(image.affine) == tuple('RAS' if number % 4 == 0 else 'LPS')
-            assert np.abs(image.affine @ [23.5, 23.5, 0, 1])[:2].max() < 1e-3  # centred
+  assert sorted(path.name for path in folder.iterdir()) == sorted(
+    f'volume-phantom-A-{number:04d}_{kind}.nii.gz' for number in range(1, 6) for kind in ('ct', 'seg')
+  )
+  for number in range(1, 6):
+    stem = f'volume-phantom-A-{number:04d}'
+    ct, seg = (nib.load(folder / f'{stem}_{kind}.nii.gz') for kind in ('ct', 'seg'))
+    assert ct.shape == seg.shape == (48, 48, 16)
+    np.testing.assert_array_equal(ct.affine, seg.affine)
+    np.testing.assert_allclose(ct.header.get_zooms()[::-1], phantom.spacing(3, number, **SMALL), rtol=1e-5)
+    for image, dtype in ((ct, np.int16), (seg, np.uint8)):
+      assert image.get_data_dtype() == dtype
+      assert image.header['qform_code'] == 1 and image.header['sform_code'] == 0
+      assert nib.aff2axcodes(image.affine) == tuple('RAS' if number % 4 == 0 else 'LPS')
+      assert np.abs(image.affine @ [23.5, 23.5, 0, 1])[:2].max() < 1e-3  # centred
 
 
 @pytest.mark.parametrize('number', [1, 4])
 def test_files_hold_the_patient_in_either_orientation(folder, number):
-    hu, mask, _ = phantom.patient(3, number, **SMALL)
-    to_lps = nib.orientations.axcodes2ornt('LPS')
-    for kind, expected in (('ct', hu), ('seg', mask)):
-        image = nib.load(folder / f'volume-phantom-A-{number:04d}_{kind}.nii.gz')
-        stored = nib.orientations.io_orientation(image.affine)
-        image = image.as_reoriented(nib.orientations.ornt_transform(stored, to_lps))
-        np.testing.assert_array_equal(np.asarray(image.dataobj).transpose(2, 1, 0), expected)
+  hu, mask, _ = phantom.patient(3, number, **SMALL)
+  to_lps = nib.orientations.axcodes2ornt('LPS')
+  for kind, expected in (('ct', hu), ('seg', mask)):
+    image = nib.load(folder / f'volume-phantom-A-{number:04d}_{kind}.nii.gz')
+    stored = nib.orientations.io_orientation(image.affine)
+    image = image.as_reoriented(nib.orientations.ornt_transform(stored, to_lps))
+    np.testing.assert_array_equal(np.asarray(image.dataobj).transpose(2, 1, 0), expected)
 
 
 def test_a_file_does_not_depend_on_the_cohort_or_the_pool(folder, tmp_path):
-    seen = []
-    phantom.write(tmp_path, patients=1, seed=3, progress=lambda jobs: seen.extend(jobs) or jobs,
-                  **SMALL)
-    assert len(seen) == 1
-    for path in tmp_path.iterdir():
-        assert path.read_bytes() == (folder / path.name).read_bytes()
+  seen = []
+  phantom.write(tmp_path, patients=1, seed=3, progress=lambda jobs: seen.extend(jobs) or jobs, **SMALL)
+  assert len(seen) == 1
+  for path in tmp_path.iterdir():
+    assert path.read_bytes() == (folder / path.name).read_bytes()
 
 
 def test_hounsfield_units(cohort):
-    hu, mask, lungs = cohort
-    for volume, lesion, lung in zip(hu, mask, lungs, strict=True):
-        healthy = volume[(lung > 0) & (lesion == 0)]
-        assert -900 < np.median(healthy) < -800
-        assert 0.08 < lung.mean() < 0.25
-        assert ((volume > 0) & (volume < 120)).mean() > 0.15  # soft tissue
-        assert 0.004 < (volume > 250).mean() < 0.1  # bone
-        assert 300 < np.percentile(volume[volume > 250], 90) < 1200
-        assert (volume[:, :3, 48:-48] < -850).all()  # air in front of the chest
-        assert volume[0, 0, 0] in (-1024, -2048)
-    assert {-1024, -2048} == {volume[0, 0, 0].item() for volume in hu}
+  hu, mask, lungs = cohort
+  for volume, lesion, lung in zip(hu, mask, lungs, strict=True):
+    healthy = volume[(lung > 0) & (lesion == 0)]
+    assert -900 < np.median(healthy) < -800
+    assert 0.08 < lung.mean() < 0.25
+    assert ((volume > 0) & (volume < 120)).mean() > 0.15  # soft tissue
+    assert 0.004 < (volume > 250).mean() < 0.1  # bone
+    assert 300 < np.percentile(volume[volume > 250], 90) < 1200
+    assert (volume[:, :3, 48:-48] < -850).all()  # air in front of the chest
+    assert volume[0, 0, 0] in (-1024, -2048)
+  assert {-1024, -2048} == {volume[0, 0, 0].item() for volume in hu}
 
 
 def test_axes_are_canonical(cohort):
-    """The spine is at the back, the heart on the left, the abdomen below."""
-    hu, _, lungs = cohort
-    assert np.median(np.argwhere(hu[..., 60:68] > 150)[:, 2]) > 64
-    assert lungs[:, 6:14, :, :64].sum() > 1.1 * lungs[:, 6:14, :, 64:].sum()
-    assert lungs[:, 12].sum() > 2 * lungs[:, 1].sum()
+  """The spine is at the back, the heart on the left, the abdomen below."""
+  hu, _, lungs = cohort
+  assert np.median(np.argwhere(hu[..., 60:68] > 150)[:, 2]) > 64
+  assert lungs[:, 6:14, :, :64].sum() > 1.1 * lungs[:, 6:14, :, 64:].sum()
+  assert lungs[:, 12].sum() > 2 * lungs[:, 1].sum()
 
 
 def test_lesions(cohort):
-    _, mask, lungs = cohort
-    loads = mask.mean((1, 2, 3))
-    assert (loads[[4, 9]] == 0).all() and (np.delete(loads, [4, 9]) > 1e-3).all()
-    assert not (mask & ~lungs & 1).any()
-    assert 0.004 < loads.mean() < 0.03
-    assert 0.25 < mask.any((2, 3)).mean() < 0.5
-    plane = np.ones((1, 3, 3))
-    touching = [(ndimage.binary_dilation(m, plane) & (lung == 0)).sum() > 20
-                for m, lung in zip(mask, lungs, strict=True)]
-    assert sum(touching) >= 5  # lesions lie against the pleura
+  _, mask, lungs = cohort
+  loads = mask.mean((1, 2, 3))
+  assert (loads[[4, 9]] == 0).all() and (np.delete(loads, [4, 9]) > 1e-3).all()
+  assert not (mask & ~lungs & 1).any()
+  assert 0.004 < loads.mean() < 0.03
+  assert 0.25 < mask.any((2, 3)).mean() < 0.5
+  plane = np.ones((1, 3, 3))
+  touching = [(ndimage.binary_dilation(m, plane) & (lung == 0)).sum() > 20 for m, lung in zip(mask, lungs, strict=True)]
+  assert sum(touching) >= 5  # lesions lie against the pleura
 
 
 def test_no_threshold_finds_the_lesions(cohort):
-    """The best single threshold, inside the true lungs, all voxels pooled; and the best band."""
-    hu, mask, lungs = cohort
-    bins = np.arange(-1030, 400, 10)
-    lesion = np.histogram(hu[mask > 0], bins)[0]
-    healthy = np.histogram(hu[(lungs > 0) & (mask == 0)], bins)[0]
-    found, wrong = (np.append(0, counts.cumsum()) for counts in (lesion, healthy))
-    found, wrong = found - found[:, None], wrong - wrong[:, None]  # [low, high]
-    dice = np.triu(2 * found / (found + wrong + mask.sum()))
-    single, (low, high) = dice[:, -1], np.unravel_index(dice.argmax(), dice.shape)
-    figure = (f'best threshold hu > {bins[single.argmax()]}: Dice {single.max():.3f}; '
-              f'best band {bins[low]}..{bins[high]}: Dice {dice.max():.3f}')
-    print(figure)
-    assert 0.3 <= single.max() <= 0.6, figure
+  """The best single threshold, inside the true lungs, all voxels pooled; and the best band."""
+  hu, mask, lungs = cohort
+  bins = np.arange(-1030, 400, 10)
+  lesion = np.histogram(hu[mask > 0], bins)[0]
+  healthy = np.histogram(hu[(lungs > 0) & (mask == 0)], bins)[0]
+  found, wrong = (np.append(0, counts.cumsum()) for counts in (lesion, healthy))
+  found, wrong = found - found[:, None], wrong - wrong[:, None]  # [low, high]
+  dice = np.triu(2 * found / (found + wrong + mask.sum()))
+  single, (low, high) = dice[:, -1], np.unravel_index(dice.argmax(), dice.shape)
+  figure = (
+    f'best threshold hu > {bins[single.argmax()]}: Dice {single.max():.3f}; '
+    f'best band {bins[low]}..{bins[high]}: Dice {dice.max():.3f}'
+  )
+  print(figure)
+  assert 0.3 <= single.max() <= 0.6, figure
