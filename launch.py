@@ -1,7 +1,7 @@
 """The one entry point: flags -> a mode -> one function of fusa_jax.
 
-  python launch.py --config=configs/seg.py --config.data.raw_dir=FOLDER_OF_SCANS
-  python launch.py --mode=predict --workdir=RUN --input=SCAN_OR_FOLDER --output=FOLDER
+python launch.py --config=configs/seg.py --config.data.raw_dir=FOLDER_OF_SCANS
+python launch.py --mode=predict --workdir=RUN --input=SCAN_OR_FOLDER --output=FOLDER
 """
 
 import logging
@@ -34,9 +34,7 @@ def main(argv):
     from fusa_jax import predict
 
     use_compilation_cache()
-    predict.predict(
-      path_flag(_WORKDIR), path_flag(_INPUT), path_flag(_OUTPUT), probabilities=_PROBABILITIES.value
-    )
+    predict.predict(path_flag(_WORKDIR), path_flag(_INPUT), path_flag(_OUTPUT), probabilities=_PROBABILITIES.value)
     return
   if _MODE.value == 'evaluate':
     from fusa_jax import evaluate, run_config

@@ -39,7 +39,9 @@ def augment(key: jax.Array, image: jax.Array, mask: jax.Array, options: Augmenta
 
 
 def _row(key, image, mask, options):
-  keys = dict(zip(('crop', 'fraction', 'point', 'place', 'flip', 'shift', 'scale'), jax.random.split(key, 7), strict=True))
+  keys = dict(
+    zip(('crop', 'fraction', 'point', 'place', 'flip', 'shift', 'scale'), jax.random.split(key, 7), strict=True)
+  )
   if options.crop_probability:
     fraction = jax.random.choice(keys['fraction'], jnp.asarray(options.crop_fractions, jnp.float32))
     fraction = jnp.where(jax.random.bernoulli(keys['crop'], options.crop_probability), fraction, 1.0)

@@ -60,9 +60,7 @@ class Checkpoints:
       score: validation score, higher is better; None where it is undefined or nothing is validated on.
     """
     self._manager.check_for_errors()
-    items = ocp.args.Composite(
-      variables=ocp.args.StandardSave(variables), optimizer=ocp.args.StandardSave(optimizer)
-    )
+    items = ocp.args.Composite(variables=ocp.args.StandardSave(variables), optimizer=ocp.args.StandardSave(optimizer))
     self._manager.save(step, args=items, metrics=None if score is None else {'score': score})
 
   def restore(self, step: int, **like: Any) -> dict[str, Any]:

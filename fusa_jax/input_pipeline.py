@@ -117,9 +117,7 @@ def sampled_indices(label: np.ndarray, seed: int, balanced: bool) -> grain.MapDa
       raise UserError(f'data: no training slice {kind} a lesion, so none can be balanced; set data.balanced=False')
   # Grain shuffles epoch e with seed + e: seeds far apart keep runs of neighbouring seeds from sharing orders.
   seeds = np.random.SeedSequence(seed).generate_state(len(pools))
-  streams = [
-    grain.MapDataset.source(pool).shuffle(seed=int(s)).repeat() for pool, s in zip(pools, seeds, strict=True)
-  ]
+  streams = [grain.MapDataset.source(pool).shuffle(seed=int(s)).repeat() for pool, s in zip(pools, seeds, strict=True)]
   return streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams)
 
 
