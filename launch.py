@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 
+import absl.logging
 import tqdm
 from absl import app, flags
 from ml_collections import config_flags
@@ -128,8 +129,10 @@ def start_logging() -> None:
   """Messages as plain lines on stderr, beside the progress bars; libraries only where they warn."""
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   logging.getLogger().setLevel(logging.INFO)
-  for name in ('absl', 'jax', 'orbax', 'matplotlib', 'tensorboardX', 'grain'):
+  for name in ('jax', 'orbax', 'matplotlib', 'tensorboardX', 'grain'):
     logging.getLogger(name).setLevel(logging.WARNING)
+  # TFDS warns through absl of folders that it has yet to write.
+  absl.logging.set_verbosity(absl.logging.ERROR)
 
 
 def parse_flags(argv):

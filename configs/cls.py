@@ -14,10 +14,10 @@ def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
   config = base.paper()
   config.task = 'classification'
   config.model.name = 'fusa_resnet50'
-  # The paper describes the crops for segmentation only, and a crop beside the lesion would belie the slice's label.
-  config.augment.crop_probability = 0.0
   if preset == 'demo':
     base.demo(config)
     config.model.name = 'fusa_resnet18'
     config.model.width = 16
+  # The paper describes the crops for segmentation only, and a crop beside a lesion would belie the slice's label.
+  config.augment.crop_probability = 0.0
   return config

@@ -17,7 +17,11 @@ from fusa_jax.errors import UserError
 CACHE = pathlib.Path('~/.cache/fusa_jax').expanduser()
 
 
-def prepare(raw_dir: str, data_dir: str, size: int, progress) -> pathlib.Path:
+def _silent(items, **_):
+  return items
+
+
+def prepare(raw_dir: str, data_dir: str, size: int, progress=_silent) -> pathlib.Path:
   """Prepares the cohort in `raw_dir` at size x size, or finds it prepared; gives the folder that training reads.
 
   Args:
@@ -32,7 +36,9 @@ def prepare(raw_dir: str, data_dir: str, size: int, progress) -> pathlib.Path:
   return _build('covid19_20', raw_dir, data_dir, size, progress)
 
 
-def prepare_phantom(data_dir: str, size: int, patients: int, slices: int, seed: int, progress) -> pathlib.Path:
+def prepare_phantom(
+  data_dir: str, size: int, patients: int, slices: int, seed: int, progress=_silent
+) -> pathlib.Path:
   """Writes a cohort of phantoms as NIfTI files, then prepares it as any other; gives the folder that training reads."""
   raw_dir = CACHE / f'phantom-{patients}x{slices}x{size}-seed{seed}'
   if not raw_dir.exists():

@@ -1,16 +1,13 @@
 """A cohort before it is prepared: every file read and checked once, lesions measured, patients dealt into folds."""
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import multiprocessing
-import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from data.cohorts import Case
+from data.workers import pool
 from fusa_jax import ct
 from fusa_jax.errors import UserError
 
@@ -33,7 +30,7 @@ def survey(cases: Sequence[Case], progress: Callable[..., Iterable] = lambda ite
     UserError: all that is wrong with any of the files, a line each.
   """
   found, errors = [], []
-  with workers(len(cases)) as run:
+  with pool(len(cases)) as run:
     for result in progress(run(_measure, cases), total=len(cases), desc='Checking scans', unit='scan'):
       (found if isinstance(result, Patient) else errors).append(result)
   if errors:
@@ -60,19 +57,6 @@ def deal(patients: Sequence[Patient]) -> list[list[Patient]]:
     for fold, patient in zip(order, group, strict=False):
       fold.append(patient)
   return [sorted(fold, key=lambda p: p.case.patient) for fold in folds]
-
-
-@contextlib.contextmanager
-def workers(tasks: int) -> Iterator[Callable]:
-  """A `map` over worker processes, in order of the items, on all cores that this process may use."""
-  cores = min(tasks, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
-  # Spawned, not forked: a fork of a process in which JAX or gRPC has started threads can deadlock.
-  pool = concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context('spawn'))
-  try:
-    yield pool.map
-  finally:
-    # On an error or Ctrl-C what has not begun is dropped, instead of being waited for.
-    pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _measure(case: Case) -> Patient | str:

@@ -4,7 +4,6 @@ Two items a step: `variables` (parameters and batch statistics, all that evaluat
 (the rest of the training state). Kept are the latest two and the best by the validation score.
 """
 
-import logging
 import pathlib
 from typing import Any
 
@@ -13,9 +12,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from fusa_jax.errors import UserError
-
-for _name in ('absl', 'orbax'):  # Orbax tells every step of every save at the level of information
-  logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 class Checkpoints:

@@ -216,5 +216,6 @@ def _check_hu(values, path):
   at_top = int(np.sum(values == high))
   if high < 1500 and at_top > max(16, 1e-4 * values.size):
     raise UserError(
-      f'{path}: windowed: {at_top / values.size:.2%} of all voxels have the highest value, {high:g}, so what lay above is lost; {advice}'
+      f'{path}: windowed: {at_top / values.size:.2%} of all voxels have the highest value, {high:g}, '
+      f'so what lay above is lost; {advice}'
     )

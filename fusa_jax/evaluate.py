@@ -57,8 +57,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir:
   step, variables = load_variables(config, task, workdir, mesh)
   table = Scorer(task, mesh, config.train.batch_size).table(variables, dataset.test, progress=True)
   patients = metrics.by_patient(table)
+  summary = task.kind.summary(table)
   result = {
-    **task.kind.summary(table),
+    **summary,
     'num_slices': len(dataset.test),
     'num_patients': len(patients),
     'step': step,
@@ -80,7 +81,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir:
   # Last, so that a folder with metrics.json is complete.
   with replacing(folder / 'metrics.json') as partial:
     partial.write_text(json.dumps(result, indent=2) + '\n')
-  logging.info('test fold %d, step %d: %s', config.data.fold, step, one_line(result))
+  logging.info('test fold %d, step %d: %s', config.data.fold, step, one_line(summary))
   return result
 
 

@@ -10,16 +10,16 @@ Coordinates are (z, y, x): inferior to superior from 0 to HEIGHT, anterior to po
 patient's right to left, both from -fov / 2 to fov / 2. Distances are positive inside a shape.
 """
 
-import concurrent.futures
 import gzip
 import math
-import multiprocessing
-import os
 import pathlib
+from collections.abc import Callable, Iterable
 
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
+
+from data.workers import pool
 
 HEIGHT = 280.0  # of the chest that the scan covers, in mm
 ORIGIN = (-5.0, -200.0, -200.0)  # of the atlas, in mm: it contains every field of view
@@ -281,7 +281,7 @@ def _parenchyma(rng, region, depth, voxel):
   A sheet, of a fissure or of plate atelectasis, is its distance and its extent on the atlas
   with the width in mm and the HU at which slices of this thickness show it.
   """
-  z, y, x = grid = _atlas()
+  _, y, x = grid = _atlas()
   mottle, folds = _sampled_noise(rng, 9, grid), _sampled_noise(rng, 12, grid)
   back = y / depth
   healthy = rng.uniform(-890, -850) + rng.uniform(20, 60) * (back + back * back) + 12 * mottle
@@ -403,7 +403,8 @@ def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarr
   return scan, mask, lungs
 
 
-def _write_patient(raw_dir, seed, number, size, slices):
+def _write_patient(job):
+  raw_dir, seed, number, size, slices = job
   hu, mask, _ = patient(seed, number, size=size, slices=slices)
   thickness, height, width = spacing(seed, number, size=size, slices=slices)
   affine = np.diag([-width, -height, thickness, 1])  # NIfTI's world is R, A, S
@@ -425,7 +426,7 @@ def write(
   size: int = 512,
   slices: int = 48,
   seed: int = 0,
-  progress=None,
+  progress: Callable[..., Iterable] = lambda items, **_: items,
 ) -> None:
   """Writes a cohort in the layout of the COVID-19-20 challenge.
 
@@ -436,7 +437,7 @@ def write(
   Args:
     raw_dir: folder, made if it does not exist; files of the same names are replaced.
     patients, size, slices, seed: as in `patient`; the cohort is patients 1 to `patients`.
-    progress: wraps the list of patients, one item a patient, as tqdm does.
+    progress: wraps an iterable of one item a patient, as tqdm does.
 
   Raises:
     ValueError: an argument is out of its range (see `patient`).
@@ -445,14 +446,7 @@ def write(
     raise ValueError(f'no cohort of {patients=}: needs 1 or more')
   raw_dir = pathlib.Path(raw_dir)
   raw_dir.mkdir(parents=True, exist_ok=True)
-  progress = progress or iter
   jobs = [(raw_dir, seed, number, size, slices) for number in range(1, patients + 1)]
-  if patients == 1:
-    for job in progress(jobs):
-      _write_patient(*job)
-    return
-  with concurrent.futures.ProcessPoolExecutor(
-    min(os.cpu_count() or 1, patients), multiprocessing.get_context('spawn')
-  ) as pool:
-    for future in progress([pool.submit(_write_patient, *job) for job in jobs]):
-      future.result()
+  with pool(patients) as run:
+    for _ in progress(run(_write_patient, jobs), total=patients, desc='Drawing phantoms', unit='patient'):
+      pass

@@ -7,6 +7,7 @@ import tensorflow_datasets as tfds
 
 from data import survey
 from data.cohorts import covid19_20
+from data.workers import pool
 from fusa_jax import ct
 
 
@@ -83,11 +84,11 @@ class Builder(tfds.core.ShardBasedBuilder):
       for index, patient in enumerate(fold):
         path = template.sharded_filepath(shard_index=index, num_shards=len(fold))
         jobs.append((patient.case, self.builder_config.size, str(path)))
-    with survey.workers(len(jobs)) as run:
+    with pool(len(jobs)) as run:
       written = list(self.progress(run(_write_shard, jobs), total=len(jobs), desc='Writing slices', unit='scan'))
-    lengths = iter(written)
+    written = iter(written)
     for split, fold in folds.items():
-      shards = [next(lengths) for _ in fold]
+      shards = [next(written) for _ in fold]
       splits.append(
         tfds.core.SplitInfo(
           name=split,

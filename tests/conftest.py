@@ -1,0 +1,64 @@
+"""Fixtures that many tests share: a small cohort, its prepared dataset, and two runs trained on it.
+
+The tests see eight CPU devices, so that what must not depend on their number can be tried on one and on eight.
+"""
+
+import os
+import pathlib
+
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import jax
+import ml_collections
+import pytest
+
+from configs import cls, seg
+from data import prepare
+from data.cohorts import phantom
+
+SIZE, SLICES, PATIENTS = 32, 16, 6
+
+# Compiling is most of the time of most tests; a second run of the suite reads what the first one compiled.
+jax.config.update('jax_compilation_cache_dir', str(pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def tiny(module=seg, **overrides) -> ml_collections.ConfigDict:
+  """The demo at a size for tests: a config of configs/seg.py or configs/cls.py on one device."""
+  config = module.get_config('demo')
+  config.data.image_size = SIZE
+  config.model.width = 4
+  config.train.update(steps=4, batch_size=8, warmup_steps=1, log_every=1, evaluate_every=2)
+  config.evaluate.num_overlays = 2
+  config.mesh.data = 8
+  config.update_from_flattened_dict(overrides)
+  return config
+
+
+@pytest.fixture(scope='session')
+def raw_dir(tmp_path_factory) -> pathlib.Path:
+  """Six phantoms as NIfTI files, of 16 slices of 32 x 32."""
+  folder = tmp_path_factory.mktemp('raw')
+  phantom.write(folder, patients=PATIENTS, size=SIZE, slices=SLICES, seed=0)
+  return folder
+
+
+@pytest.fixture(scope='session')
+def data_dir(raw_dir, tmp_path_factory) -> pathlib.Path:
+  """The same cohort prepared."""
+  return prepare.prepare(str(raw_dir), str(tmp_path_factory.mktemp('prepared')), SIZE)
+
+
+@pytest.fixture(scope='session')
+def runs(data_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
+  """The workdirs of a segmentation and a classification run of four steps, trained and evaluated."""
+  from fusa_jax import evaluate, train
+
+  workdirs = {}
+  for name, module in (('seg', seg), ('cls', cls)):
+    workdirs[name] = tmp_path_factory.mktemp('runs') / name
+    config = tiny(module)
+    train.train(config, workdirs[name], data_dir)
+    evaluate.evaluate(config, workdirs[name], data_dir)
+  return workdirs
