@@ -1,0 +1,189 @@
+"""From files to a dataset: what is in it, what is refused, and what an interruption leaves."""
+
+import gzip
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from conftest import PATIENTS, SIZE, SLICES
+from data import prepare, survey
+from data.cohorts import Case, covid19_20
+from fusa_jax import ct
+from fusa_jax.errors import UserError
+
+
+def test_every_slice_is_stored_in_order_with_its_facts(data_dir, raw_dir):
+  builder = tfds.builder_from_directory(data_dir)
+  assert sorted(builder.info.splits) == [f'fold{k}' for k in range(5)]
+  assert builder.info.splits.total_num_examples == PATIENTS * SLICES
+  seen = []
+  for fold, entries in builder.info.metadata['folds'].items():
+    source = builder.as_data_source(split=fold)
+    examples = iter(source[i] for i in range(len(source)))
+    for entry in entries:
+      scan = ct.read(raw_dir / f'{entry["patient"]}_ct.nii.gz')
+      mask = ct.read_mask(raw_dir / f'{entry["patient"]}_seg.nii.gz', scan)
+      assert entry['lesion_voxels'] == mask.sum(axis=(1, 2)).tolist()
+      assert entry['lesion_ml'] == pytest.approx(mask.sum() * scan.voxel_ml)
+      for index in range(SLICES):
+        example = next(examples)
+        np.testing.assert_array_equal(example['image'], scan.hu[index])
+        np.testing.assert_array_equal(example['mask'], mask[index])
+        assert example['image'].dtype == np.int16 and example['mask'].dtype == np.uint8
+        assert example['label'] == mask[index].any()
+        assert example['patient'] == entry['patient'].encode()
+        assert example['slice'] == index
+        np.testing.assert_allclose(example['spacing'], scan.spacing, rtol=1e-6)
+      seen.append(entry['patient'])
+    assert next(examples, None) is None
+  assert sorted(seen) == [f'volume-phantom-A-{n:04d}' for n in range(1, PATIENTS + 1)]
+
+
+def test_other_sizes_are_resized(raw_dir, tmp_path):
+  (tmp_path / 'raw').mkdir()
+  for number in (1, 2):
+    for kind in ('ct', 'seg'):
+      shutil.copy(raw_dir / f'volume-phantom-A-{number:04d}_{kind}.nii.gz', tmp_path / 'raw')
+  builder = tfds.builder_from_directory(prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), 16))
+  example = builder.as_data_source(split='fold0')[SLICES // 2]
+  assert example['image'].shape == example['mask'].shape == (16, 16)
+  scan = ct.read(raw_dir / f'{example["patient"].decode()}_ct.nii.gz')
+  np.testing.assert_array_equal(example['image'], ct.network_slices(scan.hu, 16)[SLICES // 2])
+
+
+def patient(name, load):
+  return survey.Patient(Case(name, None, None), (1,), load)
+
+
+def test_folds_are_stratified_and_do_not_depend_on_order():
+  rng = np.random.default_rng(0)
+  patients = [patient(f'p{i:03d}', load) for i, load in enumerate(rng.lognormal(3, 1.5, 199))]
+  folds = survey.deal(patients)
+  assert sorted(map(len, folds)) == [39, 40, 40, 40, 40]
+  assert sorted(p.case.patient for fold in folds for p in fold) == sorted(p.case.patient for p in patients)
+  shuffled = [patients[i] for i in rng.permutation(199)]
+  assert survey.deal(shuffled) == folds
+  # Each fold's quartiles are the cohort's: far closer than chance would have them.
+  whole = np.quantile([p.lesion_ml for p in patients], [0.25, 0.5, 0.75])
+  for fold in folds:
+    np.testing.assert_allclose(np.quantile([p.lesion_ml for p in fold], [0.25, 0.5, 0.75]), whole, rtol=0.15)
+
+
+@pytest.mark.parametrize(('count', 'folds'), [(2, 2), (4, 4), (5, 5), (11, 5)])
+def test_small_cohorts(count, folds):
+  dealt = survey.deal([patient(f'p{i}', float(i)) for i in range(count)])
+  assert len(dealt) == folds
+  assert min(map(len, dealt)) >= 1
+
+
+def test_one_patient_is_not_enough():
+  with pytest.raises(UserError, match='1 patient in the cohort; at least 2'):
+    survey.deal([patient('p', 1.0)])
+
+
+def test_a_finished_dataset_is_reused_and_another_cohort_is_refused(raw_dir, tmp_path):
+  out = tmp_path / 'out'
+  first = prepare.prepare(str(raw_dir), str(out), SIZE)
+  before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+  assert prepare.prepare(str(raw_dir), str(out), SIZE) == first
+  assert before == {path: path.stat().st_mtime_ns for path in first.iterdir()}
+  other = tmp_path / 'raw'
+  shutil.copytree(raw_dir, other)
+  for path in other.glob('*0006*'):
+    path.unlink()
+  with pytest.raises(UserError, match='was prepared from other files'):
+    prepare.prepare(str(other), str(out), SIZE)
+
+
+def test_the_cache_is_keyed_by_the_files(raw_dir, tmp_path, monkeypatch):
+  monkeypatch.setattr(prepare, 'CACHE', tmp_path / 'cache')
+  raw = tmp_path / 'raw'
+  shutil.copytree(raw_dir, raw)
+  first = prepare.prepare(str(raw), '', SIZE)
+  assert prepare.prepare(str(raw), '', SIZE) == first
+  os.utime(raw / 'volume-phantom-A-0001_ct.nii.gz')
+  assert prepare.prepare(str(raw), '', SIZE) != first
+
+
+def test_all_bad_files_are_listed_and_nothing_is_written(raw_dir, tmp_path):
+  raw = tmp_path / 'raw'
+  shutil.copytree(raw_dir, raw)
+  ct1, seg2, ct3 = (raw / f'volume-phantom-A-{n:04d}_{k}.nii.gz' for n, k in ((1, 'ct'), (2, 'seg'), (3, 'ct')))
+  ct1.write_bytes(ct1.read_bytes()[:1000])
+  image = nib.load(seg2)
+  nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * 2, image.affine, image.header), seg2)
+  ct3.write_bytes(gzip.compress(b'nothing'))
+  with pytest.raises(UserError) as caught:
+    prepare.prepare(str(raw), str(tmp_path / 'out'), SIZE)
+  lines = str(caught.value).splitlines()
+  assert [line.split(': ')[0] for line in lines] == [str(ct1), str(seg2), str(ct3)]
+  assert 'truncated' in lines[0] and 'holds 0 and 1 only' in lines[1] and 'not a NIfTI file' in lines[2]
+  assert not list((tmp_path / 'out').rglob('*array_record*'))
+  assert not list((tmp_path / 'out').rglob('dataset_info.json'))
+
+
+def test_scans_without_masks_are_listed(raw_dir, tmp_path):
+  raw = tmp_path / 'raw'
+  shutil.copytree(raw_dir, raw)
+  for number in (2, 5):
+    (raw / f'volume-phantom-A-{number:04d}_seg.nii.gz').unlink()
+  with pytest.raises(UserError, match=r'0002_ct.*0002_seg.nii.gz is missing.*\n.*0005_ct.*0005_seg'):
+    covid19_20.find(raw)
+
+
+def test_the_release_folder_or_its_train_folder(raw_dir, tmp_path):
+  shutil.copytree(raw_dir, tmp_path / 'Train')
+  (tmp_path / 'Validation').mkdir()
+  shutil.copy(raw_dir / 'volume-phantom-A-0001_ct.nii.gz', tmp_path / 'Validation')
+  assert covid19_20.find(tmp_path) == covid19_20.find(tmp_path / 'Train')
+  assert len(covid19_20.find(tmp_path)) == PATIENTS
+
+
+@pytest.mark.parametrize(('make', 'reason'), [(False, 'is no folder'), (True, r'no \*_ct.nii.gz or \*_ct.nii in it')])
+def test_folders_without_scans(tmp_path, make, reason):
+  if make:
+    (tmp_path / 'raw').mkdir()
+  with pytest.raises(UserError, match=reason):
+    covid19_20.find(tmp_path / 'raw')
+
+
+PREPARE = 'import sys; from data import prepare; prepare.prepare(sys.argv[1], sys.argv[2], 32)'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_build_is_not_taken_for_a_whole_one(raw_dir, tmp_path, how):
+  out = tmp_path / 'out'
+  command = [sys.executable, '-c', PREPARE, str(raw_dir), str(out)]
+  process = subprocess.Popen(command, cwd=os.getcwd(), stderr=subprocess.DEVNULL, start_new_session=True)
+  deadline = time.time() + 60
+  while not list(out.rglob('*array_record*')) and time.time() < deadline:
+    time.sleep(0.005)
+  os.killpg(process.pid, how)
+  process.wait()
+  assert list(out.rglob('*array_record*')) or how == signal.SIGINT
+  path = prepare.prepare(str(raw_dir), str(out), SIZE)
+  assert tfds.builder_from_directory(path).info.splits.total_num_examples == PATIENTS * SLICES
+
+
+def test_preparing_and_reading_leave_tensorflow_alone(data_dir):
+  """In a fresh interpreter: another test may have imported it here, were it installed."""
+  code = f"""
+import sys
+from data import prepare
+from fusa_jax import input_pipeline
+dataset = input_pipeline.load({str(data_dir)!r}, 0, {SIZE})
+dataset.test.source[0]
+assert 'tensorflow' not in sys.modules
+"""
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=os.getcwd())
+  assert not multiprocessing.active_children()
