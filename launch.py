@@ -52,9 +52,11 @@ def main(argv):
   if _CONFIG.value is None:
     raise UserError('--config: missing; give --config=configs/seg.py or --config=configs/cls.py')
   config, preset = resolve_config()
+  if _MODE.value == 'prepare' and config.data.dir and not config.data.raw_dir:
+    raise UserError('data.raw_dir: missing; --mode=prepare needs the folder of the scans')
   data_dir = prepared(config)
-  logging.info('data: %s', data_dir)
   if _MODE.value == 'prepare':
+    logging.info('prepared: %s', data_dir)
     return
   from fusa_jax import evaluate, train
 
@@ -138,7 +140,11 @@ def start_logging() -> None:
 def parse_flags(argv):
   """absl's parsing with the house's errors: a wrong flag or config is one line and exit code 2."""
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    # A config file that cannot be loaded is reported at the first look into it.
+    if _CONFIG.value is not None:
+      _CONFIG.value.items()
+    return rest
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
     fail(UserError(f'{" ".join(str(error).split())}; see python launch.py --help'))
 

@@ -36,9 +36,7 @@ def prepare(raw_dir: str, data_dir: str, size: int, progress=_silent) -> pathlib
   return _build('covid19_20', raw_dir, data_dir, size, progress)
 
 
-def prepare_phantom(
-  data_dir: str, size: int, patients: int, slices: int, seed: int, progress=_silent
-) -> pathlib.Path:
+def prepare_phantom(data_dir: str, size: int, patients: int, slices: int, seed: int, progress=_silent) -> pathlib.Path:
   """Writes a cohort of phantoms as NIfTI files, then prepares it as any other; gives the folder that training reads."""
   raw_dir = CACHE / f'phantom-{patients}x{slices}x{size}-seed{seed}'
   if not raw_dir.exists():

@@ -51,7 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
 
   # ---- shapes before arrays
   everywhere = sharding.replicated(mesh)
-  init = lambda: init_state(task, optimizer, config)
+  init = compile_init(task, optimizer, config, everywhere)
   like = checkpoint.shapes(jax.eval_shape(init), everywhere)
   report_parameters(like.variables)
 
@@ -65,7 +65,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       state = TrainState(step, items['variables'], items['optimizer'])
       logging.info('resuming %s at step %d of %d', workdir, first_step, config.train.steps)
     else:
-      state = jax.jit(init, out_shardings=everywhere)()
+      state = init()
     if first_step >= config.train.steps:
       return
 
@@ -147,12 +147,16 @@ def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTra
   return optax.adamw(schedule, weight_decay=train.weight_decay, mask=is_kernel), schedule
 
 
-def init_state(
-  task: tasks.Task, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
-) -> TrainState:
-  """The state of step 0, a function of config.seed."""
-  variables = task.init(jax.random.key(config.seed), config.data.image_size)
-  return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables['params']))
+def compile_init(task: tasks.Task, optimizer: optax.GradientTransformation, config, sharding):
+  """A jitted function of nothing: the state of step 0 with that sharding, as config.seed has it."""
+
+  def init():
+    variables = task.init(jax.random.key(config.seed), config.data.image_size)
+    return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables['params']))
+
+  # It runs once. On a CPU, optimising the code of a random draw for each parameter takes most of a minute.
+  options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+  return jax.jit(init, out_shardings=sharding, compiler_options=options)
 
 
 def train_step(
@@ -175,7 +179,7 @@ def train_step(
   (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.variables['params'])
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.variables['params'])
   variables = {'params': optax.apply_updates(state.variables['params'], updates), 'batch_stats': batch_stats}
-  scalars = {'loss': loss, 'gradient_norm': optax.global_norm(gradients)}
+  scalars = {'loss': loss, 'gradient_norm': optax.tree.norm(gradients)}
   return TrainState(state.step + 1, variables, opt_state), scalars
 
 

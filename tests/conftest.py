@@ -6,7 +6,9 @@ The tests see eight CPU devices, so that what must not depend on their number ca
 import os
 import pathlib
 
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Compiling is most of the time of most tests, and what is compiled runs for a few steps of small shapes.
+_FLAGS = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+os.environ['XLA_FLAGS'] = f'{_FLAGS} {os.environ.get("XLA_FLAGS", "")}'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import jax
@@ -19,7 +21,7 @@ from data.cohorts import phantom
 
 SIZE, SLICES, PATIENTS = 32, 16, 6
 
-# Compiling is most of the time of most tests; a second run of the suite reads what the first one compiled.
+# A second run of the suite, and the second of two workers, read what was compiled before.
 jax.config.update('jax_compilation_cache_dir', str(pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 

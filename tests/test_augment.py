@@ -9,7 +9,9 @@ from scipy import ndimage, stats
 from fusa_jax import augment
 
 
-@pytest.mark.parametrize(('fraction', 'top_left'), [(0.5, (3.0, 7.0)), (0.25, (10.3, 0.0)), (0.125, (27.9, 12.4)), (1.0, (0, 0))])
+@pytest.mark.parametrize(
+  ('fraction', 'top_left'), [(0.5, (3.0, 7.0)), (0.25, (10.3, 0.0)), (0.125, (27.9, 12.4)), (1.0, (0, 0))]
+)
 def test_crop_is_scipys_interpolation(fraction, top_left):
   rng = np.random.default_rng(0)
   image, mask = rng.normal(size=(32, 32)).astype(np.float32), rng.integers(0, 2, (32, 32)).astype(np.uint8)

@@ -4,8 +4,8 @@ import grain
 import jax
 import numpy as np
 import pytest
-
 from conftest import PATIENTS, SIZE, SLICES
+
 from fusa_jax import ct, input_pipeline, sharding
 from fusa_jax.errors import UserError
 

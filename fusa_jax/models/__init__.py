@@ -1,4 +1,4 @@
-"""The registry of models: the systems of the paper's two tables, by name."""
+"""The registry of models, by name."""
 
 import functools
 

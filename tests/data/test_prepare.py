@@ -13,8 +13,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-
 from conftest import PATIENTS, SIZE, SLICES
+
 from data import prepare, survey
 from data.cohorts import Case, covid19_20
 from fusa_jax import ct

@@ -22,7 +22,9 @@ def count(variables):
 
 
 # As torchvision documents its weights: https://pytorch.org/vision/stable/models.html (num_params).
-@pytest.mark.parametrize(('name', 'parameters'), [('resnet18', 11689512), ('resnet34', 21797672), ('resnet50', 25557032)])
+@pytest.mark.parametrize(
+  ('name', 'parameters'), [('resnet18', 11689512), ('resnet34', 21797672), ('resnet50', 25557032)]
+)
 def test_resnets_have_torchvisions_number_of_parameters(name, parameters):
   assert count(variables_of(name, (1, 64, 64, 3), num_classes=1000)) == parameters
 

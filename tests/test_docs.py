@@ -1,0 +1,16 @@
+"""What the documents state of the code is computed here again."""
+
+import pathlib
+import re
+
+from benchmarks import parameter_table
+
+
+def test_parameter_table_is_the_computed_one():
+  assert parameter_table.table() in pathlib.Path('docs/models.md').read_text()
+
+
+def test_links_lead_somewhere():
+  for document in [pathlib.Path('README.md'), *pathlib.Path('docs').glob('*.md')]:
+    for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', document.read_text()):
+      assert (document.parent / target).exists(), f'{document}: {target}'

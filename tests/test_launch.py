@@ -1,0 +1,73 @@
+"""The command line as a user types it: exit codes, one line for an error, and what the first lines say."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import SIZE
+
+TINY = [
+  '--config.model.width=4',
+  f'--config.data.image_size={SIZE}',
+  '--config.data.phantom.patients=5',
+  '--config.data.phantom.slices=16',
+  '--config.train.steps=2',
+  '--config.train.warmup_steps=1',
+  '--config.train.evaluate_every=2',
+  '--config.evaluate.num_overlays=1',
+]
+
+
+def launch(*arguments, home=None):
+  environment = os.environ | ({'HOME': str(home)} if home else {})
+  return subprocess.run(
+    [sys.executable, 'launch.py', *arguments], capture_output=True, text=True, env=environment, timeout=600
+  )
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'reason'),
+  [
+    ([], '--config: missing; give --config=configs/seg.py or --config=configs/cls.py'),
+    (['--config=configs/none.py'], 'configs/none.py'),
+    (['--config=configs/seg.py:huge'], "configs/seg.py has no preset 'huge'; one of paper, demo"),
+    (['--config=configs/seg.py', '--config.train.stepz=3'], 'stepz'),
+    (['--config=configs/seg.py', '--config.train.steps=three'], 'three'),
+    (['--colour=red'], 'colour'),
+    (['--mode=dance'], 'dance'),
+    (['--config=configs/seg.py', 'stray'], "'stray' is no flag"),
+    (['--config=configs/seg.py', '--config.data.raw_dir=nowhere'], 'data.raw_dir: nowhere is no folder'),
+    (['--config=configs/seg.py', '--config.data.dir=nowhere'], 'data.dir: nowhere is no folder'),
+    (['--mode=predict'], '--workdir: missing; --mode=predict needs it'),
+    (['--mode=predict', '--workdir=nowhere', '--input=x', '--output=y'], 'nowhere: no run in it'),
+    (['--mode=evaluate', '--workdir=nowhere'], 'nowhere: no run in it'),
+  ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, reason):
+  result = launch(*arguments)
+  assert result.returncode == 2, result.stderr
+  (line,) = [line for line in result.stderr.splitlines() if line]
+  assert line.startswith('error: ')
+  assert reason in line
+
+
+@pytest.mark.slow
+def test_the_demo_from_nothing(tmp_path):
+  """No data named: says so, draws phantoms, trains, evaluates; then evaluates the run again, from its folder alone."""
+  command = ['--config', 'configs/seg.py', f'--workdir={tmp_path / "run"}', *TINY]
+  first = launch(*command, home=tmp_path)
+  assert first.returncode == 0, first.stderr
+  lines = first.stdout.splitlines()
+  assert lines[0].startswith('No data named: this is the demo')
+  assert '--config.data.raw_dir=' in lines[1]
+  assert 'Total:' in first.stderr  # the parameter table
+  result = json.loads((tmp_path / 'run' / 'test' / 'metrics.json').read_text())
+  assert result['step'] == 2
+  assert result['dataset'] == f'covid_ct/phantom_{SIZE}/1.0.0'
+  assert 'compiled the training step' in first.stderr
+  again = launch('--mode=evaluate', f'--workdir={tmp_path / "run"}', home=tmp_path)
+  assert again.returncode == 0, again.stderr
+  assert 'compiled the training step' not in again.stderr
+  assert json.loads((tmp_path / 'run' / 'test' / 'metrics.json').read_text()) == result
