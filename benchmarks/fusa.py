@@ -65,11 +65,11 @@ def main(_):
   sharding = SingleDeviceSharding(topology.devices[0])
   shape = tuple(map(int, _SHAPE.value))
   print('| attention | GB moved | to none | GFLOP |\n| --- | ---: | ---: | ---: |')
-  for name, attention in FORMS.items():
-    found = cost(attention, shape, sharding)
-    moved = found['bytes accessed'] / 1e9
-    base = moved if attention is None else base
-    print(f'| {name} | {moved:.2f} | {moved / base - 1:+.0%} | {found["flops"] / 1e9:.0f} |', flush=True)
+  found = {name: cost(attention, shape, sharding) for name, attention in FORMS.items()}
+  base = found['none']['bytes accessed'] / 1e9
+  for name in FORMS:
+    moved = found[name]['bytes accessed'] / 1e9
+    print(f'| {name} | {moved:.2f} | {moved / base - 1:+.0%} | {found[name]["flops"] / 1e9:.0f} |')
 
 
 if __name__ == '__main__':
