@@ -43,9 +43,12 @@ def main(argv):
     use_compilation_cache()
     workdir = path_flag(_WORKDIR)
     config = run_config.load(workdir)
+    # Where the data lie and what devices there are may differ from when it was trained: --config says so, or defaults.
+    config.mesh.update(data=-1, space=1)
     if _CONFIG.value is not None:
-      config.data.update(raw_dir=_CONFIG.value.data.raw_dir, dir=_CONFIG.value.data.dir)
       config.mesh.update(_CONFIG.value.mesh)
+      if names_data(_CONFIG.value):
+        config.data.update(raw_dir=_CONFIG.value.data.raw_dir, dir=_CONFIG.value.data.dir)
     evaluate.evaluate(config, workdir, prepared(config))
     return
 

@@ -22,7 +22,7 @@ class Scorer:
   """Scores the slices of a split on a mesh, in batches of any size; compiled once."""
 
   def __init__(self, task: tasks.Task, mesh: jax.sharding.Mesh, batch_size: int):
-    self._mesh, self._batch_size = mesh, batch_size
+    self._mesh, self._batch_size = mesh, sharding.fitting_batch(mesh, batch_size)
 
     def score(variables, batch):
       return {**task.kind.score(task.probabilities(variables, batch['image']), batch), 'index': batch['index']}

@@ -41,7 +41,8 @@ def predict(workdir: pathlib.Path, source: pathlib.Path, output: pathlib.Path, p
   if problems:
     raise UserError('\n'.join(problems))
 
-  mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
+  # All devices here, however many it was trained on.
+  mesh = sharding.create_mesh()
   task = tasks.create(config)
   run = Predictor(config, task, mesh, workdir)
   for path in tqdm.tqdm(paths, desc='Predicting', unit='scan', disable=len(paths) == 1):
@@ -76,6 +77,7 @@ class Predictor:
 
   def __init__(self, config: ml_collections.ConfigDict, task: tasks.Task, mesh, workdir: pathlib.Path):
     self._config, self._mesh = config, mesh
+    self._batch_size = sharding.fitting_batch(mesh, config.train.batch_size)
     self._step, self._variables = evaluate.load_variables(config, task, workdir, mesh)
     self._probabilities = jax.jit(task.probabilities, out_shardings=sharding.replicated(mesh))
 
@@ -98,7 +100,7 @@ class Predictor:
     return result, volumes
 
   def _run(self, images):
-    size, out = self._config.train.batch_size, []
+    size, out = self._batch_size, []
     rows = sharding.local_rows(self._mesh, size)
     for start in range(0, len(images), size):
       part = images[start : start + size]

@@ -34,6 +34,12 @@ def check_divides(mesh: Mesh, batch_size: int, image_size: int) -> None:
       raise UserError(f'{key}: {value} does not divide over mesh.{axis}={parts}; {sizes} does')
 
 
+def fitting_batch(mesh: Mesh, batch_size: int) -> int:
+  """The smallest batch from `batch_size` up that the mesh can split: for work whose result does not depend on it."""
+  parts = mesh.shape['data']
+  return -(-batch_size // parts) * parts
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 

@@ -29,6 +29,11 @@ def test_what_does_not_divide_names_the_sizes_that_do():
     sharding.check_divides(mesh, 3, 32)
 
 
+def test_fitting_batches():
+  mesh = sharding.create_mesh(4, 2)
+  assert [sharding.fitting_batch(mesh, n) for n in (1, 4, 5, 8)] == [4, 4, 8, 8]
+
+
 @pytest.mark.parametrize('space', [1, 2, 8])
 def test_local_batches_become_the_global_one(space):
   mesh = sharding.create_mesh(-1, space)
