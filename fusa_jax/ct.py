@@ -7,6 +7,7 @@ Hounsfield units. NumPy only: worker processes import this file, and they should
 
 import dataclasses
 import gzip
+import logging
 import pathlib
 import zlib
 
@@ -20,6 +21,8 @@ from fusa_jax.files import replacing
 
 # What scanners call air outside of the field of view lies below this (-2000, -3024, ...); it is no tissue.
 AIR = -1024
+# What nibabel would print of a damaged header is part of the error raised here.
+logging.getLogger('nibabel.global').setLevel(logging.CRITICAL)
 _CANONICAL = orientations.axcodes2ornt(('L', 'P', 'S'))
 
 

@@ -43,7 +43,7 @@ def telling_slices(table: dict[str, np.ndarray], most: int) -> list[int]:
   """Rows worth a look: of each patient in turn the slice with the most lesion, then those with the most error."""
   lesion, error = table['tp'] + table['fn'], table['fp'] + table['fn']
   first = [max(np.flatnonzero(table['patient'] == p), key=lesion.__getitem__) for p in np.unique(table['patient'])]
-  worst = np.argsort(-error, kind='stable')
+  worst = [row for row in np.argsort(-error, kind='stable') if error[row]]
   return list(dict.fromkeys(int(row) for row in [*first, *worst]))[:most]
 
 

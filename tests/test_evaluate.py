@@ -114,3 +114,5 @@ def test_telling_slices_show_each_patient_then_the_errors():
     'fp': np.array([9, 0, 1, 0]),
   }
   assert figures.telling_slices(table, 3) == [1, 3, 0]
+  table['fp'][:] = 0
+  assert figures.telling_slices(table, 4) == [1, 3]
