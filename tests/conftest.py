@@ -27,7 +27,7 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
 def tiny(module=seg, **overrides) -> ml_collections.ConfigDict:
-  """The demo at a size for tests: a config of configs/seg.py or configs/cls.py on one device."""
+  """The demo at a size for tests: a config of configs/seg.py or configs/cls.py on all eight devices."""
   config = module.get_config('demo')
   config.data.image_size = SIZE
   config.model.width = 4
