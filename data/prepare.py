@@ -12,16 +12,13 @@ import tensorflow_datasets as tfds
 from data import survey
 from data.cohorts import covid19_20, phantom
 from data.covid_ct import Builder, Config
+from data.workers import silent
 from fusa_jax.errors import UserError
 
 CACHE = pathlib.Path('~/.cache/fusa_jax').expanduser()
 
 
-def _silent(items, **_):
-  return items
-
-
-def prepare(raw_dir: str, data_dir: str, size: int, progress=_silent) -> pathlib.Path:
+def prepare(raw_dir: str, data_dir: str, size: int, progress=silent) -> pathlib.Path:
   """Prepares the cohort in `raw_dir` at size x size, or finds it prepared; gives the folder that training reads.
 
   Args:
@@ -31,12 +28,12 @@ def prepare(raw_dir: str, data_dir: str, size: int, progress=_silent) -> pathlib
     progress: wraps an iterable, as tqdm.tqdm does, and shows how far it is.
 
   Raises:
-    UserError: what is wrong with the cohort's files, all of it; or `data_dir` holds another cohort or size.
+    UserError: what is wrong with the cohort's files, all of it; or `data_dir` holds another cohort.
   """
   return _build('covid19_20', raw_dir, data_dir, size, progress)
 
 
-def prepare_phantom(data_dir: str, size: int, patients: int, slices: int, seed: int, progress=_silent) -> pathlib.Path:
+def prepare_phantom(data_dir: str, size: int, patients: int, slices: int, seed: int, progress=silent) -> pathlib.Path:
   """Writes a cohort of phantoms as NIfTI files, then prepares it as any other; gives the folder that training reads."""
   raw_dir = CACHE / f'phantom-{patients}x{slices}x{size}-seed{seed}'
   if not raw_dir.exists():

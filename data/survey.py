@@ -1,13 +1,12 @@
 """A cohort before it is prepared: every file read and checked once, lesions measured, patients dealt into folds."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from data.cohorts import Case
-from data.workers import pool
+from data.workers import pool, silent
 from fusa_jax import ct
 from fusa_jax.errors import UserError
 
@@ -23,7 +22,7 @@ class Patient:
   lesion_ml: float
 
 
-def survey(cases: Sequence[Case], progress: Callable[..., Iterable] = lambda items, **_: items) -> list[Patient]:
+def survey(cases: Sequence[Case], progress: Callable[..., Iterable] = silent) -> list[Patient]:
   """Reads all files of a cohort on all cores.
 
   Raises:
@@ -72,8 +71,4 @@ def _measure(case: Case) -> Patient | str:
 
 def fingerprint(cases: Sequence[Case]) -> list[list]:
   """What tells one state of a cohort's files from another: names, sizes and times of change."""
-  return [
-    [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-    for case in cases
-    for path in (pathlib.Path(case.ct), pathlib.Path(case.mask))
-  ]
+  return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for case in cases for path in (case.ct, case.mask)]

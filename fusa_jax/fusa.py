@@ -112,7 +112,8 @@ def _logits(offset, score, slope):
 # The two functions below hold all the work of full size. Left to autodiff, both of them keep tensors of x's size for
 # the backward pass (the sigmoid's value, the comparison of x with its maxima) and write each of the five terms of x's
 # cotangent by itself. Written by hand, what is kept is x and the small tensors; the rest is recomputed from x on the
-# way, elementwise, inside the two sweeps that the backward pass needs anyway.
+# way, elementwise, inside the two sweeps that the backward pass needs anyway. On a whole block the TPU's compiler gets
+# most of this from plain autodiff as well, once x is one (docs/models.md has the figures).
 
 
 @jax.custom_vjp

@@ -34,7 +34,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
 
   Args:
     config: as configs/ gives it.
-    workdir: of the run; see DESIGN.md for what is in it.
+    workdir: of the run; the README lists what is in it.
     data_dir: of the prepared dataset.
 
   Raises:

@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from data.workers import pool
+from data.workers import pool, silent
 
 HEIGHT = 280.0  # of the chest that the scan covers, in mm
 ORIGIN = (-5.0, -200.0, -200.0)  # of the atlas, in mm: it contains every field of view
@@ -426,7 +426,7 @@ def write(
   size: int = 512,
   slices: int = 48,
   seed: int = 0,
-  progress: Callable[..., Iterable] = lambda items, **_: items,
+  progress: Callable[..., Iterable] = silent,
 ) -> None:
   """Writes a cohort in the layout of the COVID-19-20 challenge.
 

@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 
 from data import survey
 from data.cohorts import covid19_20
-from data.workers import pool
+from data.workers import pool, silent
 from fusa_jax import ct
 
 
@@ -51,7 +51,7 @@ class Builder(tfds.core.ShardBasedBuilder):
   ]
   MANUAL_DOWNLOAD_INSTRUCTIONS = 'The folder of the *_ct.nii.gz and *_seg.nii.gz files, as released.'
 
-  progress = staticmethod(lambda items, **_: items)
+  progress = staticmethod(silent)
 
   def _info(self) -> tfds.core.DatasetInfo:
     return self.dataset_info_from_configs(

@@ -47,4 +47,4 @@ def create(name: str, num_classes: int = 1, dtype=None, **options) -> nn.Module:
   try:
     return _MODELS[name](num_classes=num_classes, dtype=dtype, **options)
   except TypeError as error:
-    raise UserError(f'model.options: {name} cannot take {options}: {error}') from None
+    raise UserError(f'model: {name} cannot take {options}: {error}') from None
