@@ -46,13 +46,13 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   dataset = input_pipeline.load(data_dir, config.data.fold, config.data.image_size)
   task = tasks.create(config)
   optimizer, learning_rate = make_optimizer(config)
-  workdir.mkdir(parents=True, exist_ok=True)
-  run_config.save(workdir, config)
-
   # ---- shapes before arrays
   everywhere = sharding.replicated(mesh)
   init = compile_init(task, optimizer, config, everywhere)
   like = checkpoint.shapes(jax.eval_shape(init), everywhere)
+  # What does not fit has been said by now, so that no refused config leaves a workdir behind.
+  workdir.mkdir(parents=True, exist_ok=True)
+  run_config.save(workdir, config)
   report_parameters(like.variables)
 
   with contextlib.ExitStack() as stack:

@@ -11,6 +11,7 @@ import pytest
 from conftest import SIZE, tiny
 
 from configs import cls
+from data import prepare
 from fusa_jax import augment, checkpoint, input_pipeline, run_config, sharding, tasks, train
 from fusa_jax.errors import UserError
 
@@ -139,9 +140,12 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
     ({'task': 'detection'}, "there is no 'detection'"),
     ({'data.window': (100.0, 100.0)}, 'data.window: 100.0 is not below 100.0'),
     ({'mesh.data': 3}, 'is not the 8 devices'),
+    ({'data.image_size': 40}, 'multiples of 16: 40 is not, 48 is'),
   ],
 )
-def test_bad_configs_are_refused_before_anything_is_written(data_dir, tmp_path, overrides, reason):
+def test_bad_configs_are_refused_before_anything_is_written(raw_dir, data_dir, tmp_path, overrides, reason):
+  if 'data.image_size' in overrides:
+    data_dir = prepare.prepare(str(raw_dir), str(tmp_path / 'prepared'), overrides['data.image_size'])
   with pytest.raises(UserError, match=reason):
     train.train(tiny(**overrides), tmp_path / 'run', data_dir)
   assert not (tmp_path / 'run').exists()

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fusa_jax.errors import UserError
 from fusa_jax.models.resnet import BasicBlock, layers
 
 
@@ -21,7 +22,7 @@ class ResUNet(nn.Module):
     width: channels at full resolution; the five levels have width * (1, 2, 4, 8, 16).
     attention: a constructor of the module that scales each block's branch (FUSA), or None for the plain baseline.
 
-  Raises ValueError where height or width is not a multiple of 16, naming the next size that is.
+  Raises UserError where height or width is not a multiple of 16, naming the next size that is.
   """
 
   num_classes: int
@@ -35,7 +36,7 @@ class ResUNet(nn.Module):
     stride = 2 ** (len(self.multiples) - 1)
     for side in images.shape[1:3]:
       if side % stride:
-        raise ValueError(
+        raise UserError(
           f'ResUNet takes sides that are multiples of {stride}: {side} is not, {-side // stride * -stride} is'
         )
     kinds = layers(train, self.dtype)
