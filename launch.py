@@ -26,10 +26,8 @@ _OUTPUT = flags.DEFINE_string('output', None, 'predict: a folder for masks and n
 _PROBABILITIES = flags.DEFINE_bool('probabilities', False, 'predict: write probability volumes too')
 
 
-def main(argv):
+def main(_):
   """Dispatches on --mode. Modules are imported where they are needed: worker processes import this file too."""
-  if len(argv) > 1:
-    raise UserError(f'arguments: {argv[1]!r} is no flag; see --help')
   start_logging()
   if _MODE.value == 'predict':
     from fusa_jax import predict
@@ -52,9 +50,7 @@ def main(argv):
     evaluate.evaluate(config, workdir, prepared(config))
     return
 
-  if _CONFIG.value is None:
-    raise UserError('--config: missing; give --config=configs/seg.py or --config=configs/cls.py')
-  config, preset = resolve_config()
+  config, name = resolve_config()
   if _MODE.value == 'prepare' and config.data.dir and not config.data.raw_dir:
     raise UserError('data.raw_dir: missing; --mode=prepare needs the folder of the scans')
   data_dir = prepared(config)
@@ -64,43 +60,48 @@ def main(argv):
   from fusa_jax import evaluate, train
 
   use_compilation_cache()
-  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
-  workdir = pathlib.Path(_WORKDIR.value or f'runs/{name}-{preset}')
+  workdir = pathlib.Path(_WORKDIR.value or f'runs/{name}')
   train.train(config, workdir, data_dir)
   evaluate.evaluate(config, workdir, data_dir)
   logging.info('results: %s', workdir / 'test')
 
 
 def resolve_config():
-  """(config, name of its preset): the one asked for; without any data named, the demo, and says so."""
+  """(config, name of its file and preset): the one asked for; without any data named, the demo, and says so.
+
+  Raises:
+    UserError: there is no --config.
+  """
   config = _CONFIG.value
+  if config is None:
+    raise UserError('--config: missing; give --config=configs/seg.py or --config=configs/cls.py')
   path = config_flags.get_config_filename(flags.FLAGS['config'])
   _, _, preset = path.partition(':')
   if not names_data(config):
-    preset = 'demo'
+    preset = 'demo' if preset in ('', 'paper', 'demo') else f'demo-{preset.removeprefix("demo-")}'
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
-    config = demo_config(path.partition(':')[0])
+    config = load_config(path.partition(':')[0], preset)
     config.update_from_flattened_dict(overrides)
     print(
       'No data named: this is the demo, a small model on synthetic chest phantoms.\n'
       f'For your own scans: python launch.py --config={path} --config.data.raw_dir=FOLDER_OF_SCANS',
       flush=True,
     )
-  return config, preset or 'paper'
+  return config, f'{pathlib.Path(path.partition(":")[0]).stem}-{preset or "paper"}'
 
 
 def names_data(config) -> bool:
   return bool(config.data.raw_dir or config.data.dir)
 
 
-def demo_config(path: str):
-  """The preset `demo` of a config file."""
+def load_config(path: str, preset: str):
+  """A preset of a config file."""
   import importlib.util
 
-  spec = importlib.util.spec_from_file_location('config_of_demo', path)
+  spec = importlib.util.spec_from_file_location('config', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config('demo')
+  return module.get_config(preset)
 
 
 def prepared(config) -> pathlib.Path:
@@ -144,6 +145,8 @@ def parse_flags(argv):
   """absl's parsing with the house's errors: a wrong flag or config is one line and exit code 2."""
   try:
     rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise ValueError(f'arguments: {rest[1]!r} is no flag')
     # A config file that cannot be loaded is reported at the first look into it.
     if _CONFIG.value is not None:
       _CONFIG.value.items()
@@ -160,7 +163,8 @@ def fail(error: UserError) -> None:
   os._exit(2)
 
 
-if __name__ == '__main__':
+def start(main) -> None:
+  """Runs a main function of the remaining arguments, with the house's errors and exit codes."""
 
   def run(argv):
     try:
@@ -172,3 +176,7 @@ if __name__ == '__main__':
       os._exit(130)
 
   app.run(run, flags_parser=parse_flags)
+
+
+if __name__ == '__main__':
+  start(main)

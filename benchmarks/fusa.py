@@ -19,7 +19,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from fusa_jax import FUSA, fusa
-from fusa_jax.models.resnet import BasicBlock, layers
+from fusa_jax.models.layers import layers
+from fusa_jax.models.resnet import BasicBlock
 
 _SHAPE = flags.DEFINE_list('shape', ['4', '512', '512', '64'], 'of the block: batch, height, width, channels')
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x2', 'the chip that is compiled for')

@@ -1,6 +1,7 @@
 """What the two experiments share. A preset is a short difference from the paper's experiment."""
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def paper() -> ml_collections.ConfigDict:
@@ -9,7 +10,9 @@ def paper() -> ml_collections.ConfigDict:
   config.seed = 0
 
   config.model = ml_collections.ConfigDict()
-  config.model.width = 64  # channels of the first level
+  config.model.width = config_dict.placeholder(int)  # channels of the first level; None: the architecture's own
+  config.model.encoder = config_dict.placeholder(str)  # of linknet, pspnet, deeplabv3: resnet18, resnet34, resnet50
+  config.model.init_from = ''  # PyTorch weights to start from: .safetensors, .pth
   config.model.dtype = 'auto'  # of activations: bfloat16 on accelerators, float32 on CPU
 
   config.data = ml_collections.ConfigDict()
@@ -47,6 +50,21 @@ def paper() -> ml_collections.ConfigDict:
   config.mesh.data = -1  # devices that share a batch; -1: all that mesh.space leaves
   config.mesh.space = 1  # devices that share an image
   return config
+
+
+def read_preset(preset: str, file: str, names: tuple[str, ...]) -> tuple[bool, str | None]:
+  """(whether it is the demo's size, the model's name or None) of `paper`, `demo`, NAME or `demo-NAME`.
+
+  Raises:
+    ValueError: it is none of these.
+  """
+  name = preset.removeprefix('demo').removeprefix('-').removeprefix('paper')
+  is_demo = preset.startswith('demo')
+  if preset not in ('paper', 'demo', name, f'demo-{name}') or (name and name not in names):
+    raise ValueError(
+      f'{file} has no preset {preset!r}; one of paper, demo, a model, or demo- and a model: {", ".join(names)}'
+    )
+  return is_demo, name or None
 
 
 def demo(config: ml_collections.ConfigDict) -> None:

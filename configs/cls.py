@@ -3,20 +3,20 @@
 import ml_collections
 
 from configs import base
-
-PRESETS = ('paper', 'demo')
+from fusa_jax import models
 
 
 def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
-  """paper: FUSA-ResNet-50 on 512 x 512 slices. demo: a narrow FUSA-ResNet-18 at a size for two CPU cores."""
-  if preset not in PRESETS:
-    raise ValueError(f'configs/cls.py has no preset {preset!r}; one of {", ".join(PRESETS)}')
+  """paper: FUSA-ResNet-50 on 512 x 512 slices. demo: a narrow FUSA-ResNet-18 at a size for two CPU cores.
+
+  A model's name is the paper's experiment with that model, `demo-` and a name the demo with it.
+  """
+  is_demo, name = base.read_preset(preset, 'configs/cls.py', models.CLASSIFIERS)
   config = base.paper()
   config.task = 'classification'
-  config.model.name = 'fusa_resnet50'
-  if preset == 'demo':
+  config.model.name = name or ('fusa_resnet18' if is_demo else 'fusa_resnet50')
+  if is_demo:
     base.demo(config)
-    config.model.name = 'fusa_resnet18'
     config.model.width = 16
     # A slice has one label where it has thousands of pixels: more patients and steps, each far cheaper.
     config.data.phantom.patients = 100

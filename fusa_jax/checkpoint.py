@@ -65,6 +65,12 @@ class Checkpoints:
     return dict(self._manager.restore(step, args=items).items())
 
 
+def exists(workdir: pathlib.Path) -> bool:
+  """Whether a run in `workdir` has a checkpoint to go on from; makes no folder."""
+  folder = pathlib.Path(workdir) / 'checkpoints'
+  return folder.is_dir() and bool(ocp.utils.checkpoint_steps(folder.absolute()))
+
+
 def _score(metrics):
   return metrics['score']
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import tqdm
 
-from fusa_jax import augment, checkpoint, evaluate, input_pipeline, run_config, sharding, tasks
+from fusa_jax import augment, checkpoint, evaluate, input_pipeline, run_config, sharding, tasks, torch_weights
 from fusa_jax.errors import UserError
 from fusa_jax.metric_log import MetricLog
 
@@ -50,6 +50,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   everywhere = sharding.replicated(mesh)
   init = compile_init(task, optimizer, config, everywhere)
   like = checkpoint.shapes(jax.eval_shape(init), everywhere)
+  pretrained = None
+  if config.model.init_from and not checkpoint.exists(workdir):
+    pretrained, notes = torch_weights.initial(config.model.init_from, config.model.name, like.variables)
   # What does not fit has been said by now, so that no refused config leaves a workdir behind.
   workdir.mkdir(parents=True, exist_ok=True)
   run_config.save(workdir, config)
@@ -66,6 +69,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       logging.info('resuming %s at step %d of %d', workdir, first_step, config.train.steps)
     else:
       state = init()
+      if pretrained:
+        state = state.replace(variables=torch_weights.overlay(state.variables, pretrained))
+        logging.info('\n'.join([f'weights from {config.model.init_from}', *(f'- {note}' for note in notes)]))
     if first_step >= config.train.steps:
       return
 
@@ -169,11 +175,11 @@ def train_step(
   seed: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update from a batch {'image' int16 HU [B, H, W], 'mask' [B, H, W], 'label' [B]}; the new state and scalars."""
-  key = jax.random.fold_in(jax.random.key(seed), state.step)
-  image, mask = augment.augment(key, batch['image'], batch['mask'], augmentation)
+  augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+  image, mask = augment.augment(augment_key, batch['image'], batch['mask'], augmentation)
 
   def loss_of(params):
-    logits, batch_stats = task.train_logits({**state.variables, 'params': params}, image)
+    logits, batch_stats = task.train_logits({**state.variables, 'params': params}, image, dropout_key)
     return task.kind.loss(logits, {**batch, 'mask': mask}), batch_stats
 
   (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.variables['params'])

@@ -3,11 +3,11 @@
 import pathlib
 import re
 
-from benchmarks import parameter_table
+from benchmarks import model_table
 
 
-def test_parameter_table_is_the_computed_one():
-  assert parameter_table.table() in pathlib.Path('docs/models.md').read_text()
+def test_model_table_is_the_computed_one():
+  assert model_table.table() in pathlib.Path('docs/models.md').read_text()
 
 
 def test_links_lead_somewhere():

@@ -32,7 +32,7 @@ def launch(*arguments, home=None):
   [
     ([], '--config: missing; give --config=configs/seg.py or --config=configs/cls.py'),
     (['--config=configs/none.py'], 'configs/none.py'),
-    (['--config=configs/seg.py:huge'], "configs/seg.py has no preset 'huge'; one of paper, demo"),
+    (['--config=configs/seg.py:huge'], "configs/seg.py has no preset 'huge'; one of paper, demo, a model"),
     (['--config=configs/seg.py', '--config.train.stepz=3'], 'stepz'),
     (['--config=configs/seg.py', '--config.train.steps=three'], 'three'),
     (['--colour=red'], 'colour'),

@@ -135,7 +135,7 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
   [
     ({'train.batch_size': 6}, 'train.batch_size: 6 does not divide'),
     ({'train.warmup_steps': 4}, 'train.warmup_steps: 4 must be less than train.steps=4'),
-    ({'model.name': 'resnet18'}, 'resnet18 is not for segmentation; one of fusa_resunet'),
+    ({'model.name': 'resnet18'}, 'resnet18 is not for segmentation; one of deeplabv3'),
     ({'model.name': 'unet'}, "there is no 'unet'"),
     ({'task': 'detection'}, "there is no 'detection'"),
     ({'data.window': (100.0, 100.0)}, 'data.window: 100.0 is not below 100.0'),

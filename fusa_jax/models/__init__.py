@@ -6,23 +6,27 @@ import flax.linen as nn
 
 from fusa_jax.errors import UserError
 from fusa_jax.fusa import FUSA
-from fusa_jax.models import resnet, resunet
-
-_CLASSIFIERS = {
-  'resnet18': resnet.ResNet18,
-  'resnet34': resnet.ResNet34,
-  'resnet50': resnet.ResNet50,
-}
-_SEGMENTERS = {
-  'resunet': resunet.ResUNet,
-}
+from fusa_jax.models import deeplabv3, densenet, linknet, mobilenet, pspnet, resnet, resunet, vgg
 
 
 def _and_with_fusa(models):
   return models | {f'fusa_{name}': functools.partial(model, attention=FUSA) for name, model in models.items()}
 
 
-_CLASSIFIERS, _SEGMENTERS = _and_with_fusa(_CLASSIFIERS), _and_with_fusa(_SEGMENTERS)
+_CLASSIFIERS = {
+  'vgg16': vgg.VGG16,
+  'densenet121': densenet.DenseNet121,
+  'mobilenet_v2': mobilenet.MobileNetV2,
+  **_and_with_fusa({'resnet18': resnet.ResNet18, 'resnet34': resnet.ResNet34, 'resnet50': resnet.ResNet50}),
+}
+_SEGMENTERS = _and_with_fusa(
+  {
+    'resunet': resunet.ResUNet,
+    'linknet': linknet.LinkNet,
+    'pspnet': pspnet.PSPNet,
+    'deeplabv3': deeplabv3.DeepLabV3,
+  }
+)
 _MODELS = _CLASSIFIERS | _SEGMENTERS
 
 CLASSIFIERS = tuple(sorted(_CLASSIFIERS))
@@ -37,7 +41,9 @@ def create(name: str, num_classes: int = 1, dtype=None, **options) -> nn.Module:
     name: one of NAMES. A `fusa_` name is the plain one's class with `attention=FUSA`.
     num_classes: logits per image (classification) or per pixel (segmentation).
     dtype: of the activations (bfloat16 on accelerators); parameters, statistics and logits are float32 regardless.
-    **options: of the model's class: `width`, and whatever else it documents.
+    **options: of the model's class: `width`, `encoder`, and whatever else it documents.
+
+  In training, a model with dropout wants `rngs={'dropout': key}`.
 
   Raises:
     UserError: a name that is not in NAMES, or an option that the model does not have.

@@ -11,16 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# torchvision's initialisation of convolutions: normal, variance 2 / fan_out.
-kaiming = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-
-
-def layers(train: bool, dtype) -> dict[str, Callable]:
-  """The partials `conv` and `norm` that every block takes, so that no block knows of dtypes or of training."""
-  return {
-    'conv': functools.partial(nn.Conv, use_bias=False, kernel_init=kaiming, dtype=dtype),
-    'norm': functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype),
-  }
+from fusa_jax.errors import UserError
+from fusa_jax.models.layers import layers, wide_dtype
 
 
 class _Residual(nn.Module):
@@ -75,12 +67,19 @@ class Bottleneck(_Residual):
 
 
 class Encoder(nn.Module):
-  """Stem and four stages: x [B, H, W, any] -> features at strides 2, 4, 8, 16 and 32, a list of five."""
+  """Stem and up to four stages: x [B, H, W, any] -> a list of features at strides 2, 4, 8, 16 and 32.
+
+  Attributes:
+    stage_sizes: blocks in each stage; fewer stages make a shallower encoder.
+    output_stride: where a stage would go beyond it, its strides become dilations (all of its convolutions', as
+      segmentation_models_pytorch dilates them), so that the features stay at that stride.
+  """
 
   stage_sizes: Sequence[int]
   block: type[_Residual]
   width: int = 64
   attention: Callable | None = None
+  output_stride: int = 32
   dtype: jnp.dtype | None = None
 
   @nn.compact
@@ -91,10 +90,15 @@ class Encoder(nn.Module):
     features = [x]
     x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     for stage, size in enumerate(self.stage_sizes):
+      dilation = max(4 * 2**stage // self.output_stride, 1)
       for index in range(size):
-        stride = 2 if stage > 0 and index == 0 else 1
         x = self.block(
-          self.width * 2**stage, stride=stride, attention=self.attention, **kinds, name=f'stage{stage + 1}_{index}'
+          self.width * 2**stage,
+          stride=2 if stage > 0 and index == 0 and dilation == 1 else 1,
+          dilation=dilation,
+          attention=self.attention,
+          **kinds,
+          name=f'stage{stage + 1}_{index}',
         )(x)
       features.append(x)
     return features
@@ -112,11 +116,26 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    encoder = Encoder(self.stage_sizes, self.block, self.width, self.attention, self.dtype, name='encoder')
-    x = encoder(images, train)[-1].mean((1, 2), dtype=jnp.promote_types(images.dtype, jnp.float32))
-    return nn.Dense(self.num_classes, name='head')(x)
+    encoder = Encoder(self.stage_sizes, self.block, self.width, self.attention, dtype=self.dtype, name='encoder')
+    x = encoder(images, train)[-1]
+    return nn.Dense(self.num_classes, name='head')(x.mean((1, 2), dtype=wide_dtype(x)))
 
 
-ResNet18 = functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock)
-ResNet34 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock)
-ResNet50 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck)
+_STAGES = {
+  'resnet18': {'stage_sizes': (2, 2, 2, 2), 'block': BasicBlock},
+  'resnet34': {'stage_sizes': (3, 4, 6, 3), 'block': BasicBlock},
+  'resnet50': {'stage_sizes': (3, 4, 6, 3), 'block': Bottleneck},
+}
+ResNet18, ResNet34, ResNet50 = (functools.partial(ResNet, **_STAGES[name]) for name in _STAGES)
+
+
+def encoder_of(name: str, depth: int = 5, **options) -> Encoder:
+  """The encoder of a segmentation model, with features at `depth` strides; a submodule named `encoder`.
+
+  Raises:
+    UserError: a name that is not one of resnet18, resnet34, resnet50.
+  """
+  if name not in _STAGES:
+    raise UserError(f'model.encoder: there is no {name!r}; one of {", ".join(_STAGES)}')
+  sizes, block = _STAGES[name]['stage_sizes'], _STAGES[name]['block']
+  return Encoder(sizes[: depth - 1], block, **options, name='encoder')

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.errors import UserError
-from fusa_jax.models.resnet import BasicBlock, layers
+from fusa_jax.models.layers import check_sides, layers, wide
+from fusa_jax.models.resnet import BasicBlock
 
 
 class ResUNet(nn.Module):
@@ -33,12 +33,7 @@ class ResUNet(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    stride = 2 ** (len(self.multiples) - 1)
-    for side in images.shape[1:3]:
-      if side % stride:
-        raise UserError(
-          f'ResUNet takes sides that are multiples of {stride}: {side} is not, {-side // stride * -stride} is'
-        )
+    check_sides(images, 'ResUNet', multiple=2 ** (len(self.multiples) - 1))
     kinds = layers(train, self.dtype)
 
     def block(x, level, name, attention=self.attention):
@@ -53,5 +48,4 @@ class ResUNet(nn.Module):
         self.width * self.multiples[level], (2, 2), (2, 2), dtype=self.dtype, name=f'up{level}_conv'
       )(x)
       x = block(jnp.concatenate([skips.pop(), x], axis=-1), level, f'up{level}')
-    x = x.astype(jnp.promote_types(images.dtype, jnp.float32))
-    return nn.Conv(self.num_classes, (1, 1), name='head')(x)
+    return nn.Conv(self.num_classes, (1, 1), name='head')(wide(x))

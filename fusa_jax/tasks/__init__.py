@@ -38,10 +38,10 @@ class Task:
     """Variables {'params', 'batch_stats'} for slices of size x size."""
     return self.model.init(key, jnp.zeros((1, size, size, 1)), train=False)
 
-  def train_logits(self, variables: dict, hu: jax.Array) -> tuple[jax.Array, dict]:
-    """HU [B, H, W] -> (logits, new batch_stats), with the norms of this batch."""
+  def train_logits(self, variables: dict, hu: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
+    """HU [B, H, W] -> (logits, new batch_stats), with the norms of this batch; the key is of dropout."""
     inputs = network_input(hu, self.window)
-    logits, changed = self.model.apply(variables, inputs, train=True, mutable=['batch_stats'])
+    logits, changed = self.model.apply(variables, inputs, train=True, mutable=['batch_stats'], rngs={'dropout': key})
     return logits, changed['batch_stats']
 
   def probabilities(self, variables: dict, hu: jax.Array) -> jax.Array:
@@ -67,5 +67,7 @@ def create(config: ml_collections.ConfigDict) -> Task:
   dtype = config.model.dtype
   if dtype == 'auto':
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(dtype), width=config.model.width)
+  options = {key: config.model.get(key) for key in ('width', 'encoder')}
+  options = {key: value for key, value in options.items() if value is not None}
+  model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(dtype), **options)
   return Task(_KINDS[config.task], model, (low, high))

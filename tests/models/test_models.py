@@ -9,12 +9,29 @@ import pytest
 
 from fusa_jax import FUSA, models
 from fusa_jax.errors import UserError
-from fusa_jax.models.resnet import BasicBlock, Bottleneck, layers
+from fusa_jax.models.layers import layers
+from fusa_jax.models.resnet import BasicBlock, Bottleneck
+
+# Features are 32 times smaller than images in the deepest encoders; one size that is not square.
+SHAPE = (2, 64, 96, 3)
+WITH_DROPOUT = ('vgg16', 'mobilenet_v2', 'pspnet', 'deeplabv3')
 
 
 def variables_of(name, shape=(1, 64, 64, 1), **options):
   module = models.create(name, **options)
   return jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), jnp.zeros(shape))
+
+
+# Section II-B: each residual block contains one module; II-C: four in the encoder, four in the decoder.
+FUSA_MODULES = {
+  'resnet18': 8,
+  'resnet34': 16,
+  'resnet50': 16,
+  'resunet': 8,
+  'linknet': 8,
+  'pspnet': 7,
+  'deeplabv3': 16,
+}
 
 
 def count(variables):
@@ -23,9 +40,17 @@ def count(variables):
 
 # As torchvision documents its weights: https://pytorch.org/vision/stable/models.html (num_params).
 @pytest.mark.parametrize(
-  ('name', 'parameters'), [('resnet18', 11689512), ('resnet34', 21797672), ('resnet50', 25557032)]
+  ('name', 'parameters'),
+  [
+    ('resnet18', 11689512),
+    ('resnet34', 21797672),
+    ('resnet50', 25557032),
+    ('vgg16', 138365992),
+    ('densenet121', 7978856),
+    ('mobilenet_v2', 3504872),
+  ],
 )
-def test_resnets_have_torchvisions_number_of_parameters(name, parameters):
+def test_classifiers_have_torchvisions_number_of_parameters(name, parameters):
   assert count(variables_of(name, (1, 64, 64, 3), num_classes=1000)) == parameters
 
 
@@ -33,26 +58,55 @@ def test_resnets_have_torchvisions_number_of_parameters(name, parameters):
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_logits_have_the_agreed_shape_and_are_float32(name, dtype):
   module = models.create(name, num_classes=2, dtype=dtype, width=4)
-  images = jnp.zeros((2, 32, 48, 3))
+  images = jnp.zeros(SHAPE)
   variables = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), images)
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
-  apply = functools.partial(module.apply, train=True, mutable=['batch_stats'])
+  apply = functools.partial(module.apply, train=True, mutable=['batch_stats'], rngs={'dropout': jax.random.key(0)})
   logits, changed = jax.eval_shape(apply, variables, images)
   assert logits.dtype == jnp.float32
-  assert logits.shape == ((2, 2) if name in models.CLASSIFIERS else (2, 32, 48, 2))
+  assert logits.shape == ((2, 2) if name in models.CLASSIFIERS else (*SHAPE[:3], 2))
   assert jax.tree.structure(changed['batch_stats']) == jax.tree.structure(variables['batch_stats'])
 
 
-@pytest.mark.parametrize('plain', [name for name in models.NAMES if not name.startswith('fusa_')])
+@pytest.mark.parametrize('plain', list(FUSA_MODULES))
 def test_fusa_variants_add_attention_and_nothing_else(plain):
   flat = lambda name: {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(variables_of(name))}
   before, after = flat(plain), flat(f'fusa_{plain}')
   assert before.items() < after.items()
   added = {key for key in after if key not in before}
   assert all("['attention']" in key for key in added)
-  # Section II-B: each residual block contains one module; II-C: four in the encoder, four in the decoder.
   modules = {key.split("['attention']")[0] for key in added}
-  assert len(modules) == {'resnet18': 8, 'resnet34': 16, 'resnet50': 16, 'resunet': 8}[plain]
+  assert len(modules) == FUSA_MODULES[plain]
+
+
+def test_every_name_is_a_plain_model_or_its_fusa_variant():
+  assert set(models.NAMES) == {
+    *FUSA_MODULES,
+    *(f'fusa_{n}' for n in FUSA_MODULES),
+    'vgg16',
+    'densenet121',
+    'mobilenet_v2',
+  }
+
+
+@pytest.mark.parametrize('name', WITH_DROPOUT)
+def test_dropout_follows_its_key_in_training_and_is_off_otherwise(name):
+  module = models.create(name, width=8)
+  images = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
+  variables = module.init(jax.random.key(0), images, train=False)
+  train = jax.jit(lambda key: module.apply(variables, images, train=True, mutable='batch_stats', rngs={'dropout': key}))
+  first, again, other = (np.asarray(train(jax.random.key(seed))[0]) for seed in (1, 1, 2))
+  np.testing.assert_array_equal(first, again)
+  assert np.abs(first - other).max() > 1e-3 * np.abs(first).max()
+  jax.eval_shape(functools.partial(module.apply, train=False), variables, images)  # asks for no key
+
+
+@pytest.mark.parametrize('encoder', ['resnet18', 'resnet34', 'resnet50'])
+@pytest.mark.parametrize(('name', 'depth'), [('linknet', 5), ('pspnet', 3), ('deeplabv3', 5)])
+def test_segmenters_take_each_encoder(name, depth, encoder):
+  params = variables_of(name, encoder=encoder)['params']['encoder']
+  whole = variables_of(encoder)['params']['encoder']
+  assert params.keys() == {key for key in whole if not key.startswith('stage') or int(key[5]) < depth}
 
 
 def test_fusa_resunet_has_the_papers_channels():
@@ -96,9 +150,25 @@ def test_attention_sits_between_branch_and_shortcut():
   np.testing.assert_array_equal(out, np.maximum(x, 0))
 
 
-def test_resunet_names_the_next_size_that_it_takes():
-  with pytest.raises(ValueError, match=r'multiples of 16: 40 is not, 48 is'):
-    variables_of('resunet', (1, 32, 40, 1))
+@pytest.mark.parametrize(
+  ('name', 'reason'),
+  [
+    ('resunet', 'ResUNet takes sides that are multiples of 16: 36 is not, 48 is'),
+    ('linknet', 'LinkNet takes sides that are multiples of 32: 36 is not, 64 is'),
+    ('pspnet', 'PSPNet takes sides that are multiples of 8: 36 is not, 40 is'),
+    ('deeplabv3', 'DeepLabV3 takes sides that are multiples of 8: 36 is not, 40 is'),
+  ],
+)
+@pytest.mark.parametrize('shape', [(1, 64, 36, 1), (1, 36, 64, 1)])
+def test_decoders_name_the_next_size_that_they_take(name, reason, shape):
+  with pytest.raises(UserError, match=reason):
+    variables_of(name, shape)
+
+
+@pytest.mark.parametrize('name', ['vgg16', 'densenet121'])
+def test_pooling_to_nothing_is_refused(name):
+  with pytest.raises(UserError, match='32 and above: 31 is not, 32 is'):
+    variables_of(name, (1, 64, 31, 1))
 
 
 def test_registry_refuses_by_name():
@@ -106,3 +176,5 @@ def test_registry_refuses_by_name():
     models.create('resnet19')
   with pytest.raises(UserError, match='resnet18 cannot take .*depth'):
     models.create('resnet18', depth=3)
+  with pytest.raises(UserError, match="model.encoder: there is no 'vgg16'; one of resnet18, resnet34, resnet50"):
+    variables_of('linknet', encoder='vgg16')

@@ -1,0 +1,47 @@
+"""Size and cost of every model in the registry, as the table of docs/models.md.
+
+python -m benchmarks.model_table
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fusa_jax import models
+
+
+def shapes(module, size: int) -> dict:
+  """The shapes of a model's variables for one-channel slices."""
+  init = functools.partial(module.init, train=False)
+  return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, size, size, 1)))
+
+
+def count(module, size: int = 64) -> int:
+  """The parameters of a model; batch statistics are not counted."""
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes(module, size)['params']))
+
+
+def forward_gflops(module, size: int) -> float:
+  """10^9 floating-point operations for one slice of size x size, a multiplication and an addition being two.
+
+  XLA's count of the program before it is optimised: all of its operations, of which convolutions are nearly all.
+  """
+  images = jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32)
+  lowered = jax.jit(functools.partial(module.apply, train=False)).lower(shapes(module, size), images)
+  return lowered.cost_analysis()['flops'] / 1e9
+
+
+def table() -> str:
+  """Markdown: a row for each model, with what FUSA adds to the plain one of the same name."""
+  lines = ['| model | parameters | of these FUSA | GFLOPs at 512 x 512 |', '| --- | ---: | ---: | ---: |']
+  for name in models.NAMES:
+    plain = models.create(name.removeprefix('fusa_'))
+    module = models.create(name)
+    total = count(module)
+    lines.append(f'| `{name}` | {total:,} | {total - count(plain):,} | {forward_gflops(module, 512):.1f} |')
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  print(table())

@@ -1,0 +1,87 @@
+"""What the architectures share: convolutions and norms as PyTorch defines them, pooling and resizing to any size."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusa_jax.errors import UserError
+
+# torchvision's initialisation of convolutions: normal, variance 2 / fan_out.
+kaiming = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+
+
+class BatchNorm(nn.BatchNorm):
+  """Flax's batch norm with PyTorch's running variance.
+
+  Both normalise by the batch's own variance, sum / n; PyTorch remembers the unbiased one, sum / (n - 1), and Flax the
+  former. The two differ most where a norm sees few values: the last stages, at small sizes.
+  """
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    before = self.get_variable('batch_stats', 'var') if self.has_variable('batch_stats', 'var') else None
+    out = super().__call__(x)
+    if before is not None and not self.use_running_average:
+      count = x.size // x.shape[-1]
+      kept = self.momentum * before
+      unbiased = (self.get_variable('batch_stats', 'var') - kept) * (count / max(count - 1, 1))
+      self.put_variable('batch_stats', 'var', kept + unbiased)
+    return out
+
+
+def layers(train: bool, dtype) -> dict[str, Callable]:
+  """The partials `conv` and `norm` that every block takes, so that no block knows of dtypes or of training."""
+  return {
+    'conv': functools.partial(nn.Conv, use_bias=False, kernel_init=kaiming, dtype=dtype),
+    'norm': functools.partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype),
+  }
+
+
+def wide_dtype(x: jax.Array) -> jnp.dtype:
+  """At least float32: what means and the last layers are computed in, whatever activations are stored in."""
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def wide(x: jax.Array) -> jax.Array:
+  return x.astype(wide_dtype(x))
+
+
+def adaptive_mean(x: jax.Array, size: int) -> jax.Array:
+  """[B, H, W, C] -> [B, size, size, C] by the means of size x size bins, in at least float32.
+
+  Bin i of n is [floor(i n / size), ceil((i + 1) n / size)): PyTorch's AdaptiveAvgPool2d, whose bins overlap where n is
+  not a multiple of the size.
+  """
+  rows, columns = (_bins(n, size, wide_dtype(x)) for n in x.shape[1:3])
+  return jnp.einsum('ih,jw,bhwc->bijc', rows, columns, wide(x), precision=jax.lax.Precision.HIGHEST)
+
+
+def _bins(n, size, dtype):
+  start = np.arange(size) * n // size
+  stop = -(-np.arange(1, size + 1) * n // size)
+  inside = (np.arange(n) >= start[:, None]) & (np.arange(n) < stop[:, None])
+  return jnp.asarray(inside / inside.sum(axis=1, keepdims=True), dtype)
+
+
+def resize_corners(x: jax.Array, height: int, width: int) -> jax.Array:
+  """[B, H, W, C] -> [B, height, width, C], bilinear, the corners' centres kept: PyTorch's `align_corners=True`."""
+  rows, columns = (_corner_weights(n, m, x.dtype) for n, m in zip(x.shape[1:3], (height, width), strict=True))
+  return jnp.einsum('ih,jw,bhwc->bijc', rows, columns, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def _corner_weights(n, m, dtype):
+  """The matrix [m, n] of the interpolation along one axis; each row has at most two neighbours."""
+  at = np.arange(m) * ((n - 1) / (m - 1) if m > 1 else 0.0)
+  return jnp.asarray(np.maximum(0, 1 - np.abs(at[:, None] - np.arange(n))), dtype)
+
+
+def check_sides(images: jax.Array, model: str, multiple: int = 1, least: int = 1) -> None:
+  """Raises UserError where height or width is not a multiple, or less than the least, naming the next that is."""
+  for side in images.shape[1:3]:
+    fits = max(-(-side // multiple) * multiple, least)
+    if side != fits:
+      kind = f'multiples of {multiple}' if multiple > 1 else f'{least} and above'
+      raise UserError(f'data.image_size: {model} takes sides that are {kind}: {side} is not, {fits} is')

@@ -1,0 +1,60 @@
+"""LinkNet (Chaurasia and Culurciello 2017) as segmentation_models_pytorch has it: a ResNet, and sums on the way up."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fusa_jax.models.layers import check_sides, layers, wide
+from fusa_jax.models.resnet import encoder_of
+
+
+class LinkNet(nn.Module):
+  """Images [B, H, W, any number of channels] -> float32 logits [B, H, W, num_classes].
+
+  Five blocks up from stride 32: 1x1 convolution to a quarter of the channels, 4x4 transposed convolution of stride 2,
+  1x1 convolution to the channels of the encoder's features at that stride, which are then added.
+
+  Attributes:
+    encoder: resnet18, resnet34 or resnet50.
+    width: channels of the encoder's first level; the last block has half as many.
+    attention: of the encoder's residual blocks (FUSA), or None.
+
+  Raises UserError where height or width is not a multiple of 32, naming the next size that is.
+  """
+
+  num_classes: int
+  encoder: str = 'resnet18'
+  width: int = 64
+  attention: Callable | None = None
+  dtype: jnp.dtype | None = None
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    check_sides(images, 'LinkNet', multiple=32)
+    encoder = encoder_of(self.encoder, width=self.width, attention=self.attention, dtype=self.dtype)
+    *skips, x = encoder(images, train)
+    for index, skip in enumerate([*reversed(skips), None]):
+      features = self.width // 2 if skip is None else skip.shape[-1]
+      x = _Up(features, **layers(train, self.dtype), dtype=self.dtype, name=f'decoder{index}')(x)
+      if skip is not None:
+        x += skip
+    return nn.Conv(self.num_classes, (1, 1), name='head')(wide(x))
+
+
+class _Up(nn.Module):
+  """Twice the height and width, in a bottleneck of a quarter of the channels."""
+
+  features: int
+  conv: Callable
+  norm: Callable
+  dtype: jnp.dtype | None
+
+  @nn.compact
+  def __call__(self, x):
+    narrow = x.shape[-1] // 4
+    x = nn.relu(self.norm(name='reduce_norm')(self.conv(narrow, (1, 1), name='reduce_conv')(x)))
+    x = nn.ConvTranspose(narrow, (4, 4), (2, 2), 'SAME', dtype=self.dtype, name='up_conv')(x)
+    x = nn.relu(self.norm(name='up_norm')(x))
+    return nn.relu(self.norm(name='expand_norm')(self.conv(self.features, (1, 1), name='expand_conv')(x)))

@@ -1,0 +1,46 @@
+"""VGG-16 (Simonyan and Zisserman 2015) with batch norm, layer for layer torchvision's `vgg16_bn`."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fusa_jax.models.layers import adaptive_mean, check_sides, layers
+
+# Convolutions before each of the five max-pools, and their channels relative to the first level's.
+STAGES = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
+
+
+class VGG16(nn.Module):
+  """Images [B, H, W, any number of channels] -> float32 logits [B, num_classes].
+
+  Attributes:
+    width: channels of the first level; the two hidden dense layers have 64 times as many.
+    dropout: of the hidden dense layers.
+
+  Raises UserError where height or width is less than 32.
+  """
+
+  num_classes: int
+  width: int = 64
+  dropout: float = 0.5
+  dtype: jnp.dtype | None = None
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    check_sides(images, 'VGG', least=32)
+    kinds, x = layers(train, self.dtype), images
+    for stage, (count, multiple) in enumerate(STAGES, start=1):
+      for index in range(1, count + 1):
+        # These have a bias, although a norm follows: torchvision's and the weights there are.
+        x = kinds['conv'](self.width * multiple, (3, 3), padding=1, use_bias=True, name=f'conv{stage}_{index}')(x)
+        x = nn.relu(kinds['norm'](name=f'norm{stage}_{index}')(x))
+      x = nn.max_pool(x, (2, 2), (2, 2))
+    x = adaptive_mean(x, 7)
+    x = x.reshape(len(x), -1)
+    for name in ('dense1', 'dense2'):
+      x = nn.relu(nn.Dense(64 * self.width, kernel_init=_small, dtype=self.dtype, name=name)(x))
+      x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    return nn.Dense(self.num_classes, kernel_init=_small, name='head')(x)
+
+
+_small = nn.initializers.normal(0.01)

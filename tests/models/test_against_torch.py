@@ -1,0 +1,109 @@
+"""Every model computes what its PyTorch original does: torchvision's, smp's, or the paper's text in PyTorch.
+
+Evaluation in float32. Training in float64: what is compared is the function, and norms over the few values that small
+test images leave in the last stages amplify float32's rounding to 1e-2 in some gradients.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusa_jax import models
+from fusa_jax.torch_weights import from_torch
+
+torch = pytest.importorskip('torch')
+from benchmarks import torch_reference  # noqa: E402 (needs torch)
+
+DROPOUT = ('vgg16', 'mobilenet_v2', 'pspnet', 'deeplabv3', 'fusa_pspnet', 'fusa_deeplabv3')
+CLASSES, CHANNELS = 2, 3
+
+
+def original(name, **options):
+  """A PyTorch model with all of its tensors random, biases, norms' scales and their statistics included."""
+  torch.manual_seed(0)
+  model = torch_reference.create(name, num_classes=CLASSES, in_channels=CHANNELS, **options)
+  with torch.no_grad():
+    for key, buffer in model.named_buffers():
+      if key.endswith('running_mean'):
+        buffer.normal_(0, 0.1)
+      if key.endswith('running_var'):
+        buffer.uniform_(0.5, 1.5)
+    for parameter in model.parameters():
+      if parameter.ndim == 1:
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+  return model
+
+
+def images(height, width, dtype=np.float32):
+  return np.random.default_rng(0).normal(size=(2, height, width, CHANNELS)).astype(dtype)
+
+
+def as_torch(array):
+  return torch.tensor(np.moveaxis(array, -1, 1)) if array.ndim == 4 else torch.tensor(array)
+
+
+def distance(ours, theirs, floor=0.0):
+  return np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), floor)
+
+
+@pytest.mark.parametrize('name', models.NAMES)
+def test_logits(name):
+  theirs, module = original(name).eval(), models.create(name, num_classes=CLASSES)
+  variables = from_torch(name, theirs.state_dict())
+  apply = jax.jit(lambda variables, x: module.apply(variables, x, train=False))
+  for shape in ((64, 64), (64, 96)):
+    x = images(*shape)
+    with torch.no_grad():
+      expected = theirs(as_torch(x)).numpy()
+    expected = np.moveaxis(expected, 1, -1)
+    got = np.asarray(apply(variables, x))
+    assert got.shape == expected.shape
+    assert np.ptp(expected) > 0
+    assert distance(got, expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+  ('name', 'encoder'), [('linknet', 'resnet50'), ('pspnet', 'resnet34'), ('deeplabv3', 'resnet18')]
+)
+def test_logits_over_another_encoder(name, encoder):
+  theirs = original(name, encoder=encoder).eval()
+  x = images(64, 64)
+  with torch.no_grad():
+    expected = np.moveaxis(theirs(as_torch(x)).numpy(), 1, -1)
+  module = models.create(name, num_classes=CLASSES, encoder=encoder)
+  got = module.apply(from_torch(name, theirs.state_dict(), encoder=encoder), x, train=False)
+  assert distance(got, expected) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', models.NAMES)
+def test_a_training_step(name):
+  """The loss, every parameter's gradient and the norms' new statistics."""
+  theirs = original(name, dropout=0.0).double().train()
+  before = from_torch(name, theirs.state_dict())
+  x = images(64, 64, np.float64)
+  out = theirs(as_torch(x))
+  weights = np.random.default_rng(1).normal(size=np.moveaxis(out.detach().numpy(), 1, -1).shape)
+  loss = (out * as_torch(weights)).mean() + (out**2).mean()
+  loss.backward()
+  # Parameters that their model has and does not use (smp's PSPNet) have no gradient, and are not ours.
+  gradients = {key: p.grad if p.grad is not None else p for key, p in theirs.named_parameters()}
+  after = from_torch(name, {**gradients, **dict(theirs.named_buffers())})
+
+  module = models.create(name, num_classes=CLASSES, dtype=jnp.float64, **({'dropout': 0.0} if name in DROPOUT else {}))
+
+  def loss_of(params):
+    logits, changed = module.apply({**before, 'params': params}, x, train=True, mutable=['batch_stats'])
+    return (logits * weights).mean() + (logits**2).mean(), changed['batch_stats']
+
+  with jax.enable_x64(True):
+    (got, batch_stats), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(before['params'])
+    assert got.dtype == np.float64
+  assert abs(float(got) - loss.item()) < 1e-9 * abs(loss.item())
+  largest = max(np.linalg.norm(leaf) for leaf in jax.tree.leaves(after['params']))
+  for kind, tree in (('params', gradient), ('batch_stats', batch_stats)):
+    assert jax.tree.structure(tree) == jax.tree.structure(after[kind])
+    for (path, leaf), expected in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(after[kind]), strict=True):
+      # A bias before a norm has no gradient but rounding: it is held against the largest one.
+      assert distance(leaf, expected, floor=1e-6 * largest) < 1e-7, jax.tree_util.keystr(path)

@@ -1,0 +1,55 @@
+"""Pooling, resizing and norms against NumPy and scipy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from fusa_jax.models import layers
+
+
+def images(height, width):
+  return np.random.default_rng(0).normal(size=(2, height, width, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize(('height', 'width'), [(7, 7), (16, 16), (12, 5), (1, 3)])
+@pytest.mark.parametrize('size', [1, 3, 7])
+def test_adaptive_means_are_those_of_overlapping_bins(height, width, size):
+  x = images(height, width)
+  expected = np.empty((2, size, size, 3))
+  for i in range(size):
+    for j in range(size):
+      rows = slice(int(np.floor(i * height / size)), int(np.ceil((i + 1) * height / size)))
+      columns = slice(int(np.floor(j * width / size)), int(np.ceil((j + 1) * width / size)))
+      expected[:, i, j] = x[:, rows, columns].mean((1, 2))
+  np.testing.assert_allclose(layers.adaptive_mean(jnp.asarray(x), size), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(('height', 'width'), [(2, 2), (6, 4), (1, 5)])
+def test_resizing_keeps_the_corners(height, width):
+  """scipy's zoom, by default, also lays the centres of the corners onto each other."""
+  x = images(height, width)
+  expected = scipy.ndimage.zoom(x.astype(np.float64), (1, 16 / height, 20 / width, 1), order=1, mode='nearest')
+  out = layers.resize_corners(jnp.asarray(x), 16, 20)
+  np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(out[:, 0, 0], x[:, 0, 0], rtol=1e-6)
+  np.testing.assert_allclose(out[:, -1, -1], x[:, -1, -1], rtol=1e-5)
+
+
+def test_running_variance_is_the_unbiased_one():
+  x = images(2, 3) * 3 + 1
+  norm = layers.layers(train=True, dtype=None)['norm']()
+  variables = norm.init(jax.random.key(0), jnp.asarray(x))
+  np.testing.assert_array_equal(variables['batch_stats']['var'], 1)
+  out, changed = norm.apply(variables, jnp.asarray(x), mutable=['batch_stats'])
+  np.testing.assert_allclose(out, (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(changed['batch_stats']['mean'], 0.1 * x.mean((0, 1, 2)), rtol=1e-5)
+  np.testing.assert_allclose(changed['batch_stats']['var'], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-5)
+
+
+def test_a_single_value_has_no_variance():
+  norm = layers.layers(train=True, dtype=None)['norm']()
+  x = jnp.ones((1, 1, 1, 2))
+  _, changed = norm.apply(norm.init(jax.random.key(0), x), x, mutable=['batch_stats'])
+  np.testing.assert_allclose(changed['batch_stats']['var'], 0.9)

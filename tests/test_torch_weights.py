@@ -1,0 +1,254 @@
+"""State dicts that fit, almost fit, and do not; files of them; training from them. What they compute is tested with
+the models, in models/test_against_torch.py."""
+
+import logging
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import tiny
+from test_train import final_state
+
+from configs import cls, seg
+from fusa_jax import models, torch_weights, train
+from fusa_jax.errors import UserError
+
+torch = pytest.importorskip('torch')
+from benchmarks import torch_reference  # noqa: E402 (needs torch)
+
+
+@pytest.fixture(scope='session')
+def state_dicts():
+  """State dicts of originals with three input channels, made once each."""
+  made = {}
+
+  def get(name, num_classes=1000, **options):
+    key = (name, num_classes, *options.items())
+    if key not in made:
+      torch.manual_seed(0)
+      made[key] = torch_reference.create(name, num_classes, in_channels=3, **options).state_dict()
+    return dict(made[key])
+
+  return get
+
+
+def shapes(name, **options):
+  module = models.create(name, **options)
+  return jax.eval_shape(lambda key: module.init(key, jnp.zeros((1, 64, 64, 1)), train=False), jax.random.key(0))
+
+
+def save(state, path):
+  torch.save(state, path)
+  return path
+
+
+@pytest.mark.parametrize('name', models.NAMES)
+def test_a_tensor_too_few_too_many_or_of_another_shape_is_refused_by_name(name, state_dicts):
+  """Each way with tensors from both ends of the model and its middle."""
+  whole = state_dicts(name, num_classes=2)
+  keys = [k for k in whole if 'num_batches' not in k and not (name.endswith('pspnet') and 'layer' in k)]
+  for key in (keys[0], keys[len(keys) // 2], keys[-1]):
+    refused = lambda state, name=name: pytest.raises(UserError, match=state)
+    with refused(f'does not fit {name}: {key} is missing'):
+      torch_weights.from_torch(name, {k: v for k, v in whole.items() if k != key})
+    with refused(f'{key} has shape .*, not '):
+      torch_weights.from_torch(name, whole | {key: torch.zeros([n + 1 for n in whole[key].shape])}, num_classes=2)
+  with pytest.raises(UserError, match='layer9.0.conv1.weight is left over; give the weights of this architecture'):
+    torch_weights.from_torch(name, whole | {'layer9.0.conv1.weight': torch.zeros(3)})
+  with pytest.raises(UserError, match=r'has shape \(2.*, not \(5'):
+    torch_weights.from_torch(name, whole, num_classes=5)
+
+
+def test_every_tensor_is_used_exactly_once(state_dicts):
+  """Filled with a number of its own each, all numbers arrive, in the tensors' sizes."""
+  whole = state_dicts('fusa_resnet18')
+  whole = {k: np.full(v.shape, i, np.float32) for i, (k, v) in enumerate(whole.items()) if 'num_batches' not in k}
+  leaves = jax.tree.leaves(torch_weights.from_torch('fusa_resnet18', whole))
+  sizes = lambda arrays: sorted((int(a.flat[0]), a.size) for a in arrays)
+  assert all((leaf == leaf.flat[0]).all() for leaf in leaves)
+  assert len({number for number, _ in sizes(leaves)}) == len(whole)
+  assert sizes(leaves) == sizes(whole.values())
+
+
+def test_what_is_returned_is_a_copy(state_dicts):
+  whole = state_dicts('resnet18')
+  variables = torch_weights.from_torch('resnet18', whole)
+  before = variables['batch_stats']['encoder']['norm1']['mean'].copy()
+  changed = whole['bn1.running_mean']
+  changed.add_(1)
+  np.testing.assert_array_equal(variables['batch_stats']['encoder']['norm1']['mean'], before)
+  changed.sub_(1)
+
+
+def test_older_names_are_read(state_dicts):
+  """torchvision's DenseNet file has `denselayer1.norm.1`, smp's older DeepLabV3 a decoder of numbered parts."""
+  for name, renames in {
+    'densenet121': [(f'{kind}{n}.', f'{kind}.{n}.') for kind in ('norm', 'conv') for n in (1, 2)],
+    'deeplabv3': [('decoder.aspp.', 'decoder.0.'), ('decoder.conv.', 'decoder.1.'), ('decoder.bn.', 'decoder.2.')],
+  }.items():
+    whole, older = state_dicts(name, num_classes=2), {}
+    for key, value in whole.items():
+      old = key
+      for new_part, old_part in renames:
+        if name != 'densenet121' or 'denselayer' in key:
+          old = old.replace(new_part, old_part)
+      older[old] = value
+    assert older.keys() != whole.keys()
+    jax.tree.map(
+      np.testing.assert_array_equal, torch_weights.from_torch(name, older), torch_weights.from_torch(name, whole)
+    )
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_three_channels_become_one_with_the_same_function_of_a_grey_image(suffix, state_dicts, tmp_path):
+  """The file of a model for colour images, against the original on grey ones."""
+  torch.manual_seed(0)
+  theirs = torch_reference.create('resnet18', 1, in_channels=3).eval()
+  path = tmp_path / f'weights{suffix}'
+  if suffix == '.pth':
+    save({'state_dict': theirs.state_dict(), 'epoch': 3}, path)
+  else:
+    safetensors.numpy.save_file({k: v.numpy() for k, v in theirs.state_dict().items()}, path)
+  variables, notes = torch_weights.initial(path, 'resnet18', shapes('resnet18'))
+  assert notes == ['conv1.weight: summed over its 3 input channels, for grey images']
+  grey = np.random.default_rng(0).normal(size=(2, 64, 64, 1)).astype(np.float32)
+  with torch.no_grad():
+    expected = theirs(torch.tensor(grey).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)).numpy()
+  got = models.create('resnet18').apply(variables, grey, train=False)
+  np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_half_precision_files_are_read_as_float32(state_dicts, tmp_path):
+  whole = state_dicts('mobilenet_v2', num_classes=1)
+  for dtype in (torch.float16, torch.bfloat16):
+    path = save({k: v.to(dtype) for k, v in whole.items()}, tmp_path / 'half.pth')
+    variables, _ = torch_weights.initial(path, 'mobilenet_v2', shapes('mobilenet_v2'))
+    kernel = variables['params']['head']['kernel']
+    assert kernel.dtype == np.float32
+    np.testing.assert_allclose(kernel, whole['classifier.1.weight'].numpy().T, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['vgg16', 'densenet121', 'mobilenet_v2', 'resnet50'])
+def test_an_imagenet_classifier_starts_ours_without_its_head(name, state_dicts, tmp_path):
+  path = save(state_dicts(name), tmp_path / 'imagenet.pth')
+  like = shapes(name)
+  variables, notes = torch_weights.initial(path, name, like)
+  assert notes[0] == 'the head for 1000 classes is dropped; one for 1 starts anew'
+  assert 'summed over its 3 input channels' in notes[1]
+  assert 'head' not in variables['params']
+  missing = like['params'].keys() - variables['params'].keys()
+  assert missing == {'head'}
+  assert jax.tree.map(np.shape, variables['batch_stats']) == jax.tree.map(np.shape, like['batch_stats'])
+
+
+def test_a_classifier_starts_the_encoder_of_a_segmenter(state_dicts, tmp_path):
+  path = save(state_dicts('resnet50'), tmp_path / 'resnet50.pth')
+  whole = torch_weights.from_torch('resnet50', state_dicts('resnet50'))
+  for name, options in (('deeplabv3', {}), ('pspnet', {}), ('linknet', {'encoder': 'resnet50'})):
+    variables, notes = torch_weights.initial(path, name, shapes(name, **options))
+    assert notes[0].startswith('a classifier: its weights start the encoder')
+    assert variables['params'].keys() == {'encoder'}
+    last = 'stage2_3' if name == 'pspnet' else 'stage4_2'
+    for kind in ('params', 'batch_stats'):
+      ours, theirs = variables[kind]['encoder'], whole[kind]['encoder']
+      jax.tree.map(np.testing.assert_array_equal, ours[last], theirs[last])
+
+
+def test_weights_without_fusa_start_a_model_with_it(state_dicts, tmp_path):
+  path = save(state_dicts('resnet18'), tmp_path / 'resnet18.pth')
+  like = shapes('fusa_resnet18')
+  variables, notes = torch_weights.initial(path, 'fusa_resnet18', like)
+  assert 'no FUSA in it: its parameters start anew' in notes
+  block = variables['params']['encoder']['stage1_0']
+  assert 'attention' in like['params']['encoder']['stage1_0']
+  assert 'attention' not in block and 'conv1' in block
+
+
+def test_some_of_fusa_is_not_enough(state_dicts, tmp_path):
+  whole = state_dicts('fusa_resnet18')
+  del whole['layer1.0.attention.fuse.bias']
+  with pytest.raises(UserError, match=r'layer1.0.attention.fuse.bias is missing'):
+    torch_weights.initial(save(whole, tmp_path / 'w.pth'), 'fusa_resnet18', shapes('fusa_resnet18'))
+
+
+def test_another_architecture_is_refused_in_one_line(state_dicts, tmp_path):
+  path = save(state_dicts('resnet18'), tmp_path / 'resnet18.pth')
+  with pytest.raises(UserError) as caught:
+    torch_weights.initial(path, 'resnet50', shapes('resnet50'))
+  assert 'resnet18.pth does not fit resnet50: ' in str(caught.value)
+  assert 'more; give the weights of this architecture' in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+class Code:
+  def __reduce__(self):
+    return (print, ('a pickle that runs code',))
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'reason'),
+  [
+    ('none.pth', None, 'does not exist; give a .safetensors or .pth file'),
+    ('weights.onnx', b'x', 'is neither .safetensors nor .pth'),
+    ('cut.pth', b'PK\x03\x04', 'cannot be opened'),
+    ('cut.safetensors', b'\x00\x01', 'is no .safetensors file'),
+    ('code.pth', Code(), 'cannot be opened'),
+    ('list.pth', [1, 2], 'holds no state dict'),
+    ('numbers.pth', {'epoch': 3}, 'holds no state dict'),
+  ],
+)
+def test_files_that_hold_no_state_dict(name, content, reason, tmp_path, capsys):
+  path = tmp_path / name
+  if isinstance(content, bytes):
+    path.write_bytes(content)
+  elif content is not None:
+    save(content, path)
+  with pytest.raises(UserError, match=reason) as caught:
+    torch_weights.read(path)
+  assert str(caught.value).startswith(f'model.init_from: {path}')
+  assert '\n' not in str(caught.value)
+  assert 'runs code' not in capsys.readouterr().out
+
+
+def test_pth_without_pytorch_says_so(tmp_path, monkeypatch):
+  path = save({'w': torch.zeros(2)}, tmp_path / 'w.pth')
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(UserError, match='needs PyTorch to be opened; pip install torch, or save it as .safetensors'):
+    torch_weights.read(path)
+
+
+def test_training_starts_from_the_file_and_resuming_does_not_read_it(data_dir, tmp_path, caplog, state_dicts):
+  """Without a learning rate to speak of, the parameters after training are those that it started from."""
+  state = state_dicts('resunet', num_classes=1, width=4)
+  path = save(state, tmp_path / 'resunet.pth')
+  config = tiny(
+    seg, **{'model.name': 'resunet', 'train.learning_rate': 1e-12, 'train.steps': 2, 'model.init_from': str(path)}
+  )
+  with caplog.at_level(logging.INFO):
+    train.train(config, tmp_path / 'run', data_dir)
+  assert f'weights from {path}' in caplog.text
+  assert 'stem.conv1.weight: summed over its 3 input channels' in caplog.text
+  assert 'stem.downsample.0.weight: summed over its 3 input channels' in caplog.text
+  _, items = final_state(config, tmp_path / 'run')
+  expected = torch_weights.from_torch('resunet', state, width=4)['params']
+  np.testing.assert_allclose(
+    items['variables']['params']['up3']['conv1']['kernel'], expected['up3']['conv1']['kernel'], atol=1e-9
+  )
+  np.testing.assert_allclose(
+    items['variables']['params']['stem']['conv1']['kernel'],
+    expected['stem']['conv1']['kernel'].sum(axis=2, keepdims=True),
+    atol=1e-7,
+  )
+  path.unlink()
+  train.train(config, tmp_path / 'run', data_dir)
+
+
+def test_weights_that_do_not_fit_leave_no_workdir(data_dir, tmp_path, state_dicts):
+  path = save(state_dicts('mobilenet_v2'), tmp_path / 'w.pth')
+  config = tiny(cls, **{'model.init_from': str(path)})
+  with pytest.raises(UserError, match='does not fit fusa_resnet18'):
+    train.train(config, tmp_path / 'run', data_dir)
+  assert not (tmp_path / 'run').exists()
