@@ -1,0 +1,30 @@
+"""Operations as XLA counts them against PyTorch's own counter."""
+
+import pytest
+
+from benchmarks import model_table
+from fusa_jax import models
+
+torch = pytest.importorskip('torch')
+from benchmarks import torch_reference  # noqa: E402 (needs torch)
+
+
+@pytest.mark.parametrize('name', [name for name in models.NAMES if not name.startswith('fusa_')])
+def test_gflops_are_pytorchs(name):
+  """Within 6%: XLA also counts norms and activations, and leaves out products with padding (much of DeepLabV3's)."""
+  from torch.utils.flop_counter import FlopCounterMode
+
+  with torch.device('meta'):
+    model = torch_reference.create(name).eval()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+      model(torch.zeros(1, 1, 512, 512))
+  ratio = model_table.forward_gflops(models.create(name), 512) / (counter.get_total_flops() / 1e9)
+  assert (0.8 if name == 'deeplabv3' else 0.94) < ratio < 1.06
+
+
+def test_parameters_are_pytorchs():
+  for name in ('fusa_resnet50', 'fusa_resunet', 'linknet', 'vgg16'):
+    with torch.device('meta'):
+      model = torch_reference.create(name)
+    assert model_table.count(models.create(name)) == sum(p.numel() for p in model.parameters())
