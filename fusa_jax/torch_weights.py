@@ -110,7 +110,7 @@ _UNUSED = {'pspnet': re.compile(r'encoder\.layer[34]\.')}
 _COUNTER = 'num_batches_tracked'
 
 # Our first layers, for the number of input channels.
-_FIRST = ('encoder/conv1/kernel', 'conv1_1/kernel', 'conv0/kernel', 'stem_conv/kernel', 'stem/conv1/kernel')
+_FIRST = [f'params/{layer}/kernel' for layer in ('encoder/conv1', 'conv1_1', 'conv0', 'stem_conv', 'stem/conv1')]
 
 
 def from_torch(name: str, state_dict: Mapping[str, Any], **options) -> dict:
@@ -128,8 +128,8 @@ def from_torch(name: str, state_dict: Mapping[str, Any], **options) -> dict:
     UserError: a tensor is missing, left over, or of another shape; names it.
   """
   tensors, rules = _canonical(name, state_dict), _rules(name)
-  first = next((tensors[_torch_name(path, rules)] for path in _FIRST if _torch_name(path, rules) in tensors), None)
-  head = tensors.get(_torch_name('head/bias', rules))
+  first = next((tensors[_torch_name(key, rules)] for key in _FIRST if _torch_name(key, rules) in tensors), None)
+  head = tensors.get(_torch_name('params/head/bias', rules))
   if head is not None:
     options.setdefault('num_classes', len(head))
   module = models.create(name, **options)
@@ -164,34 +164,28 @@ def initial(path: str | pathlib.Path, name: str, like: dict) -> tuple[dict, list
   """
   tensors, rules, notes = _canonical(name, read(path)), _rules(name), []
   wanted = _flat(like)
-  drop = lambda keys: [wanted.pop(key) for key in keys]
 
-  is_encoders = lambda key: key.split('/', 1)[1].startswith('encoder/')
-  if any(map(is_encoders, wanted)) and name in models.SEGMENTERS and not any(k.startswith('encoder.') for k in tensors):
-    tensors = {f'encoder.{key}': value for key, value in tensors.items() if not key.startswith('fc.')}
-    drop([key for key in wanted if not is_encoders(key)])
+  is_encoders = lambda key: '/encoder/' in key
+  if name in models.SEGMENTERS and any(map(is_encoders, wanted)) and not any(k.startswith('encoder.') for k in tensors):
+    tensors = _canonical(name, {f'encoder.{key}': tensors[key] for key in tensors if not key.startswith('fc.')})
+    wanted = {key: value for key, value in wanted.items() if is_encoders(key)}
     notes.append('a classifier: its weights start the encoder, without its head; the decoder starts anew')
-  unused = _UNUSED.get(_plain(name))
-  tensors = {key: value for key, value in tensors.items() if not (unused and unused.match(key))}
 
-  heads = [key for key in wanted if key.startswith('params/head/')]
-  found = {key: tensors.get(_torch_name(key.split('/', 1)[1], rules)) for key in heads}
-  if heads and all(value is not None for value in found.values()):
-    classes, ours = len(found['params/head/bias']), wanted['params/head/bias'].shape[0]
-    if classes != ours:
-      drop(heads)
-      for key in heads:
-        del tensors[_torch_name(key.split('/', 1)[1], rules)]
-      notes.append(f'the head for {classes} classes is dropped; one for {ours} starts anew')
+  head = tensors.get(_torch_name('params/head/bias', rules))
+  if 'params/head/bias' in wanted and head is not None and len(head) != wanted['params/head/bias'].size:
+    notes.append(f'the head for {len(head)} classes is dropped; one for {wanted["params/head/bias"].size} starts anew')
+    for key in ('params/head/kernel', 'params/head/bias'):
+      del wanted[key]
+      tensors.pop(_torch_name(key, rules), None)
 
-  attention = [key for key in wanted if '/attention/' in key]
-  if attention and not any('.attention.' in key for key in tensors):
-    drop(attention)
+  is_attentions = lambda key: '/attention/' in key
+  if any(map(is_attentions, wanted)) and not any('.attention.' in key for key in tensors):
+    wanted = {key: value for key, value in wanted.items() if not is_attentions(key)}
     notes.append('no FUSA in it: its parameters start anew')
 
   for key, value in wanted.items():
-    torch_name = _torch_name(key.split('/', 1)[1], rules)
-    tensor, shape = tensors.get(torch_name), _torch_shape(key, value.shape)
+    torch_name, shape = _torch_name(key, rules), _torch_shape(key, value.shape)
+    tensor = tensors.get(torch_name)
     if len(shape) == 4 and shape[1] == 1 and tensor is not None and tensor.shape == (shape[0], 3, *shape[2:]):
       tensors[torch_name] = tensor.sum(axis=1, keepdims=True)
       notes.append(f'{torch_name}: summed over its 3 input channels, for grey images')
@@ -255,7 +249,8 @@ def _rules(name):
   return [*_FAMILIES['resnet' if plain.startswith('resnet') else plain], *_LEAVES]
 
 
-def _torch_name(path, rules):
+def _torch_name(key, rules):
+  path = key.split('/', 1)[1]  # without `params` or `batch_stats`
   for pattern, replacement in rules:
     path = re.sub(pattern, replacement, path)
   return path.replace('/', '.')
@@ -313,7 +308,7 @@ def _match(wanted, tensors, rules):
   """({our key: array}, what is wrong): each of `wanted` from one of `tensors`, and none of these left over."""
   found, problems, left = {}, [], dict(tensors)
   for key, value in wanted.items():
-    torch_name, shape = _torch_name(key.split('/', 1)[1], rules), _torch_shape(key, value.shape)
+    torch_name, shape = _torch_name(key, rules), _torch_shape(key, value.shape)
     tensor = left.pop(torch_name, None)
     if tensor is None:
       problems.append(f'{torch_name} is missing')
