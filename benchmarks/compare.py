@@ -3,10 +3,11 @@
   python -m benchmarks.compare --models=resunet,fusa_resunet --image_size=512 --batch_size=8 --json=FILE
   python -m benchmarks.compare --models=resnet18,fusa_resnet18 --image_size=128 --batch_size=4   (on a CPU)
 
-Both start from the same int16 HU batch on the device and do the same: window, model, loss, backward pass, AdamW; or
-window, model, sigmoid. Ours is the loop's own step, without augmentation. PyTorch runs channels_last, eagerly and by
-`torch.compile` where that works; on a GPU under bfloat16 autocast, as our activations are bfloat16 there. All run in
-turn in this process; times are medians over rounds.
+Both start from the same weights and the same int16 HU batch on the device, and do the same: window, model, loss,
+backward pass, AdamW; or window, model, sigmoid. Ours is the loop's own step, without augmentation. PyTorch runs
+channels_last, eagerly and by `torch.compile` where that works; on a GPU under bfloat16 autocast, as our activations are
+bfloat16 there. Before anything is timed, the probabilities of all must agree. All run in turn in this process; times
+are medians over rounds.
 
 The FLOP rate counts the same work for all: the forward pass of our factored form as XLA counts it, and three times that
 for a training step. Memory is the most that was held at once: on a GPU what the allocator (PyTorch) and the compiler
@@ -39,7 +40,7 @@ from absl import flags
 import launch
 from benchmarks import model_table, torch_reference
 from configs import cls, seg
-from fusa_jax import checkpoint, evaluate, models, sharding, tasks, train
+from fusa_jax import checkpoint, evaluate, models, sharding, tasks, torch_weights, train
 from fusa_jax.files import replacing
 
 _MODELS = flags.DEFINE_list('models', ['resunet', 'fusa_resunet', 'resnet50', 'fusa_resnet50'], 'of the registry')
@@ -50,6 +51,7 @@ _STEPS = flags.DEFINE_integer('steps', 3, 'steps in a turn')
 _COMPILE = flags.DEFINE_bool('torch_compile', True, 'let torch.compile run as well')
 _JSON = flags.DEFINE_string('json', None, 'a file for the numbers')
 
+_SEED = 0
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device('cuda' if ON_GPU else 'cpu')
 
@@ -60,7 +62,7 @@ class Contestant:
 
   name: str
   step: Callable[[], None]
-  infer: Callable[[], None]
+  infer: Callable[[], object]  # the probabilities, an array of the framework's
   wait: Callable[[], None]
   memory: Callable[[], int]
 
@@ -95,13 +97,17 @@ def ours(name: str, batch: dict[str, np.ndarray]) -> Contestant:
   step = train.compile_step(task, optimizer, config, mesh, checkpoint.shapes(jax.eval_shape(init), everywhere))
   infer = jax.jit(task.probabilities)
   placed = {key: jax.device_put(value, sharding.batched(mesh, value.ndim)) for key, value in batch.items()}
-  held = {'state': init(), 'out': None}
+  torch.manual_seed(_SEED)
+  weights = torch_weights.from_torch(name, torch_reference.create(name).state_dict())
+  state = init()
+  held = {'state': state.replace(variables=torch_weights.overlay(state.variables, weights)), 'out': None}
 
   def run_step():
     held['state'], held['out'] = step(held['state'], placed)
 
   def run_infer():
     held['out'] = infer(held['state'].variables, placed['image'])
+    return held['out']
 
   def memory():
     found = step.memory_analysis()
@@ -114,6 +120,7 @@ def ours(name: str, batch: dict[str, np.ndarray]) -> Contestant:
 def theirs(name: str, batch: dict[str, np.ndarray], compiled: bool) -> Contestant:
   config = config_of(name)
   low, high = config.data.window
+  torch.manual_seed(_SEED)
   model = torch_reference.create(name).to(DEVICE, memory_format=torch.channels_last)
   optimizer = torch.optim.AdamW(
     model.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=ON_GPU
@@ -149,7 +156,7 @@ def theirs(name: str, batch: dict[str, np.ndarray], compiled: bool) -> Contestan
   def run_infer():
     model.eval()
     with torch.inference_mode():
-      probabilities_of(placed['image'])
+      return probabilities_of(placed['image'])
 
   wait = torch.cuda.synchronize if ON_GPU else lambda: None
   title = 'PyTorch, torch.compile' if compiled else 'PyTorch, eager'
@@ -195,19 +202,22 @@ def compare(name: str) -> list[dict]:
   makers = [functools.partial(ours, name, batch), functools.partial(theirs, name, batch, False)]
   if _COMPILE.value:
     makers.append(functools.partial(theirs, name, batch, True))
-  contestants, memory = [], {}
+  contestants, memory, outputs = [], {}, []
   for make in makers:
     before = 0 if ON_GPU else _resident()
     contestant = make()
     try:
+      probabilities = contestant.infer()
       contestant.step()
-      contestant.infer()
       contestant.wait()
     except Exception as error:  # torch.compile fails in many ways, none of them ours
       if contestant.name == 'JAX':
         raise
       print(f'{name}, {contestant.name}: {str(error).strip().splitlines()[0]}', file=sys.stderr)
       continue
+    outputs.append(np.asarray(probabilities.cpu() if torch.is_tensor(probabilities) else probabilities))
+    difference = np.abs(outputs[-1] - outputs[0]).max()
+    assert difference < (0.02 if ON_GPU else 1e-3), f'{name}, {contestant.name}: probabilities differ by {difference}'
     memory[contestant.name] = peak_memory(contestant, before)
     contestants.append(contestant)
   steps, inferences = ({c.name: [] for c in contestants} for _ in range(2))

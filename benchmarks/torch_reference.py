@@ -56,16 +56,37 @@ class FUSA(nn.Module):
     return x * torch.sigmoid(self.fuse(both))
 
 
-def _with_fusa(model: nn.Module) -> nn.Module:
-  """The model with FUSA at the end of each torchvision residual block's branch (section II-B).
+class _FUSABasicBlock(torchvision.models.resnet.BasicBlock):
+  """torchvision's block with FUSA at the end of its branch (section II-B)."""
 
-  A block runs its last norm, then adds the shortcut: what belongs between the two goes behind the norm.
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    y = F.relu(self.bn1(self.conv1(x)))
+    y = self.attention(self.bn2(self.conv2(y)))
+    return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class _FUSABottleneck(torchvision.models.resnet.Bottleneck):
+  """As _FUSABasicBlock."""
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    y = F.relu(self.bn1(self.conv1(x)))
+    y = F.relu(self.bn2(self.conv2(y)))
+    y = self.attention(self.bn3(self.conv3(y)))
+    return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+def _with_fusa(model: nn.Module) -> nn.Module:
+  """The model with FUSA in each of its torchvision residual blocks, smp's encoders included.
+
+  The blocks change their class. A hook behind the last norm would be shorter, but `torch.compile` passes over it.
   """
   for block in list(model.modules()):
-    if isinstance(block, torchvision.models.resnet.BasicBlock | torchvision.models.resnet.Bottleneck):
-      last_norm = block.bn3 if isinstance(block, torchvision.models.resnet.Bottleneck) else block.bn2
-      block.attention = FUSA(last_norm.num_features)
-      last_norm.register_forward_hook(lambda _norm, _inputs, out, block=block: block.attention(out))
+    if isinstance(block, torchvision.models.resnet.BasicBlock):
+      block.attention = FUSA(block.bn2.num_features)
+      block.__class__ = _FUSABasicBlock
+    elif isinstance(block, torchvision.models.resnet.Bottleneck):
+      block.attention = FUSA(block.bn3.num_features)
+      block.__class__ = _FUSABottleneck
   return model
 
 
