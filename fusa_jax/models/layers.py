@@ -32,6 +32,28 @@ class BatchNorm(nn.BatchNorm):
     return out
 
 
+class Doubling(nn.Module):
+  """2x2 transposed convolution of stride 2 to twice the height and width, with bias; parameters as nn.ConvTranspose's.
+
+  Each output pixel sees one input pixel, so that it is a matrix product to four times the features, laid out in twos.
+  As a convolution, its gradients are dilated ones, for which XLA's CPU backend has no fast form: they took 2.7 of the
+  5.8 s of a training step of ResUNet (docs/benchmarks.md).
+  """
+
+  features: int
+  dtype: jnp.dtype | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param('kernel', nn.initializers.lecun_normal(), (2, 2, x.shape[-1], self.features))
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    batch, height, width, _ = x.shape
+    # lax.conv_transpose lays its kernel down mirrored.
+    out = jnp.einsum('bhwi,ydio->bhywdo', x, kernel[::-1, ::-1]) + bias
+    return out.reshape(batch, 2 * height, 2 * width, self.features)
+
+
 def layers(train: bool, dtype) -> dict[str, Callable]:
   """The partials `conv` and `norm` that every block takes, so that no block knows of dtypes or of training."""
   return {

@@ -1,5 +1,6 @@
 """Pooling, resizing and norms against NumPy and scipy."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,3 +54,20 @@ def test_a_single_value_has_no_variance():
   x = jnp.ones((1, 1, 1, 2))
   _, changed = norm.apply(norm.init(jax.random.key(0), x), x, mutable=['batch_stats'])
   np.testing.assert_allclose(changed['batch_stats']['var'], 0.9)
+
+
+def test_doubling_is_a_transposed_convolution():
+  """Values and gradients, against Flax's, from the same parameters."""
+  x = jnp.asarray(images(3, 4))
+  theirs, ours = nn.ConvTranspose(5, (2, 2), (2, 2)), layers.Doubling(5)
+  variables = theirs.init(jax.random.key(0), x)
+  jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), x), variables)
+  weights = np.random.default_rng(1).normal(size=(2, 6, 8, 5))
+
+  def loss(module, variables, x):
+    return (module.apply(variables, x) * weights).sum(), module.apply(variables, x)
+
+  (_, expected), gradients = jax.value_and_grad(loss, (1, 2), has_aux=True)(theirs, variables, x)
+  (_, out), ours_gradients = jax.value_and_grad(loss, (1, 2), has_aux=True)(ours, variables, x)
+  np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours_gradients, gradients)
