@@ -29,6 +29,8 @@ def settings():
 def test_rows_and_json(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(flags.FLAGS['models'], 'value', ['resnet18'])
   monkeypatch.setattr(flags.FLAGS['json'], 'value', str(tmp_path / 'numbers.json'))
+  monkeypatch.setattr(compare.launch, 'start_logging', lambda: None)
+  monkeypatch.setattr(compare.launch, 'use_compilation_cache', lambda: None)
   compare.main([])
   written = json.loads((tmp_path / 'numbers.json').read_text())
   assert [row['framework'] for row in written['rows']] == ['JAX', 'PyTorch, eager']
@@ -58,7 +60,10 @@ def test_both_sides_compute_the_same_loss(name, monkeypatch):
 
   weights = {}
   monkeypatch.setattr(compare.torch_reference, 'create', remember)
-  batch = compare.batch_of(32, 2)
+  # Enough values for each norm, of which the last see 16, to be well conditioned.
+  monkeypatch.setattr(flags.FLAGS['image_size'], 'value', 64)
+  monkeypatch.setattr(flags.FLAGS['batch_size'], 'value', 4)
+  batch = compare.batch_of(64, 4)
   compare.theirs(name, batch, compiled=False).step()
 
   config = compare.config_of(name)
@@ -76,4 +81,4 @@ def test_both_sides_compute_the_same_loss(name, monkeypatch):
       seed=0,
     )
   )(state, batch)
-  assert losses == [pytest.approx(float(scalars['loss']), rel=1e-3)]  # norms over two values a channel
+  assert losses == [pytest.approx(float(scalars['loss']), rel=1e-4)]
