@@ -44,7 +44,8 @@ def as_torch(array):
 
 
 def distance(ours, theirs, floor=0.0):
-  return np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), floor)
+  # NumPy on both sides: outside of x64 mode JAX would subtract in float32.
+  return np.linalg.norm(np.asarray(ours) - theirs) / max(np.linalg.norm(theirs), floor)
 
 
 @pytest.mark.parametrize('name', models.NAMES)
