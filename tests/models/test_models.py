@@ -1,4 +1,4 @@
-"""The models' shapes, sizes and starts. That they compute what PyTorch's do is for the tests of torch_weights."""
+"""The models' shapes, sizes and starts. That they compute what PyTorch's do is in test_against_torch.py."""
 
 import functools
 
