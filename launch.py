@@ -7,33 +7,69 @@ python launch.py --mode=predict --workdir=RUN --input=SCAN_OR_FOLDER --output=FO
 import logging
 import os
 import pathlib
+import signal
 import sys
+import traceback
 
 import absl.logging
 import tqdm
 from absl import app, flags
 from ml_collections import config_flags
 
-from fusa_jax.errors import UserError
+from fusa_jax.errors import DoesNotFitError, Terminated, UserError
 
-MODES = ('train', 'evaluate', 'predict', 'prepare')
+MODES = ('train', 'evaluate', 'predict', 'prepare', 'aot')
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/seg.py or configs/cls.py, with :preset or without')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'train also prepares before and evaluates after')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run; default: runs/ and the name of the config')
 _INPUT = flags.DEFINE_string('input', None, 'predict: a scan (.nii, .nii.gz), or a folder of scans')
-_OUTPUT = flags.DEFINE_string('output', None, 'predict: a folder for masks and numbers')
+_OUTPUT = flags.DEFINE_string('output', None, 'predict: a folder for masks and numbers; aot: for its reports')
+_TOPOLOGY = flags.DEFINE_string('topology', 'v5e:4x4', 'aot: the TPU slice to compile for')
+_SLICES = flags.DEFINE_integer('slices', 1, 'aot: how many such slices')
+_SWEEP = flags.DEFINE_bool('sweep', False, "aot: slices of 8 to 256 chips of the topology's kind, into docs/scaling.md")
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'several hosts: HOST:PORT of process 0, where nothing tells it')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'several hosts: how many processes')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'several hosts: the number of this one, from 0')
+_CONNECT_TIMEOUT = flags.DEFINE_integer('connect_timeout', 300, 'several hosts: seconds to wait for all to come')
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+  'heartbeat_timeout', 100, 'several hosts: seconds of silence after which a process counts as dead and all others end'
+)
 _PROBABILITIES = flags.DEFINE_bool('probabilities', False, 'predict: write probability volumes too')
 
 
 def main(_):
   """Dispatches on --mode. Modules are imported where they are needed: worker processes import this file too."""
   start_logging()
+  if _MODE.value == 'aot':
+    compile_ahead()
+    return
+  from fusa_jax import sharding
+
+  sharding.connect(
+    _COORDINATOR.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    connect_timeout=_CONNECT_TIMEOUT.value,
+    heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
+  )
+  if not sharding.is_main():
+    logging.getLogger().setLevel(logging.WARNING)
+  work()
+  sharding.disconnect()
+
+
+def work() -> None:
+  """What --mode says, in each process of the run."""
+  from fusa_jax import sharding
+
   if _MODE.value == 'predict':
     from fusa_jax import predict
 
     use_compilation_cache()
-    predict.predict(path_flag(_WORKDIR), path_flag(_INPUT), path_flag(_OUTPUT), probabilities=_PROBABILITIES.value)
+    workdir, source, output = (path_flag(flag) for flag in (_WORKDIR, _INPUT, _OUTPUT))
+    mesh = sharding.create_mesh(**_CONFIG.value.mesh) if _CONFIG.value is not None else None
+    predict.predict(workdir, source, output, probabilities=_PROBABILITIES.value, mesh=mesh)
     return
   if _MODE.value == 'evaluate':
     from fusa_jax import evaluate, run_config
@@ -66,28 +102,53 @@ def main(_):
   logging.info('results: %s', workdir / 'test')
 
 
-def resolve_config():
-  """(config, name of its file and preset): the one asked for; without any data named, the demo, and says so.
+def compile_ahead() -> None:
+  """--mode=aot: the training step compiled for TPUs that are not here."""
+  import jax
+
+  from fusa_jax import aot
+
+  jax.config.update('jax_platforms', 'cpu')  # whatever is here, it is not what the step is compiled for
+  config, name = named_config()
+  topology = aot.Topology.parse(_TOPOLOGY.value, _SLICES.value)
+  if _SWEEP.value:
+    aot.sweep(config, name, topology.kind, pathlib.Path('docs/scaling.md'))
+  else:
+    aot.aot(config, name, topology, pathlib.Path(_OUTPUT.value or 'runs/aot'))
+
+
+def named_config():
+  """(config, name of its file and preset), as asked for.
 
   Raises:
     UserError: there is no --config.
   """
-  config = _CONFIG.value
-  if config is None:
+  if _CONFIG.value is None:
     raise UserError('--config: missing; give --config=configs/seg.py or --config=configs/cls.py')
-  path = config_flags.get_config_filename(flags.FLAGS['config'])
-  _, _, preset = path.partition(':')
+  path, _, preset = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
+  return _CONFIG.value, f'{pathlib.Path(path).stem}-{preset or "paper"}'
+
+
+def resolve_config():
+  """As named_config; without any data named, the demo, and says so."""
+  from fusa_jax import sharding
+
+  config, name = named_config()
+  asked = config_flags.get_config_filename(flags.FLAGS['config'])
+  path, _, preset = asked.partition(':')
   if not names_data(config):
     preset = 'demo' if preset in ('', 'paper', 'demo') else f'demo-{preset.removeprefix("demo-")}'
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
-    config = load_config(path.partition(':')[0], preset)
+    config = load_config(path, preset)
     config.update_from_flattened_dict(overrides)
-    print(
-      'No data named: this is the demo, a small model on synthetic chest phantoms.\n'
-      f'For your own scans: python launch.py --config={path} --config.data.raw_dir=FOLDER_OF_SCANS',
-      flush=True,
-    )
-  return config, f'{pathlib.Path(path.partition(":")[0]).stem}-{preset or "paper"}'
+    name = f'{pathlib.Path(path).stem}-{preset}'
+    if sharding.is_main():
+      print(
+        'No data named: this is the demo, a small model on synthetic chest phantoms.\n'
+        f'For your own scans: python launch.py --config={asked} --config.data.raw_dir=FOLDER_OF_SCANS',
+        flush=True,
+      )
+  return config, name
 
 
 def names_data(config) -> bool:
@@ -105,15 +166,21 @@ def load_config(path: str, preset: str):
 
 
 def prepared(config) -> pathlib.Path:
-  """The folder of the prepared dataset, after preparing it where that is still to be done."""
+  """The folder of the prepared dataset, after process 0 has prepared it where that was still to be done."""
+  from fusa_jax import sharding
+
   data = config.data
   if data.dir and not data.raw_dir:
     return pathlib.Path(data.dir)
-  from data import prepare
 
-  if data.raw_dir:
-    return prepare.prepare(data.raw_dir, data.dir, data.image_size, tqdm.tqdm)
-  return prepare.prepare_phantom(data.dir, data.image_size, progress=tqdm.tqdm, **data.phantom)
+  def prepare_data() -> str:
+    from data import prepare
+
+    if data.raw_dir:
+      return str(prepare.prepare(data.raw_dir, data.dir, data.image_size, tqdm.tqdm))
+    return str(prepare.prepare_phantom(data.dir, data.image_size, progress=tqdm.tqdm, **data.phantom))
+
+  return pathlib.Path(sharding.on_main(prepare_data))
 
 
 def path_flag(flag) -> pathlib.Path:
@@ -155,27 +222,64 @@ def parse_flags(argv):
     fail(UserError(f'{" ".join(str(error).split())}; see python launch.py --help'))
 
 
-def fail(error: UserError) -> None:
+def fail(error: Exception, code: int = 2) -> None:
   for line in str(error).splitlines():
     print(f'error: {line}', file=sys.stderr)
+  leave(code)
+
+
+def leave(code: int) -> None:
+  """Ends the process. Not by sys.exit: threads of the input pipeline and of Orbax have nothing left to finish."""
+  sys.stdout.flush()
   sys.stderr.flush()
-  # Not sys.exit: threads of the input pipeline and of Orbax have nothing left to finish.
-  os._exit(2)
+  os._exit(code)
+
+
+def terminate(*_) -> None:
+  raise Terminated('by SIGTERM')
 
 
 def start(main) -> None:
-  """Runs a main function of the remaining arguments, with the house's errors and exit codes."""
+  """Runs a main function of the remaining arguments, with the house's errors and exit codes.
+
+  2 is the user's to mend and 3 does not fit; anything else but 0 asks for the same command again: 130 (Ctrl-C), 143
+  (SIGTERM), 1 (a bug, or another host lost) and 134 (JAX ended it, for another host's silence).
+  """
 
   def run(argv):
+    signal.signal(signal.SIGTERM, terminate)
     try:
       main(argv)
-    except UserError as error:
-      fail(error)
+    except (UserError, DoesNotFitError) as error:
+      code = 2 if isinstance(error, UserError) else 3
+      tell_others(str(error), code)
+      fail(error, code)
+    except Terminated as stop:
+      print(f'\nstopped {stop}; the same command goes on from the last checkpoint', file=sys.stderr)
+      disconnect()
+      leave(143)
     except KeyboardInterrupt:
       print('\ninterrupted; the same command goes on from the last checkpoint', file=sys.stderr)
-      os._exit(130)
+      tell_others('interrupted', 130)
+      leave(130)
+    except Exception as error:
+      traceback.print_exc()
+      tell_others(f'{type(error).__name__}: {error}', 1)
+      leave(1)
 
   app.run(run, flags_parser=parse_flags)
+
+
+def tell_others(message: str, code: int) -> None:
+  from fusa_jax import sharding
+
+  sharding.fail_together(message, code)
+
+
+def disconnect() -> None:
+  from fusa_jax import sharding
+
+  sharding.disconnect()
 
 
 if __name__ == '__main__':

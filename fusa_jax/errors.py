@@ -1,8 +1,16 @@
-"""What a user can mend is raised as a UserError; launch.py turns it into one line and exit code 2."""
+"""What ends a run early; launch.py turns each into one line and an exit code of its own."""
 
 
 class UserError(ValueError):
-  """Bad input from outside: a file, a flag, a config. The text says what is wrong, where, and what to do.
+  """Bad input from outside: a file, a flag, a config. The text says what is wrong, where, and what to do. Exit code 2.
 
   Several findings of one kind (all bad files of a cohort) are given together, a line each.
   """
+
+
+class DoesNotFitError(Exception):
+  """The training step needs more memory than the chip that it is compiled for has. Exit code 3."""
+
+
+class Terminated(BaseException):
+  """Asked to end by SIGTERM, as schedulers ask before they take a machine away. Exit code 143: to be started again."""

@@ -50,14 +50,20 @@ class Scorer:
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
-  """Scores a run's best checkpoint on its test fold and writes test/; gives what metrics.json holds."""
+  """Scores a run's best checkpoint on its test fold; process 0 writes test/. Gives what metrics.json holds.
+
+  Raises:
+    UserError: a config that does not fit the data or the devices; no checkpoint, or none that is whole.
+  """
   mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
+  batch_size = sharding.fitting_batch(mesh, config.train.batch_size)
+  sharding.check_divides(mesh, batch_size, config.data.image_size)
   dataset = input_pipeline.load(data_dir, config.data.fold, config.data.image_size)
   task = tasks.create(config)
   step, variables = load_variables(config, task, workdir, mesh)
-  table = Scorer(task, mesh, config.train.batch_size).table(variables, dataset.test, progress=True)
-  patients = metrics.by_patient(table)
+  table = Scorer(task, mesh, batch_size).table(variables, dataset.test, progress=sharding.is_main())
   summary = task.kind.summary(table)
+  patients = metrics.by_patient(table)
   result = {
     **summary,
     'num_slices': len(dataset.test),
@@ -66,23 +72,30 @@ def evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir:
     'dataset': dataset.name,
     'commit': commit(),
   }
-  folder = workdir / 'test'
-  _write_csv(folder / 'slices.csv', COLUMNS, zip(*table.values(), strict=True))
-  _write_csv(folder / 'patients.csv', patients[0], (row.values() for row in patients))
-  figures.write_scores(folder / 'figures', table)
-  if config.task == 'segmentation':
-    chosen = figures.telling_slices(table, config.evaluate.num_overlays)
-    predict = jax.jit(task.probabilities)
-    for row in tqdm.tqdm(chosen, desc='Drawing', unit='slice', leave=False):
-      example = dataset.test.source[int(row)]
-      predicted = np.asarray(predict(variables, example['image'][None])[0] >= 0.5)
-      name = f'{table["patient"][row]}_{table["slice"][row]:03d}.png'
-      figures.write_overlay(folder / 'figures' / name, example['image'], example['mask'], predicted, config.data.window)
-  # Last, so that a folder with metrics.json is complete.
-  with replacing(folder / 'metrics.json') as partial:
-    partial.write_text(json.dumps(result, indent=2) + '\n')
-  logging.info('test fold %d, step %d: %s', config.data.fold, step, one_line(summary))
+  if sharding.is_main():
+    folder = workdir / 'test'
+    _write_csv(folder / 'slices.csv', COLUMNS, zip(*table.values(), strict=True))
+    _write_csv(folder / 'patients.csv', patients[0], (row.values() for row in patients))
+    figures.write_scores(folder / 'figures', table)
+    if config.task == 'segmentation':
+      _draw(config, task, variables, dataset.test, table, folder / 'figures')
+    # Last, so that a folder with metrics.json is complete.
+    with replacing(folder / 'metrics.json') as partial:
+      partial.write_text(json.dumps(result, indent=2) + '\n')
+    logging.info('test fold %d, step %d: %s', config.data.fold, step, one_line(summary))
   return result
+
+
+def _draw(config, task, variables, split, table, folder):
+  """Overlays of some slices, computed on one device of this process alone."""
+  variables = jax.tree.map(lambda x: x.addressable_data(0), variables)
+  predict = jax.jit(task.probabilities)
+  chosen = figures.telling_slices(table, config.evaluate.num_overlays)
+  for row in tqdm.tqdm(chosen, desc='Drawing', unit='slice', leave=False):
+    example = split.source[int(row)]
+    predicted = np.asarray(predict(variables, example['image'][None])[0] >= 0.5)
+    name = f'{table["patient"][row]}_{table["slice"][row]:03d}.png'
+    figures.write_overlay(folder / name, example['image'], example['mask'], predicted, config.data.window)
 
 
 def load_variables(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tuple[int, dict]:

@@ -5,13 +5,17 @@ import pathlib
 
 import tensorboardX
 
+from fusa_jax import sharding
 from fusa_jax.files import replacing
 
 
 class MetricLog:
-  """Appends to a run's log. Resumed at a step, it first drops what a lost stretch wrote after that step."""
+  """Appends to a run's log, on process 0. Resumed at a step, it first drops what a lost stretch wrote after that."""
 
   def __init__(self, workdir: pathlib.Path, step: int):
+    self._file = None
+    if not sharding.is_main():
+      return
     self._path = pathlib.Path(workdir) / 'log.jsonl'
     if self._path.exists():
       kept = [line for line in self._path.read_text().splitlines(keepends=True) if _step(line) <= step]
@@ -23,6 +27,8 @@ class MetricLog:
 
   def write(self, step: int, scalars: dict[str, float | int | None]) -> None:
     """One object a line: the step and the scalars; None (undefined) is null here and left out of TensorBoard."""
+    if self._file is None:
+      return
     self._file.write(json.dumps({'step': step, **scalars}) + '\n')
     self._file.flush()
     for name, value in scalars.items():
@@ -30,8 +36,9 @@ class MetricLog:
         self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
-    self._file.close()
-    self._board.close()
+    if self._file is not None:
+      self._file.close()
+      self._board.close()
 
 
 def _step(line):

@@ -14,7 +14,9 @@ from fusa_jax.errors import UserError
 from fusa_jax.files import replacing
 
 
-def predict(workdir: pathlib.Path, source: pathlib.Path, output: pathlib.Path, probabilities: bool = False) -> None:
+def predict(
+  workdir: pathlib.Path, source: pathlib.Path, output: pathlib.Path, probabilities: bool = False, mesh=None
+) -> None:
   """Marks the lesions of one scan, or of every scan in a folder.
 
   For `NAME.nii.gz` a segmentation model writes `NAME_mask.nii.gz` (uint8, on the scan's grid, with its affines and
@@ -26,9 +28,11 @@ def predict(workdir: pathlib.Path, source: pathlib.Path, output: pathlib.Path, p
     source: a .nii or .nii.gz file, or a folder of them (masks, `*_seg.nii*`, are left out).
     output: a folder; made where it is missing.
     probabilities: write them too.
+    mesh: to predict on; None: all devices there are, however many it was trained on, each with slices of its own.
 
   Raises:
-    UserError: no run, no scans, or scans that are refused (all of them named before the first one is predicted).
+    UserError: no run, a mesh that cannot share its images; no scans, or scans that are refused (all of them named
+      before the first one is predicted).
   """
   config = run_config.load(workdir)
   paths = find_scans(source)
@@ -41,13 +45,12 @@ def predict(workdir: pathlib.Path, source: pathlib.Path, output: pathlib.Path, p
   if problems:
     raise UserError('\n'.join(problems))
 
-  # All devices here, however many it was trained on.
-  mesh = sharding.create_mesh()
-  task = tasks.create(config)
-  run = Predictor(config, task, mesh, workdir)
-  for path in tqdm.tqdm(paths, desc='Predicting', unit='scan', disable=len(paths) == 1):
+  run = Predictor(config, tasks.create(config), mesh or sharding.create_mesh(), workdir)
+  for path in tqdm.tqdm(paths, desc='Predicting', unit='scan', disable=len(paths) == 1 or not sharding.is_main()):
     scan = ct.read(path)
     result, volumes = run(scan)
+    if not sharding.is_main():
+      continue
     for kind, volume in volumes.items():
       if kind == 'mask' or probabilities:
         ct.write(output / f'{ct.stem(path)}_{kind}.nii.gz', volume, scan)
@@ -78,6 +81,7 @@ class Predictor:
   def __init__(self, config: ml_collections.ConfigDict, task: tasks.Task, mesh, workdir: pathlib.Path):
     self._config, self._mesh = config, mesh
     self._batch_size = sharding.fitting_batch(mesh, config.train.batch_size)
+    sharding.check_divides(mesh, self._batch_size, config.data.image_size)
     self._step, self._variables = evaluate.load_variables(config, task, workdir, mesh)
     self._probabilities = jax.jit(task.probabilities, out_shardings=sharding.replicated(mesh))
 

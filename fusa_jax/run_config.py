@@ -5,6 +5,7 @@ import pathlib
 
 import ml_collections
 
+from fusa_jax import sharding
 from fusa_jax.errors import UserError
 from fusa_jax.files import replacing
 
@@ -13,11 +14,18 @@ _HARMLESS = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.'
 
 
 def save(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  """Writes config.json, or checks a run's own against `config`.
+  """Process 0 writes config.json, or checks a run's own against `config`; all see that they have the same workdir.
 
   Raises:
-    UserError: the workdir holds a run whose result this config would change; the keys are named.
+    UserError: the workdir holds a run whose result this config would change (the keys are named); it cannot be written;
+      another process does not see it.
   """
+  sharding.on_main(lambda: _save(workdir, config))
+  if not sharding.is_main() and not (workdir / 'config.json').is_file():
+    raise UserError(f'--workdir: {workdir} is not what process 0 sees there; name a folder that all hosts share')
+
+
+def _save(workdir, config):
   path = workdir / 'config.json'
   if path.exists():
     before, now = _flat(load(workdir)), _flat(_plain(config))
@@ -27,8 +35,11 @@ def save(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     if differ:
       listed = ', '.join(f'{key} ({before.get(key)} -> {now.get(key)})' for key in differ)
       raise UserError(f'{workdir} holds a run of another config: {listed}; name another --workdir, or set these back')
-  with replacing(path) as partial:
-    partial.write_text(json.dumps(_plain(config).to_dict(), indent=2) + '\n')
+  try:
+    with replacing(path) as partial:
+      partial.write_text(json.dumps(_plain(config).to_dict(), indent=2) + '\n')
+  except OSError as error:
+    raise UserError(f'--workdir: cannot write to {workdir} ({error.strerror}); name another, or free space') from error
 
 
 def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:

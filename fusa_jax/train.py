@@ -16,7 +16,7 @@ import optax
 import tqdm
 
 from fusa_jax import augment, checkpoint, evaluate, input_pipeline, run_config, sharding, tasks, torch_weights
-from fusa_jax.errors import UserError
+from fusa_jax.errors import Terminated, UserError
 from fusa_jax.metric_log import MetricLog
 
 
@@ -38,7 +38,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
     data_dir: of the prepared dataset.
 
   Raises:
-    UserError: a config that does not fit the data, the devices or the run in `workdir`; a loss that is not finite.
+    UserError: a config that does not fit the data, the devices or the run in `workdir`; a loss that is not finite; a
+      checkpoint that cannot be written.
+    Terminated: by SIGTERM, after the state was saved.
   """
   # ---- what is trained on what
   mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
@@ -54,12 +56,12 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   if config.model.init_from and not checkpoint.exists(workdir):
     pretrained, notes = torch_weights.initial(config.model.init_from, config.model.name, like.variables)
   # What does not fit has been said by now, so that no refused config leaves a workdir behind.
-  workdir.mkdir(parents=True, exist_ok=True)
   run_config.save(workdir, config)
   report_parameters(like.variables)
 
   with contextlib.ExitStack() as stack:
     # ---- the state: restored, or initialised on the devices
+    preemption = stack.enter_context(checkpoint.Preemption())
     checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
     first_step = checkpoints.latest() or 0
     if first_step:
@@ -97,6 +99,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
         unit=' slices',
         smoothing=0.1,
         mininterval=1,
+        disable=not sharding.is_main(),
       )
     )
 
@@ -113,8 +116,10 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       bar.update(config.train.batch_size)
 
       evaluating = step % config.train.evaluate_every == 0 or step == config.train.steps
-      if evaluating or step % config.train.log_every == 0:
+      stopping = preemption.reached(step)
+      if evaluating or stopping or step % config.train.log_every == 0:
         means = finite_means(pending, step)
+        checkpoints.check()
         elapsed = time.perf_counter() - began
         bar.set_postfix_str(f'loss {means["loss"]:.4f}', refresh=False)
         log.write(
@@ -134,9 +139,14 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
           summary = task.kind.summary(scorer.table(state.variables, dataset.validation))
           score = summary[task.kind.SELECTION]
           log.write(step, {f'validation/{name}': value for name, value in summary.items()})
-          bar.write(f'step {step}: validation {evaluate.one_line(summary)}')
+          if sharding.is_main():
+            bar.write(f'step {step}: validation {evaluate.one_line(summary)}')
         checkpoints.save(step, state.variables, state.opt_state, score)
         began = time.perf_counter()
+      elif stopping:
+        checkpoints.save(step, state.variables, state.opt_state, None)
+      if stopping and step < config.train.steps:
+        raise Terminated(f'by SIGTERM at step {step}, which is saved')
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -189,8 +199,8 @@ def train_step(
   return TrainState(state.step + 1, variables, opt_state), scalars
 
 
-def compile_step(task, optimizer, config, mesh, like: TrainState):
-  """The jitted, sharded step, compiled for the config's shapes; says what it costs. The state is donated."""
+def lower_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Lowered:
+  """The jitted, sharded step for the config's shapes, ready to compile for the mesh's devices. The state is donated."""
   step = lambda state, batch: train_step(
     state,
     batch,
@@ -207,9 +217,13 @@ def compile_step(task, optimizer, config, mesh, like: TrainState):
     'label': array(np.int32, count),
     'index': array(np.int32, count),
   }
+  return jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere)).lower(like, batch)
+
+
+def compile_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Compiled:
+  """The step of `lower_step`, compiled; says what it costs."""
   began = time.perf_counter()
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
-  compiled = jitted.lower(like, batch).compile()
+  compiled = lower_step(task, optimizer, config, mesh, like).compile()
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   logging.info(
     'compiled the training step in %.1f s: %.1f GFLOP and %.0f MB of temporaries per device and step',

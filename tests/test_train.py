@@ -118,7 +118,7 @@ def test_loss_that_is_not_finite_stops_with_its_step(data_dir, tmp_path):
   config = tiny(cls, **{'train.learning_rate': 1e30, 'train.warmup_steps': 0, 'train.log_every': 3})
   with pytest.raises(UserError, match=r'train: the loss is (nan|inf) at step (2|3); lower train.learning_rate'):
     train.train(config, tmp_path / 'run', data_dir)
-  assert not any(path.name.isdigit() for path in (tmp_path / 'run' / 'checkpoints').iterdir())
+  assert not checkpoint.exists(tmp_path / 'run')
 
 
 def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
