@@ -204,8 +204,8 @@ def start_logging() -> None:
   logging.getLogger().setLevel(logging.INFO)
   for name in ('jax', 'orbax', 'matplotlib', 'tensorboardX', 'grain'):
     logging.getLogger(name).setLevel(logging.WARNING)
-  # TFDS warns through absl of folders that it has yet to write.
-  absl.logging.set_verbosity(absl.logging.ERROR)
+  # Through absl, TFDS warns of folders that it has yet to write, and Orbax prints errors that it raises as well.
+  absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 def parse_flags(argv):

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -103,8 +104,9 @@ class Checkpoints:
 
   def check(self) -> None:
     """Raises the UserError of a save that has failed meanwhile; does not wait for one under way."""
-    if self._manager is not None:
-      self._surfacing(self._manager.check_for_errors)
+    # Not check_for_errors: the manager's own thread has taken the error by then, and only waiting for it gives it back.
+    if self._manager is not None and not self._manager.is_saving_in_progress():
+      self._surfacing(self._manager.wait_until_finished)
 
   def _open(self):
     """Orbax's manager, after what it must not see is out of its way."""
@@ -136,8 +138,15 @@ class Checkpoints:
     try:
       act()
     except Exception as error:
-      reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-      if not isinstance(error, OSError) and 'RESOURCE_EXHAUSTED' not in str(error) and self._folder.is_dir():
+      # TensorStore, which writes the arrays, gives the system's error as text within a ValueError.
+      code = re.search(r"os_error_code='(\d+)'", str(error))
+      if code:
+        reason = os.strerror(int(code[1]))
+      elif isinstance(error, OSError):
+        reason = str(error)
+      elif not self._folder.is_dir():
+        reason = 'the folder is gone'
+      else:
         raise
       raise UserError(
         f'{self._folder}: a checkpoint could not be saved ({reason}); free space there, or move the run, '

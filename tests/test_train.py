@@ -91,29 +91,6 @@ def test_workdir_has_what_was_agreed(runs):
   assert run_config.load(runs['seg']).model.name == 'fusa_resunet'
 
 
-def test_latest_two_and_best_are_kept(tmp_path):
-  variables, optimizer = {'w': jnp.arange(4.0)}, {'m': jnp.zeros(4)}
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    with pytest.raises(UserError, match='no checkpoint in it'):
-      checkpoints.best()
-    for step, score in enumerate([0.1, 0.7, None, 0.3, 0.2], start=1):
-      checkpoints.save(step, jax.tree.map(lambda x, s=step: x + s, variables), optimizer, score)
-  kept = {int(path.name) for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdigit()}
-  assert kept == {2, 4, 5}
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    assert (checkpoints.best(), checkpoints.latest()) == (2, 5)
-    like = checkpoint.shapes(variables, sharding.replicated(sharding.create_mesh()))
-    np.testing.assert_array_equal(checkpoints.restore(2, variables=like)['variables']['w'], np.arange(4.0) + 2)
-
-
-def test_without_scores_the_latest_is_the_best(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    for step in (1, 2, 3):
-      checkpoints.save(step, {'w': jnp.zeros(2)}, {'m': jnp.zeros(2)}, None)
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    assert checkpoints.best() == checkpoints.latest() == 3
-
-
 def test_loss_that_is_not_finite_stops_with_its_step(data_dir, tmp_path):
   config = tiny(cls, **{'train.learning_rate': 1e30, 'train.warmup_steps': 0, 'train.log_every': 3})
   with pytest.raises(UserError, match=r'train: the loss is (nan|inf) at step (2|3); lower train.learning_rate'):

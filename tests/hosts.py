@@ -1,0 +1,117 @@
+"""Real processes over loopback, as hosts of one run: each is launch.py, noting which slices it reads.
+
+As a script: python tests/hosts.py NOTES.json, and launch.py's own arguments.
+"""
+
+import atexit
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+from conftest import SIZE
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = [
+  '--config=configs/seg.py:demo',
+  '--config.model.width=4',
+  f'--config.data.image_size={SIZE}',
+  '--config.train.batch_size=8',
+  '--config.train.warmup_steps=1',
+  '--config.train.log_every=1',
+  '--config.evaluate.num_overlays=1',
+]
+
+
+class Hosts:
+  """Processes 0 to n - 1 of one run, with their standard error. A context manager: on leaving, none is left."""
+
+  def __init__(self, processes: int, devices: int, arguments: list[str], folder: pathlib.Path, each=()):
+    """Starts them with `devices` fake devices and the same arguments each, and with each[k]; output in folder/k.log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      port = free.getsockname()[1]
+    self._folder, self.processes = folder, []
+    for k in range(processes):
+      own = [f'--coordinator=localhost:{port}', f'--num_processes={processes}', f'--process_id={k}']
+      own = [*(own if processes > 1 else []), *(each[k] if each else [])]
+      self.processes.append(start([*arguments, *own], devices, folder / f'{k}.log', folder / f'{k}.json'))
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for process in self.processes:
+      process.kill()
+      process.wait()
+
+  def wait(self, timeout: float = 300) -> list[int]:
+    """Their exit codes."""
+    return [process.wait(timeout) for process in self.processes]
+
+  def log(self, k: int) -> str:
+    return (self._folder / f'{k}.log').read_text()
+
+  def reads(self, k: int) -> dict[str, list[int]]:
+    return json.loads((self._folder / f'{k}.json').read_text())
+
+
+def start(arguments, devices, log, notes, **environment) -> subprocess.Popen:
+  """launch.py in a process of its own."""
+  environment = (
+    os.environ
+    | environment
+    | {
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
+      'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
+      'PYTHONUNBUFFERED': '1',
+    }
+  )
+  with log.open('a') as output:
+    return subprocess.Popen(
+      [sys.executable, __file__, str(notes), *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output
+    )
+
+
+class _Noting:
+  """A source of slices that remembers which were read."""
+
+  def __init__(self, source, read):
+    self._source, self._read = source, read
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    self._read.append(int(index))
+    return self._source[index]
+
+
+def main():
+  import dataclasses
+
+  import launch
+  from fusa_jax import input_pipeline
+
+  notes, reads = pathlib.Path(sys.argv.pop(1)), {}
+  load = input_pipeline.load
+
+  def noting(*arguments):
+    dataset = load(*arguments)
+    splits = {
+      name: dataclasses.replace(split, source=_Noting(split.source, reads.setdefault(name, [])))
+      for name in ('train', 'validation', 'test')
+      if (split := getattr(dataset, name)) is not None
+    }
+    return dataclasses.replace(dataset, **splits)
+
+  input_pipeline.load = noting
+  atexit.register(lambda: notes.write_text(json.dumps(reads)))
+  launch.start(launch.main)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,168 @@
+"""Several processes as one run: the same result, each with its share of the reading; how they end when one fails."""
+
+import csv
+import itertools
+import json
+import signal
+import time
+
+import hosts
+import numpy as np
+import pytest
+
+STEPS, BATCH = 20, 8
+
+
+def arguments(data_dir, workdir, **overrides):
+  settings = {'data.dir': data_dir, 'train.steps': STEPS, 'train.evaluate_every': STEPS // 2} | overrides
+  return [*hosts.TINY, *(f'--config.{key}={value}' for key, value in settings.items()), f'--workdir={workdir}']
+
+
+def results(workdir) -> tuple[np.ndarray, list[dict]]:
+  """The losses by step, and the rows of slices.csv."""
+  entries = [json.loads(line) for line in (workdir / 'log.jsonl').read_text().splitlines()]
+  with (workdir / 'test' / 'slices.csv').open() as file:
+    return np.array([e['train/loss'] for e in entries if 'train/loss' in e]), list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def one_host(data_dir, tmp_path_factory):
+  """20 steps and an evaluation in one process with eight devices: (workdir, what it read)."""
+  folder = tmp_path_factory.mktemp('one_host')
+  with hosts.Hosts(1, 8, arguments(data_dir, folder / 'run'), folder) as alone:
+    assert alone.wait() == [0], alone.log(0)
+    return folder / 'run', alone.reads(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('processes', 'devices', 'space'), [(2, 4, 1), (4, 2, 1), (2, 4, 2)])
+def test_the_result_does_not_depend_on_the_hosts(data_dir, tmp_path, one_host, processes, devices, space):
+  workdir, alone = one_host
+  run = arguments(data_dir, tmp_path / 'run', **{'mesh.space': space})
+  with hosts.Hosts(processes, devices, run, tmp_path) as several:
+    assert several.wait() == [0] * processes, several.log(0)
+    reads = [several.reads(k) for k in range(processes)]
+    printed = [several.log(k) for k in range(processes)]
+
+  (losses, rows), (expected, expected_rows) = results(tmp_path / 'run'), results(workdir)
+  assert len(losses) == STEPS
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)
+  for name in ('patient', 'slice', 'label'):
+    assert [row[name] for row in rows] == [row[name] for row in expected_rows]
+  column = lambda rows, name: np.array([float(row[name]) for row in rows])
+  np.testing.assert_allclose(column(rows, 'score'), column(expected_rows, 'score'), atol=1e-4)
+  for name in ('tp', 'fp', 'fn', 'tn'):  # a pixel at 0.5 may fall on either side
+    np.testing.assert_allclose(column(rows, name), column(expected_rows, name), atol=2)
+
+  # Each reads its share of every batch, no more; together they read what one alone does. Process 0 also draws.
+  assert all(len(read['train']) == STEPS * BATCH // processes for read in reads)
+  for name, drawn in (('train', 0), ('validation', 0), ('test', 1)):
+    assert sorted(itertools.chain.from_iterable(read[name] for read in reads)) == sorted(alone[name])
+    assert {len(read[name]) for read in reads[1:]} == {(len(alone[name]) - drawn) // processes}
+  # Only process 0 shows what happens.
+  assert 'parameters' in printed[0] and 'Training:' in printed[0]
+  assert not any('Training:' in text or 'parameters' in text or 'Evaluating' in text for text in printed[1:])
+
+
+@pytest.mark.slow
+def test_hosts_without_a_slice_of_their_own(data_dir, one_host, tmp_path):
+  """A batch of 32 over four hosts, and 16 slices to test: the last two have only repeats to score."""
+  workdir, _ = one_host
+  run = ['--mode=evaluate', f'--workdir={tmp_path / "run"}', '--config=configs/seg.py', f'--config.data.dir={data_dir}']
+  (tmp_path / 'run').mkdir()
+  for name in ('config.json', 'checkpoints'):
+    (tmp_path / 'run' / name).symlink_to(workdir / name)
+  config = json.loads((workdir / 'config.json').read_text())
+  config['train']['batch_size'] = 32
+  (tmp_path / 'run' / 'config.json').unlink()
+  (tmp_path / 'run' / 'config.json').write_text(json.dumps(config))
+  with hosts.Hosts(4, 1, run, tmp_path) as several:
+    assert several.wait() == [0] * 4, several.log(0)
+  read = lambda folder: json.loads((folder / 'test' / 'metrics.json').read_text())
+  ours, theirs = read(tmp_path / 'run'), read(workdir)
+  assert ours['num_slices'] == theirs['num_slices'] == 16
+  assert ours['dice'] == pytest.approx(theirs['dice'], abs=1e-3)
+  assert sum(ours[key] for key in ('tp', 'fp', 'fn', 'tn')) == 16 * 32 * 32
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_host_saves_the_same_step_on_all(data_dir, tmp_path):
+  """Then the same command goes on, and ends as a run that nothing stopped."""
+  run = arguments(data_dir, tmp_path / 'run', **{'train.steps': 400, 'train.evaluate_every': 200})
+  with hosts.Hosts(2, 1, run, tmp_path / 'first') as two:
+    wait_for_step(two, tmp_path / 'run', 3)
+    two.processes[1].send_signal(signal.SIGTERM)
+    assert two.wait(60) == [143, 143]
+    stops = [line for k in (0, 1) for line in two.log(k).splitlines() if line.startswith('stopped by SIGTERM')]
+  assert len(stops) == 2 and stops[0] == stops[1]
+  (saved,) = [int(path.name) for path in (tmp_path / 'run' / 'checkpoints').iterdir() if path.name.isdigit()]
+  assert f'stopped by SIGTERM at step {saved}, which is saved; the same command goes on' in stops[0]
+  assert 3 <= saved < 400
+  with hosts.Hosts(2, 1, run, tmp_path / 'second') as two:
+    wait_for_step(two, tmp_path / 'run', saved + 1)
+    assert f'at step {saved} of 400' in two.log(0)
+
+
+def wait_for_step(several, workdir, step):
+  until = time.monotonic() + 120
+  while time.monotonic() < until:
+    assert all(process.poll() is None for process in several.processes), several.log(0) + several.log(1)
+    log = workdir / 'log.jsonl'
+    if log.exists() and len(log.read_text().splitlines()) >= step:
+      return
+    time.sleep(0.05)
+  raise AssertionError(several.log(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('victim', 'how'), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=['other', 'first', 'silent']
+)
+def test_when_one_host_is_lost_the_others_end_in_time(data_dir, tmp_path, victim, how):
+  """Killed, or cut off: a stopped process keeps its connections and says nothing more."""
+  run = arguments(data_dir, tmp_path / 'run', **{'train.steps': 100_000, 'train.evaluate_every': 50_000})
+  with hosts.Hosts(2, 1, [*run, '--heartbeat_timeout=5'], tmp_path) as two:
+    wait_for_step(two, tmp_path / 'run', 2)
+    two.processes[victim].send_signal(how)
+    began = time.monotonic()
+    code = two.processes[1 - victim].wait(60)
+    assert time.monotonic() - began < 30
+    assert code not in (0, 2, 3)
+    printed = two.log(1 - victim)
+  reasons = ('process died', 'Connection', 'heartbeats', 'Failed to send RPC', 'closed')
+  assert any(reason in printed for reason in reasons), printed
+
+
+@pytest.mark.slow
+def test_others_wait_for_process_0_and_fail_with_it(tmp_path):
+  """The cohort is looked through by process 0 alone; what it finds wrong, all say."""
+  (tmp_path / 'raw').mkdir()
+  with hosts.Hosts(2, 1, ['--config=configs/seg.py', f'--config.data.raw_dir={tmp_path / "raw"}'], tmp_path) as two:
+    assert two.wait(60) == [2, 2]
+    first, second = two.log(0), two.log(1)
+  assert first.splitlines()[-1].startswith(f'error: {tmp_path / "raw"}: no *_ct.nii.gz')
+  assert second.splitlines()[-1].startswith(f'error: process 0 of 2: {tmp_path / "raw"}: no *_ct.nii.gz')
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_is_refused(data_dir, tmp_path):
+  run = [a for a in arguments(data_dir, 'run') if not a.startswith('--workdir')]
+  folders = [[f'--workdir={tmp_path / "a"}'], [f'--workdir={tmp_path / "b"}']]
+  with hosts.Hosts(2, 1, run, tmp_path, each=folders) as two:
+    assert two.wait(60) == [2, 2]
+    reason = f'{tmp_path / "b"} is not what process 0 sees there; name a folder that all hosts share'
+    assert f'error: --workdir: {reason}' in two.log(1)
+    assert f'error: process 1 of 2: --workdir: {reason}' in two.log(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('present', [0, 1])
+def test_a_host_that_never_comes_is_not_waited_for_forever(data_dir, tmp_path, present):
+  run = [*arguments(data_dir, tmp_path / 'run'), '--connect_timeout=4']
+  lonely = [*run, '--coordinator=localhost:18476', '--num_processes=2', f'--process_id={present}']
+  process = hosts.start(lonely, 1, tmp_path / 'log', tmp_path / 'notes')
+  assert process.wait(60) == 2
+  printed = (tmp_path / 'log').read_text()
+  assert f'process {present} of 2, waiting for the others at localhost:18476' in printed
+  assert 'error: hosts: the processes did not all come together at localhost:18476 within 4 s; start' in printed
+  assert not (tmp_path / 'run').exists()
