@@ -1,5 +1,8 @@
 """Real processes over loopback, as hosts of one run: each is launch.py, noting which slices it reads.
 
+With JAX_ENABLE_X64=1 all of the state is float64, so that sums of another order are the same to many more digits.
+FILE_LIMIT=BYTES is a disk that takes no larger file.
+
 As a script: python tests/hosts.py NOTES.json, and launch.py's own arguments.
 """
 
@@ -7,6 +10,7 @@ import atexit
 import json
 import os
 import pathlib
+import resource
 import socket
 import subprocess
 import sys
@@ -61,18 +65,18 @@ class Hosts:
 
 def start(arguments, devices, log, notes, **environment) -> subprocess.Popen:
   """launch.py in a process of its own."""
-  environment = (
-    os.environ
-    | environment
-    | {
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
-      'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
-      'PYTHONUNBUFFERED': '1',
-    }
-  )
+  settings = {
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
+    'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
+    'PYTHONUNBUFFERED': '1',
+  }
   with log.open('a') as output:
     return subprocess.Popen(
-      [sys.executable, __file__, str(notes), *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output
+      [sys.executable, __file__, str(notes), *arguments],
+      cwd=ROOT,
+      env=os.environ | settings | environment,
+      stdout=output,
+      stderr=output,
     )
 
 
@@ -93,8 +97,10 @@ class _Noting:
 def main():
   import dataclasses
 
+  import jax
+
   import launch
-  from fusa_jax import input_pipeline
+  from fusa_jax import input_pipeline, tasks
 
   notes, reads = pathlib.Path(sys.argv.pop(1)), {}
   load = input_pipeline.load
@@ -109,6 +115,11 @@ def main():
     return dataclasses.replace(dataset, **splits)
 
   input_pipeline.load = noting
+  if limit := os.environ.get('FILE_LIMIT'):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+  if jax.config.jax_enable_x64:
+    init = tasks.Task.init
+    tasks.Task.init = lambda *arguments: jax.tree.map(lambda x: x.astype('float64'), init(*arguments))
   atexit.register(lambda: notes.write_text(json.dumps(reads)))
   launch.start(launch.main)
 

@@ -127,3 +127,76 @@ def last_step(log) -> int:
     return max((json.loads(line)['step'] for line in log.read_text().splitlines()), default=0)
   except json.JSONDecodeError:
     return 0
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(data_dir, tmp_path):
+  """Sent while it trains, between two evaluations: the step that it had reached is saved, and nothing half-written."""
+  workdir = tmp_path / 'run'
+  arguments = command(data_dir, workdir, **{'train.steps': 1000, 'train.evaluate_every': 500})
+  process = hosts.start(arguments, 1, tmp_path / 'log', tmp_path / 'notes')
+  wait_until(lambda: (log := workdir / 'log.jsonl').exists() and last_step(log) >= 3, process)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(60) == 143
+  (step,) = saved(workdir)
+  printed = (tmp_path / 'log').read_text()
+  expected = f'stopped by SIGTERM at step {step}, which is saved; the same command goes on from the last checkpoint'
+  assert printed.splitlines()[-1] == expected
+  assert 'Traceback' not in printed
+  assert last_step(workdir / 'log.jsonl') == step
+  assert not half_saved(workdir)
+  process = hosts.start(arguments, 1, tmp_path / 'second', tmp_path / 'notes')
+  wait_until(lambda: 'resuming' in (tmp_path / 'second').read_text(), process)
+  process.kill()
+  process.wait()
+  assert f'at step {step} of 1000' in (tmp_path / 'second').read_text()
+
+
+def wait_until(condition, process, seconds=120):
+  until = time.monotonic() + seconds
+  while not condition():
+    assert process.poll() is None and time.monotonic() < until
+    time.sleep(0.01)
+
+
+def test_sigterm_before_training_leaves_nothing_behind(raw_dir, tmp_path):
+  """Sent while it starts: it ends at once, and says so."""
+  arguments = [*hosts.TINY, f'--config.data.raw_dir={raw_dir}', f'--config.data.dir={tmp_path / "prepared"}']
+  process = hosts.start([*arguments, f'--workdir={tmp_path / "run"}'], 1, tmp_path / 'log', tmp_path / 'notes')
+  wait_until(lambda: 'Checking scans' in (tmp_path / 'log').read_text(), process)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(60) == 143
+  assert (tmp_path / 'log').read_text().splitlines()[-1].startswith('stopped by SIGTERM; the same command goes on')
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(data_dir, tmp_path):
+  """A run of 6 steps with checkpoints at 2, 4, 6, the last one truncated, then extended by its own command."""
+  workdir = tmp_path / 'run'
+  settings = {'train.steps': 8, 'train.evaluate_every': 2}
+  arguments = command(data_dir, workdir, **settings)
+  killed(arguments, tmp_path, 1, lambda: 6 in saved(workdir))
+  newest = saved(workdir)[-1]
+  victim = max((workdir / 'checkpoints' / str(newest) / 'variables').rglob('*'), key=lambda path: path.stat().st_size)
+  with victim.open('r+b') as file:
+    file.truncate(victim.stat().st_size - 1)
+  code, printed = run(arguments, tmp_path)
+  assert code == 0, printed
+  name = victim.relative_to(workdir / 'checkpoints' / str(newest))
+  assert f'{newest} is damaged and not used: {name} is not as it was saved' in printed
+  assert f'resuming {workdir} at step {newest - 2} of 8' in printed
+  assert saved(workdir)[-1] == 8
+
+
+def test_a_full_disk_ends_the_run_in_one_line(data_dir, tmp_path):
+  """The system refuses files of more than 200 kB, which a checkpoint needs. Exit code 2, the reason, no traceback."""
+  arguments = command(data_dir, tmp_path / 'run', **{'train.steps': 1000, 'train.evaluate_every': 500})
+  process = hosts.start(arguments, 1, tmp_path / 'log', tmp_path / 'notes', FILE_LIMIT='200000')
+  wait_until(lambda: (log := tmp_path / 'run' / 'log.jsonl').exists() and last_step(log) >= 2, process)
+  process.send_signal(signal.SIGTERM)  # it saves now
+  assert process.wait(60) == 2
+  last = (tmp_path / 'log').read_text().splitlines()[-1]
+  assert last.startswith(
+    f'error: {tmp_path / "run" / "checkpoints"}: a checkpoint could not be saved (File too large);'
+  )
+  assert saved(tmp_path / 'run') == []
