@@ -274,9 +274,10 @@ def _group(line: str, devices: int) -> int:
     return int(found[1])
   if found := re.search(r'replica_groups=\{\{([\d,]+)\}', line):
     return found[1].count(',') + 1
-  if found := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
+  if found := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', line):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-    return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]))
+    # An axis may be used in part: 'name':(what is left out before)size.
+    return math.prod(int(part or sizes[name]) for name, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2]))
   return devices
 
 
