@@ -12,6 +12,7 @@ from sklearn import metrics as sk
 
 from configs import cls, seg
 from fusa_jax import evaluate, figures, input_pipeline, sharding, tasks
+from fusa_jax.errors import UserError
 
 MODULES = {'seg': seg, 'cls': cls}
 
@@ -77,6 +78,15 @@ def test_the_table_does_not_depend_on_batch_or_devices(runs, data_dir, batch_siz
   rows, _ = read(runs['cls'])
   np.testing.assert_allclose(table['score'], [float(r['score']) for r in rows], atol=1e-5)
   assert table['tp'].tolist() == [int(r['tp']) for r in rows]
+
+
+def test_an_image_that_cannot_be_shared_is_refused(runs, data_dir, monkeypatch):
+  three = sharding.create_mesh(1, 3, jax.devices()[:3])
+  monkeypatch.setattr(sharding, 'create_mesh', lambda *_: three)
+  before = (runs['cls'] / 'test' / 'metrics.json').stat()
+  with pytest.raises(UserError, match=r'data.image_size: 32 does not divide over mesh.space=3; 30 or 33 does'):
+    evaluate.evaluate(tiny(cls), runs['cls'], data_dir)
+  assert (runs['cls'] / 'test' / 'metrics.json').stat() == before
 
 
 def test_pictures(runs):

@@ -7,6 +7,7 @@ import signal
 import time
 
 import hosts
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -83,6 +84,22 @@ def test_hosts_without_a_slice_of_their_own(data_dir, one_host, tmp_path):
   assert ours['num_slices'] == theirs['num_slices'] == 16
   assert ours['dice'] == pytest.approx(theirs['dice'], abs=1e-3)
   assert sum(ours[key] for key in ('tp', 'fp', 'fn', 'tn')) == 16 * 32 * 32
+
+
+@pytest.mark.slow
+def test_prediction_on_two_hosts(raw_dir, one_host, tmp_path):
+  """Both compute, process 0 writes; the mask is that of one process."""
+  scan = raw_dir / 'volume-phantom-A-0001_ct.nii.gz'
+  masks = {}
+  for processes, devices in ((1, 1), (2, 2)):
+    out = tmp_path / str(processes)
+    run = ['--mode=predict', f'--workdir={one_host[0]}', f'--input={scan}', f'--output={out}']
+    with hosts.Hosts(processes, devices, run, tmp_path / f'logs{processes}') as several:
+      assert several.wait() == [0] * processes, several.log(0)
+    assert {path.name for path in out.iterdir()} == {f'{scan.name[:-7]}.json', f'{scan.name[:-7]}_mask.nii.gz'}
+    masks[processes] = np.asarray(nib.load(out / f'{scan.name[:-7]}_mask.nii.gz').dataobj)
+  assert masks[1].shape == masks[2].shape
+  assert np.count_nonzero(masks[1] != masks[2]) <= 2
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
 import json
 import shutil
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import SLICES
 from nibabel import orientations
 
-from fusa_jax import ct, predict
+from fusa_jax import ct, predict, sharding
 from fusa_jax.errors import UserError
 
 
@@ -83,6 +84,18 @@ def test_classification_writes_numbers_only(runs, raw_dir, tmp_path):
   result = json.loads(path.read_text())
   assert result['positive_slices'] == [i for i, score in enumerate(result['slice_scores']) if score >= 0.5]
   assert 'lesion_ml' not in result
+
+
+def test_images_may_be_shared_between_devices(runs, predictions, tmp_path):
+  """Two devices for each image: the same scores. Three cannot share 32 rows."""
+  scans, out = predictions
+  predict.predict(runs['seg'], scans / 'LPS_ct.nii.gz', tmp_path, mesh=sharding.create_mesh(4, 2))
+  shared, alone = (json.loads((folder / 'LPS_ct.json').read_text()) for folder in (tmp_path, out))
+  np.testing.assert_allclose(shared['slice_scores'], alone['slice_scores'], atol=2e-4)
+  three = sharding.create_mesh(1, 3, jax.devices()[:3])
+  with pytest.raises(UserError, match=r'data.image_size: 32 does not divide over mesh.space=3; 30 or 33 does'):
+    predict.predict(runs['seg'], scans / 'LPS_ct.nii.gz', tmp_path / 'none', mesh=three)
+  assert not (tmp_path / 'none').exists()
 
 
 def test_refused_scans_are_all_named_before_anything_is_written(runs, raw_dir, tmp_path):
