@@ -106,11 +106,11 @@ def compile_ahead() -> None:
   """--mode=aot: the training step compiled for TPUs that are not here."""
   import jax
 
-  from fusa_jax import aot
+  from fusa_jax import aot, tpu
 
   jax.config.update('jax_platforms', 'cpu')  # whatever is here, it is not what the step is compiled for
   config, name = named_config()
-  topology = aot.Topology.parse(_TOPOLOGY.value, _SLICES.value)
+  topology = tpu.Topology.parse(_TOPOLOGY.value, _SLICES.value)
   if _SWEEP.value:
     aot.sweep(config, name, topology.kind, pathlib.Path('docs/scaling.md'))
   else:

@@ -1,4 +1,4 @@
-"""What FUSA costs one residual block on a TPU, by the TPU's own compiler: no TPU needed, only `jax[tpu]`.
+"""What FUSA costs one residual block on a TPU, by the TPU's own compiler: no TPU needed, only requirements-aot.txt.
 
   JAX_PLATFORMS=cpu python -m benchmarks.fusa
 
@@ -7,18 +7,13 @@ with the literal form, with the factored form under plain autodiff, and with the
 """
 
 import functools
-import os
-
-os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from fusa_jax import FUSA, fusa
+from fusa_jax import FUSA, fusa, tpu
 from fusa_jax.models.layers import layers
 from fusa_jax.models.resnet import BasicBlock
 
@@ -62,8 +57,7 @@ def cost(attention, shape, sharding) -> dict[str, float]:
 
 
 def main(_):
-  topology = topologies.get_topology_desc(platform='tpu', topology_name=_TOPOLOGY.value)
-  sharding = SingleDeviceSharding(topology.devices[0])
+  sharding = SingleDeviceSharding(tpu.Topology.parse(_TOPOLOGY.value).devices()[0])
   shape = tuple(map(int, _SHAPE.value))
   print('| attention | GB moved | to none | GFLOP |\n| --- | ---: | ---: | ---: |')
   found = {name: cost(attention, shape, sharding) for name, attention in FORMS.items()}

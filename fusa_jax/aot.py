@@ -5,129 +5,22 @@ reported is the compiler's own account of one device's program; times follow fro
 each is the least that the chip allows, not a measurement.
 """
 
-import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import logging
-import math
-import os
 import pathlib
 import re
 import time
 
 import jax
 import ml_collections
-from jax.experimental import topologies
 
-from fusa_jax import checkpoint, evaluate, sharding, tasks, train
-from fusa_jax.errors import DoesNotFitError, UserError
+from fusa_jax import checkpoint, evaluate, sharding, tasks, tpu, train
+from fusa_jax.errors import DoesNotFitError
 from fusa_jax.files import replacing
 
-# What a message needs, however short: from a chip to its neighbour, and between slices. Assumptions, not published.
-_HOP_SECONDS = 1e-6
-_DCN_SECONDS = 50e-6
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Published rates of one chip (https://cloud.google.com/tpu/docs, a page for each generation).
-
-  Attributes:
-    flops: bfloat16, per second.
-    hbm: bytes of memory.
-    hbm_rate: bytes per second between memory and core.
-    ici_rate: bytes per second out of a chip, over all its links to neighbours.
-    dcn_rate: bytes per second and chip between slices.
-    ring: an axis of a slice is closed to a ring where its length is a multiple of this; else it is a line.
-    most: chips of the largest slice.
-    sweep: the slices that --sweep compiles for.
-  """
-
-  flops: float
-  hbm: float
-  hbm_rate: float
-  ici_rate: float
-  dcn_rate: float
-  ring: int
-  most: int
-  sweep: tuple[str, ...]
-
-
-_PLANE = ('2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-_CUBE = ('2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8')
-CHIPS = {
-  'v4': Chip(275e12, 32 * 2**30, 1228e9, 300e9, 6.25e9, 4, 4096, _CUBE),
-  'v5e': Chip(197e12, 16 * 2**30, 819e9, 200e9, 3.125e9, 16, 256, _PLANE),
-  'v5p': Chip(459e12, 95 * 2**30, 2765e9, 600e9, 6.25e9, 4, 6144, _CUBE),
-  'v6e': Chip(918e12, 32 * 2**30, 1640e9, 400e9, 12.5e9, 16, 256, _PLANE),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Topology:
-  """Slices of TPU chips: `slices` of the shape `shape` of the chip `kind`, connected by the data centre's network."""
-
-  kind: str
-  shape: tuple[int, ...]
-  slices: int = 1
-
-  @classmethod
-  def parse(cls, text: str, slices: int = 1) -> 'Topology':
-    """Of `v5e:4x4`.
-
-    Raises:
-      UserError: not a kind of chip that is known here, or not a shape of a slice of it.
-    """
-    kind, _, shape = text.partition(':')
-    if kind not in CHIPS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)+', shape):
-      raise UserError(f'--topology: {text!r} is no slice; give KIND:SHAPE like v5e:4x4, KIND one of {", ".join(CHIPS)}')
-    topology = cls(kind, tuple(map(int, shape.split('x'))), slices)
-    if math.prod(topology.shape) > CHIPS[kind].most:
-      raise UserError(f'--topology: a slice of {kind} has at most {CHIPS[kind].most} chips, {text} would have more')
-    if slices < 1:
-      raise UserError(f'--slices: {slices}; give 1 or more')
-    return topology
-
-  @property
-  def chip(self) -> Chip:
-    return CHIPS[self.kind]
-
-  @property
-  def chips(self) -> int:
-    return math.prod(self.shape) * self.slices
-
-  def __str__(self) -> str:
-    return f'{self.kind}:{"x".join(map(str, self.shape))}' + (f' x {self.slices} slices' if self.slices > 1 else '')
-
-  def devices(self) -> list:
-    """What stands for the chips when compiling.
-
-    Raises:
-      UserError: the compiler is missing, or knows no such slice.
-    """
-    # Read when libtpu is first loaded: let several processes compile at once, and ask no TPU host for its place.
-    for key, value in {
-      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-      'TPU_SKIP_MDS_QUERY': '1',
-      'TPU_WORKER_HOSTNAMES': 'localhost',
-      'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
-    }.items():
-      os.environ.setdefault(key, value)
-    if importlib.util.find_spec('libtpu') is None:
-      raise UserError('--mode=aot: the TPU compiler is not installed; pip install -r requirements-aot.txt')
-    options = {'num_slices': self.slices} if self.slices > 1 else {}
-    if self.kind == 'v4':
-      options['chip_config_name'] = 'megacore'  # a device is a chip, as in the other kinds
-    name = f'{self.kind}:{"x".join(map(str, self.shape))}'
-    try:
-      return topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices
-    except jax.errors.JaxRuntimeError as error:
-      reason = str(error).splitlines()[0]
-      raise UserError(f'--topology: the compiler takes no {name} ({reason}); try {self.chip.sweep[1]}') from None
-
-
-def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
+def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
   """Compiles a config's training step for a topology; what it needs, and the times that follow, per device and step.
 
   Sizes are bytes. `seconds` has the least time that arithmetic, memory and the network between chips would each allow;
@@ -160,9 +53,7 @@ def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
 
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   parameters, state = _nbytes(like.variables['params']), _nbytes(like)
-  network = [
-    Collective.parse(line, mesh.devices.size) for line in compiled.as_text().splitlines() if _SENDS.search(line)
-  ]
+  network = tpu.collectives(compiled.as_text(), mesh.devices.size)
   chip = topology.chip
   seconds = {
     'compute': cost['flops'] / chip.flops,
@@ -210,77 +101,6 @@ def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
   }
 
 
-_SENDS = re.compile(
-  r' = (?P<result>\(.*?\)|\S+) '
-  r'(?P<kind>all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|send(?=.*xla_megascale_runtime))'
-  r'(?P<start>-start)?\('
-)
-_ARRAY = re.compile(r'\b(pred|[a-z]+?(\d+)(?:e\d\w*)?)\[([\d,]*)\]')
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-  """One exchange between devices in a compiled program.
-
-  Attributes:
-    kind: XLA's name of the operation; `send` is an all-reduce between slices.
-    nbytes: of the array that one device ends up with.
-    group: devices that take part together.
-  """
-
-  kind: str
-  nbytes: int
-  group: int
-
-  @classmethod
-  def parse(cls, line: str, devices: int) -> 'Collective':
-    """From a line of the optimised HLO in which `_SENDS` finds something."""
-    found = _SENDS.search(line)
-    sizes = [
-      math.prod(map(int, filter(None, dims.split(',')))) * (1 if kind == 'pred' else int(bits) // 8)
-      for kind, bits, dims in _ARRAY.findall(found['result'])
-    ]
-    # What begins asynchronously gives its operands too, and some kinds a counter or two.
-    if found['kind'] == 'send':
-      sizes = sizes[:1]
-    elif found['start'] and found['kind'] == 'collective-permute':
-      sizes = sizes[1:2]
-    elif found['start'] and found['kind'] != 'all-reduce':
-      sizes = sizes[len(sizes) // 2 :]
-    return cls(found['kind'], sum(sizes), _group(line, devices))
-
-  def seconds(self, topology: Topology) -> float:
-    """The least time for it, by the bytes that each chip must send and the way that they must go."""
-    chip = topology.chip
-    if self.kind == 'send':
-      return 2 * (topology.slices - 1) / topology.slices * self.nbytes / chip.dcn_rate + _DCN_SECONDS
-    if self.kind == 'collective-permute':  # to one neighbour, over one link of the two on each axis
-      return self.nbytes * 2 * len(topology.shape) / chip.ici_rate + _HOP_SECONDS
-    # Of an array of n bytes, split over the group: each part goes around once; in a sum, and back to all.
-    rounds = 2 if self.kind == 'all-reduce' else 1
-    whole = self.nbytes * (self.group if self.kind == 'reduce-scatter' else 1)
-    sent = rounds * whole * (self.group - 1) / self.group
-    axes = [n for n in topology.shape if n > 1]
-    rings = [n % chip.ring == 0 for n in axes]
-    # At the ends of a line half of the links lead nowhere.
-    rate = chip.ici_rate * sum(1.0 if ring else 0.5 for ring in rings) / len(axes)
-    hops = sum(n // 2 if ring else n - 1 for n, ring in zip(axes, rings, strict=True))
-    return sent / rate + rounds * min(hops, self.group - 1) * _HOP_SECONDS
-
-
-def _group(line: str, devices: int) -> int:
-  """How many devices exchange with one another, in any of the ways in which XLA writes replica_groups."""
-  if found := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
-    return int(found[1])
-  if found := re.search(r'replica_groups=\{\{([\d,]+)\}', line):
-    return found[1].count(',') + 1
-  if found := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', line):
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-    # An axis may be used in part: 'name':(what is left out before)size.
-    return math.prod(int(part or sizes[name]) for name, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2]))
-  return devices
-
-
 def _shortage(message: str) -> str:
   """What the compiler says is missing, in one line."""
   amounts = [float(amount) for amount in re.findall(r'([\d.]+)G', message)]
@@ -294,7 +114,7 @@ def _nbytes(tree) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def largest_batch(config: ml_collections.ConfigDict, topology: Topology) -> int:
+def largest_batch(config: ml_collections.ConfigDict, topology: tpu.Topology) -> int:
   """The largest batch per device that fits, below config's own, which does not; 0 where not even one slice each does.
 
   Found by compiling, halving what is between: the compiler arranges a step anew for each batch, so that memory does not
@@ -347,7 +167,7 @@ def table(result: dict) -> str:
   return '\n'.join(f'{name:{width}}  {value}' for name, value in rows)
 
 
-def aot(config: ml_collections.ConfigDict, name: str, topology: Topology, output: pathlib.Path) -> None:
+def aot(config: ml_collections.ConfigDict, name: str, topology: tpu.Topology, output: pathlib.Path) -> None:
   """Prints the report of a config on a topology and writes it to `output` as JSON, named after both.
 
   Raises:
@@ -375,10 +195,10 @@ def sweep(config: ml_collections.ConfigDict, name: str, kind: str, page: pathlib
   The batch grows with the slice: config.train.batch_size is for the smallest.
   """
   config = config.copy_and_resolve_references()
-  first = Topology.parse(f'{kind}:{CHIPS[kind].sweep[0]}')
+  first = tpu.Topology.parse(f'{kind}:{tpu.CHIPS[kind].sweep[0]}')
   per_chip, results = config.train.batch_size / first.chips, []
-  for shape in CHIPS[kind].sweep:
-    topology = Topology.parse(f'{kind}:{shape}')
+  for shape in tpu.CHIPS[kind].sweep:
+    topology = tpu.Topology.parse(f'{kind}:{shape}')
     config.train.batch_size = round(per_chip * topology.chips)
     logging.info('compiling %s for %s', name, topology)
     results.append(report(config, topology))
