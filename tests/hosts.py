@@ -32,8 +32,8 @@ TINY = [
 class Hosts:
   """Processes 0 to n - 1 of one run, with their standard error. A context manager: on leaving, none is left."""
 
-  def __init__(self, processes: int, devices: int, arguments: list[str], folder: pathlib.Path, each=()):
-    """Starts them with `devices` fake devices and the same arguments each, and with each[k]; output in folder/k.log."""
+  def __init__(self, processes, devices, arguments: list[str], folder: pathlib.Path, each=(), **environment):
+    """Starts them with `devices` fake devices each, the same arguments and each[k]; output in folder/k.log."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
       free.bind(('localhost', 0))
@@ -42,7 +42,9 @@ class Hosts:
     for k in range(processes):
       own = [f'--coordinator=localhost:{port}', f'--num_processes={processes}', f'--process_id={k}']
       own = [*(own if processes > 1 else []), *(each[k] if each else [])]
-      self.processes.append(start([*arguments, *own], devices, folder / f'{k}.log', folder / f'{k}.json'))
+      self.processes.append(
+        start([*arguments, *own], devices, folder / f'{k}.log', folder / f'{k}.json', **environment)
+      )
 
   def __enter__(self):
     return self

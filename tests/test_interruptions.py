@@ -1,7 +1,7 @@
 """Runs that are stopped anywhere and started again with the same command: the result is that of one that never was."""
 
+import contextlib
 import json
-import pathlib
 import random
 import re
 import signal
@@ -38,8 +38,13 @@ def saved(workdir) -> list[int]:
   return sorted(int(path.name) for path in (workdir / 'checkpoints').glob('*') if path.name.isdigit())
 
 
-def half_saved(workdir) -> list[pathlib.Path]:
-  return list((workdir / 'checkpoints').glob('*tmp*'))
+def half_saved(workdir) -> set[tuple[str, int]]:
+  """Saves that have begun and not ended: their folders, and when each was made."""
+  found = set()
+  for path in (workdir / 'checkpoints').glob('*tmp*'):
+    with contextlib.suppress(FileNotFoundError):  # it has just ended
+      found.add((path.name, path.stat().st_ino))
+  return found
 
 
 def arrays(workdir) -> dict[str, np.ndarray]:
@@ -58,13 +63,14 @@ def losses(workdir) -> list[tuple[int, float]]:
   return [(entry['step'], entry['train/loss']) for entry in entries if 'train/loss' in entry]
 
 
-def killed(arguments, folder, devices, until, **environment) -> None:
-  """Starts the run and kills it, as the power does, as soon as `until()`."""
+def killed(arguments, folder, devices, until, after=0.0, **environment) -> None:
+  """Starts the run and kills it, as the power does, so many seconds after `until()`."""
   process = hosts.start(arguments, devices, folder / 'log', folder / 'notes', **environment)
   try:
     began = time.monotonic()
     while process.poll() is None and time.monotonic() < began + 120 and not until():
       time.sleep(0.001)
+    time.sleep(after)
   finally:
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -87,15 +93,14 @@ def test_killed_ten_times(data_dir, tmp_path, elastic):
   arguments = command(data_dir, workdir, **settings)
   for attempt in range(10):
     before = saved(workdir)
-    first = before[-1] if before else 0
+    first, begun = before[-1] if before else 0, half_saved(workdir)
     if attempt % 2:
-      begun = set(half_saved(workdir))
-      until = lambda begun=begun: set(half_saved(workdir)) - begun
+      until = lambda begun=begun: half_saved(workdir) - begun
     else:
       target = first + rng.choice([0, 1, 1, 2])
       until = lambda target=target: (log := workdir / 'log.jsonl').exists() and last_step(log) >= target
-    killed(arguments, tmp_path, (2, 8, 1, 4)[attempt % 4] if elastic else 1, until, **exact)
-    inside += bool(half_saved(workdir))
+    killed(arguments, tmp_path, (2, 8, 1, 4)[attempt % 4] if elastic else 1, until, rng.uniform(0, 0.05), **exact)
+    inside += bool(half_saved(workdir) - begun)
     # No checkpoint is lost, and what is there is whole.
     now = saved(workdir)
     assert (now[-1] if now else 0) >= first
