@@ -10,6 +10,7 @@ import hosts
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import SIZE
 
 STEPS, BATCH = 20, 8
 
@@ -198,3 +199,19 @@ def test_a_host_that_never_comes_is_not_waited_for_forever(data_dir, tmp_path, p
   assert f'process {present} of 2, waiting for the others at localhost:18476' in printed
   assert 'error: hosts: the processes did not all come together at localhost:18476 within 4 s; start' in printed
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_slurm_is_detected(raw_dir, tmp_path):
+  """Two tasks as srun starts them, told nothing by flags: process 0 prepares the cohort, the other waits for it."""
+  run = ['--mode=prepare', '--config=configs/seg.py', f'--config.data.raw_dir={raw_dir}']
+  run += [f'--config.data.image_size={SIZE}', f'--config.data.dir={tmp_path / "prepared"}']
+  job = {'SLURM_JOB_ID': '4711', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_NODES': '1'}
+  tasks = [
+    hosts.start(run, 1, tmp_path / f'{k}.log', tmp_path / 'notes', **job, SLURM_PROCID=str(k), SLURM_LOCALID=str(k))
+    for k in range(2)
+  ]
+  assert [task.wait(120) for task in tasks] == [0, 0]
+  first, second = ((tmp_path / f'{k}.log').read_text() for k in range(2))
+  assert f'prepared: {tmp_path / "prepared"}' in first
+  assert 'prepared' not in second and 'Checking scans' not in second
