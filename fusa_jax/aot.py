@@ -23,8 +23,9 @@ from fusa_jax.files import replacing
 def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
   """Compiles a config's training step for a topology; what it needs, and the times that follow, per device and step.
 
-  Sizes are bytes. `seconds` has the least time that arithmetic, memory and the network between chips would each allow;
-  `step_seconds` takes the slower of the first two and adds the third, as if nothing were sent while something is
+  Sizes are bytes. `bytes_moved` is between memory and core; `bytes_accessed` is XLA's own number, in which what stays
+  in the core counts too. `seconds` has the least time that arithmetic, memory and the network between chips would each
+  allow; `step_seconds` takes the slower of the first two and adds the third, as if nothing were sent while something is
   computed. `efficiency` is the share of a step that is not spent on that network: throughput per chip against that of
   one chip on its own share of the batch.
 
@@ -53,11 +54,12 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
 
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   parameters, state = _nbytes(like.variables['params']), _nbytes(like)
-  network = tpu.collectives(compiled.as_text(), mesh.devices.size)
+  program = compiled.as_text()
+  network, moved = tpu.collectives(program, mesh.devices.size), tpu.hbm_traffic(program)
   chip = topology.chip
   seconds = {
     'compute': cost['flops'] / chip.flops,
-    'memory': cost['bytes accessed'] / chip.hbm_rate,
+    'memory': moved / chip.hbm_rate,
     'interconnect': sum(collective.seconds(topology) for collective in network),
   }
   alone = max(seconds['compute'], seconds['memory'])
@@ -85,7 +87,8 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
       'chip': chip.hbm,
     },
     'flops': cost['flops'],
-    'bytes_moved': cost['bytes accessed'],
+    'bytes_moved': moved,
+    'bytes_accessed': cost['bytes accessed'],
     'collectives': len(network),
     'bytes_all_reduced': sum(c.nbytes for c in network if c.kind == 'all-reduce'),
     'bytes_between_slices': sum(c.nbytes for c in network if c.kind == 'send'),
@@ -252,12 +255,13 @@ for TPU slices of 8 to 256 chips by the TPU's own compiler, on a CPU machine. No
 is the least that the chip's published rates allow for what the compiler counted in one chip's program:
 
 - **compute**: FLOPs at the chip's peak in bfloat16;
-- **memory**: bytes that the program's operations read and write, at the rate of the chip's memory. An upper count: what
-  stays in the core's own memory between two operations is in it;
+- **memory**: bytes between the chip's memory and its core, counted operation by operation in the compiled program, at
+  the rate of that memory;
 - **interconnect**: bytes that each chip must send, over all its links (half of them where an axis of the slice is not
   closed to a ring), and 1 microsecond for each chip that a message passes, which is an assumption;
 - **slices/s**: of CT, over all chips, if compute and memory overlap and the interconnect overlaps with neither;
-- **efficiency**: throughput per chip against a chip alone with its share of the batch: what the interconnect leaves."""
+- **efficiency**: throughput per chip against a chip alone with its share of the batch, so what the interconnect leaves.
+  A lower bound: a real step takes longer than the first two, and overlaps part of the third."""
 
 
 def _mesh(result):

@@ -119,7 +119,8 @@ _SENDS = re.compile(
   r'(?P<kind>all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|send(?=.*xla_megascale_runtime))'
   r'(?P<start>-start)?\('
 )
-_ARRAY = re.compile(r'\b(pred|[a-z]+?(\d+)(?:e\d\w*)?)\[([\d,]*)\]')
+# An array's type, its bits, its sizes, and its layout, in which S(n) is a memory of the core's own.
+_ARRAY = re.compile(r'\b(pred|[a-z]+?(\d+)(?:e\d\w*)?)\[([\d,]*)\](\{[^{}]*\})?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +162,7 @@ def collectives(program: str, devices: int) -> list[Collective]:
 
 
 def _parse(line, found, devices):
-  sizes = [
-    math.prod(map(int, filter(None, dims.split(',')))) * (1 if kind == 'pred' else int(bits) // 8)
-    for kind, bits, dims in _ARRAY.findall(found['result'])
-  ]
+  sizes = [size for size, _ in _arrays(found['result'])]
   # What begins asynchronously gives its operands too, and some kinds a counter or two.
   if found['kind'] == 'send':
     sizes = sizes[:1]
@@ -173,6 +171,50 @@ def _parse(line, found, devices):
   elif found['start'] and found['kind'] != 'all-reduce':
     sizes = sizes[len(sizes) // 2 :]
   return Collective(found['kind'], sum(sizes), _group(line, devices))
+
+
+def _arrays(shape: str) -> list[tuple[int, int]]:
+  """The arrays in an operation's type: (bytes, bytes that lie in HBM) of each."""
+  found = []
+  for kind, bits, dims, layout in _ARRAY.findall(shape):
+    size = math.prod(map(int, filter(None, dims.split(',')))) * (1 if kind == 'pred' else int(bits) // 8)
+    found.append((size, 0 if 'S(' in layout else size))
+  return found
+
+
+_OPERATION = re.compile(r'\s+(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>.*?) (?P<kind>[a-z][a-z-]*)\((?P<operands>[^)]*)')
+_MOVES_NOTHING = ('bitcast', 'parameter', 'constant', 'after-all', 'optimization-barrier', 'while', 'conditional')
+
+
+def hbm_traffic(program: str) -> int:
+  """Bytes between HBM and the core in one run of a TPU program, given as the text of its optimised HLO.
+
+  Each operation reads its operands and writes its results, where these lie in HBM; what stays in the core's own memory
+  between two operations is not counted, as it is in XLA's "bytes accessed". Bodies of loops are left out: in a training
+  step they only draw random numbers. An operand is counted whole, also where an operation needs a part of it.
+  """
+  entry = program[program.index('\nENTRY') :]
+  entry = re.sub(r'\n\s*(?![\s%]|ROOT)', ' ', entry[: entry.index('\n}')])  # long types go over several lines
+  values, total = {}, 0
+  for line in entry.splitlines():
+    found = _OPERATION.match(line)
+    if not found:
+      continue
+    kind, operands = found['kind'], re.findall(r'%([\w.-]+)', found['operands'])
+    result = _arrays(found['type'])
+    if kind == 'get-tuple-element':
+      result = [values[operands[0]][int(re.search(r'index=(\d+)', line)[1])]]
+    elif kind == 'tuple':
+      result = [(sum(s for s, _ in values[o]), sum(h for _, h in values[o])) for o in operands]
+    elif kind.endswith('-start'):  # it gives what it takes: where that lies is all that is needed when it is done
+      result = [value for operand in operands for value in values[operand]]
+    elif kind.endswith('-done'):
+      moved = sum(size for size, _ in result)
+      total += sum(hbm for _, hbm in result) + (moved if any(hbm for _, hbm in values[operands[0]]) else 0)
+    elif kind not in _MOVES_NOTHING and 'ConcatBitcast' not in line:
+      total += sum(hbm for _, hbm in result) + sum(hbm for o in operands for _, hbm in values[o])
+    values[found['name']] = result
+  return total
 
 
 def _group(line: str, devices: int) -> int:

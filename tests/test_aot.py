@@ -60,6 +60,7 @@ def test_a_tiny_config_compiles_for_v5e(tmp_path):
   assert report['bytes_otherwise_sent'] == report['bytes_between_slices'] == 0
   assert report['seconds']['compute'] == pytest.approx(report['flops'] / 197e12)
   assert report['seconds']['memory'] == pytest.approx(report['bytes_moved'] / 819e9)
+  assert 3 * 4 * size < report['bytes_moved'] < report['bytes_accessed']  # the state at the least is read
   assert 0 < report['efficiency'] < 1
   for line in ('topology', 'peak memory', 'scaling efficiency', '8 chips, mesh data 8 x space 1'):
     assert line in result.stdout

@@ -124,3 +124,20 @@ def test_the_compiler_is_asked_for_where_it_is_missing(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='the TPU compiler is not installed; pip install -r requirements-aot.txt'):
     tpu.Topology.parse('v5e:4x4').devices()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='no TPU compiler: requirements-aot.txt')
+@pytest.mark.slow
+def test_traffic_with_memory_is_what_a_program_must_read_and_write():
+  """Programs of one or two operations, compiled for a v5e; what is in between stays in the core."""
+  device = jax.sharding.SingleDeviceSharding(tpu.Topology.parse('v5e:2x2').devices()[0])
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+  x, y = array(jnp.bfloat16, 2048, 2048), array(jnp.bfloat16, 2048, 1024)
+  for function, arguments, expected in (
+    (lambda x: x + 1, [array(jnp.float32, 1000, 1024)], 2 * 4096000),
+    (lambda x: x.sum(), [array(jnp.float32, 1000, 1024)], 4096000),
+    (lambda x, y: x @ y, [x, y], 2 * (2048 * 2048 + 2 * 2048 * 1024)),
+    (lambda x, y: jnp.tanh(x @ y) @ y.T, [x, y], 2 * (2 * 2048 * 2048 + 2 * 2048 * 1024)),  # y is read twice
+  ):
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    assert tpu.hbm_traffic(text) == pytest.approx(expected, rel=0.01)
