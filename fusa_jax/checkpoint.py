@@ -26,6 +26,10 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from fusa_jax import sharding
 from fusa_jax.errors import UserError
 
+# All of the state is on every host: process 0 writes it, as it writes all else, instead of a part by each.
+_WRITER = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+ocp.type_handlers.register_type_handler(jax.Array, _WRITER, override=True)
+
 _DIGESTS = 'sha256.json'
 _METRICS = pathlib.Path('metrics', 'metrics')  # where Orbax's manager puts the scores
 

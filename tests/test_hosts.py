@@ -76,7 +76,10 @@ def test_the_result_does_not_depend_on_the_hosts(data_dir, tmp_path, request, pr
   for name, drawn in (('train', 0), ('validation', 0), ('test', 1)):
     assert sorted(itertools.chain.from_iterable(read[name] for read in reads)) == sorted(alone[name])
     assert {len(read[name]) for read in reads[1:]} == {(len(alone[name]) - drawn) // processes}
-  # Only process 0 shows what happens.
+  # Only process 0 writes, and shows what happens.
+  writers = {path.name for path in (tmp_path / 'run').rglob('ocdbt.process_*')}
+  assert writers == {'ocdbt.process_0'}
+  assert len(list((tmp_path / 'run' / 'tensorboard').iterdir())) == 1
   assert 'parameters' in printed[0] and 'Training:' in printed[0]
   assert not any('Training:' in text or 'parameters' in text or 'Evaluating' in text for text in printed[1:])
 
