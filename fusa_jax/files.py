@@ -1,9 +1,21 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and one line where one cannot be written."""
 
 import contextlib
 import os
 import pathlib
 from collections.abc import Iterator
+
+from fusa_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+  """Around what writes `path`: the system's refusal (a full disk, no permission) becomes a UserError that says so."""
+  try:
+    yield
+  except OSError as error:
+    reason = error.strerror or error
+    raise UserError(f'{path}: cannot be written ({reason}); free space there, or name another folder') from error
 
 
 @contextlib.contextmanager
@@ -12,12 +24,16 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
   The name ends as `path` does (libraries choose a format by it) and lies in the same folder (a rename is atomic only
   within a file system).
+
+  Raises:
+    UserError: the system refuses to write there.
   """
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f'.{os.getpid()}.{path.name}')
-  try:
-    yield partial
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
+  with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      yield partial
+      os.replace(partial, path)
+    finally:
+      partial.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import pathlib
 import tensorboardX
 
 from fusa_jax import sharding
-from fusa_jax.files import replacing
+from fusa_jax.files import replacing, writing
 
 
 class MetricLog:
@@ -29,8 +29,9 @@ class MetricLog:
     """One object a line: the step and the scalars; None (undefined) is null here and left out of TensorBoard."""
     if self._file is None:
       return
-    self._file.write(json.dumps({'step': step, **scalars}) + '\n')
-    self._file.flush()
+    with writing(self._path):
+      self._file.write(json.dumps({'step': step, **scalars}) + '\n')
+      self._file.flush()
     for name, value in scalars.items():
       if value is not None:
         self._board.add_scalar(name, value, step)

@@ -35,11 +35,8 @@ def _save(workdir, config):
     if differ:
       listed = ', '.join(f'{key} ({before.get(key)} -> {now.get(key)})' for key in differ)
       raise UserError(f'{workdir} holds a run of another config: {listed}; name another --workdir, or set these back')
-  try:
-    with replacing(path) as partial:
-      partial.write_text(json.dumps(_plain(config).to_dict(), indent=2) + '\n')
-  except OSError as error:
-    raise UserError(f'--workdir: cannot write to {workdir} ({error.strerror}); name another, or free space') from error
+  with replacing(path) as partial:
+    partial.write_text(json.dumps(_plain(config).to_dict(), indent=2) + '\n')
 
 
 def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:

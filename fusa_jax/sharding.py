@@ -25,6 +25,7 @@ from fusa_jax.errors import UserError
 _DONE, _FAILED, _ENDED = 'fusa_jax/done/', 'fusa_jax/failed/', 'fusa_jax/ended/'
 _turns = itertools.count()
 _leaving = threading.Event()
+_watcher = threading.Thread(target=lambda: _watch(), name='watch', daemon=True)
 
 
 def connect(
@@ -89,13 +90,15 @@ def connect(
     return  # nothing tells of other processes
   finally:
     patience.cancel()
-  threading.Thread(target=_watch, name='watch', daemon=True).start()
+  _watcher.start()
 
 
 def disconnect() -> None:
-  """Leaves together: waits until every process has come here."""
+  """Leaves together: waits until every process has come here, or ends as soon as one of them fails."""
   if _client() is not None:
+    on_main(lambda: None)  # process 0 writes the results: until then, the others still listen
     _leaving.set()
+    _watcher.join()
     jax.distributed.shutdown()
 
 

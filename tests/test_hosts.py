@@ -218,3 +218,18 @@ def test_slurm_is_detected(raw_dir, tmp_path):
   first, second = ((tmp_path / f'{k}.log').read_text() for k in range(2))
   assert f'prepared: {tmp_path / "prepared"}' in first
   assert 'prepared' not in second and 'Checking scans' not in second
+
+
+@pytest.mark.slow
+def test_others_hear_what_happens_to_process_0_at_the_end(data_dir, one_host, tmp_path):
+  """The results cannot be written, while the others are done: a file stands where their folder should be."""
+  (tmp_path / 'run').mkdir()
+  for name in ('config.json', 'checkpoints'):
+    (tmp_path / 'run' / name).symlink_to(one_host[0] / name)
+  (tmp_path / 'run' / 'test').write_text('')
+  run = ['--mode=evaluate', f'--workdir={tmp_path / "run"}', '--config=configs/seg.py', f'--config.data.dir={data_dir}']
+  with hosts.Hosts(2, 1, run, tmp_path) as two:
+    assert two.wait(120) == [2, 2]
+    reason = f'{tmp_path / "run" / "test" / "slices.csv"}: cannot be written (File exists); free space there'
+    assert two.log(0).splitlines()[-1].startswith(f'error: {reason}')
+    assert two.log(1).splitlines()[-1].startswith(f'error: process 0 of 2: {reason}')
