@@ -145,7 +145,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
         began = time.perf_counter()
       elif stopping:
         checkpoints.save(step, state.variables, state.opt_state, None)
-      if stopping and step < config.train.steps:
+      if stopping:
         raise Terminated(f'by SIGTERM at step {step}, which is saved')
 
 
