@@ -26,10 +26,6 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from fusa_jax import sharding
 from fusa_jax.errors import UserError
 
-# All of the state is on every host: process 0 writes it, as it writes all else, instead of a part by each.
-_WRITER = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-ocp.type_handlers.register_type_handler(jax.Array, _WRITER, override=True)
-
 _DIGESTS = 'sha256.json'
 _METRICS = pathlib.Path('metrics', 'metrics')  # where Orbax's manager puts the scores
 
@@ -102,7 +98,7 @@ class Checkpoints:
       self._open()
     elif not self._folder.is_dir():
       raise UserError(f'{self._folder}: the folder is gone while training; start again with a --workdir that stays')
-    items = ocp.args.Composite(variables=ocp.args.StandardSave(variables), optimizer=ocp.args.StandardSave(optimizer))
+    items = ocp.args.Composite(variables=ocp.args.PyTreeSave(variables), optimizer=ocp.args.PyTreeSave(optimizer))
     self._surfacing(lambda: self._manager.save(step, args=items, metrics=None if score is None else {'score': score}))
     self._scores[step] = score
 
@@ -116,9 +112,13 @@ class Checkpoints:
     """Orbax's manager, after what it must not see is out of its way."""
     sharding.on_main(self._set_aside)
     best = BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+    # All of the state is on every host: process 0 writes it, as it writes all else, instead of a part by each.
+    writer = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, writer))
+    handler = lambda: ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     self._manager = ocp.CheckpointManager(
       self._folder,
-      item_names=('variables', 'optimizer'),
+      item_handlers={'variables': handler(), 'optimizer': handler()},
       options=ocp.CheckpointManagerOptions(
         best_fn=_score,
         best_mode='max',
