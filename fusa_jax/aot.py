@@ -261,7 +261,8 @@ is the least that the chip's published rates allow for what the compiler counted
   closed to a ring), and 1 microsecond for each chip that a message passes, which is an assumption;
 - **slices/s**: of CT, over all chips, if compute and memory overlap and the interconnect overlaps with neither;
 - **efficiency**: throughput per chip against a chip alone with its share of the batch, so what the interconnect leaves.
-  A lower bound: a real step takes longer than the first two, and overlaps part of the third."""
+  A lower bound: a real step takes longer than the first two, and overlaps part of the third;
+- **compiled in**: on the machine that wrote the report, with whatever else it did."""
 
 
 def _mesh(result):
