@@ -29,6 +29,7 @@ class Scorer:
 
     # Every host gets every row: a few numbers each.
     self._score = jax.jit(score, out_shardings=sharding.replicated(mesh))
+    self._compiled = None
 
   def table(self, variables: dict, split: input_pipeline.Split, progress: bool = False) -> dict[str, np.ndarray]:
     """The table of slices, a column for each of COLUMNS, in the split's order."""
@@ -38,7 +39,9 @@ class Scorer:
     steps = math.ceil(len(split) / self._batch_size)
     batches = input_pipeline.test_batches(split, self._mesh, batch_size=self._batch_size)
     for batch in tqdm.tqdm(batches, total=steps, desc='Evaluating', unit='batch', disable=not progress, leave=False):
-      rows = jax.device_get(self._score(variables, batch))
+      if self._compiled is None:
+        self._compiled = sharding.compile_together(self._score.lower(variables, batch))
+      rows = jax.device_get(self._compiled(variables, batch))
       index = rows.pop('index')
       real = index >= 0
       seen[index[real]] += 1

@@ -128,6 +128,14 @@ def on_main(function: Callable[[], Any]) -> Any:
         raise
 
 
+def compile_together(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """Compiles, and waits until all processes have: Gloo gives up after 30 s of waiting for one in the first exchange."""
+  compiled = lowered.compile()
+  if _client() is not None:
+    _client().wait_at_barrier(f'{_DONE}{next(_turns)}', timeout_in_ms=24 * 3600 * 1000)
+  return compiled
+
+
 def fail_together(message: str, code: int) -> None:
   """Tells the other processes that this one ends, why, and with which exit code; they end in the same way."""
   client = _client()

@@ -223,7 +223,7 @@ def lower_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Lo
 def compile_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Compiled:
   """The step of `lower_step`, compiled; says what it costs."""
   began = time.perf_counter()
-  compiled = lower_step(task, optimizer, config, mesh, like).compile()
+  compiled = sharding.compile_together(lower_step(task, optimizer, config, mesh, like))
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   logging.info(
     'compiled the training step in %.1f s: %.1f GFLOP and %.0f MB of temporaries per device and step',
