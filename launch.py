@@ -247,39 +247,29 @@ def start(main) -> None:
   """
 
   def run(argv):
+    from fusa_jax import sharding
+
     signal.signal(signal.SIGTERM, terminate)
     try:
       main(argv)
     except (UserError, DoesNotFitError) as error:
       code = 2 if isinstance(error, UserError) else 3
-      tell_others(str(error), code)
+      sharding.fail_together(str(error), code)
       fail(error, code)
     except Terminated as stop:
       print(f'\nstopped {stop}; the same command goes on from the last checkpoint', file=sys.stderr)
-      disconnect()
+      sharding.disconnect()
       leave(143)
     except KeyboardInterrupt:
       print('\ninterrupted; the same command goes on from the last checkpoint', file=sys.stderr)
-      tell_others('interrupted', 130)
+      sharding.fail_together('interrupted', 130)
       leave(130)
     except Exception as error:
       traceback.print_exc()
-      tell_others(f'{type(error).__name__}: {error}', 1)
+      sharding.fail_together(f'{type(error).__name__}: {error}', 1)
       leave(1)
 
   app.run(run, flags_parser=parse_flags)
-
-
-def tell_others(message: str, code: int) -> None:
-  from fusa_jax import sharding
-
-  sharding.fail_together(message, code)
-
-
-def disconnect() -> None:
-  from fusa_jax import sharding
-
-  sharding.disconnect()
 
 
 if __name__ == '__main__':

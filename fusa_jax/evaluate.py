@@ -28,8 +28,7 @@ class Scorer:
       return {**task.kind.score(task.probabilities(variables, batch['image']), batch), 'index': batch['index']}
 
     # Every host gets every row: a few numbers each.
-    self._score = jax.jit(score, out_shardings=sharding.replicated(mesh))
-    self._compiled = None
+    self._score = sharding.compiled_together(jax.jit(score, out_shardings=sharding.replicated(mesh)))
 
   def table(self, variables: dict, split: input_pipeline.Split, progress: bool = False) -> dict[str, np.ndarray]:
     """The table of slices, a column for each of COLUMNS, in the split's order."""
@@ -39,9 +38,7 @@ class Scorer:
     steps = math.ceil(len(split) / self._batch_size)
     batches = input_pipeline.test_batches(split, self._mesh, batch_size=self._batch_size)
     for batch in tqdm.tqdm(batches, total=steps, desc='Evaluating', unit='batch', disable=not progress, leave=False):
-      if self._compiled is None:
-        self._compiled = sharding.compile_together(self._score.lower(variables, batch))
-      rows = jax.device_get(self._compiled(variables, batch))
+      rows = jax.device_get(self._score(variables, batch))
       index = rows.pop('index')
       real = index >= 0
       seen[index[real]] += 1

@@ -83,8 +83,8 @@ class Predictor:
     self._batch_size = sharding.fitting_batch(mesh, config.train.batch_size)
     sharding.check_divides(mesh, self._batch_size, config.data.image_size)
     self._step, self._variables = evaluate.load_variables(config, task, workdir, mesh)
-    self._probabilities = jax.jit(task.probabilities, out_shardings=sharding.replicated(mesh))
-    self._compiled = None
+    jitted = jax.jit(task.probabilities, out_shardings=sharding.replicated(mesh))
+    self._probabilities = sharding.compiled_together(jitted)
 
   def __call__(self, scan: ct.Scan) -> tuple[dict, dict[str, np.ndarray]]:
     """What NAME.json holds, and the volumes 'mask' and 'probability' [S, H, W] (none for classification)."""
@@ -112,9 +112,7 @@ class Predictor:
       batch = np.zeros((size, *part.shape[1:]), part.dtype)
       batch[: len(part)] = part
       put = sharding.to_devices(self._mesh, size, rows, batch[rows])
-      if self._compiled is None:
-        self._compiled = sharding.compile_together(self._probabilities.lower(self._variables, put))
-      out.append(np.asarray(self._compiled(self._variables, put))[: len(part)])
+      out.append(np.asarray(self._probabilities(self._variables, put))[: len(part)])
     return np.concatenate(out)
 
 

@@ -128,6 +128,19 @@ def on_main(function: Callable[[], Any]) -> Any:
         raise
 
 
+def compiled_together(jitted: Callable) -> Callable:
+  """A jitted function of one set of shapes, compiled at its first call, by `compile_together`."""
+  compiled = None
+
+  def run(*arguments):
+    nonlocal compiled
+    if compiled is None:
+      compiled = compile_together(jitted.lower(*arguments))
+    return compiled(*arguments)
+
+  return run
+
+
 def compile_together(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   """Compiles, and waits until all processes have: Gloo gives up after 30 s of waiting for one in the first exchange."""
   compiled = lowered.compile()
