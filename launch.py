@@ -2,6 +2,9 @@
 
 python launch.py --config=configs/seg.py --config.data.raw_dir=FOLDER_OF_SCANS
 python launch.py --mode=predict --workdir=RUN --input=SCAN_OR_FOLDER --output=FOLDER
+python launch.py --mode=aot --config=configs/seg.py --topology=v5e:4x4
+
+On several hosts, the same command on each is one run: docs/pods.md.
 """
 
 import logging

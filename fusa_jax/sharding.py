@@ -195,8 +195,8 @@ def _watch():
 def create_mesh(data: int = -1, space: int = 1, devices=None) -> Mesh:
   """A mesh ('data', 'space') over `devices` (default: all); data = -1 takes all devices that `space` leaves.
 
-  Where TPU devices belong to several slices, 'data' goes over the slices too and 'space' stays within one: images are
-  exchanged at every convolution, gradients once a step.
+  Where TPU devices belong to several slices, 'data' goes over the slices too and 'space' stays within one: parts of an
+  image are exchanged at every convolution, over the batch only the sums of norms and gradients.
 
   Raises:
     UserError: sizes that do not make up the number of devices, or images shared between slices.
@@ -214,7 +214,7 @@ def create_mesh(data: int = -1, space: int = 1, devices=None) -> Mesh:
       raise UserError(
         f'mesh: space={space} would share an image between slices; mesh.data must be a multiple of {slices}'
       )
-    # jax.make_mesh knows one slice only (seen with jax 0.10 and 0.12).
+    # jax.make_mesh knows one slice only (seen with jax 0.10).
     grid = mesh_utils.create_hybrid_device_mesh((data // slices, space), (slices, 1), devices.ravel())
     return Mesh(grid, axes, axis_types=types)
   return jax.make_mesh((data, space), axes, axis_types=types, devices=devices.ravel())
