@@ -8,18 +8,15 @@ On several hosts, the same command on each is one run: docs/pods.md.
 """
 
 import logging
-import os
 import pathlib
-import signal
-import sys
-import traceback
 
 import absl.logging
 import tqdm
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from fusa_jax.errors import DoesNotFitError, Terminated, UserError
+from fusa_jax import exits
+from fusa_jax.errors import UserError
 
 MODES = ('train', 'evaluate', 'predict', 'prepare', 'aot')
 
@@ -44,8 +41,8 @@ _PROBABILITIES = flags.DEFINE_bool('probabilities', False, 'predict: write proba
 def main(_):
   """Dispatches on --mode. Modules are imported where they are needed: worker processes import this file too."""
   start_logging()
-  if _MODE.value == 'aot':
-    compile_ahead()
+  if _MODE.value in ALONE:
+    ALONE[_MODE.value]()
     return
   from fusa_jax import sharding
 
@@ -58,51 +55,54 @@ def main(_):
   )
   if not sharding.is_main():
     logging.getLogger().setLevel(logging.WARNING)
-  work()
+  TOGETHER[_MODE.value]()
   sharding.disconnect()
 
 
-def work() -> None:
-  """What --mode says, in each process of the run."""
-  from fusa_jax import sharding
-
-  if _MODE.value == 'predict':
-    from fusa_jax import predict
-
-    use_compilation_cache()
-    workdir, source, output = (path_flag(flag) for flag in (_WORKDIR, _INPUT, _OUTPUT))
-    mesh = sharding.create_mesh(**_CONFIG.value.mesh) if _CONFIG.value is not None else None
-    predict.predict(workdir, source, output, probabilities=_PROBABILITIES.value, mesh=mesh)
-    return
-  if _MODE.value == 'evaluate':
-    from fusa_jax import evaluate, run_config
-
-    use_compilation_cache()
-    workdir = path_flag(_WORKDIR)
-    config = run_config.load(workdir)
-    # Where the data lie and what devices there are may differ from when it was trained: --config says so, or defaults.
-    config.mesh.update(data=-1, space=1)
-    if _CONFIG.value is not None:
-      config.mesh.update(_CONFIG.value.mesh)
-      if names_data(_CONFIG.value):
-        config.data.update(raw_dir=_CONFIG.value.data.raw_dir, dir=_CONFIG.value.data.dir)
-    evaluate.evaluate(config, workdir, prepared(config))
-    return
-
-  config, name = resolve_config()
-  if _MODE.value == 'prepare' and config.data.dir and not config.data.raw_dir:
-    raise UserError('data.raw_dir: missing; --mode=prepare needs the folder of the scans')
-  data_dir = prepared(config)
-  if _MODE.value == 'prepare':
-    logging.info('prepared: %s', data_dir)
-    return
+def train() -> None:
+  """--mode=train: prepares what is missing, trains or resumes, evaluates."""
   from fusa_jax import evaluate, train
 
+  config, name = resolve_config()
+  data_dir = prepared(config)
   use_compilation_cache()
   workdir = pathlib.Path(_WORKDIR.value or f'runs/{name}')
   train.train(config, workdir, data_dir)
   evaluate.evaluate(config, workdir, data_dir)
   logging.info('results: %s', workdir / 'test')
+
+
+def evaluate() -> None:
+  """--mode=evaluate: a run again, from its folder; where the data lie and what devices there are may have changed."""
+  from fusa_jax import evaluate, run_config
+
+  use_compilation_cache()
+  workdir = path_flag(_WORKDIR)
+  config = run_config.load(workdir)
+  config.mesh.update(data=-1, space=1)
+  if _CONFIG.value is not None:
+    config.mesh.update(_CONFIG.value.mesh)
+    if names_data(_CONFIG.value):
+      config.data.update(raw_dir=_CONFIG.value.data.raw_dir, dir=_CONFIG.value.data.dir)
+  evaluate.evaluate(config, workdir, prepared(config))
+
+
+def predict() -> None:
+  """--mode=predict: masks and numbers of new scans."""
+  from fusa_jax import predict, sharding
+
+  use_compilation_cache()
+  workdir, source, output = (path_flag(flag) for flag in (_WORKDIR, _INPUT, _OUTPUT))
+  mesh = sharding.create_mesh(**_CONFIG.value.mesh) if _CONFIG.value is not None else None
+  predict.predict(workdir, source, output, probabilities=_PROBABILITIES.value, mesh=mesh)
+
+
+def prepare() -> None:
+  """--mode=prepare: the dataset alone."""
+  config, _ = resolve_config()
+  if config.data.dir and not config.data.raw_dir:
+    raise UserError('data.raw_dir: missing; --mode=prepare needs the folder of the scans')
+  logging.info('prepared: %s', prepared(config))
 
 
 def compile_ahead() -> None:
@@ -222,58 +222,17 @@ def parse_flags(argv):
       _CONFIG.value.items()
     return rest
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-    fail(UserError(f'{" ".join(str(error).split())}; see python launch.py --help'))
-
-
-def fail(error: Exception, code: int = 2) -> None:
-  for line in str(error).splitlines():
-    print(f'error: {line}', file=sys.stderr)
-  leave(code)
-
-
-def leave(code: int) -> None:
-  """Ends the process. Not by sys.exit: threads of the input pipeline and of Orbax have nothing left to finish."""
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
-
-
-def terminate(*_) -> None:
-  raise Terminated('by SIGTERM')
+    exits.fail(UserError(f'{" ".join(str(error).split())}; see python launch.py --help'))
 
 
 def start(main) -> None:
-  """Runs a main function of the remaining arguments, with the house's errors and exit codes.
+  """Runs a main function with the flags above."""
+  exits.start(main, parse_flags)
 
-  2 is the user's to mend and 3 does not fit; anything else but 0 asks for the same command again: 130 (Ctrl-C), 143
-  (SIGTERM), 1 (a bug, or another host lost) and 134 (JAX ended it, for another host's silence).
-  """
 
-  def run(argv):
-    from fusa_jax import sharding
-
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-      main(argv)
-    except (UserError, DoesNotFitError) as error:
-      code = 2 if isinstance(error, UserError) else 3
-      sharding.fail_together(str(error), code)
-      fail(error, code)
-    except Terminated as stop:
-      print(f'\nstopped {stop}; the same command goes on from the last checkpoint', file=sys.stderr)
-      sharding.disconnect()
-      leave(143)
-    except KeyboardInterrupt:
-      print('\ninterrupted; the same command goes on from the last checkpoint', file=sys.stderr)
-      sharding.fail_together('interrupted', 130)
-      leave(130)
-    except Exception as error:
-      traceback.print_exc()
-      sharding.fail_together(f'{type(error).__name__}: {error}', 1)
-      leave(1)
-
-  app.run(run, flags_parser=parse_flags)
-
+# By mode: those in which all processes of a run take part, and those that need no more than this one.
+TOGETHER = {'train': train, 'evaluate': evaluate, 'predict': predict, 'prepare': prepare}
+ALONE = {'aot': compile_ahead}
 
 if __name__ == '__main__':
   start(main)
