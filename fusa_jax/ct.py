@@ -27,27 +27,52 @@ _CANONICAL = orientations.axcodes2ornt(('L', 'P', 'S'))
 
 
 @dataclasses.dataclass(frozen=True)
-class Scan:
-  """A scan on canonical axes, with what is needed to go back.
+class Grid:
+  """Where a file's voxels lie, on canonical axes.
 
   Attributes:
-    hu: int16 [S, H, W], in Hounsfield units, at least AIR.
+    shape: slices, rows, columns.
     affine: [4, 4], canonical voxel (x, y, z) = (axis 2, axis 1, axis 0) to world millimetres (RAS+).
-    spacing: millimetres between slices, rows and columns: the order of hu's axes.
-    header: the file's own header: its shape, affines and codes.
     path: where it was read from.
   """
 
-  hu: np.ndarray
+  shape: tuple[int, int, int]
   affine: np.ndarray
-  spacing: tuple[float, float, float]
-  header: nib.Nifti1Header
   path: pathlib.Path
+
+  @property
+  def spacing(self) -> tuple[float, float, float]:
+    """Millimetres between slices, rows and columns: the order of shape."""
+    return tuple(map(float, np.linalg.norm(self.affine[:3, :3], axis=0)[::-1]))
 
   @property
   def voxel_ml(self) -> float:
     """The volume of one voxel in millilitres."""
     return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan(Grid):
+  """A scan on canonical axes, with what is needed to go back.
+
+  Attributes:
+    hu: int16 [S, H, W], in Hounsfield units, at least AIR.
+    header: the file's own header: its shape, affines and codes.
+  """
+
+  hu: np.ndarray
+  header: nib.Nifti1Header
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask(Grid):
+  """A lesion mask on canonical axes, with no scan beside it.
+
+  Attributes:
+    mask: uint8 {0, 1} [S, H, W].
+  """
+
+  mask: np.ndarray
 
 
 def is_nifti(path: pathlib.Path) -> bool:
@@ -66,15 +91,13 @@ def read(path: pathlib.Path) -> Scan:
     UserError: unreadable or truncated; not 3D; fewer than 2 slices; an affine that maps no volume; NaN or infinite
       values; values that are not Hounsfield units. The message names the file and the reason.
   """
-  path = pathlib.Path(path)
-  values, affine, header = _read_canonical(path)
-  _check_hu(values, path)
+  values, grid, header = _read_canonical(pathlib.Path(path))
+  _check_hu(values, grid.path)
   # The upper bound is int16's; metal goes to a few tens of thousands on extended scales.
   hu = np.clip(values, AIR, np.iinfo(np.int16).max)
   if hu.dtype.kind == 'f':
     hu = np.rint(hu)
-  spacing = np.linalg.norm(affine[:3, :3], axis=0)[::-1]
-  return Scan(np.ascontiguousarray(hu, np.int16), affine, tuple(map(float, spacing)), header, path)
+  return Scan(**vars(grid), hu=np.ascontiguousarray(hu, np.int16), header=header)
 
 
 def read_mask(path: pathlib.Path, scan: Scan) -> np.ndarray:
@@ -85,26 +108,35 @@ def read_mask(path: pathlib.Path, scan: Scan) -> np.ndarray:
   Raises:
     UserError: as `read`; also a shape or affine that differs from the scan's, and values other than 0 and 1.
   """
-  path = pathlib.Path(path)
-  values, affine, _ = _read_canonical(path)
-  if values.shape != scan.hu.shape:
+  values, grid, _ = _read_canonical(pathlib.Path(path))
+  check_same_grid(grid, scan, 'scan')
+  return _binary(values, grid.path)
+
+
+def read_labels(path: pathlib.Path) -> Mask:
+  """Reads a lesion mask that is compared with other masks, not with a scan.
+
+  Raises:
+    UserError: as `read`, but for HU; also values other than 0 and 1.
+  """
+  values, grid, _ = _read_canonical(pathlib.Path(path))
+  return Mask(**vars(grid), mask=_binary(values, grid.path))
+
+
+def check_same_grid(mask: Grid, other: Grid, kind: str) -> None:
+  """Raises a UserError where a mask's voxels are not those of its `kind` ('scan'), however each file is stored."""
+  if mask.shape != other.shape:
     raise UserError(
-      f'{path}: the mask has {values.shape} voxels (slices, rows, columns) and its scan {scan.path.name} '
-      f'{scan.hu.shape}; save the mask on the grid of its scan'
+      f'{mask.path}: the mask has {mask.shape} voxels (slices, rows, columns) and its {kind} {other.path.name} '
+      f'{other.shape}; save the mask on the grid of its {kind}'
     )
   # Headers keep affines in float32, some as quaternions: equal grids differ by rounding, far below this.
-  apart = _corner_distance(affine, scan.affine, scan.hu.shape)
-  if apart > 0.1 * min(scan.spacing):
+  apart = _corner_distance(mask.affine, other.affine, other.shape)
+  if apart > 0.1 * min(other.spacing):
     raise UserError(
-      f'{path}: the affine differs from that of its scan {scan.path.name} (corners up to {apart:.3g} mm apart); '
-      'save the mask on the grid of its scan'
+      f'{mask.path}: the affine differs from that of its {kind} {other.path.name} '
+      f'(corners up to {apart:.3g} mm apart); save the mask on the grid of its {kind}'
     )
-  mask = values != 0
-  if not np.array_equal(mask, values):
-    found = np.unique(values)
-    shown = ', '.join(f'{v:g}' for v in found[:6]) + (', ...' if found.size > 6 else '')
-    raise UserError(f'{path}: a mask holds 0 and 1 only, this one has {shown}; save one lesion label as 1')
-  return mask.astype(np.uint8)
 
 
 def write(path: pathlib.Path, volume: np.ndarray, scan: Scan) -> None:
@@ -147,7 +179,7 @@ def resize(slices: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _read_canonical(path):
-  """Values [S, H, W] on canonical axes, their affine, and the file's header."""
+  """Values [S, H, W] on canonical axes, their grid, and the file's header."""
   image = _load(path)
   shape = image.shape
   if len(shape) != 3:
@@ -169,7 +201,17 @@ def _read_canonical(path):
   affine = affine @ orientations.inv_ornt_aff(to_canonical, shape)
   if len(values) < 2:
     raise UserError(f'{path}: {len(values)} axial slice; a scan has at least 2')
-  return values, affine, image.header
+  return values, Grid(values.shape, affine, path), image.header
+
+
+def _binary(values, path):
+  """Values -> uint8 {0, 1}; refuses any other."""
+  mask = values != 0
+  if not np.array_equal(mask, values):
+    found = np.unique(values)
+    shown = ', '.join(f'{v:g}' for v in found[:6]) + (', ...' if found.size > 6 else '')
+    raise UserError(f'{path}: a mask holds 0 and 1 only, this one has {shown}; save one lesion label as 1')
+  return mask.astype(np.uint8)
 
 
 def _load(path):

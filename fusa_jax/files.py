@@ -1,9 +1,11 @@
 """Files that are either whole or absent, and one line where one cannot be written."""
 
 import contextlib
+import csv
+import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fusa_jax.errors import UserError
 
@@ -37,3 +39,17 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
       os.replace(partial, path)
     finally:
       partial.unlink(missing_ok=True)
+
+
+def write_csv(path: pathlib.Path, rows: Iterable[dict]) -> None:
+  """A table, a column for each key of the first row; what is undefined (NaN, None) is an empty cell.
+
+  Raises:
+    UserError: the system refuses to write there.
+  """
+  rows = list(rows)
+  empty = lambda value: value is None or (isinstance(value, float) and math.isnan(value))
+  with replacing(path) as partial, partial.open('w', newline='') as file:
+    writer = csv.DictWriter(file, rows[0])
+    writer.writeheader()
+    writer.writerows({name: '' if empty(value) else value for name, value in row.items()} for row in rows)

@@ -245,6 +245,24 @@ def test_affines_that_differ_by_float32_are_the_same_grid(tmp_path):
   np.testing.assert_array_equal(ct.read_mask(tmp_path / 'a_seg.nii.gz', scan), mask.transpose(2, 1, 0))
 
 
+def test_a_mask_without_a_scan(tmp_path):
+  """The same as beside its scan, on a grid of its own."""
+  data = chest()
+  labels = (data > 100).astype(np.uint8)
+  scan = ct.read(save(tmp_path / 'a_ct.nii.gz', data, 'RAS', oblique=0.2))
+  mask = ct.read_labels(save(tmp_path / 'a_seg.nii.gz', labels, 'RAS', oblique=0.2))
+  np.testing.assert_array_equal(mask.mask, ct.read_mask(mask.path, scan))
+  assert mask.mask.dtype == np.uint8 and mask.shape == mask.mask.shape == scan.shape == scan.hu.shape
+  np.testing.assert_allclose(mask.affine, scan.affine)
+  assert mask.spacing == scan.spacing and mask.voxel_ml == scan.voxel_ml
+  ct.check_same_grid(mask, scan, 'scan')
+  other = ct.read_labels(save(tmp_path / 'b_seg.nii.gz', labels, 'RAS', oblique=0.3))
+  with pytest.raises(UserError, match=r'a_seg.nii.gz: the affine differs from that of its true mask b_seg.nii.gz'):
+    ct.check_same_grid(mask, other, 'true mask')
+  with pytest.raises(UserError, match='holds 0 and 1 only, this one has 0, 3;'):
+    ct.read_labels(save(tmp_path / 'c_seg.nii.gz', labels * 3))
+
+
 def test_resize_keeps_means_and_positions():
   """Against the definition: halving averages with the triangle filter; a ramp stays a ramp at pixel centres."""
   ramp = np.tile(np.arange(16, dtype=np.int16), (2, 16, 1))
