@@ -18,7 +18,8 @@ def paper() -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   config.data.raw_dir = ''  # CT as released: *_ct.nii.gz beside *_seg.nii.gz
   config.data.dir = ''  # prepared dataset; '' is a cache folder keyed by raw_dir's files
-  config.data.fold = 0  # tested on; the next fold is validated on, the others are trained on
+  # Tested on; the next fold is validated on, the others are trained on. 'all': each fold in turn, and pooled.
+  config.data.fold = config_dict.FieldReference(0, field_type=object)
   config.data.image_size = 512
   config.data.window = (-1000.0, 300.0)  # HU that the network tells apart
   config.data.balanced = True  # slices with and without a lesion 1:1 in training
@@ -45,6 +46,11 @@ def paper() -> ml_collections.ConfigDict:
 
   config.evaluate = ml_collections.ConfigDict()
   config.evaluate.num_overlays = 12
+  # The operating point, chosen on the validation fold: the threshold of the best Dice; or, given a share, the highest
+  # one that finds that share of the lesion pixels (classification: of the slices with lesion).
+  config.evaluate.target_sensitivity = config_dict.placeholder(float)
+  config.evaluate.fit_temperature = False  # calibrates probabilities on the validation fold; no ranking changes
+  config.evaluate.prevalences = (0.01, 0.05, 0.1, 0.3, 0.5)  # shares of positive slices to give PPV and NPV for
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # devices that share a batch; -1: all that mesh.space leaves

@@ -34,7 +34,12 @@ def prepare(raw_dir: str, data_dir: str, size: int, progress=silent) -> pathlib.
 
 
 def prepare_phantom(data_dir: str, size: int, patients: int, slices: int, seed: int, progress=silent) -> pathlib.Path:
-  """Writes a cohort of phantoms as NIfTI files, then prepares it as any other; gives the folder that training reads."""
+  """Draws a cohort of phantoms, then prepares it as any other; gives the folder that training reads."""
+  return _build('phantom', draw_phantoms(size, patients, slices, seed, progress), data_dir, size, progress)
+
+
+def draw_phantoms(size: int, patients: int, slices: int, seed: int, progress=silent) -> pathlib.Path:
+  """The cache folder of a cohort of phantoms as NIfTI files; they are drawn where they are not there yet."""
   raw_dir = CACHE / f'phantom-{patients}x{slices}x{size}-seed{seed}'
   if not raw_dir.exists():
     partial = raw_dir.with_name(f'.{raw_dir.name}')
@@ -42,7 +47,16 @@ def prepare_phantom(data_dir: str, size: int, patients: int, slices: int, seed: 
     partial.mkdir(parents=True)
     phantom.write(partial, patients=patients, size=size, slices=slices, seed=seed, progress=progress)
     partial.rename(raw_dir)
-  return _build('phantom', raw_dir, data_dir, size, progress)
+  return raw_dir
+
+
+def scans(raw_dir: str | pathlib.Path) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:
+  """The scan and the mask of each patient of a cohort, as released.
+
+  Raises:
+    UserError: as `prepare`, for files that are missing.
+  """
+  return {case.patient: (case.ct, case.mask) for case in covid19_20.find(raw_dir)}
 
 
 def _build(cohort, raw_dir, data_dir, size, progress):

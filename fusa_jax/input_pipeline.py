@@ -65,8 +65,10 @@ def load(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
   folds, size = builder.info.metadata['folds'], builder.info.metadata['size']
   if size != image_size:
     raise UserError(f'data.image_size: {image_size}, but {data_dir} was prepared at {size}; set one to the other')
-  if not 0 <= fold < len(folds):
-    raise UserError(f'data.fold: {fold}, but the folds of {data_dir} are 0 to {len(folds) - 1}')
+  if fold not in range(len(folds)):
+    raise UserError(
+      f"data.fold: {fold!r}, but the folds of {data_dir} are 0 to {len(folds) - 1}; or 'all' of them in turn"
+    )
   test, validation = fold, (fold + 1) % len(folds)
   if len(folds) < 3:
     validation = None
@@ -79,6 +81,16 @@ def load(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
     validation=None if validation is None else split([validation]),
     test=split([test]),
   )
+
+
+def folds(data_dir: str | pathlib.Path) -> list[list[dict]]:
+  """The patients of each fold of a prepared dataset: {'patient', 'lesion_voxels' of each slice, 'lesion_ml'}.
+
+  Raises:
+    UserError: nothing prepared there.
+  """
+  found = _open(pathlib.Path(data_dir)).info.metadata['folds']
+  return [found[f'fold{k}'] for k in range(len(found))]
 
 
 def _open(data_dir):

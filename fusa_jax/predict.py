@@ -1,5 +1,6 @@
 """Scans in, masks and numbers out, on each scan's own grid. Config and weights come from the workdir alone."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -9,13 +10,18 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from fusa_jax import ct, evaluate, run_config, sharding, tasks
+from fusa_jax import checkpoint, ct, operating_point, run_config, sharding, tasks
 from fusa_jax.errors import UserError
 from fusa_jax.files import replacing
 
 
 def predict(
-  workdir: pathlib.Path, source: pathlib.Path, output: pathlib.Path, probabilities: bool = False, mesh=None
+  workdir: pathlib.Path,
+  source: pathlib.Path,
+  output: pathlib.Path,
+  probabilities: bool = False,
+  threshold: float | None = None,
+  mesh=None,
 ) -> None:
   """Marks the lesions of one scan, or of every scan in a folder.
 
@@ -28,13 +34,18 @@ def predict(
     source: a .nii or .nii.gz file, or a folder of them (masks, `*_seg.nii*`, are left out).
     output: a folder; made where it is missing.
     probabilities: write them too.
+    threshold: from which probability on something is a lesion; None: the run's own operating point.
     mesh: to predict on; None: all devices there are, however many it was trained on, each with slices of its own.
 
   Raises:
-    UserError: no run, a mesh that cannot share its images; no scans, or scans that are refused (all of them named
-      before the first one is predicted).
+    UserError: no run; a threshold that is no probability; a mesh that cannot share its images; no scans, or scans that
+      are refused (all of them named before the first one is predicted).
   """
   config = run_config.load(workdir)
+  if config.data.fold == 'all':
+    raise UserError(f'--workdir: {workdir} is a cross-validation; name the folder of one fold, {workdir / "fold0"}')
+  if threshold is not None and not 0 <= threshold <= 1:
+    raise UserError(f'--threshold: {threshold} is no probability; give one from 0 to 1')
   paths = find_scans(source)
   problems = []
   for path in paths if len(paths) > 1 else ():
@@ -45,7 +56,17 @@ def predict(
   if problems:
     raise UserError('\n'.join(problems))
 
-  run = Predictor(config, tasks.create(config), mesh or sharding.create_mesh(), workdir)
+  task, mesh = tasks.create(config), mesh or sharding.create_mesh()
+  step, variables = load_variables(config, task, workdir, mesh)
+  point = operating_point.load(workdir)
+  if threshold is not None:
+    point = dataclasses.replace(point, threshold=threshold, chosen_by='--threshold')
+  elif point.step != step:
+    logging.warning(
+      '%s: no operating point for step %d, so the threshold is 0.5; --mode=evaluate chooses one', workdir, step
+    )
+    point = operating_point.OperatingPoint()
+  run = Predictor(config, task, mesh, step, variables, point)
   for path in tqdm.tqdm(paths, desc='Predicting', unit='scan', disable=len(paths) == 1 or not sharding.is_main()):
     scan = ct.read(path)
     result, volumes = run(scan)
@@ -75,27 +96,53 @@ def find_scans(source: pathlib.Path) -> list[pathlib.Path]:
   return [source]
 
 
-class Predictor:
-  """A run's best checkpoint as a function of one scan."""
+def load_variables(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tuple[int, dict]:
+  """The best checkpoint's step and variables, on all devices of the mesh.
 
-  def __init__(self, config: ml_collections.ConfigDict, task: tasks.Task, mesh, workdir: pathlib.Path):
-    self._config, self._mesh = config, mesh
+  Raises:
+    UserError: the run has no checkpoint.
+  """
+  init = lambda: task.init(jax.random.key(0), config.data.image_size)
+  like = checkpoint.shapes(jax.eval_shape(init), sharding.replicated(mesh))
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    step = checkpoints.best()
+    return step, checkpoints.restore(step, variables=like)['variables']
+
+
+class Predictor:
+  """A checkpoint at an operating point, as a function of one scan."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    task: tasks.Task,
+    mesh,
+    step: int,
+    variables: dict,
+    point: operating_point.OperatingPoint,
+  ):
+    self._config, self._mesh, self._step, self._variables, self._point = config, mesh, step, variables, point
     self._batch_size = sharding.fitting_batch(mesh, config.train.batch_size)
     sharding.check_divides(mesh, self._batch_size, config.data.image_size)
-    self._step, self._variables = evaluate.load_variables(config, task, workdir, mesh)
-    jitted = jax.jit(task.probabilities, out_shardings=sharding.replicated(mesh))
-    self._probabilities = sharding.compiled_together(jitted)
+    run = lambda variables, hu: task.probabilities(variables, hu, point.temperature)
+    self._probabilities = sharding.compiled_together(jax.jit(run, out_shardings=sharding.replicated(mesh)))
 
   def __call__(self, scan: ct.Scan) -> tuple[dict, dict[str, np.ndarray]]:
     """What NAME.json holds, and the volumes 'mask' and 'probability' [S, H, W] (none for classification)."""
     probability = self._run(ct.network_slices(scan.hu, self._config.data.image_size))
-    result = {'scan': scan.path.name, 'model': self._config.model.name, 'step': self._step, 'num_slices': len(scan.hu)}
+    result = {
+      'scan': scan.path.name,
+      'model': self._config.model.name,
+      'step': self._step,
+      **self._point.about(),
+      'num_slices': len(scan.hu),
+    }
     if probability.ndim == 1:
-      positive = probability >= 0.5
+      positive = probability >= self._point.threshold
       scores, volumes = probability, {}
     else:
       probability = ct.resize(probability, scan.hu.shape[1:])
-      mask = (probability >= 0.5).astype(np.uint8)
+      mask = (probability >= self._point.threshold).astype(np.uint8)
       volumes = {'mask': mask, 'probability': probability}
       positive, scores = mask.any(axis=(1, 2)), probability.max(axis=(1, 2))
       result['lesion_ml'] = float(mask.sum(dtype=np.int64) * scan.voxel_ml)

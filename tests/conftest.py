@@ -19,7 +19,7 @@ from configs import cls, seg
 from data import prepare
 from data.cohorts import phantom
 
-SIZE, SLICES, PATIENTS = 32, 16, 6
+SIZE, SLICES, PATIENTS = 32, 16, 10
 
 # A second run of the suite, and the second of two workers, read what was compiled before.
 jax.config.update('jax_compilation_cache_dir', str(pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()))
@@ -40,7 +40,7 @@ def tiny(module=seg, **overrides) -> ml_collections.ConfigDict:
 
 @pytest.fixture(scope='session')
 def raw_dir(tmp_path_factory) -> pathlib.Path:
-  """Six phantoms as NIfTI files, of 16 slices of 32 x 32."""
+  """Ten phantoms as NIfTI files, of 16 slices of 32 x 32."""
   folder = tmp_path_factory.mktemp('raw')
   phantom.write(folder, patients=PATIENTS, size=SIZE, slices=SLICES, seed=0)
   return folder
@@ -53,7 +53,7 @@ def data_dir(raw_dir, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope='session')
-def runs(data_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
+def runs(raw_dir, data_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
   """The workdirs of a segmentation and a classification run of four steps, trained and evaluated."""
   from fusa_jax import evaluate, train
 
@@ -62,5 +62,5 @@ def runs(data_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
     workdirs[name] = tmp_path_factory.mktemp('runs') / name
     config = tiny(module)
     train.train(config, workdirs[name], data_dir)
-    evaluate.evaluate(config, workdirs[name], data_dir)
+    evaluate.evaluate(config, workdirs[name], data_dir, prepare.scans(raw_dir))
   return workdirs

@@ -1,7 +1,9 @@
 """Every test slice once, whatever the batch and the devices; files that say what the contract says."""
 
 import csv
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from sklearn import metrics as sk
 
 from configs import cls, seg
-from fusa_jax import evaluate, figures, input_pipeline, sharding, tasks
+from fusa_jax import ct, evaluate, figures, input_pipeline, operating_point, predict, sharding, statistics, tasks
 from fusa_jax.errors import UserError
 
 MODULES = {'seg': seg, 'cls': cls}
@@ -41,11 +43,11 @@ def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
   """Recomputed from probabilities of one slice at a time, with scikit-learn, next to nothing of ours in between."""
   config = tiny()
   task = tasks.create(config)
-  _, variables = evaluate.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  _, variables = predict.load_variables(config, task, runs['seg'], sharding.create_mesh())
   test = input_pipeline.load(data_dir, 0, SIZE).test
-  predict = jax.jit(task.probabilities)
+  run = jax.jit(task.probabilities)
   examples = [test.source[i] for i in range(len(test))]
-  probability = np.concatenate([predict(variables, example['image'][None]) for example in examples])
+  probability = np.concatenate([run(variables, example['image'][None]) for example in examples])
   truth = np.stack([example['mask'] for example in examples]).ravel()
   rows, result = read(runs['seg'])
   predicted = (probability >= 0.5).ravel()
@@ -72,7 +74,7 @@ def test_the_table_does_not_depend_on_batch_or_devices(runs, data_dir, batch_siz
   config = tiny(cls)
   task = tasks.create(config)
   mesh = sharding.create_mesh(data, space, jax.devices()[: data * space])
-  _, variables = evaluate.load_variables(config, task, runs['cls'], mesh)
+  _, variables = predict.load_variables(config, task, runs['cls'], mesh)
   split = input_pipeline.load(data_dir, 0, SIZE).test
   table = evaluate.Scorer(task, mesh, batch_size).table(variables, split)
   rows, _ = read(runs['cls'])
@@ -89,40 +91,155 @@ def test_an_image_that_cannot_be_shared_is_refused(runs, data_dir, monkeypatch):
   assert (runs['cls'] / 'test' / 'metrics.json').stat() == before
 
 
+def test_every_number_has_an_interval_or_none(runs):
+  for kind, workdir in runs.items():
+    result = read(workdir)[1]
+    half, chosen = result['intervals'], result['operating_point']['intervals']
+    assert statistics.method().items() <= half.items()
+    for name, pair in [*half.items(), *chosen.items(), *result['operating_point']['slices']['intervals'].items()]:
+      if name not in statistics.method() and pair is not None:
+        assert pair[0] <= pair[1]
+    shown = tasks.KINDS[tiny(MODULES[kind]).task].SHOWN
+    assert set(shown) <= half.keys()
+    assert sum(pair is not None for pair in half.values()) > len(statistics.method())
+
+
+def test_numbers_at_the_operating_point_are_those_of_its_threshold(runs, data_dir):
+  """Recomputed with scikit-learn from probabilities and the threshold in metrics.json."""
+  config, (_, result) = tiny(), read(runs['seg'])
+  task = tasks.create(config)
+  _, variables = predict.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  test = input_pipeline.load(data_dir, 0, SIZE).test
+  examples = [test.source[i] for i in range(len(test))]
+  probability = np.asarray(jax.jit(task.probabilities)(variables, np.stack([e['image'] for e in examples])))
+  truth = np.stack([example['mask'] for example in examples])
+  point = result['operating_point']
+  called = probability >= point['threshold']
+  assert point['threshold'] != 0.5
+  assert point['dice'] == pytest.approx(sk.f1_score(truth.ravel(), called.ravel()), abs=1e-4)
+  assert point['recall'] == pytest.approx(sk.recall_score(truth.ravel(), called.ravel()), abs=1e-4)
+  slices = truth.any(axis=(1, 2)), called.any(axis=(1, 2))
+  assert point['slices']['sensitivity'] == pytest.approx(sk.recall_score(*slices))
+  assert point['slices']['auc'] == pytest.approx(sk.roc_auc_score(slices[0], probability.max(axis=(1, 2))), abs=1e-3)
+  brier = sk.brier_score_loss(truth.ravel(), probability.ravel().astype(np.float64))
+  assert result['brier'] == pytest.approx(brier, rel=1e-3)
+
+
+class Untouchable:
+  """In the place of a test fold that must not be read yet."""
+
+  def __getattr__(self, name):
+    raise AssertionError(f'the test fold was looked at ({name})')
+
+  def __len__(self):
+    raise AssertionError('the test fold was looked at')
+
+
+def test_the_test_fold_is_not_looked_at_before_the_threshold_is_saved(runs, data_dir, tmp_path, monkeypatch):
+  """Evaluation gets as far as the operating point, and has saved it, with a test fold that nothing can be asked of."""
+  shutil.copytree(runs['seg'] / 'checkpoints', tmp_path / 'checkpoints')
+  original = input_pipeline.load
+  hidden = lambda *args: dataclasses.replace(original(*args), test=Untouchable())
+  monkeypatch.setattr(input_pipeline, 'load', hidden)
+  with pytest.raises(AssertionError, match='the test fold was looked at'):
+    evaluate.evaluate(tiny(), tmp_path, data_dir)
+  point = operating_point.load(tmp_path)
+  assert point == operating_point.load(runs['seg'])
+  assert point.validation['chosen']['dice'] >= point.validation['half']['dice']
+
+
+def test_a_target_sensitivity_is_met_on_the_validation_fold(runs, data_dir, tmp_path):
+  shutil.copytree(runs['cls'] / 'checkpoints', tmp_path / 'checkpoints')
+  config = tiny(cls, **{'evaluate.target_sensitivity': 0.9, 'evaluate.fit_temperature': True})
+  result = evaluate.evaluate(config, tmp_path, data_dir)
+  point = operating_point.load(tmp_path)
+  assert point.validation['chosen']['sensitivity'] >= 0.9
+  assert result['operating_point']['chosen_by'] == 'sensitivity of at least 0.9 on the validation fold'
+  assert result['operating_point']['temperature'] == point.temperature != 1
+  before = read(runs['cls'])[1]
+  assert result['auc'] == before['auc'] and result['tp'] == before['tp']  # no ranking changes, nor what 0.5 calls
+
+
+def test_volumes_are_those_of_prediction(runs, raw_dir, tmp_path):
+  """The masks that --mode=predict writes for the test patients, against the released ones, by scikit-learn."""
+  with (runs['seg'] / 'test' / 'volumes.csv').open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  patients = sorted({row['patient'] for row in read(runs['seg'])[0]})
+  assert sorted(row['case'] for row in rows) == patients
+  for row in rows:
+    name = row['case']
+    predict.predict(runs['seg'], raw_dir / f'{name}_ct.nii.gz', tmp_path)
+    scan = ct.read(raw_dir / f'{name}_ct.nii.gz')
+    truth = ct.read_mask(raw_dir / f'{name}_seg.nii.gz', scan)
+    mask = ct.read_mask(tmp_path / f'{name}_ct_mask.nii.gz', scan)
+    if truth.any() or mask.any():
+      assert float(row['dice']) == pytest.approx(sk.f1_score(truth.ravel(), mask.ravel()))
+    assert float(row['predicted_ml']) == pytest.approx(mask.sum() * scan.voxel_ml)
+  assert read(runs['seg'])[1]['volumes']['num_volumes'] == len(rows)
+  assert 'volumes' not in read(runs['cls'])[1]
+
+
 def test_pictures(runs):
-  folder = runs['seg'] / 'test' / 'figures'
-  names = {path.name for path in folder.iterdir()}
-  assert {'confusion_matrix.png', 'roc.png'} <= names
-  assert len(names) == 2 + 2
-  assert {'confusion_matrix.png', 'roc.png'} == {p.name for p in (runs['cls'] / 'test' / 'figures').iterdir()}
+  charts = {'confusion_matrix.png', 'roc.png', 'precision_recall.png', 'calibration.png', 'patients.png'}
+  for workdir in runs.values():
+    names = {path.name for path in (workdir / 'test' / 'figures').iterdir()}
+    assert charts <= names
+    overlays = sorted(names - charts)
+    assert len(overlays) == 2
+    for name in overlays:
+      picture = Image.open(workdir / 'test' / 'figures' / name)
+      # Each pixel of the slice is a square of 12 x 12: two of them beside each other, and room for the text.
+      assert picture.size == (2 * 384 + 8, 384 + 74)
 
 
-def test_overlay_has_the_colours_of_the_paper(tmp_path):
+def test_overlay_has_the_colours_of_the_paper_and_the_slices_own_pixels(tmp_path):
   """Fig. 4: blue where lesion was found, green where it was found wrongly, red where it was missed."""
-  hu = np.full((40, 40), -900, np.int16)
-  mask, predicted = np.zeros((2, 40, 40), bool)
-  mask[:20], predicted[:, :20] = True, True
-  figures.write_overlay(tmp_path / 'a.png', hu, mask, predicted, (-1000, 300))
-  picture = np.asarray(Image.open(tmp_path / 'a.png').convert('RGB')).astype(int)
-  middle = picture[picture.shape[0] // 2 - 60 : picture.shape[0] // 2 + 60, picture.shape[1] // 2 :]
-  strongest = middle.argmax(axis=-1)[np.ptp(middle, axis=-1) > 60]
-  assert set(np.unique(strongest)) == {0, 1, 2}
-  height, width = middle.shape[0] // 2, middle.shape[1] // 2
-  corners = {
-    'true': middle[height - 40, width - 60],
-    'missed': middle[height - 40, width + 60],
-    'wrong': middle[height + 30, width - 60],
-  }
-  assert {key: int(value.argmax()) for key, value in corners.items()} == {'true': 2, 'missed': 0, 'wrong': 1}
+  rng = np.random.default_rng(0)
+  hu = rng.integers(-1000, 300, (48, 48)).astype(np.int16)
+  mask, predicted = np.zeros((2, 48, 48), bool)
+  mask[:24], predicted[:, :24] = True, True
+  figures.write_overlay(tmp_path / 'a.png', hu, mask, predicted, (-1000, 300), 'patient a')
+  picture = np.asarray(Image.open(tmp_path / 'a.png').convert('RGB')).astype(float) / 255
+  image = picture[44 : 44 + 384]
+  blocks = lambda side: image[:, side : side + 384].reshape(48, 8, 48, 8, 3)
+  for side in (0, 392):
+    assert np.ptp(blocks(side), axis=(1, 3)).max() == 0  # nothing is interpolated
+  plain, coloured = (blocks(side)[:, 0, :, 0] for side in (0, 392))
+  grey = ((hu + 1000) / 1300)[..., None]
+  np.testing.assert_allclose(plain, np.broadcast_to(grey, plain.shape), atol=1 / 255)
+  expected = np.broadcast_to(grey, plain.shape).copy()
+  for where, colour in (
+    (mask & predicted, (0.1, 0.35, 1.0)),
+    (~mask & predicted, (0.1, 0.8, 0.2)),
+    (mask & ~predicted, (0.95, 0.1, 0.1)),
+  ):
+    expected[where] = (expected[where] + colour) / 2
+  np.testing.assert_allclose(coloured, expected, atol=1 / 255)
 
 
-def test_telling_slices_show_each_patient_then_the_errors():
+def test_telling_slices_take_the_worst_and_the_best_patients_in_turn():
   table = {
-    'patient': np.array(['a', 'a', 'b', 'b']),
-    'tp': np.array([1, 5, 0, 0]),
-    'fn': np.array([0, 0, 0, 2]),
-    'fp': np.array([9, 0, 1, 0]),
+    'patient': np.array(['well', 'good', 'good', 'middle', 'bad']),
+    'label': np.array([0, 1, 1, 1, 1]),
+    'score': np.array([0.1, 0.9, 0.9, 0.6, 0.2]),
+    'logit': np.zeros(5),
+    'tp_chosen': np.array([0, 5, 9, 5, 1]),
+    'fn_chosen': np.array([0, 0, 0, 5, 8]),
+    'fp_chosen': np.array([0, 1, 0, 0, 0]),
+    'tn_chosen': np.array([9, 0, 0, 0, 0]),
+    'reliability': np.zeros((5, 3, 20)),
+    'squared_error': np.zeros(5),
   }
-  assert figures.telling_slices(table, 3) == [1, 3, 0]
-  table['fp'][:] = 0
-  assert figures.telling_slices(table, 4) == [1, 3]
+  assert figures.telling_slices(table, 9) == [4, 2, 3, 0]
+  assert figures.telling_slices(table, 2) == [4, 2]
+
+
+def test_a_missing_or_damaged_table_is_one_line(runs, tmp_path):
+  with pytest.raises(UserError, match=r'table.npz: missing; evaluate the run with --mode=evaluate'):
+    evaluate.read_table(tmp_path)
+  (tmp_path / 'test').mkdir()
+  whole = (runs['cls'] / 'test' / evaluate.TABLE).read_bytes()
+  for content in (b'', whole[:200], whole[: len(whole) // 2], b'no archive'):
+    (tmp_path / 'test' / evaluate.TABLE).write_bytes(content)
+    with pytest.raises(UserError, match=r'table.npz: damaged .* make it anew'):
+      evaluate.read_table(tmp_path)

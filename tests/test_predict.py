@@ -43,7 +43,8 @@ def test_masks_are_on_the_scans_own_grid(predictions, codes):
   for image in (mask, probability):
     for field in ('qform_code', 'sform_code', 'pixdim', 'srow_x', 'quatern_b', 'qoffset_z'):
       np.testing.assert_array_equal(image.header[field], scan.header[field])
-  np.testing.assert_array_equal(mask.get_fdata(), probability.get_fdata() >= 0.5)
+  threshold = json.loads((out / f'{codes}_ct.json').read_text())['threshold']
+  np.testing.assert_array_equal(mask.get_fdata(), probability.get_fdata() >= threshold)
   assert mask.get_data_dtype() == np.uint8 and probability.get_data_dtype() == np.float32
 
 
@@ -82,7 +83,7 @@ def test_classification_writes_numbers_only(runs, raw_dir, tmp_path):
   predict.predict(runs['cls'], raw_dir / 'volume-phantom-A-0002_ct.nii.gz', tmp_path)
   (path,) = tmp_path.iterdir()
   result = json.loads(path.read_text())
-  assert result['positive_slices'] == [i for i, score in enumerate(result['slice_scores']) if score >= 0.5]
+  assert result['positive_slices'] == [i for i, s in enumerate(result['slice_scores']) if s >= result['threshold']]
   assert 'lesion_ml' not in result
 
 
@@ -123,3 +124,31 @@ def test_refused_scans_are_all_named_before_anything_is_written(runs, raw_dir, t
 def test_missing_inputs(runs, tmp_path, source, workdir, reason):
   with pytest.raises(UserError, match=reason):
     predict.predict(tmp_path / workdir if workdir else runs['seg'], tmp_path / source, tmp_path / 'out')
+
+
+def test_the_threshold_is_the_runs_own_unless_another_is_given(runs, raw_dir, tmp_path):
+  scan = raw_dir / 'volume-phantom-A-0001_ct.nii.gz'
+  own = json.loads((runs['seg'] / 'operating_point.json').read_text())
+  predict.predict(runs['seg'], scan, tmp_path / 'own')
+  predict.predict(runs['seg'], scan, tmp_path / 'given', probabilities=True, threshold=0.25)
+  results = {k: json.loads((tmp_path / k / 'volume-phantom-A-0001_ct.json').read_text()) for k in ('own', 'given')}
+  assert (results['own']['threshold'], results['own']['chosen_by']) == (own['threshold'], own['chosen_by'])
+  assert (results['given']['threshold'], results['given']['chosen_by']) == (0.25, '--threshold')
+  mask, probability = (
+    nib.load(tmp_path / 'given' / f'volume-phantom-A-0001_ct_{kind}.nii.gz').get_fdata()
+    for kind in ('mask', 'probability')
+  )
+  np.testing.assert_array_equal(mask, probability >= 0.25)
+  with pytest.raises(UserError, match=r'--threshold: 50.0 is no probability; give one from 0 to 1'):
+    predict.predict(runs['seg'], scan, tmp_path / 'none', threshold=50.0)
+
+
+def test_an_operating_point_of_another_checkpoint_is_not_used(runs, raw_dir, tmp_path, caplog):
+  workdir = tmp_path / 'run'
+  shutil.copytree(runs['cls'], workdir)
+  point = json.loads((workdir / 'operating_point.json').read_text())
+  (workdir / 'operating_point.json').write_text(json.dumps(point | {'step': 1}))
+  predict.predict(workdir, raw_dir / 'volume-phantom-A-0001_ct.nii.gz', tmp_path / 'out')
+  result = json.loads((tmp_path / 'out' / 'volume-phantom-A-0001_ct.json').read_text())
+  assert result['threshold'] == 0.5
+  assert 'no operating point for step' in caplog.text

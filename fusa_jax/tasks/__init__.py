@@ -1,7 +1,8 @@
 """A task: a model, the window its inputs are seen through, and all that differs between the two kinds of task.
 
-`kind` is one of the modules beside this file. Both have the same functions, `loss`, `score`, `summary`, and the name
-`SELECTION` of the number by which the best checkpoint is chosen.
+`kind` is one of the modules beside this file. Both have the same: `loss` and `truth`; the `definition` of their numbers
+(fusa_jax.metrics), the one by which the best checkpoint is chosen (`SELECTION`), those of a log line (`SHOWN`) and what
+they count (`COUNTED`); `patient_score`, by which runs are compared.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from fusa_jax.errors import UserError
 from fusa_jax.tasks import classification, segmentation
 from fusa_jax.window import network_input
 
-_KINDS = {'segmentation': segmentation, 'classification': classification}
+KINDS = {'segmentation': segmentation, 'classification': classification}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,13 @@ class Task:
     logits, changed = self.model.apply(variables, inputs, train=True, mutable=['batch_stats'], rngs={'dropout': key})
     return logits, changed['batch_stats']
 
-  def probabilities(self, variables: dict, hu: jax.Array) -> jax.Array:
-    """HU [B, H, W] -> probability of lesion, per slice [B] or per pixel [B, H, W]; float32, running statistics."""
-    logits = self.model.apply(variables, network_input(hu, self.window), train=False)
-    return nn.sigmoid(logits[..., 0])
+  def logits(self, variables: dict, hu: jax.Array) -> jax.Array:
+    """HU [B, H, W] -> logit of lesion, per slice [B] or per pixel [B, H, W]; float32, running statistics."""
+    return self.model.apply(variables, network_input(hu, self.window), train=False)[..., 0]
+
+  def probabilities(self, variables: dict, hu: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """HU [B, H, W] -> probability of lesion, per slice [B] or per pixel [B, H, W]: sigmoid(logit / temperature)."""
+    return nn.sigmoid(self.logits(variables, hu) / temperature)
 
 
 def create(config: ml_collections.ConfigDict) -> Task:
@@ -56,8 +60,8 @@ def create(config: ml_collections.ConfigDict) -> Task:
   Raises:
     UserError: an unknown task or model, or a model of the other kind of task.
   """
-  if config.task not in _KINDS:
-    raise UserError(f'task: there is no {config.task!r}; one of {", ".join(_KINDS)}')
+  if config.task not in KINDS:
+    raise UserError(f'task: there is no {config.task!r}; one of {", ".join(KINDS)}')
   fits = models.SEGMENTERS if config.task == 'segmentation' else models.CLASSIFIERS
   if config.model.name in models.NAMES and config.model.name not in fits:
     raise UserError(f'model.name: {config.model.name} is not for {config.task}; one of {", ".join(fits)}')
@@ -70,4 +74,4 @@ def create(config: ml_collections.ConfigDict) -> Task:
   options = {key: config.model.get(key) for key in ('width', 'encoder')}
   options = {key: value for key, value in options.items() if value is not None}
   model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(dtype), **options)
-  return Task(_KINDS[config.task], model, (low, high))
+  return Task(KINDS[config.task], model, (low, high))

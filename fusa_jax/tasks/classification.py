@@ -1,13 +1,17 @@
 """Classification of slices into those with and those without a lesion (paper, section III-C)."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fusa_jax import metrics
+from fusa_jax.statistics import ratio
 
 SELECTION = 'auc'
-summary = metrics.classification
+COUNTED = 'slices'
+SHOWN = ('accuracy', 'precision', 'recall', 'f1', 'auc')
+PATIENT_SCORE = 'share of slices called rightly'
+definition = metrics.classification
 
 
 def loss(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
@@ -15,14 +19,11 @@ def loss(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
   return optax.losses.sigmoid_binary_cross_entropy(logits[:, 0], batch['label'].astype(logits.dtype)).mean()
 
 
-def score(probability: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Probability [B] and batch['label'] -> per slice [B]: the probability, and a 1 in one of tp, fp, fn, tn."""
-  predicted, truth = probability >= 0.5, batch['label'] > 0
-  as_count = lambda where: where.astype(jnp.int32)
-  return {
-    'score': probability,
-    'tp': as_count(predicted & truth),
-    'fp': as_count(predicted & ~truth),
-    'fn': as_count(~predicted & truth),
-    'tn': as_count(~predicted & ~truth),
-  }
+def truth(batch: dict[str, jax.Array]) -> jax.Array:
+  """What a batch's logits should tell: label [B]."""
+  return batch['label']
+
+
+def patient_score(sums: dict[str, np.ndarray]) -> np.ndarray:
+  """The score of each patient alone [P] that runs are compared by; NaN where it is undefined."""
+  return ratio(sums['tp'] + sums['tn'], sums['slices'])

@@ -1,13 +1,16 @@
 """Lesion segmentation: a probability for each pixel (paper, section III-D)."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fusa_jax import metrics
 
 SELECTION = 'dice'
-summary = metrics.segmentation
+COUNTED = 'pixels'
+SHOWN = ('dice', 'dice_macro', 'dice_per_patient', 'precision', 'recall')
+PATIENT_SCORE = 'Dice'
+definition = metrics.segmentation
 
 
 def loss(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
@@ -21,14 +24,11 @@ def loss(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
   return cross_entropy + optax.losses.dice_loss(logits, mask, axis=(0, 1, 2))
 
 
-def score(probability: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Probability [B, H, W] and batch['mask'] -> per slice [B]: its highest probability, and counts of pixels."""
-  predicted, truth = probability >= 0.5, batch['mask'] > 0
-  count = lambda where: jnp.sum(where, axis=(1, 2), dtype=jnp.int32)
-  return {
-    'score': probability.max(axis=(1, 2)),
-    'tp': count(predicted & truth),
-    'fp': count(predicted & ~truth),
-    'fn': count(~predicted & truth),
-    'tn': count(~predicted & ~truth),
-  }
+def truth(batch: dict[str, jax.Array]) -> jax.Array:
+  """What a batch's logits should tell: mask [B, H, W]."""
+  return batch['mask']
+
+
+def patient_score(sums: dict[str, np.ndarray]) -> np.ndarray:
+  """The score of each patient alone [P] that runs are compared by; NaN where it is undefined."""
+  return metrics.dice(sums['tp'], sums['fp'], sums['fn'])

@@ -1,0 +1,131 @@
+"""The threshold and temperature of a run: chosen on its validation fold, never on its test fold, and kept beside it."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+from scipy import optimize, special
+
+from fusa_jax import histogram, metrics
+from fusa_jax.errors import UserError
+from fusa_jax.files import replacing
+from fusa_jax.statistics import defined, ratio
+
+FILE = 'operating_point.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatingPoint:
+  """From which probability on a pixel or slice is called a lesion.
+
+  Attributes:
+    threshold: of the probability, after the temperature.
+    temperature: what logits are divided by; 1 leaves them as the network gives them.
+    chosen_by: how and on what it was chosen, in words.
+    step: of the checkpoint that it was chosen for; None where nothing was there to choose on.
+    validation: Dice, sensitivity, specificity and precision there, at this threshold and at 0.5.
+    curve: the same at every threshold, as lists.
+  """
+
+  threshold: float = 0.5
+  temperature: float = 1.0
+  chosen_by: str = 'default: nothing to choose on'
+  step: int | None = None
+  validation: dict = dataclasses.field(default_factory=dict)
+  curve: dict = dataclasses.field(default_factory=dict)
+
+  @property
+  def bin(self) -> int:
+    """The first bin of the histograms (fusa_jax.histogram) that is called a lesion."""
+    return histogram.edge(self.temperature * special.logit(self.threshold)) if self.threshold > 0 else 0
+
+  def about(self) -> dict:
+    """What every JSON says of it."""
+    return {'threshold': self.threshold, 'temperature': self.temperature, 'chosen_by': self.chosen_by}
+
+  def save(self, workdir: pathlib.Path) -> None:
+    with replacing(workdir / FILE) as partial:
+      partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + '\n')
+
+
+def load(workdir: pathlib.Path) -> OperatingPoint:
+  """The one of a run; the default where it has none yet.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  path = workdir / FILE
+  try:
+    return OperatingPoint(**json.loads(path.read_text()))
+  except FileNotFoundError:
+    return OperatingPoint()
+  except (json.JSONDecodeError, TypeError) as error:
+    raise UserError(f'{path}: damaged ({error}); make it anew with --mode=evaluate --workdir={workdir}') from None
+
+
+def choose(
+  table: dict[str, np.ndarray],
+  *,
+  step: int,
+  source: str,
+  target_sensitivity: float | None = None,
+  fit_temperature: bool = False,
+) -> OperatingPoint:
+  """The operating point by a validation fold's table of slices.
+
+  Args:
+    table: of the validation fold, with its histograms.
+    step: of the checkpoint that made it.
+    source: what the table is of, in words.
+    target_sensitivity: take the highest threshold that finds this share of what is lesion (pixels of a segmenter,
+      slices of a classifier); None takes the one with the best Dice (of slices: F1).
+    fit_temperature: divide logits by what makes them most likely on that fold (Guo et al. 2017, section 4.2). No
+      ranking changes, nor what is marked at 0.5 or at the operating point.
+
+  Raises:
+    UserError: a sensitivity that is no share.
+  """
+  if target_sensitivity is not None and not 0 < target_sensitivity <= 1:
+    raise UserError(f'evaluate.target_sensitivity: {target_sensitivity} is no share; give one above 0, up to 1')
+  pooled = table['histogram'].sum(axis=0, dtype=np.int64)
+  counts = histogram.counts_from(pooled)
+  tp, fp, fn, tn = (counts[key] for key in metrics.COUNTS)
+  temperature = temperature_of(pooled) if fit_temperature else 1.0
+  if not tp[0] or not fp[0]:
+    return OperatingPoint(chosen_by=f'default: {source} has lesions only, or none', step=step)
+  curve = {
+    'threshold': special.expit(histogram.edges() / temperature),
+    'dice': metrics.dice(tp, fp, fn),
+    'sensitivity': ratio(tp, tp + fn),
+    'specificity': ratio(tn, tn + fp),
+    'precision': ratio(tp, tp + fp),
+  }
+  middle = histogram.BINS // 2
+  if target_sensitivity is None:
+    best = np.flatnonzero(curve['dice'] == curve['dice'].max())
+    chosen = int(best[np.argmin(np.abs(best - middle))])
+    how = f'best Dice on {source}'
+  else:
+    chosen = int(np.flatnonzero(curve['sensitivity'] >= target_sensitivity)[-1])
+    how = f'sensitivity of at least {target_sensitivity:g} on {source}'
+  at = lambda k: {name: defined(values[k]) for name, values in curve.items()}
+  return OperatingPoint(
+    threshold=float(curve['threshold'][chosen]),
+    temperature=temperature,
+    chosen_by=how,
+    step=step,
+    validation={'chosen': at(chosen), 'half': at(middle)},
+    curve={name: [defined(v) for v in values] for name, values in curve.items()},
+  )
+
+
+def temperature_of(pooled: np.ndarray) -> float:
+  """The temperature with the least cross-entropy, of a histogram of logits by truth [2, BINS]."""
+  logits = histogram.centres()
+
+  def cross_entropy(log_temperature):
+    scaled = logits / np.exp(log_temperature)
+    return float(pooled[0] @ np.logaddexp(0, scaled) + pooled[1] @ np.logaddexp(0, -scaled))
+
+  return float(np.exp(optimize.minimize_scalar(cross_entropy, bounds=(-4, 4), method='bounded').x))

@@ -1,0 +1,82 @@
+"""The threshold that is chosen is the one that a search over the pixels finds; test slices play no part."""
+
+import numpy as np
+import pytest
+from scipy import optimize, special
+from sklearn import metrics as sk
+
+from fusa_jax import histogram, operating_point
+from fusa_jax.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def validation():
+  """Logits and truth of slices whose best threshold is far from 0.5, and their table."""
+  rng = np.random.default_rng(0)
+  truth = rng.random((6, 2000)) < 0.1
+  logits = (2 * rng.normal(-3 + 2 * truth, 1)).astype(np.float32)
+  return logits, truth, {'histogram': np.asarray(histogram.count(logits, truth, 1.0)['histogram'])}
+
+
+def choose(table, **options):
+  return operating_point.choose(table, step=7, source='the validation fold', **options)
+
+
+def test_best_dice(validation):
+  logits, truth, table = validation
+  point = choose(table)
+  probability = special.expit(logits.astype(np.float64)).ravel()
+  dice = lambda threshold: sk.f1_score(truth.ravel(), probability >= threshold)
+  best = max(dice(t) for t in special.expit(np.arange(-8, 4, 1 / 16)))
+  assert dice(point.threshold) == pytest.approx(best) == pytest.approx(point.validation['chosen']['dice'])
+  assert dice(0.5) == pytest.approx(point.validation['half']['dice'])
+  assert point.validation['chosen']['dice'] > point.validation['half']['dice'] + 0.05
+  assert point.about() == {
+    'threshold': point.threshold,
+    'temperature': 1.0,
+    'chosen_by': 'best Dice on the validation fold',
+  }
+
+
+@pytest.mark.parametrize('target', [0.5, 0.95, 1.0])
+def test_target_sensitivity(validation, target):
+  logits, truth, table = validation
+  point = choose(table, target_sensitivity=target)
+  probability = special.expit(logits.astype(np.float64)).ravel()
+  sensitivity = lambda threshold: sk.recall_score(truth.ravel(), probability >= threshold)
+  assert sensitivity(point.threshold) >= target
+  next_one = special.expit(special.logit(point.threshold) + 1 / 16)
+  assert sensitivity(next_one) < target
+  assert 'sensitivity of at least' in point.chosen_by
+
+
+def test_temperature_is_the_likeliest_and_moves_no_mask(validation):
+  logits, truth, table = validation
+  cold, point = choose(table), choose(table, fit_temperature=True)
+  exact = optimize.minimize_scalar(
+    lambda t: sk.log_loss(truth.ravel(), special.expit(logits.ravel() / t)), bounds=(0.1, 10), method='bounded'
+  )
+  assert point.temperature == pytest.approx(exact.x, rel=0.01)
+  assert point.bin == cold.bin
+  assert point.validation['chosen']['dice'] == cold.validation['chosen']['dice']
+  marked = special.expit(logits.astype(np.float64) / point.temperature) >= point.threshold
+  np.testing.assert_array_equal(marked, special.expit(logits.astype(np.float64)) >= cold.threshold)
+
+
+def test_saved_and_loaded(validation, tmp_path):
+  point = choose(validation[2])
+  point.save(tmp_path)
+  assert operating_point.load(tmp_path) == point
+  assert operating_point.load(tmp_path / 'none').threshold == 0.5
+  (tmp_path / operating_point.FILE).write_text('{"threshold":')
+  with pytest.raises(UserError, match=r'operating_point.json: damaged .* make it anew with --mode=evaluate'):
+    operating_point.load(tmp_path)
+
+
+def test_nothing_to_choose_on(validation):
+  table = {'histogram': validation[2]['histogram'] * np.array([1, 0])[:, None]}
+  point = choose(table)
+  assert (point.threshold, point.step) == (0.5, 7)
+  assert point.chosen_by == 'default: the validation fold has lesions only, or none'
+  with pytest.raises(UserError, match=r'evaluate.target_sensitivity: 95.0 is no share'):
+    choose(validation[2], target_sensitivity=95.0)
