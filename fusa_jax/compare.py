@@ -1,0 +1,122 @@
+"""Two runs on the same test patients: what one has over the other, patient by patient."""
+
+import json
+import logging
+import pathlib
+
+import numpy as np
+
+from fusa_jax import evaluate, metrics, run_config, statistics, tasks
+from fusa_jax.errors import UserError
+from fusa_jax.files import replacing
+
+
+def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path | None = None) -> dict:
+  """Run minus run, with intervals; written to `output`, by default test/against-NAME.json of the first.
+
+  Args:
+    workdir: of a run or a cross-validation, evaluated.
+    against: of another one.
+    output: of the JSON file.
+
+  Raises:
+    UserError: one of them is no evaluated run; other tasks; other test patients, slices or lesions.
+  """
+  configs = [run_config.load(folder) for folder in (workdir, against)]
+  if configs[0].task != configs[1].task:
+    raise UserError(f'--against: {against} is of {configs[1].task}, {workdir} of {configs[0].task}; compare like tasks')
+  tables = [evaluate.read_table(folder) for folder in (workdir, against)]
+  reason = difference_of_tests(*tables)
+  if reason:
+    raise UserError(
+      f'--against: the test sets of {workdir} and {against} differ ({reason}); evaluate both on the same fold and data'
+    )
+  result = {
+    'run': str(workdir),
+    'against': str(against),
+    **paired(tasks.KINDS[configs[0].task], *tables),
+  }
+  output = output or workdir / 'test' / f'against-{against.resolve().name}.json'
+  with replacing(output) as partial:
+    partial.write_text(json.dumps(result, indent=2) + '\n')
+  logging.info('%s', report(result))
+  return result
+
+
+def difference_of_tests(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str | None:
+  """In which way two tables are not of the same test; None where they are."""
+  patients = [set(table['patient'].tolist()) for table in (one, other)]
+  if patients[0] != patients[1]:
+    return (
+      f'{len(patients[0] - patients[1])} patients are in the first only, {len(patients[1] - patients[0])} in the second'
+    )
+  rows = [_sorted(table) for table in (one, other)]
+  if len(rows[0]['label']) != len(rows[1]['label']) or (rows[0]['slice'] != rows[1]['slice']).any():
+    return 'not the same slices'
+  lesion = [table['tp'] + table['fn'] for table in rows]
+  if (rows[0]['label'] != rows[1]['label']).any() or (lesion[0] != lesion[1]).any():
+    return 'not the same lesions'
+  return None
+
+
+def paired(kind, one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict:
+  """Every number of both tables and their difference, under the same draws of patients.
+
+  `per_patient` is the mean over patients of the difference of their own score (Dice of their pixels; for classification
+  the share of their slices that is called rightly), with its interval and the p-value of flipping signs. Patients for
+  whom one of the two is undefined are left out there, and counted.
+
+  Args:
+    kind: of the task.
+    one, other: tables of slices of the same test.
+  """
+  one, other = (metrics.by_patient(_sorted(table)) for table in (one, other))
+  statistic = [patients.statistic(kind.definition) for patients in (one, other)]
+  difference = statistics.difference(*statistic)
+  values = [statistics.estimates(s, len(one)) for s in (*statistic, difference)]
+  spread = statistics.intervals(difference, len(one))
+  names = dict(zip(('run', 'against', 'difference'), values, strict=True))
+  scores = [kind.patient_score(patients.sums) for patients in (one, other)]
+  gains = scores[0] - scores[1]
+  mean = lambda weights: {'difference': statistics.mean(gains, weights)}
+  return {
+    'numbers': {
+      name: {key: found[name] for key, found in names.items()} | {'interval': spread[name]} for name in values[0]
+    },
+    'per_patient': {
+      'score': kind.PATIENT_SCORE,
+      'patients': int(np.isfinite(gains).sum()),
+      'left_out': int((~np.isfinite(gains)).sum()),
+      'better': int((gains > 0).sum()),
+      'worse': int((gains < 0).sum()),
+      **statistics.estimates(mean, len(gains)),
+      'interval': statistics.intervals(mean, len(gains))['difference'],
+      'p': statistics.sign_flip_p(gains),
+    },
+    'intervals': statistics.method(),
+  }
+
+
+def report(result: dict) -> str:
+  """The comparison as a table for people."""
+  shown = lambda value: 'undefined' if value is None else f'{value:.4f}'
+  lines = [f'{"":24}{"run":>10}{"against":>10}{"difference":>12}  95% interval']
+  for name, row in result['numbers'].items():
+    low_high = '[{:+.4f}, {:+.4f}]'.format(*row['interval']) if row['interval'] else 'undefined'
+    lines.append(
+      f'{name:24}{shown(row["run"]):>10}{shown(row["against"]):>10}{shown(row["difference"]):>12}  {low_high}'
+    )
+  mine = result['per_patient']
+  low_high = '[{:+.4f}, {:+.4f}]'.format(*mine['interval']) if mine['interval'] else 'undefined'
+  left_out = f', {mine["left_out"]} left out' if mine['left_out'] else ''
+  p = 'undefined' if mine['p'] is None else f'{mine["p"]:.4f}'
+  lines.append(
+    f'per patient, {mine["score"]}: {shown(mine["difference"])} {low_high}, sign-flip p {p} '
+    f'({mine["patients"]} patients: {mine["better"]} better, {mine["worse"]} worse{left_out})'
+  )
+  return '\n'.join(lines)
+
+
+def _sorted(table):
+  order = np.lexsort((table['slice'], table['patient']))
+  return {name: values[order] for name, values in table.items()}
