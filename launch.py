@@ -2,6 +2,8 @@
 
 python launch.py --config=configs/seg.py --config.data.raw_dir=FOLDER_OF_SCANS
 python launch.py --mode=predict --workdir=RUN --input=SCAN_OR_FOLDER --output=FOLDER
+python launch.py --mode=score --input=PREDICTED_MASKS --truth=TRUE_MASKS --output=FOLDER
+python launch.py --mode=compare --workdir=RUN --against=OTHER_RUN
 python launch.py --mode=aot --config=configs/seg.py --topology=v5e:4x4
 
 On several hosts, the same command on each is one run: docs/pods.md.
@@ -18,13 +20,18 @@ from ml_collections import config_flags
 from fusa_jax import exits
 from fusa_jax.errors import UserError
 
-MODES = ('train', 'evaluate', 'predict', 'prepare', 'aot')
+MODES = ('train', 'evaluate', 'predict', 'prepare', 'score', 'compare', 'aot')
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/seg.py or configs/cls.py, with :preset or without')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'train also prepares before and evaluates after')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run; default: runs/ and the name of the config')
-_INPUT = flags.DEFINE_string('input', None, 'predict: a scan (.nii, .nii.gz), or a folder of scans')
-_OUTPUT = flags.DEFINE_string('output', None, 'predict: a folder for masks and numbers; aot: for its reports')
+_INPUT = flags.DEFINE_string('input', None, 'predict: a scan (.nii, .nii.gz), or a folder; score: predicted masks')
+_OUTPUT = flags.DEFINE_string('output', None, 'predict, score: a folder for what is written; aot: for its reports')
+_THRESHOLD = flags.DEFINE_float(
+  'threshold', None, "predict: probability of a lesion; default: the run's operating point"
+)
+_TRUTH = flags.DEFINE_string('truth', None, 'score: the true masks, in a folder or a file')
+_AGAINST = flags.DEFINE_string('against', None, 'compare: the workdir of another run, evaluated on the same patients')
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:4x4', 'aot: the TPU slice to compile for')
 _SLICES = flags.DEFINE_integer('slices', 1, 'aot: how many such slices')
 _SWEEP = flags.DEFINE_bool('sweep', False, "aot: slices of 8 to 256 chips of the topology's kind, into docs/scaling.md")
@@ -60,21 +67,24 @@ def main(_):
 
 
 def train() -> None:
-  """--mode=train: prepares what is missing, trains or resumes, evaluates."""
-  from fusa_jax import evaluate, train
+  """--mode=train: prepares what is missing, trains or resumes, evaluates, reports."""
+  from fusa_jax import cross_validation, evaluate, train
 
   config, name = resolve_config()
   data_dir = prepared(config)
   use_compilation_cache()
   workdir = pathlib.Path(_WORKDIR.value or f'runs/{name}')
-  train.train(config, workdir, data_dir)
-  evaluate.evaluate(config, workdir, data_dir)
-  logging.info('results: %s', workdir / 'test')
+  if config.data.fold == 'all':
+    cross_validation.cross_validate(config, workdir, data_dir, scans(config))
+  else:
+    train.train(config, workdir, data_dir)
+    evaluate.evaluate(config, workdir, data_dir, scans(config))
+  write_report(config, workdir, data_dir)
 
 
 def evaluate() -> None:
   """--mode=evaluate: a run again, from its folder; where the data lie and what devices there are may have changed."""
-  from fusa_jax import evaluate, run_config
+  from fusa_jax import cross_validation, evaluate, run_config
 
   use_compilation_cache()
   workdir = path_flag(_WORKDIR)
@@ -84,7 +94,22 @@ def evaluate() -> None:
     config.mesh.update(_CONFIG.value.mesh)
     if names_data(_CONFIG.value):
       config.data.update(raw_dir=_CONFIG.value.data.raw_dir, dir=_CONFIG.value.data.dir)
-  evaluate.evaluate(config, workdir, prepared(config))
+    asked = config_flags.get_override_values(flags.FLAGS['config'])
+    config.update_from_flattened_dict({key: value for key, value in asked.items() if key.startswith('evaluate.')})
+  data_dir = prepared(config)
+  again = cross_validation.evaluate_again if config.data.fold == 'all' else evaluate.evaluate
+  again(config, workdir, data_dir, scans(config))
+  write_report(config, workdir, data_dir)
+
+
+def write_report(config, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
+  """The page of a run that has just been evaluated."""
+  from configs import command
+  from fusa_jax import report, sharding
+
+  if sharding.is_main():
+    report.write(workdir, data_dir, command.command(config))
+    logging.info('results: %s', workdir / 'test')
 
 
 def predict() -> None:
@@ -94,7 +119,7 @@ def predict() -> None:
   use_compilation_cache()
   workdir, source, output = (path_flag(flag) for flag in (_WORKDIR, _INPUT, _OUTPUT))
   mesh = sharding.create_mesh(**_CONFIG.value.mesh) if _CONFIG.value is not None else None
-  predict.predict(workdir, source, output, probabilities=_PROBABILITIES.value, mesh=mesh)
+  predict.predict(workdir, source, output, _PROBABILITIES.value, _THRESHOLD.value, mesh)
 
 
 def prepare() -> None:
@@ -103,6 +128,20 @@ def prepare() -> None:
   if config.data.dir and not config.data.raw_dir:
     raise UserError('data.raw_dir: missing; --mode=prepare needs the folder of the scans')
   logging.info('prepared: %s', prepared(config))
+
+
+def score() -> None:
+  """--mode=score: masks against masks, whoever made them."""
+  from fusa_jax import score
+
+  score.score(*(path_flag(flag) for flag in (_INPUT, _TRUTH, _OUTPUT)))
+
+
+def compare() -> None:
+  """--mode=compare: two runs on the same test patients."""
+  from fusa_jax import compare
+
+  compare.compare(path_flag(_WORKDIR), path_flag(_AGAINST), pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None)
 
 
 def compile_ahead() -> None:
@@ -186,6 +225,16 @@ def prepared(config) -> pathlib.Path:
   return pathlib.Path(sharding.on_main(prepare_data))
 
 
+def scans(config) -> dict[str, tuple[pathlib.Path, pathlib.Path]] | None:
+  """The scan and the mask as released of each patient, where they are at hand."""
+  from data import prepare
+
+  data = config.data
+  if data.dir and not data.raw_dir:
+    return None
+  return prepare.scans(data.raw_dir or prepare.draw_phantoms(data.image_size, **data.phantom))
+
+
 def path_flag(flag) -> pathlib.Path:
   """A flag's value as a path; raises UserError where it is missing."""
   if not flag.value:
@@ -232,7 +281,7 @@ def start(main) -> None:
 
 # By mode: those in which all processes of a run take part, and those that need no more than this one.
 TOGETHER = {'train': train, 'evaluate': evaluate, 'predict': predict, 'prepare': prepare}
-ALONE = {'aot': compile_ahead}
+ALONE = {'score': score, 'compare': compare, 'aot': compile_ahead}
 
 if __name__ == '__main__':
   start(main)

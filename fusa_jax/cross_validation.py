@@ -1,0 +1,111 @@
+"""Every fold in turn, each a run of its own, and all of them pooled: every patient is tested once, by a model that has
+not seen it."""
+
+import json
+import logging
+import pathlib
+import statistics as python_statistics
+from collections.abc import Mapping
+
+import ml_collections
+import numpy as np
+
+from fusa_jax import evaluate, input_pipeline, run_config, score, sharding, tasks, train
+
+
+def cross_validate(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  data_dir: pathlib.Path,
+  scans: Mapping[str, tuple[pathlib.Path, pathlib.Path]] | None = None,
+) -> dict:
+  """Trains and tests what is not finished, in fold0, fold1, ... of `workdir`, and pools. Arguments as `evaluate` has.
+
+  Raises:
+    UserError: as `train.train` and `evaluate.evaluate`.
+  """
+  run_config.save(workdir, config)
+  for fold in range(len(input_pipeline.folds(data_dir))):
+    one, run = of_fold(config, fold), workdir / f'fold{fold}'
+    if sharding.on_main((run / 'test' / 'metrics.json').exists):
+      run_config.save(run, one)  # refuses a run of another config
+      continue
+    logging.info('fold %d', fold)
+    train.train(one, run, data_dir)
+    evaluate.evaluate(one, run, data_dir, scans)
+  return pool(config, workdir, data_dir)
+
+
+def evaluate_again(config, workdir, data_dir, scans=None) -> dict:
+  """Tests each fold's run again, and pools; arguments as `cross_validate`."""
+  for fold in range(len(input_pipeline.folds(data_dir))):
+    evaluate.evaluate(of_fold(config, fold), workdir / f'fold{fold}', data_dir, scans)
+  return pool(config, workdir, data_dir)
+
+
+def of_fold(config: ml_collections.ConfigDict, fold: int) -> ml_collections.ConfigDict:
+  """The config of one fold's run."""
+  values = config.to_dict()
+  values['data']['fold'] = fold
+  return ml_collections.ConfigDict(values)
+
+
+def pool(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
+  """The folds' tables of slices as one test; process 0 writes `workdir`/test. Gives what metrics.json holds.
+
+  Each slice counts at the operating point of its own fold's run. AUC ranks the scores of different models together. The
+  folds' own numbers stand beside the pooled ones, with their spread.
+  """
+  return sharding.on_main(lambda: _pool(config, workdir, data_dir))
+
+
+def _pool(config, workdir, data_dir):
+  kind = tasks.KINDS[config.task]
+  runs = [workdir / f'fold{fold}' for fold in range(len(input_pipeline.folds(data_dir)))]
+  tables = [evaluate.read_table(run) for run in runs]
+  table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
+  results = [json.loads((run / 'test' / 'metrics.json').read_text()) for run in runs]
+  volumes = [row for run in runs for row in evaluate.read_volumes(run)]
+  result = evaluate.numbers(kind, table, config.evaluate.get('prevalences', ()))
+  points = [one['operating_point'] for one in results]
+  result['operating_point'] = {
+    'threshold': [point['threshold'] for point in points],
+    'temperature': [point['temperature'] for point in points],
+    'chosen_by': f'each fold: {points[0]["chosen_by"]}',
+  } | result['operating_point']
+  result |= {
+    'folds': [
+      {
+        'fold': fold,
+        'step': one['step'],
+        'num_patients': one['num_patients'],
+        **{name: one[name] for name in kind.SHOWN},
+      }
+      for fold, one in enumerate(results)
+    ],
+    'over_folds': {name: _spread([one[name] for one in results]) for name in kind.SHOWN},
+    'step': [one['step'] for one in results],
+    'dataset': results[0]['dataset'],
+    'commit': results[0]['commit'],
+  }
+  if volumes:
+    result['volumes'] = score.summary(volumes)
+  evaluate.write(workdir / 'test', table, result, volumes)
+  logging.info('all %d folds, each patient once: %s', len(runs), evaluate.one_line(kind, result))
+  for name, spread in result['over_folds'].items():
+    if spread:
+      logging.info('%s of single folds: %.4f to %.4f, mean %.4f, sd %.4f', name, *spread.values())
+  return result
+
+
+def _spread(values):
+  """Lowest, highest, mean and standard deviation over the folds in which a number is defined; None without two."""
+  values = [value for value in values if value is not None]
+  if len(values) < 2:
+    return None
+  return {
+    'low': min(values),
+    'high': max(values),
+    'mean': python_statistics.fmean(values),
+    'sd': python_statistics.stdev(values),
+  }

@@ -1,0 +1,136 @@
+"""A run's test as one page that needs nothing beside it: what was trained on what, every number with its interval and
+definition, pictures, and what the model must not be used for."""
+
+import base64
+import datetime
+import importlib.metadata
+import io
+import json
+import pathlib
+
+import jax
+import jinja2
+import numpy as np
+from PIL import Image
+
+from fusa_jax import evaluate, figures, input_pipeline, metrics, operating_point, run_config, tasks
+from fusa_jax.files import replacing
+
+_OVERLAYS = 6
+_LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'scipy')
+
+
+def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathlib.Path:
+  """Writes test/report.html of an evaluated run or cross-validation; gives its path.
+
+  Args:
+    workdir: of the run.
+    data_dir: of the dataset that it was tested on.
+    command: the line that repeats the run.
+
+  Raises:
+    UserError: the run was not evaluated.
+  """
+  config = run_config.load(workdir)
+  table = evaluate.read_table(workdir)
+  result = json.loads((workdir / 'test' / 'metrics.json').read_text())
+  kind = tasks.KINDS[config.task]
+  runs = sorted(workdir.glob('fold*/')) if config.data.fold == 'all' else [workdir]
+  charts = {name: figures.svg(figure) for name, figure in figures.charts(table, result).items()}
+  curves = [figures.learning_curves(_log(run), kind.SELECTION) for run in runs]
+  points = [operating_point.load(run) for run in runs]
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+  )
+  environment.filters |= {'number': _number, 'interval': _interval}
+  text = environment.get_template('report.html').render(
+    config=config,
+    result=result,
+    kind=kind,
+    command=command,
+    definitions=metrics.DEFINITIONS,
+    charts=charts,
+    curves=[figures.svg(figure) for figure in curves if figure is not None],
+    thresholds=[figures.svg(figures.threshold_curve(p.curve, p.threshold)) for p in points if p.curve],
+    points=points,
+    data=_data_card(input_pipeline.folds(data_dir), config.data.fold),
+    patients=metrics.patient_rows(metrics.by_patient(table, '_chosen')),
+    volumes=_volumes(evaluate.read_volumes(workdir)),
+    overlays=list(_overlays(table, runs)),
+    is_phantom='phantom' in result['dataset'],
+    libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
+    device=jax.devices()[0].device_kind,
+    today=datetime.date.today(),
+  )
+  path = workdir / 'test' / 'report.html'
+  with replacing(path) as partial:
+    partial.write_text(text)
+  return path
+
+
+def _data_card(folds, tested):
+  """A row for each fold: what it was used for, patients, slices, lesion volumes."""
+  rows = []
+  for k, patients in enumerate(folds):
+    role = 'training'
+    if tested == 'all':
+      role = 'tested once'
+    elif k == tested:
+      role = 'test'
+    elif k == (tested + 1) % len(folds) and len(folds) > 2:
+      role = 'validation'
+    slices = np.concatenate([patient['lesion_voxels'] for patient in patients])
+    volumes = np.array([patient['lesion_ml'] for patient in patients])
+    rows.append(
+      {
+        'fold': k,
+        'role': role,
+        'patients': len(patients),
+        'without_lesion': int((volumes == 0).sum()),
+        'slices': len(slices),
+        'positive': int((slices > 0).sum()),
+        'lesion_ml': float(volumes.sum()),
+        'median_ml': float(np.median(volumes)),
+        'largest_ml': float(volumes.max()),
+      }
+    )
+  return rows
+
+
+def _volumes(rows):
+  """Volumes in order of their Dice, undefined ones last."""
+  return sorted(rows, key=lambda row: (np.isnan(row['dice']), row['dice']))
+
+
+def _overlays(table, runs):
+  """The pictures that evaluation drew of the worst and the best patients, as data URLs."""
+  for row in figures.telling_slices(table, _OVERLAYS):
+    name = evaluate.overlay_name(table, row)
+    for path in (run / 'test' / 'figures' / name for run in runs):
+      if path.exists():
+        out = io.BytesIO()
+        Image.open(path).convert('RGB').save(out, 'WEBP', quality=90)
+        yield {
+          'patient': str(table['patient'][row]),
+          'slice': int(table['slice'][row]),
+          'url': 'data:image/webp;base64,' + base64.b64encode(out.getvalue()).decode(),
+        }
+
+
+def _log(run):
+  path = run / 'log.jsonl'
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _number(value, digits=4):
+  if value is None or (isinstance(value, float) and np.isnan(value)):
+    return 'undefined'
+  return f'{value:,}' if isinstance(value, int | np.integer) else f'{value:.{digits}f}'
+
+
+def _interval(pair, digits=4):
+  return '[{:.{d}f}, {:.{d}f}]'.format(*pair, d=digits) if pair else 'none'

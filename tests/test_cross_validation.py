@@ -1,0 +1,95 @@
+"""All folds by one command: each patient tested once, by a model that has not seen it; resumed where it stopped."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import PATIENTS, SIZE, SLICES, tiny
+from sklearn import metrics as sk
+
+from configs import cls
+from data import prepare
+from fusa_jax import cross_validation, input_pipeline, predict, report, train
+from fusa_jax.errors import UserError
+
+
+def protocol(**overrides):
+  return tiny(cls, **{'data.fold': 'all', 'train.steps': 2, **overrides})
+
+
+@pytest.fixture(scope='module')
+def made(raw_dir, data_dir, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('folds')
+  cross_validation.cross_validate(protocol(), workdir, data_dir, prepare.scans(raw_dir))
+  return workdir
+
+
+def result_of(workdir):
+  return json.loads((workdir / 'test' / 'metrics.json').read_text())
+
+
+@pytest.mark.slow
+def test_every_patient_is_tested_once_by_a_model_that_has_not_seen_it(made, data_dir):
+  with (made / 'test' / 'slices.csv').open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == len({(row['patient'], row['slice']) for row in rows}) == PATIENTS * SLICES
+  for fold in range(5):
+    with (made / f'fold{fold}' / 'test' / 'slices.csv').open(newline='') as file:
+      tested = {row['patient'] for row in csv.DictReader(file)}
+    dataset = input_pipeline.load(data_dir, fold, SIZE)
+    assert tested == set(dataset.test.patient.tolist())
+    assert not tested & (set(dataset.train.patient.tolist()) | set(dataset.validation.patient.tolist()))
+  label, score = (np.array([float(row[key]) for row in rows]) for key in ('label', 'score'))
+  result = result_of(made)
+  assert result['auc'] == pytest.approx(sk.roc_auc_score(label, score), abs=1e-3)  # scores of few steps round to ties
+  assert result['accuracy'] == pytest.approx(sk.accuracy_score(label, score >= 0.5))
+  low, high = result['intervals']['accuracy']
+  assert low < result['accuracy'] < high
+
+
+@pytest.mark.slow
+def test_single_folds_stand_beside_the_pooled_numbers_with_their_spread(made):
+  result = result_of(made)
+  each = [result_of(made / f'fold{k}') for k in range(5)]
+  assert [row['accuracy'] for row in result['folds']] == [one['accuracy'] for one in each]
+  assert [row['num_patients'] for row in result['folds']] == [one['num_patients'] for one in each]
+  accuracies = [one['accuracy'] for one in each]
+  assert result['over_folds']['accuracy'] == pytest.approx(
+    {'low': min(accuracies), 'high': max(accuracies), 'mean': np.mean(accuracies), 'sd': np.std(accuracies, ddof=1)}
+  )
+  assert result['operating_point']['threshold'] == [one['operating_point']['threshold'] for one in each]
+
+
+@pytest.mark.slow
+def test_finished_folds_are_kept_and_another_protocol_is_refused(made, data_dir, monkeypatch):
+  trained = []
+  monkeypatch.setattr(train, 'train', lambda config, *_: trained.append(config.data.fold))
+  before = (made / 'test' / 'metrics.json').read_bytes()
+  cross_validation.cross_validate(protocol(), made, data_dir)
+  assert not trained
+  assert (made / 'test' / 'metrics.json').read_bytes() == before
+  with pytest.raises(UserError, match='holds a run of another config: train.learning_rate'):
+    cross_validation.cross_validate(protocol(**{'train.learning_rate': 0.1}), made, data_dir)
+
+
+@pytest.mark.slow
+def test_evaluated_again_and_reported(made, data_dir):
+  before = result_of(made)
+  cross_validation.evaluate_again(protocol(), made, data_dir)
+  assert result_of(made) == before
+  text = report.write(made, data_dir, 'python launch.py').read_text()
+  assert 'all folds, each patient tested once' in text
+  assert 'Single folds, which share training patients' in text
+
+
+@pytest.mark.slow
+def test_prediction_wants_one_fold(made, raw_dir, tmp_path):
+  with pytest.raises(UserError, match=r'is a cross-validation; name the folder of one fold, .*fold0'):
+    predict.predict(made, raw_dir, tmp_path / 'out')
+
+
+@pytest.mark.parametrize('fold', ['one', 5, -1, 1.5])
+def test_a_fold_that_is_none_is_refused(data_dir, fold):
+  with pytest.raises(UserError, match=r"data.fold: .*, but the folds of .* are 0 to 4; or 'all' of them in turn"):
+    input_pipeline.load(data_dir, fold, SIZE)
