@@ -253,17 +253,22 @@ def _draw(config, task, variables, split, table, point, folder):
   probabilities = jax.jit(lambda variables, hu: task.probabilities(variables, hu, point.temperature))
   for row in tqdm.tqdm(figures.telling_slices(table, config.evaluate.num_overlays), desc='Drawing', leave=False):
     example = split.source[row]
-    name = f'patient {table["patient"][row]}, slice {table["slice"][row]} (0 is the lowest)'
+    predicted = None
     if config.task == 'segmentation':
       predicted = np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)
-      dice = metrics.dice(*(table[f'{key}_chosen'][row] for key in ('tp', 'fp', 'fn')))
-      title = f'{name}\nDice {statistics.shown(statistics.defined(dice))} at threshold {point.threshold:.3f}'
-    else:
-      predicted = None
-      called = 'lesion' if table['score'][row] >= point.threshold else 'no lesion'
-      title = f'{name}\nscore {table["score"][row]:.3f}, called {called} at threshold {point.threshold:.3f}'
+    title = f'{overlay_title(task.kind, table, row)}, threshold {point.threshold:.3f}'
     path = folder / overlay_name(table, row)
     figures.write_overlay(path, example['image'], example['mask'], predicted, config.data.window, title)
+
+
+def overlay_title(kind: ModuleType, table: dict[str, np.ndarray], row: int) -> str:
+  """Patient, slice, and how well the model did on it at the operating point."""
+  tp, fp, fn, tn = (table[f'{key}_chosen'][row] for key in metrics.COUNTS)
+  if kind.COUNTED == 'pixels':
+    how = f'Dice {statistics.shown(statistics.defined(metrics.dice(tp, fp, fn)))}'
+  else:
+    how = f'score {table["score"][row]:.3f}, {"rightly" if tp + tn else "wrongly"} called {("no ", "")[tp + fp]}lesion'
+  return f'patient {table["patient"][row]}, slice {table["slice"][row]} (0 is the lowest): {how}'
 
 
 def overlay_name(table: dict[str, np.ndarray], row: int) -> str:

@@ -60,7 +60,7 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
     data=_data_card(input_pipeline.folds(data_dir), config.data.fold),
     patients=metrics.patient_rows(metrics.by_patient(table, '_chosen')),
     volumes=_volumes(evaluate.read_volumes(workdir)),
-    overlays=list(_overlays(table, runs)),
+    overlays=list(_overlays(kind, table, runs)),
     is_phantom='phantom' in result['dataset'],
     libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
     device=jax.devices()[0].device_kind,
@@ -106,7 +106,7 @@ def _volumes(rows):
   return sorted(rows, key=lambda row: (np.isnan(row['dice']), row['dice']))
 
 
-def _overlays(table, runs):
+def _overlays(kind, table, runs):
   """The pictures that evaluation drew of the worst and the best patients, as data URLs."""
   for row in figures.telling_slices(table, _OVERLAYS):
     name = evaluate.overlay_name(table, row)
@@ -114,11 +114,8 @@ def _overlays(table, runs):
       if path.exists():
         out = io.BytesIO()
         Image.open(path).convert('RGB').save(out, 'WEBP', quality=90)
-        yield {
-          'patient': str(table['patient'][row]),
-          'slice': int(table['slice'][row]),
-          'url': 'data:image/webp;base64,' + base64.b64encode(out.getvalue()).decode(),
-        }
+        url = 'data:image/webp;base64,' + base64.b64encode(out.getvalue()).decode()
+        yield {'title': evaluate.overlay_title(kind, table, row), 'url': url}
 
 
 def _log(run):
