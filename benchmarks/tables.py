@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 import launch
 from benchmarks import model_table
-from fusa_jax import evaluate, models, run_config, tasks, train
+from fusa_jax import compare, evaluate, models, run_config, tasks, train
 from fusa_jax.errors import UserError
 from fusa_jax.files import replacing
 
@@ -54,6 +54,11 @@ ROWS = {
 SCORES = {
   'classification': {'Acc': 'accuracy', 'Precision': 'precision', 'Recall': 'recall', 'F1': 'f1', 'AUC': 'auc'},
   'segmentation': {'Dice': 'dice', 'Precision': 'precision', 'Recall': 'recall', 'Macro Dice': 'dice_macro'},
+}
+# The ablation: models that differ in FUSA alone.
+PAIRS = {
+  'classification': (('fusa_resnet18', 'resnet18'), ('fusa_resnet50', 'resnet50')),
+  'segmentation': (('fusa_resunet', 'resunet'),),
 }
 # A table is finished on two CPU cores within half an hour. The demo of classification alone has twice the steps.
 _DEMO_STEPS = {'classification': 1000, 'segmentation': 900}
@@ -130,7 +135,7 @@ def write_table(config: ml_collections.ConfigDict, seeds: list[int], workdir: pa
     cells = [_cell(record, title) for title in SCORES[config.task]]
     cells += [f'{record["parameters"]:,}', f'{record["gflops"]:.2f}', f'{record["slices_per_second"]:.0f}']
     lines.append('| ' + ' | '.join([record['model'], *cells]) + ' |')
-  text = '\n'.join([*lines, '', _caption(config, seeds, workdir, records)])
+  text = '\n'.join([*lines, '', _caption(config, seeds, workdir, records), *_ablation(config, seeds, workdir)])
   with replacing(workdir / 'table.md') as partial:
     partial.write_text(text + '\n')
   return text
@@ -145,6 +150,9 @@ def _record(config, title, name, runs):
     values = [result[key] for result in results if result[key] is not None]
     record[column] = statistics.fmean(values) if values else None
     record[f'{column} sd'] = statistics.stdev(values) if len(values) > 1 else None
+    # Over patients, of a single run; what several runs of the same patients have in common is not in their spread.
+    interval = results[0]['intervals'][key] if len(results) == 1 else None
+    record[f'{column} low'], record[f'{column} high'] = interval or (None, None)
   return record | {
     'parameters': model_table.count(module),
     'gflops': model_table.forward_gflops(module, config.data.image_size),
@@ -159,12 +167,25 @@ def _rate(run):
 
 
 def _cell(record, column):
-  """As the paper prints it: percent, AUC as a fraction; with the spread where there is one."""
-  mean, spread = record[column], record[f'{column} sd']
+  """As the paper prints it: percent, AUC as a fraction; with the spread over seeds or, of one, the 95% interval."""
+  mean, spread, low, high = (record[f'{column}{part}'] for part in ('', ' sd', ' low', ' high'))
   scale, digits, unit = (1, 3, '') if column == 'AUC' else (100, 2, '%')
   if mean is None:
     return 'undefined'
-  return f'{mean * scale:.{digits}f}{unit}' + ('' if spread is None else f' ± {spread * scale:.{digits}f}')
+  shown = lambda value: f'{value * scale:.{digits}f}'
+  beside = f' ± {shown(spread)}' if spread is not None else f' [{shown(low)}, {shown(high)}]' if low is not None else ''
+  return f'{shown(mean)}{unit}{beside}'
+
+
+def _ablation(config, seeds, workdir):
+  """A line for each pair of models with and without FUSA, and each seed: the difference, patient by patient."""
+  for fusa, plain in PAIRS[config.task]:
+    for seed in seeds:
+      runs = [workdir / f'{name}-seed{seed}' for name in (fusa, plain)]
+      if all((run / 'test' / 'metrics.json').exists() for run in runs):
+        tables = [evaluate.read_table(run) for run in runs]
+        found = compare.paired(tasks.KINDS[config.task], *tables)['per_patient']
+        yield f'\n{fusa} minus {plain}, seed {seed}: {compare.per_patient_line(found)}'
 
 
 def _caption(config, seeds, workdir, records):
@@ -174,7 +195,7 @@ def _caption(config, seeds, workdir, records):
   machine = (
     f'{os.cpu_count()} CPU cores' if device.platform == 'cpu' else f'{jax.device_count()} x {device.device_kind}'
   )
-  spread = ' Mean ± standard deviation over the seeds.' if len(seeds) > 1 else ''
+  spread = ' Mean ± standard deviation over the seeds.' if len(seeds) > 1 else ' In brackets: 95% over patients.'
   return (
     f'{result["dataset"]}, fold {config.data.fold}: {result["num_slices"]} test slices of {result["num_patients"]} '
     f'patients, {config.data.image_size} x {config.data.image_size}. {config.train.steps} steps of '

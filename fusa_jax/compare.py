@@ -99,22 +99,28 @@ def paired(kind, one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> di
 
 def report(result: dict) -> str:
   """The comparison as a table for people."""
-  shown = lambda value: 'undefined' if value is None else f'{value:.4f}'
   lines = [f'{"":24}{"run":>10}{"against":>10}{"difference":>12}  95% interval']
   for name, row in result['numbers'].items():
-    low_high = '[{:+.4f}, {:+.4f}]'.format(*row['interval']) if row['interval'] else 'undefined'
-    lines.append(
-      f'{name:24}{shown(row["run"]):>10}{shown(row["against"]):>10}{shown(row["difference"]):>12}  {low_high}'
-    )
-  mine = result['per_patient']
-  low_high = '[{:+.4f}, {:+.4f}]'.format(*mine['interval']) if mine['interval'] else 'undefined'
-  left_out = f', {mine["left_out"]} left out' if mine['left_out'] else ''
-  p = 'undefined' if mine['p'] is None else f'{mine["p"]:.4f}'
-  lines.append(
-    f'per patient, {mine["score"]}: {shown(mine["difference"])} {low_high}, sign-flip p {p} '
-    f'({mine["patients"]} patients: {mine["better"]} better, {mine["worse"]} worse{left_out})'
+    cells = [_shown(row[key]) for key in ('run', 'against', 'difference')]
+    lines.append('{:24}{:>10}{:>10}{:>12}  {}'.format(name, *cells, _interval(row['interval'])))
+  return '\n'.join([*lines, f'per patient, {per_patient_line(result["per_patient"])}'])
+
+
+def per_patient_line(found: dict) -> str:
+  """What `paired` found of single patients, in a line."""
+  left_out = f', {found["left_out"]} left out' if found['left_out'] else ''
+  return (
+    f'{found["score"]}: {_shown(found["difference"])} {_interval(found["interval"])}, sign-flip p {_shown(found["p"])} '
+    f'({found["patients"]} patients: {found["better"]} better, {found["worse"]} worse{left_out})'
   )
-  return '\n'.join(lines)
+
+
+def _shown(value):
+  return 'undefined' if value is None else f'{value:.4f}'
+
+
+def _interval(pair):
+  return '[{:+.4f}, {:+.4f}]'.format(*pair) if pair else '[undefined]'
 
 
 def _sorted(table):

@@ -23,6 +23,7 @@ def made(data_dir, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('table')
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(tables.ROWS, 'segmentation', {'PSPNet': 'pspnet'})
+    patch.setitem(tables.PAIRS, 'segmentation', [('pspnet', 'pspnet')])
     tables.make_table(protocol(), [3, 4], workdir, data_dir)
   return workdir
 
@@ -53,6 +54,7 @@ def test_a_row_is_the_mean_and_spread_of_its_seeds(made):
     (line,) = [line for line in text.splitlines() if line.startswith(f'| {row["model"]} ')]
     assert f'{float(row["Dice"]) * 100:.2f}% ± ' in line
   assert '2 steps of 8 slices, seeds 3, 4.' in text
+  assert 'pspnet minus pspnet, seed 3: Dice: 0.0000 [+0.0000, +0.0000], sign-flip p 1.0000 (2 patients' in text
 
 
 @pytest.mark.slow
@@ -87,9 +89,10 @@ def test_rows_differ_in_the_model_and_its_width_alone():
 
 
 def test_undefined_scores_are_said_to_be():
-  record = {'F1': None, 'F1 sd': None, 'AUC': 0.91234, 'AUC sd': None, 'Acc': 0.8817, 'Acc sd': 0.012}
+  undefined = {f'{column}{part}': None for column in ('F1', 'AUC', 'Acc') for part in ('', ' sd', ' low', ' high')}
+  record = undefined | {'AUC': 0.91234, 'AUC low': 0.871, 'AUC high': 0.95, 'Acc': 0.8817, 'Acc sd': 0.012}
   assert tables._cell(record, 'F1') == 'undefined'
-  assert tables._cell(record, 'AUC') == '0.912'
+  assert tables._cell(record, 'AUC') == '0.912 [0.871, 0.950]'
   assert tables._cell(record, 'Acc') == '88.17% ± 1.20'
 
 
