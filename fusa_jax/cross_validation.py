@@ -90,6 +90,7 @@ def _pool(config, workdir, data_dir):
   }
   if volumes:
     result['volumes'] = score.summary(volumes)
+  evaluate.clear(workdir / 'test')
   evaluate.write(workdir / 'test', table, result, volumes)
   logging.info('all %d folds, each patient once: %s', len(runs), evaluate.one_line(kind, result))
   for name, spread in result['over_folds'].items():

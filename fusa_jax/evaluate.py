@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pathlib
+import shutil
 import subprocess
 import zipfile
 import zlib
@@ -143,6 +144,7 @@ def evaluate(
   if volumes:
     result['volumes'] = score.summary(volumes)
   if sharding.is_main():
+    clear(workdir / 'test')
     _draw(config, task, variables, dataset.test, table, point, workdir / 'test' / 'figures')
     write(workdir / 'test', table, result, volumes)
     logging.info('test fold %s, step %d: %s', config.data.fold, step, one_line(task.kind, result))
@@ -203,6 +205,13 @@ def score_volumes(predictor: predict.Predictor, scans, patients: list[str]) -> l
   return rows
 
 
+def clear(folder: pathlib.Path) -> None:
+  """Takes away what must not stand beside the files of another evaluation: its numbers and its pictures."""
+  for name in ('metrics.json', 'report.html', 'volumes.csv'):
+    (folder / name).unlink(missing_ok=True)
+  shutil.rmtree(folder / 'figures', ignore_errors=True)
+
+
 def write(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict, volumes: list[dict] | None) -> None:
   """The files of test/: metrics.json last, so that a folder with it is complete."""
   slices = zip(*(table[key] for key in COLUMNS), strict=True)
@@ -240,11 +249,23 @@ def read_table(workdir: pathlib.Path) -> dict[str, np.ndarray]:
   path = workdir / 'test' / TABLE
   try:
     with np.load(path, allow_pickle=False) as archive:
-      return dict(archive)
+      table = dict(archive)
+    missing = {
+      *COLUMNS,
+      *(f'{key}_chosen' for key in metrics.COUNTS),
+      'logit',
+      'histogram',
+      'reliability',
+    } - table.keys()
+    if missing:
+      raise ValueError(f'without {", ".join(sorted(missing))}')
+    return table
   except FileNotFoundError:
     raise UserError(f'{path}: missing; evaluate the run with --mode=evaluate --workdir={workdir}') from None
   except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-    raise UserError(f'{path}: damaged ({error}); make it anew with --mode=evaluate --workdir={workdir}') from None
+    raise UserError(
+      f'{path}: damaged, or of another version ({error}); make it anew with --mode=evaluate --workdir={workdir}'
+    ) from None
 
 
 def _draw(config, task, variables, split, table, point, folder):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 import shutil
 
@@ -234,12 +235,26 @@ def test_telling_slices_take_the_worst_and_the_best_patients_in_turn():
   assert figures.telling_slices(table, 2) == [4, 2]
 
 
+def test_nothing_of_an_earlier_evaluation_stays(runs, data_dir, tmp_path):
+  """Pictures and volumes of other slices and scans, beside new numbers, would be taken for theirs."""
+  shutil.copytree(runs['cls'] / 'checkpoints', tmp_path / 'checkpoints')
+  old = [tmp_path / 'test' / name for name in ('figures/other_003.png', 'volumes.csv', 'report.html')]
+  old[0].parent.mkdir(parents=True)
+  for path in old:
+    path.write_text('old')
+  evaluate.evaluate(tiny(cls), tmp_path, data_dir)
+  assert not any(path.exists() for path in old)
+  assert (tmp_path / 'test' / 'metrics.json').exists()
+
+
 def test_a_missing_or_damaged_table_is_one_line(runs, tmp_path):
   with pytest.raises(UserError, match=r'table.npz: missing; evaluate the run with --mode=evaluate'):
     evaluate.read_table(tmp_path)
   (tmp_path / 'test').mkdir()
   whole = (runs['cls'] / 'test' / evaluate.TABLE).read_bytes()
-  for content in (b'', whole[:200], whole[: len(whole) // 2], b'no archive'):
+  other = io.BytesIO()
+  np.savez(other, patient=np.array(['a']))
+  for content in (b'', whole[:200], whole[: len(whole) // 2], b'no archive', other.getvalue()):
     (tmp_path / 'test' / evaluate.TABLE).write_bytes(content)
-    with pytest.raises(UserError, match=r'table.npz: damaged .* make it anew'):
+    with pytest.raises(UserError, match=r'table.npz: damaged, or of another version .* make it anew'):
       evaluate.read_table(tmp_path)
