@@ -118,6 +118,12 @@ def test_table_2_of_the_paper():
   assert metrics.segmentation(totals)['dice_macro'] == pytest.approx(macro / 100, abs=1e-6)
 
 
+def test_every_reading_of_dice_is_documented():
+  table = rows_of('docs/evaluation.md', '| key | definition | who reports it so |')
+  assert [key.strip('`') for key in table] == [key for key in metrics.DEFINITIONS if key.startswith('dice')]
+  assert all(definition.strip() and who.strip() for definition, who in table.values())
+
+
 def test_links_lead_somewhere():
   for document in [pathlib.Path('README.md'), *pathlib.Path('docs').glob('*.md')]:
     for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', document.read_text()):

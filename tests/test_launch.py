@@ -43,6 +43,9 @@ def launch(*arguments, home=None):
     (['--mode=predict'], '--workdir: missing; --mode=predict needs it'),
     (['--mode=predict', '--workdir=nowhere', '--input=x', '--output=y'], 'nowhere: no run in it'),
     (['--mode=evaluate', '--workdir=nowhere'], 'nowhere: no run in it'),
+    (['--mode=compare', '--workdir=nowhere', '--against=here'], 'nowhere: no run in it'),
+    (['--mode=score', '--input=nowhere', '--output=y'], '--truth: missing; --mode=score needs it'),
+    (['--mode=score', '--input=nowhere', '--truth=x', '--output=y'], '--input: nowhere does not exist'),
   ],
 )
 def test_errors_are_one_line_and_exit_code_2(arguments, reason):
@@ -67,7 +70,21 @@ def test_the_demo_from_nothing(tmp_path):
   assert result['step'] == 2
   assert result['dataset'] == f'covid_ct/phantom_{SIZE}/1.0.0'
   assert 'compiled the training step' in first.stderr
+  page = (tmp_path / 'run' / 'test' / 'report.html').read_text()
+  assert '--config.train.steps=2' in page  # the command that repeats it
   again = launch('--mode=evaluate', f'--workdir={tmp_path / "run"}', home=tmp_path)
   assert again.returncode == 0, again.stderr
   assert 'compiled the training step' not in again.stderr
   assert json.loads((tmp_path / 'run' / 'test' / 'metrics.json').read_text()) == result
+
+
+@pytest.mark.slow
+def test_masks_and_runs_are_compared(runs, raw_dir, tmp_path):
+  """A cohort's masks against themselves; a run against itself."""
+  scored = launch('--mode=score', f'--input={raw_dir}', f'--truth={raw_dir}', f'--output={tmp_path}')
+  assert scored.returncode == 0, scored.stderr
+  assert json.loads((tmp_path / 'scores.json').read_text())['measures']['dice']['mean'] == 1
+  output = tmp_path / 'difference.json'
+  compared = launch('--mode=compare', f'--workdir={runs["seg"]}', f'--against={runs["seg"]}', f'--output={output}')
+  assert compared.returncode == 0, compared.stderr
+  assert json.loads(output.read_text())['per_patient']['p'] == 1
