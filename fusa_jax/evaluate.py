@@ -31,7 +31,7 @@ from fusa_jax import (
   tasks,
 )
 from fusa_jax.errors import UserError
-from fusa_jax.files import replacing, write_csv
+from fusa_jax.files import replacing, write_csv, writing
 
 COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS)
 TABLE = 'table.npz'
@@ -207,8 +207,9 @@ def score_volumes(predictor: predict.Predictor, scans, patients: list[str]) -> l
 
 def clear(folder: pathlib.Path) -> None:
   """Takes away what must not stand beside the files of another evaluation: its numbers and its pictures."""
-  for name in ('metrics.json', 'report.html', 'volumes.csv'):
-    (folder / name).unlink(missing_ok=True)
+  with writing(folder):
+    for name in ('metrics.json', 'report.html', 'volumes.csv'):
+      (folder / name).unlink(missing_ok=True)
   shutil.rmtree(folder / 'figures', ignore_errors=True)
 
 
