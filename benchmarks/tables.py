@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 import launch
 from benchmarks import model_table
-from fusa_jax import compare, evaluate, models, run_config, tasks, train
+from fusa_jax import compare, evaluate, models, results, run_config, tasks, train
 from fusa_jax.errors import UserError
 from fusa_jax.files import replacing
 
@@ -143,15 +143,15 @@ def write_table(config: ml_collections.ConfigDict, seeds: list[int], workdir: pa
 
 def _record(config, title, name, runs):
   """A row of table.csv: mean and standard deviation over the seeds; empty where a score is undefined."""
-  results = [json.loads((run / 'test' / 'metrics.json').read_text()) for run in runs]
+  tests = [json.loads((run / 'test' / 'metrics.json').read_text()) for run in runs]
   module = tasks.create(row_config(config, name, 0)).model
   record = {'model': title, 'name': name, 'seeds': len(runs)}
   for column, key in SCORES[config.task].items():
-    values = [result[key] for result in results if result[key] is not None]
+    values = [result[key] for result in tests if result[key] is not None]
     record[column] = statistics.fmean(values) if values else None
     record[f'{column} sd'] = statistics.stdev(values) if len(values) > 1 else None
     # Over patients, of a single run; what several runs of the same patients have in common is not in their spread.
-    interval = results[0]['intervals'][key] if len(results) == 1 else None
+    interval = tests[0]['intervals'][key] if len(tests) == 1 else None
     record[f'{column} low'], record[f'{column} high'] = interval or (None, None)
   return record | {
     'parameters': model_table.count(module),
@@ -183,7 +183,7 @@ def _ablation(config, seeds, workdir):
     for seed in seeds:
       runs = [workdir / f'{name}-seed{seed}' for name in (fusa, plain)]
       if all((run / 'test' / 'metrics.json').exists() for run in runs):
-        tables = [evaluate.read_table(run) for run in runs]
+        tables = [results.read_table(run) for run in runs]
         found = compare.paired(tasks.KINDS[config.task], *tables)['per_patient']
         yield f'\n{fusa} minus {plain}, seed {seed}: {compare.per_patient_line(found)}'
 

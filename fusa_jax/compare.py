@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from fusa_jax import evaluate, metrics, run_config, statistics, tasks
+from fusa_jax import metrics, results, run_config, statistics, tasks
 from fusa_jax.errors import UserError
 from fusa_jax.files import replacing
 
@@ -25,7 +25,7 @@ def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path |
   configs = [run_config.load(folder) for folder in (workdir, against)]
   if configs[0].task != configs[1].task:
     raise UserError(f'--against: {against} is of {configs[1].task}, {workdir} of {configs[0].task}; compare like tasks')
-  tables = [evaluate.read_table(folder) for folder in (workdir, against)]
+  tables = [results.read_table(folder) for folder in (workdir, against)]
   reason = difference_of_tests(*tables)
   if reason:
     raise UserError(

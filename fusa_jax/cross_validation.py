@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import ml_collections
 import numpy as np
 
-from fusa_jax import evaluate, input_pipeline, run_config, score, sharding, tasks, train
+from fusa_jax import evaluate, input_pipeline, results, run_config, score, sharding, tasks, train
 
 
 def cross_validate(
@@ -62,12 +62,12 @@ def pool(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pat
 def _pool(config, workdir, data_dir):
   kind = tasks.KINDS[config.task]
   runs = [workdir / f'fold{fold}' for fold in range(len(input_pipeline.folds(data_dir)))]
-  tables = [evaluate.read_table(run) for run in runs]
+  tables = [results.read_table(run) for run in runs]
   table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
-  results = [json.loads((run / 'test' / 'metrics.json').read_text()) for run in runs]
-  volumes = [row for run in runs for row in evaluate.read_volumes(run)]
-  result = evaluate.numbers(kind, table, config.evaluate.get('prevalences', ()))
-  points = [one['operating_point'] for one in results]
+  tests = [json.loads((run / 'test' / 'metrics.json').read_text()) for run in runs]
+  volumes = [row for run in runs for row in results.read_volumes(run)]
+  result = results.numbers(kind, table, config.evaluate.get('prevalences', ()))
+  points = [one['operating_point'] for one in tests]
   result['operating_point'] = {
     'threshold': [point['threshold'] for point in points],
     'temperature': [point['temperature'] for point in points],
@@ -81,18 +81,18 @@ def _pool(config, workdir, data_dir):
         'num_patients': one['num_patients'],
         **{name: one[name] for name in kind.SHOWN},
       }
-      for fold, one in enumerate(results)
+      for fold, one in enumerate(tests)
     ],
-    'over_folds': {name: _spread([one[name] for one in results]) for name in kind.SHOWN},
-    'step': [one['step'] for one in results],
-    'dataset': results[0]['dataset'],
-    'commit': results[0]['commit'],
+    'over_folds': {name: _spread([one[name] for one in tests]) for name in kind.SHOWN},
+    'step': [one['step'] for one in tests],
+    'dataset': tests[0]['dataset'],
+    'commit': tests[0]['commit'],
   }
   if volumes:
     result['volumes'] = score.summary(volumes)
-  evaluate.clear(workdir / 'test')
-  evaluate.write(workdir / 'test', table, result, volumes)
-  logging.info('all %d folds, each patient once: %s', len(runs), evaluate.one_line(kind, result))
+  results.clear(workdir / 'test')
+  results.write(workdir / 'test', table, result, volumes)
+  logging.info('all %d folds, each patient once: %s', len(runs), results.one_line(kind, result))
   for name, spread in result['over_folds'].items():
     if spread:
       logging.info('%s of single folds: %.4f to %.4f, mean %.4f, sd %.4f', name, *spread.values())

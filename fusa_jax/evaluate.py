@@ -1,16 +1,10 @@
-"""Every slice of a split exactly once -> a table of slices -> numbers with their intervals, files and pictures."""
+"""Every slice of a split exactly once -> a table of slices -> numbers, files and pictures of a test."""
 
-import csv
-import json
 import logging
 import math
 import pathlib
-import shutil
 import subprocess
-import zipfile
-import zlib
 from collections.abc import Mapping
-from types import ModuleType
 
 import jax
 import ml_collections
@@ -22,21 +16,13 @@ from fusa_jax import (
   figures,
   histogram,
   input_pipeline,
-  metrics,
   operating_point,
   predict,
+  results,
   score,
   sharding,
-  statistics,
   tasks,
 )
-from fusa_jax.errors import UserError
-from fusa_jax.files import replacing, write_csv, writing
-
-COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS)
-TABLE = 'table.npz'
-# The same at any threshold.
-_OF_SCORES = ('auc', 'brier', 'ece')
 
 
 class Scorer:
@@ -60,8 +46,8 @@ class Scorer:
   ) -> dict[str, np.ndarray]:
     """The table of slices, in the split's order.
 
-    Its columns: those of COLUMNS, with the counts at threshold 0.5; `logit`, the highest of the slice, by which slices
-    are ranked (probabilities near 0 and 1 round to the same number); and those of `histogram.count`.
+    Its columns: those of `results.COLUMNS`, with the counts at threshold 0.5; `logit`, the highest of the slice, by
+    which slices are ranked (probabilities near 0 and 1 round to the same number); and those of `histogram.count`.
     """
     columns, seen = {}, np.zeros(len(split), np.int64)
     steps = math.ceil(len(split) / self._batch_size)
@@ -79,14 +65,7 @@ class Scorer:
     assert (seen == 1).all(), 'a slice was read more or less than once'
     columns['logit'] = columns['logit'].astype(np.float64) / temperature
     table = {'patient': split.patient, 'slice': split.slice, 'label': split.label.astype(np.int64), **columns}
-    return table | counts_at(table, histogram.BINS // 2)
-
-
-def counts_at(table: dict[str, np.ndarray], bin: int) -> dict[str, np.ndarray]:
-  """tp, fp, fn, tn of each slice, were every pixel from that bin of its histogram up called a lesion."""
-  above = table['histogram'][..., bin:].sum(axis=-1, dtype=np.int64)
-  below = table['histogram'][..., :bin].sum(axis=-1, dtype=np.int64)
-  return {'tp': above[:, 1], 'fp': above[:, 0], 'fn': below[:, 1], 'tn': below[:, 0]}
+    return table | results.counts_at(table, histogram.BINS // 2)
 
 
 def evaluate(
@@ -132,65 +111,23 @@ def evaluate(
 
   # ---- the test fold
   table = scorer.table(variables, dataset.test, point.temperature, progress=sharding.is_main())
-  table |= {f'{key}_chosen': values for key, values in counts_at(table, point.bin).items()}
+  table |= {f'{key}_chosen': values for key, values in results.counts_at(table, point.bin).items()}
   volumes = None
   if scans and config.task == 'segmentation' and jax.process_count() == 1:
     predictor = predict.Predictor(config, task, mesh, step, variables, point)
     volumes = score_volumes(predictor, scans, list(dict.fromkeys(table['patient'].tolist())))
-  result = numbers(task.kind, table, config.evaluate.get('prevalences', ()))
+  result = results.numbers(task.kind, table, config.evaluate.get('prevalences', ()))
   result['operating_point'] = point.about() | result['operating_point']
   size = sum(x.size for x in jax.tree.leaves(variables['params']))
   result |= {'step': step, 'parameters': size, 'dataset': dataset.name, 'commit': commit()}
   if volumes:
     result['volumes'] = score.summary(volumes)
   if sharding.is_main():
-    clear(workdir / 'test')
+    results.clear(workdir / 'test')
     _draw(config, task, variables, dataset.test, table, point, workdir / 'test' / 'figures')
-    write(workdir / 'test', table, result, volumes)
-    logging.info('test fold %s, step %d: %s', config.data.fold, step, one_line(task.kind, result))
+    results.write(workdir / 'test', table, result, volumes)
+    logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.kind, result))
   return result
-
-
-def summary(kind: ModuleType, table: dict[str, np.ndarray]) -> dict[str, float | int | None]:
-  """A table's numbers and counts at threshold 0.5, without intervals: what is looked at while training."""
-  patients = metrics.by_patient(table)
-  return statistics.estimates(patients.statistic(kind.definition), len(patients)) | _counts(patients)
-
-
-def numbers(kind: ModuleType, table: dict[str, np.ndarray], prevalences=()) -> dict:
-  """All that follows from a table of slices, each number with its interval: what metrics.json holds of them."""
-  half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
-  at_chosen = _with_intervals(chosen, kind.definition)
-  for name in _OF_SCORES:
-    at_chosen.pop(name, None), at_chosen['intervals'].pop(name, None)
-  found = _with_intervals(chosen, metrics.detection)
-  found['at_prevalence'] = [
-    {'prevalence': share, **_with_intervals(chosen, lambda totals, at=share: metrics.detection_at(totals, at))}
-    for share in prevalences
-  ]
-  at_half = _with_intervals(half, kind.definition)
-  return {
-    **{name: value for name, value in at_half.items() if name != 'intervals'},
-    **_counts(half),
-    'counted': kind.COUNTED,
-    'threshold': 0.5,
-    'num_slices': len(table['label']),
-    'num_patients': len(half),
-    'intervals': {**statistics.method(), **at_half['intervals']},
-    'operating_point': {**at_chosen, **_counts(chosen), 'slices': found},
-  }
-
-
-def _with_intervals(patients, definition):
-  statistic = patients.statistic(definition)
-  return {
-    **statistics.estimates(statistic, len(patients)),
-    'intervals': statistics.intervals(statistic, len(patients)),
-  }
-
-
-def _counts(patients):
-  return {key: int(patients.sums[key].sum()) for key in metrics.COUNTS}
 
 
 def score_volumes(predictor: predict.Predictor, scans, patients: list[str]) -> list[dict]:
@@ -205,70 +142,6 @@ def score_volumes(predictor: predict.Predictor, scans, patients: list[str]) -> l
   return rows
 
 
-def clear(folder: pathlib.Path) -> None:
-  """Takes away what must not stand beside the files of another evaluation: its numbers and its pictures."""
-  with writing(folder):
-    for name in ('metrics.json', 'report.html', 'volumes.csv'):
-      (folder / name).unlink(missing_ok=True)
-  shutil.rmtree(folder / 'figures', ignore_errors=True)
-
-
-def write(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict, volumes: list[dict] | None) -> None:
-  """The files of test/: metrics.json last, so that a folder with it is complete."""
-  slices = zip(*(table[key] for key in COLUMNS), strict=True)
-  write_csv(folder / 'slices.csv', (dict(zip(COLUMNS, row, strict=True)) for row in slices))
-  half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
-  rows = metrics.patient_rows(half)
-  for row, other in zip(rows, metrics.patient_rows(chosen), strict=True):
-    row['dice_at_operating_point'] = other['dice']
-  write_csv(folder / 'patients.csv', rows)
-  if volumes:
-    write_csv(folder / 'volumes.csv', volumes)
-  with replacing(folder / TABLE) as partial:
-    np.savez_compressed(partial, **table)
-  figures.write_charts(folder / 'figures', table, result)
-  with replacing(folder / 'metrics.json') as partial:
-    partial.write_text(json.dumps(result, indent=2) + '\n')
-
-
-def read_volumes(workdir: pathlib.Path) -> list[dict]:
-  """The rows of test/volumes.csv; none where the scans were not at hand."""
-  path = workdir / 'test' / 'volumes.csv'
-  if not path.exists():
-    return []
-  with path.open(newline='') as file:
-    rows = list(csv.DictReader(file))
-  return [{key: value if key == 'case' else float(value or 'nan') for key, value in row.items()} for row in rows]
-
-
-def read_table(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """The table of slices that an evaluation left in a run's test/.
-
-  Raises:
-    UserError: the run was not evaluated, or the file is damaged.
-  """
-  path = workdir / 'test' / TABLE
-  try:
-    with np.load(path, allow_pickle=False) as archive:
-      table = dict(archive)
-    missing = {
-      *COLUMNS,
-      *(f'{key}_chosen' for key in metrics.COUNTS),
-      'logit',
-      'histogram',
-      'reliability',
-    } - table.keys()
-    if missing:
-      raise ValueError(f'without {", ".join(sorted(missing))}')
-    return table
-  except FileNotFoundError:
-    raise UserError(f'{path}: missing; evaluate the run with --mode=evaluate --workdir={workdir}') from None
-  except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-    raise UserError(
-      f'{path}: damaged, or of another version ({error}); make it anew with --mode=evaluate --workdir={workdir}'
-    ) from None
-
-
 def _draw(config, task, variables, split, table, point, folder):
   """Overlays of some slices, computed on one device of this process alone."""
   variables = jax.tree.map(lambda x: x.addressable_data(0), variables)
@@ -278,31 +151,9 @@ def _draw(config, task, variables, split, table, point, folder):
     predicted = None
     if config.task == 'segmentation':
       predicted = np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)
-    title = f'{overlay_title(task.kind, table, row)}, threshold {point.threshold:.3f}'
-    path = folder / overlay_name(table, row)
+    title = f'{results.overlay_title(task.kind, table, row)}, threshold {point.threshold:.3f}'
+    path = folder / results.overlay_name(table, row)
     figures.write_overlay(path, example['image'], example['mask'], predicted, config.data.window, title)
-
-
-def overlay_title(kind: ModuleType, table: dict[str, np.ndarray], row: int) -> str:
-  """Patient, slice, and how well the model did on it at the operating point."""
-  tp, fp, fn, tn = (table[f'{key}_chosen'][row] for key in metrics.COUNTS)
-  if kind.COUNTED == 'pixels':
-    how = f'Dice {statistics.shown(statistics.defined(metrics.dice(tp, fp, fn)))}'
-  else:
-    how = f'score {table["score"][row]:.3f}, {"rightly" if tp + tn else "wrongly"} called {("no ", "")[tp + fp]}lesion'
-  return f'patient {table["patient"][row]}, slice {table["slice"][row]} (0 is the lowest): {how}'
-
-
-def overlay_name(table: dict[str, np.ndarray], row: int) -> str:
-  """The file of a slice's overlay in test/figures/."""
-  return f'{table["patient"][row]}_{table["slice"][row]:03d}.png'
-
-
-def one_line(kind: ModuleType, summary: dict) -> str:
-  """The scores for a log: those of the paper's table, with intervals where there are any."""
-  return ', '.join(
-    f'{name} {statistics.shown(summary[name], summary.get("intervals", {}).get(name))}' for name in kind.SHOWN
-  )
 
 
 def commit() -> str | None:

@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from fusa_jax import evaluate, figures, input_pipeline, metrics, operating_point, run_config, tasks
+from fusa_jax import figures, input_pipeline, metrics, operating_point, results, run_config, tasks
 from fusa_jax.files import replacing
 
 _OVERLAYS = 6
@@ -32,7 +32,7 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
     UserError: the run was not evaluated.
   """
   config = run_config.load(workdir)
-  table = evaluate.read_table(workdir)
+  table = results.read_table(workdir)
   result = json.loads((workdir / 'test' / 'metrics.json').read_text())
   kind = tasks.KINDS[config.task]
   runs = sorted(workdir.glob('fold*/')) if config.data.fold == 'all' else [workdir]
@@ -59,7 +59,7 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
     points=points,
     data=_data_card(input_pipeline.folds(data_dir), config.data.fold),
     patients=metrics.patient_rows(metrics.by_patient(table, '_chosen')),
-    volumes=_volumes(evaluate.read_volumes(workdir)),
+    volumes=_volumes(results.read_volumes(workdir)),
     overlays=list(_overlays(kind, table, runs)),
     is_phantom='phantom' in result['dataset'],
     libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -109,13 +109,13 @@ def _volumes(rows):
 def _overlays(kind, table, runs):
   """The pictures that evaluation drew of the worst and the best patients, as data URLs."""
   for row in figures.telling_slices(table, _OVERLAYS):
-    name = evaluate.overlay_name(table, row)
+    name = results.overlay_name(table, row)
     for path in (run / 'test' / 'figures' / name for run in runs):
       if path.exists():
         out = io.BytesIO()
         Image.open(path).convert('RGB').save(out, 'WEBP', quality=90)
         url = 'data:image/webp;base64,' + base64.b64encode(out.getvalue()).decode()
-        yield {'title': evaluate.overlay_title(kind, table, row), 'url': url}
+        yield {'title': results.overlay_title(kind, table, row), 'url': url}
 
 
 def _log(run):

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import tqdm
 
-from fusa_jax import augment, checkpoint, evaluate, input_pipeline, run_config, sharding, tasks, torch_weights
+from fusa_jax import augment, checkpoint, evaluate, input_pipeline, results, run_config, sharding, tasks, torch_weights
 from fusa_jax.errors import Terminated, UserError
 from fusa_jax.metric_log import MetricLog
 
@@ -136,11 +136,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       if evaluating:
         score = None
         if dataset.validation is not None:
-          summary = evaluate.summary(task.kind, scorer.table(state.variables, dataset.validation))
+          summary = results.summary(task.kind, scorer.table(state.variables, dataset.validation))
           score = summary[task.kind.SELECTION]
           log.write(step, {f'validation/{name}': value for name, value in summary.items()})
           if sharding.is_main():
-            bar.write(f'step {step}: validation {evaluate.one_line(task.kind, summary)}')
+            bar.write(f'step {step}: validation {results.one_line(task.kind, summary)}')
         checkpoints.save(step, state.variables, state.opt_state, score)
         began = time.perf_counter()
       elif stopping:

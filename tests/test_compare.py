@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny
 from scipy import stats
 
-from fusa_jax import compare, evaluate, metrics, run_config
+from fusa_jax import compare, metrics, results, run_config
 from fusa_jax.errors import UserError
 from fusa_jax.tasks import classification, segmentation
 
@@ -106,8 +106,8 @@ def other_run(runs, tmp_path):
 
 
 def change(run, **columns):
-  table = evaluate.read_table(run)
-  np.savez_compressed(run / 'test' / evaluate.TABLE, **(table | columns))
+  table = results.read_table(run)
+  np.savez_compressed(run / 'test' / results.TABLE, **(table | columns))
 
 
 def test_two_runs_from_their_folders(runs, other_run, caplog):
@@ -120,7 +120,7 @@ def test_two_runs_from_their_folders(runs, other_run, caplog):
 
 def test_other_tests_are_refused(runs, other_run):
   refused = lambda reason: pytest.raises(UserError, match=f'the test sets of .* differ .{reason}')
-  table = evaluate.read_table(other_run)
+  table = results.read_table(other_run)
   change(other_run, patient=np.char.add(table['patient'], 'x'))
   with refused('2 patients are in the first only, 2 in the second'):
     compare.compare(runs['seg'], other_run)

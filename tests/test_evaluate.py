@@ -14,7 +14,18 @@ from PIL import Image
 from sklearn import metrics as sk
 
 from configs import cls, seg
-from fusa_jax import ct, evaluate, figures, input_pipeline, operating_point, predict, sharding, statistics, tasks
+from fusa_jax import (
+  ct,
+  evaluate,
+  figures,
+  input_pipeline,
+  operating_point,
+  predict,
+  results,
+  sharding,
+  statistics,
+  tasks,
+)
 from fusa_jax.errors import UserError
 
 MODULES = {'seg': seg, 'cls': cls}
@@ -249,12 +260,12 @@ def test_nothing_of_an_earlier_evaluation_stays(runs, data_dir, tmp_path):
 
 def test_a_missing_or_damaged_table_is_one_line(runs, tmp_path):
   with pytest.raises(UserError, match=r'table.npz: missing; evaluate the run with --mode=evaluate'):
-    evaluate.read_table(tmp_path)
+    results.read_table(tmp_path)
   (tmp_path / 'test').mkdir()
-  whole = (runs['cls'] / 'test' / evaluate.TABLE).read_bytes()
+  whole = (runs['cls'] / 'test' / results.TABLE).read_bytes()
   other = io.BytesIO()
   np.savez(other, patient=np.array(['a']))
   for content in (b'', whole[:200], whole[: len(whole) // 2], b'no archive', other.getvalue()):
-    (tmp_path / 'test' / evaluate.TABLE).write_bytes(content)
+    (tmp_path / 'test' / results.TABLE).write_bytes(content)
     with pytest.raises(UserError, match=r'table.npz: damaged, or of another version .* make it anew'):
-      evaluate.read_table(tmp_path)
+      results.read_table(tmp_path)

@@ -1,0 +1,155 @@
+"""A table of slices -> numbers with their intervals, and the files of a run's test/."""
+
+import csv
+import json
+import pathlib
+import shutil
+import zipfile
+import zlib
+from types import ModuleType
+
+import numpy as np
+
+from fusa_jax import figures, metrics, statistics
+from fusa_jax.errors import UserError
+from fusa_jax.files import replacing, write_csv, writing
+
+COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS)
+TABLE = 'table.npz'
+# The same at any threshold.
+_OF_SCORES = ('auc', 'brier', 'ece')
+
+
+def counts_at(table: dict[str, np.ndarray], bin: int) -> dict[str, np.ndarray]:
+  """tp, fp, fn, tn of each slice, were every pixel from that bin of its histogram up called a lesion."""
+  above = table['histogram'][..., bin:].sum(axis=-1, dtype=np.int64)
+  below = table['histogram'][..., :bin].sum(axis=-1, dtype=np.int64)
+  return {'tp': above[:, 1], 'fp': above[:, 0], 'fn': below[:, 1], 'tn': below[:, 0]}
+
+
+def summary(kind: ModuleType, table: dict[str, np.ndarray]) -> dict[str, float | int | None]:
+  """A table's numbers and counts at threshold 0.5, without intervals: what is looked at while training."""
+  patients = metrics.by_patient(table)
+  return statistics.estimates(patients.statistic(kind.definition), len(patients)) | _counts(patients)
+
+
+def numbers(kind: ModuleType, table: dict[str, np.ndarray], prevalences=()) -> dict:
+  """All that follows from a table of slices, each number with its interval: what metrics.json holds of them."""
+  half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
+  at_chosen = _with_intervals(chosen, kind.definition)
+  for name in _OF_SCORES:
+    at_chosen.pop(name, None), at_chosen['intervals'].pop(name, None)
+  found = _with_intervals(chosen, metrics.detection)
+  found['at_prevalence'] = [
+    {'prevalence': share, **_with_intervals(chosen, lambda totals, at=share: metrics.detection_at(totals, at))}
+    for share in prevalences
+  ]
+  at_half = _with_intervals(half, kind.definition)
+  return {
+    **{name: value for name, value in at_half.items() if name != 'intervals'},
+    **_counts(half),
+    'counted': kind.COUNTED,
+    'threshold': 0.5,
+    'num_slices': len(table['label']),
+    'num_patients': len(half),
+    'intervals': {**statistics.method(), **at_half['intervals']},
+    'operating_point': {**at_chosen, **_counts(chosen), 'slices': found},
+  }
+
+
+def _with_intervals(patients, definition):
+  statistic = patients.statistic(definition)
+  return {
+    **statistics.estimates(statistic, len(patients)),
+    'intervals': statistics.intervals(statistic, len(patients)),
+  }
+
+
+def _counts(patients):
+  return {key: int(patients.sums[key].sum()) for key in metrics.COUNTS}
+
+
+def one_line(kind: ModuleType, summary: dict) -> str:
+  """The scores for a log: those of the paper's table, with intervals where there are any."""
+  return ', '.join(
+    f'{name} {statistics.shown(summary[name], summary.get("intervals", {}).get(name))}' for name in kind.SHOWN
+  )
+
+
+def clear(folder: pathlib.Path) -> None:
+  """Takes away what must not stand beside the files of another evaluation: its numbers and its pictures."""
+  with writing(folder):
+    for name in ('metrics.json', 'report.html', 'volumes.csv'):
+      (folder / name).unlink(missing_ok=True)
+  shutil.rmtree(folder / 'figures', ignore_errors=True)
+
+
+def write(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict, volumes: list[dict] | None) -> None:
+  """The files of test/: metrics.json last, so that a folder with it is complete."""
+  slices = zip(*(table[key] for key in COLUMNS), strict=True)
+  write_csv(folder / 'slices.csv', (dict(zip(COLUMNS, row, strict=True)) for row in slices))
+  half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
+  rows = metrics.patient_rows(half)
+  for row, other in zip(rows, metrics.patient_rows(chosen), strict=True):
+    row['dice_at_operating_point'] = other['dice']
+  write_csv(folder / 'patients.csv', rows)
+  if volumes:
+    write_csv(folder / 'volumes.csv', volumes)
+  with replacing(folder / TABLE) as partial:
+    np.savez_compressed(partial, **table)
+  figures.write_charts(folder / 'figures', table, result)
+  with replacing(folder / 'metrics.json') as partial:
+    partial.write_text(json.dumps(result, indent=2) + '\n')
+
+
+def read_volumes(workdir: pathlib.Path) -> list[dict]:
+  """The rows of test/volumes.csv; none where the scans were not at hand."""
+  path = workdir / 'test' / 'volumes.csv'
+  if not path.exists():
+    return []
+  with path.open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  return [{key: value if key == 'case' else float(value or 'nan') for key, value in row.items()} for row in rows]
+
+
+def read_table(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+  """The table of slices that an evaluation left in a run's test/.
+
+  Raises:
+    UserError: the run was not evaluated, or the file is damaged.
+  """
+  path = workdir / 'test' / TABLE
+  try:
+    with np.load(path, allow_pickle=False) as archive:
+      table = dict(archive)
+    missing = {
+      *COLUMNS,
+      *(f'{key}_chosen' for key in metrics.COUNTS),
+      'logit',
+      'histogram',
+      'reliability',
+    } - table.keys()
+    if missing:
+      raise ValueError(f'without {", ".join(sorted(missing))}')
+    return table
+  except FileNotFoundError:
+    raise UserError(f'{path}: missing; evaluate the run with --mode=evaluate --workdir={workdir}') from None
+  except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    raise UserError(
+      f'{path}: damaged, or of another version ({error}); make it anew with --mode=evaluate --workdir={workdir}'
+    ) from None
+
+
+def overlay_title(kind: ModuleType, table: dict[str, np.ndarray], row: int) -> str:
+  """Patient, slice, and how well the model did on it at the operating point."""
+  tp, fp, fn, tn = (table[f'{key}_chosen'][row] for key in metrics.COUNTS)
+  if kind.COUNTED == 'pixels':
+    how = f'Dice {statistics.shown(statistics.defined(metrics.dice(tp, fp, fn)))}'
+  else:
+    how = f'score {table["score"][row]:.3f}, {"rightly" if tp + tn else "wrongly"} called {("no ", "")[tp + fp]}lesion'
+  return f'patient {table["patient"][row]}, slice {table["slice"][row]} (0 is the lowest): {how}'
+
+
+def overlay_name(table: dict[str, np.ndarray], row: int) -> str:
+  """The file of a slice's overlay in test/figures/."""
+  return f'{table["patient"][row]}_{table["slice"][row]:03d}.png'
