@@ -219,20 +219,22 @@ def prepared(config) -> pathlib.Path:
     from data import prepare
 
     if data.raw_dir:
-      return str(prepare.prepare(data.raw_dir, data.dir, data.image_size, tqdm.tqdm))
+      return str(prepare.prepare(data.raw_dir, data.dir, data.image_size, tqdm.tqdm, data.lesion_labels))
     return str(prepare.prepare_phantom(data.dir, data.image_size, progress=tqdm.tqdm, **data.phantom))
 
   return pathlib.Path(sharding.on_main(prepare_data))
 
 
-def scans(config) -> dict[str, tuple[pathlib.Path, pathlib.Path]] | None:
-  """The scan and the mask as released of each patient, where they are at hand."""
+def scans(config) -> dict | None:
+  """By patient, what reads the scan and its mask as released, where they are at hand."""
   from data import prepare
 
   data = config.data
   if data.dir and not data.raw_dir:
     return None
-  return prepare.scans(data.raw_dir or prepare.draw_phantoms(data.image_size, **data.phantom))
+  if data.raw_dir:
+    return prepare.scans(data.raw_dir, data.lesion_labels)
+  return prepare.scans(prepare.draw_phantoms(data.image_size, **data.phantom))
 
 
 def path_flag(flag) -> pathlib.Path:

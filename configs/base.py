@@ -16,7 +16,8 @@ def paper() -> ml_collections.ConfigDict:
   config.model.dtype = 'auto'  # of activations: bfloat16 on accelerators, float32 on CPU
 
   config.data = ml_collections.ConfigDict()
-  config.data.raw_dir = ''  # CT as released: *_ct.nii.gz beside *_seg.nii.gz
+  config.data.raw_dir = ''  # CT and masks as released, in one of the layouts of docs/data.md
+  config.data.lesion_labels = ()  # values of the masks that are lesion; () is what the cohort says
   config.data.dir = ''  # prepared dataset; '' is a cache folder keyed by raw_dir's files
   # Tested on; the next fold is validated on, the others are trained on. 'all': each fold in turn, and pooled.
   config.data.fold = config_dict.FieldReference(0, field_type=object)

@@ -1,24 +1,29 @@
 """From CT as released to a prepared dataset on disk, once: the step that `--mode=prepare` and training take first."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import tensorflow_datasets as tfds
 
 from data import survey
-from data.cohorts import covid19_20, phantom
+from data.cohorts import Case, phantom
 from data.covid_ct import Builder, Config
+from data.find import find
 from data.workers import silent
 from fusa_jax.errors import UserError
 
 CACHE = pathlib.Path('~/.cache/fusa_jax').expanduser()
 
 
-def prepare(raw_dir: str, data_dir: str, size: int, progress=silent) -> pathlib.Path:
+def prepare(
+  raw_dir: str, data_dir: str, size: int, progress=silent, lesion_labels: tuple[int, ...] = ()
+) -> pathlib.Path:
   """Prepares the cohort in `raw_dir` at size x size, or finds it prepared; gives the folder that training reads.
 
   Args:
@@ -26,16 +31,18 @@ def prepare(raw_dir: str, data_dir: str, size: int, progress=silent) -> pathlib.
     data_dir: where the dataset goes; '' takes a cache folder that is keyed by the cohort's files and the size.
     size: side of the square slices.
     progress: wraps an iterable, as tqdm.tqdm does, and shows how far it is.
+    lesion_labels: values of the masks that are lesion; () is what the cohort says.
 
   Raises:
     UserError: what is wrong with the cohort's files, all of it; or `data_dir` holds another cohort.
   """
-  return _build('covid19_20', raw_dir, data_dir, size, progress)
+  return _build(*find(raw_dir, lesion_labels), raw_dir, data_dir, size, progress)
 
 
 def prepare_phantom(data_dir: str, size: int, patients: int, slices: int, seed: int, progress=silent) -> pathlib.Path:
   """Draws a cohort of phantoms, then prepares it as any other; gives the folder that training reads."""
-  return _build('phantom', draw_phantoms(size, patients, slices, seed, progress), data_dir, size, progress)
+  raw_dir = draw_phantoms(size, patients, slices, seed, progress)
+  return _build('phantom', find(raw_dir)[1], raw_dir, data_dir, size, progress)
 
 
 def draw_phantoms(size: int, patients: int, slices: int, seed: int, progress=silent) -> pathlib.Path:
@@ -50,20 +57,20 @@ def draw_phantoms(size: int, patients: int, slices: int, seed: int, progress=sil
   return raw_dir
 
 
-def scans(raw_dir: str | pathlib.Path) -> dict[str, tuple[pathlib.Path, pathlib.Path]]:
-  """The scan and the mask of each patient of a cohort, as released.
+def scans(raw_dir: str | pathlib.Path, lesion_labels: tuple[int, ...] = ()) -> dict[str, Callable]:
+  """By patient, a function of nothing that reads the scan and its mask as released (`survey.read`).
 
   Raises:
     UserError: as `prepare`, for files that are missing.
   """
-  return {case.patient: (case.ct, case.mask) for case in covid19_20.find(raw_dir)}
+  return {case.patient: functools.partial(survey.read, case) for case in find(raw_dir, lesion_labels)[1]}
 
 
-def _build(cohort, raw_dir, data_dir, size, progress):
-  files = survey.fingerprint(covid19_20.find(raw_dir))
+def _build(cohort: str, cases: list[Case], raw_dir, data_dir, size, progress):
+  files, labels = survey.fingerprint(cases), list(cases[0].lesion_labels)
   if not data_dir:
-    key = hashlib.sha256(json.dumps([files, size, str(Builder.VERSION)]).encode()).hexdigest()[:12]
-    data_dir = CACHE / f'{cohort}-{size}-{key}'
+    key = [files, size, str(Builder.VERSION), *labels]
+    data_dir = CACHE / f'{cohort}-{size}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}'
   # TFDS wants a name of its own for a config that is not one of the builder's.
   config = cohort if size == Config.size else Config(name=f'{cohort}_{size}', size=size)
   builder = Builder(data_dir=str(data_dir), config=config, file_format='array_record')
@@ -73,8 +80,12 @@ def _build(cohort, raw_dir, data_dir, size, progress):
         f'data.dir: {data_dir} was prepared from other files than {raw_dir} holds now; '
         'name another folder, or delete this one'
       )
+    if list(builder.info.metadata.get('lesion_labels', ())) != labels:
+      raise UserError(
+        f'data.dir: {data_dir} was prepared with other data.lesion_labels; name another folder, or delete this one'
+      )
     return pathlib.Path(builder.data_path)
-  builder.progress = progress
+  builder.cases, builder.progress = cases, progress
   settings = tfds.download.DownloadConfig(manual_dir=str(raw_dir), register_checksums=False)
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download; there is none

@@ -80,11 +80,22 @@ def deal(patients: Sequence[Patient]) -> list[list[Patient]]:
   return [sorted(fold, key=lambda p: p.case.patient) for fold in folds]
 
 
+def read(case: Case) -> tuple[ct.Scan, np.ndarray]:
+  """A case's scan, and its mask: uint8 {0, 1} on the scan's axes.
+
+  Raises:
+    UserError: as `ct.read` and `ct.read_mask`.
+  """
+  scan = ct.read(case.ct)
+  if case.mask is None:
+    return scan, np.zeros(scan.hu.shape, np.uint8)
+  return scan, ct.read_mask(case.mask, scan, case.lesion_labels)
+
+
 def _measure(case: Case) -> _Measured | str:
   """What was found of a case, or what is wrong with its files (errors are data here: all of them are wanted)."""
   try:
-    scan = ct.read(case.ct)
-    mask = ct.read_mask(case.mask, scan)
+    scan, mask = read(case)
   except UserError as error:
     return str(error)
   voxels = mask.sum(axis=(1, 2), dtype=np.int64)
@@ -134,4 +145,5 @@ def _warn_of_alike(found: Sequence[_Measured]) -> None:
 
 def fingerprint(cases: Sequence[Case]) -> list[list]:
   """What tells one state of a cohort's files from another: names, sizes and times of change."""
-  return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for case in cases for path in (case.ct, case.mask)]
+  paths = [path for case in cases for path in (case.ct, case.mask) if path is not None]
+  return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]

@@ -5,7 +5,7 @@ import json
 import logging
 import pathlib
 import statistics as python_statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import ml_collections
 import numpy as np
@@ -17,7 +17,7 @@ def cross_validate(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   data_dir: pathlib.Path,
-  scans: Mapping[str, tuple[pathlib.Path, pathlib.Path]] | None = None,
+  scans: Mapping[str, Callable] | None = None,
 ) -> dict:
   """Trains and tests what is not finished, in fold0, fold1, ... of `workdir`, and pools. Arguments as `evaluate` has.
 

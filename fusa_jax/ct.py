@@ -100,17 +100,25 @@ def read(path: pathlib.Path) -> Scan:
   return Scan(**vars(grid), hu=np.ascontiguousarray(hu, np.int16), header=header)
 
 
-def read_mask(path: pathlib.Path, scan: Scan) -> np.ndarray:
+def read_mask(path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = ()) -> np.ndarray:
   """Reads the lesion mask of a scan: uint8 {0, 1}, of scan.hu's shape and axes.
 
-  The file may be stored in another orientation than the scan's, as long as it covers the same grid.
+  Args:
+    path: of the file. It may be stored in another orientation than the scan's, as long as it covers the same grid.
+    scan: the mask's.
+    lesion_labels: the values of the file that are lesion, all others being none; () where it holds 0 and 1 only.
 
   Raises:
-    UserError: as `read`; also a shape or affine that differs from the scan's, and values other than 0 and 1.
+    UserError: as `read`; also a shape or affine that differs from the scan's, and values other than whole numbers or,
+      without labels, than 0 and 1.
   """
   values, grid, _ = _read_canonical(pathlib.Path(path))
   check_same_grid(grid, scan, 'scan')
-  return _binary(values, grid.path)
+  if not lesion_labels:
+    return _binary(values, grid.path, 'name those that are lesion, as in --config.data.lesion_labels="(3,)"')
+  if values.dtype.kind == 'f' and (values != np.rint(values)).any():
+    raise UserError(f'{path}: a mask of labels holds whole numbers only; save it again without interpolation')
+  return np.isin(values, lesion_labels).astype(np.uint8)
 
 
 def read_labels(path: pathlib.Path) -> Mask:
@@ -120,7 +128,7 @@ def read_labels(path: pathlib.Path) -> Mask:
     UserError: as `read`, but for HU; also values other than 0 and 1.
   """
   values, grid, _ = _read_canonical(pathlib.Path(path))
-  return Mask(**vars(grid), mask=_binary(values, grid.path))
+  return Mask(**vars(grid), mask=_binary(values, grid.path, 'save one lesion label as 1'))
 
 
 def check_same_grid(mask: Grid, other: Grid, kind: str) -> None:
@@ -204,13 +212,13 @@ def _read_canonical(path):
   return values, Grid(values.shape, affine, path), image.header
 
 
-def _binary(values, path):
+def _binary(values, path, advice):
   """Values -> uint8 {0, 1}; refuses any other."""
   mask = values != 0
   if not np.array_equal(mask, values):
     found = np.unique(values)
     shown = ', '.join(f'{v:g}' for v in found[:6]) + (', ...' if found.size > 6 else '')
-    raise UserError(f'{path}: a mask holds 0 and 1 only, this one has {shown}; save one lesion label as 1')
+    raise UserError(f'{path}: a mask holds 0 and 1 only, this one has {shown}; {advice}')
   return mask.astype(np.uint8)
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 import pathlib
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import ml_collections
@@ -72,7 +72,7 @@ def evaluate(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   data_dir: pathlib.Path,
-  scans: Mapping[str, tuple[pathlib.Path, pathlib.Path]] | None = None,
+  scans: Mapping[str, Callable[[], tuple[ct.Scan, np.ndarray]]] | None = None,
 ) -> dict:
   """Scores a run's best checkpoint on its test fold; process 0 writes test/. Gives what metrics.json holds.
 
@@ -82,8 +82,8 @@ def evaluate(
     config: of the run.
     workdir: of the run.
     data_dir: of the prepared dataset.
-    scans: the scan and the mask as released, by patient, where they are at hand: a segmenter's masks are then also
-      compared with them as volumes, on each scan's own grid (by a run of one process).
+    scans: by patient, what reads the scan and its mask as released, where they are at hand: a segmenter's masks are
+      then also compared with them as volumes, on each scan's own grid (by a run of one process).
 
   Raises:
     UserError: a config that does not fit the data or the devices; no checkpoint, or none that is whole.
@@ -134,10 +134,9 @@ def score_volumes(predictor: predict.Predictor, scans, patients: list[str]) -> l
   """A row of `score.volume` for each patient, on process 0: the predictor's mask against the released one."""
   rows = []
   for patient in tqdm.tqdm(patients, desc='Scoring volumes', unit='scan', leave=False, disable=not sharding.is_main()):
-    scan = ct.read(scans[patient][0])
+    scan, truth = scans[patient]()
     mask = predictor(scan)[1]['mask']
     if sharding.is_main():
-      truth = ct.read_mask(scans[patient][1], scan)
       rows.append({'case': patient, **score.volume(mask, truth, scan.spacing, scan.voxel_ml)})
   return rows
 

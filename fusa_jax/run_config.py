@@ -30,7 +30,11 @@ def _save(workdir, config):
   if path.exists():
     before, now = _flat(load(workdir)), _flat(_plain(config))
     differ = sorted(
-      key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(_HARMLESS)
+      key
+      for key in before.keys() | now.keys()
+      if before.get(key) != now.get(key)
+      and not key.startswith(_HARMLESS)
+      and (key in before or now[key])  # a key that is newer than the run, and is off
     )
     if differ:
       listed = ', '.join(f'{key} ({before.get(key)} -> {now.get(key)})' for key in differ)

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data import survey
-from data.cohorts import covid19_20
+from data.find import COHORTS
 from data.workers import pool, silent
 from fusa_jax import ct
 
@@ -37,7 +37,7 @@ def features(size: int) -> tfds.features.FeaturesDict:
 
 
 class Builder(tfds.core.ShardBasedBuilder):
-  """Prepares a cohort; the folder of its files is TFDS's `manual_dir`.
+  """Prepares the `cases` of a cohort.
 
   The splits are fold0 .. fold4, each a set of patients; a shard is a patient, its slices in order. The metadata has,
   for each fold, its patients in shard order with the lesion voxels of each slice: the index that training samples
@@ -46,11 +46,13 @@ class Builder(tfds.core.ShardBasedBuilder):
 
   VERSION = tfds.core.Version('1.0.0')
   BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
-    Config(name='covid19_20', description='The COVID-19-20 challenge: 199 patients.'),
-    Config(name='phantom', description='Synthetic chests in HU, in the naming of the challenge.'),
+    *(Config(name=name, description=module.__doc__) for name, module in COHORTS.items()),
+    Config(name='phantom', description='Synthetic chests in HU, in the naming of COVID-19-20.'),
   ]
-  MANUAL_DOWNLOAD_INSTRUCTIONS = 'The folder of the *_ct.nii.gz and *_seg.nii.gz files, as released.'
+  MANUAL_DOWNLOAD_INSTRUCTIONS = 'The folder of the scans and masks, as released.'
 
+  # Set before `download_and_prepare`: what to prepare, and what shows how far that is.
+  cases = ()
   progress = staticmethod(silent)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -63,10 +65,10 @@ class Builder(tfds.core.ShardBasedBuilder):
     )
 
   def _shard_iterators_per_split(self, dl_manager):
-    cases = covid19_20.find(dl_manager.manual_dir)
-    folds = survey.deal(survey.survey(cases, self.progress))
+    folds = survey.deal(survey.survey(self.cases, self.progress))
     self.info.metadata['size'] = self.builder_config.size
-    self.info.metadata['files'] = survey.fingerprint(cases)
+    self.info.metadata['files'] = survey.fingerprint(self.cases)
+    self.info.metadata['lesion_labels'] = self.cases[0].lesion_labels
     self.info.metadata['folds'] = {
       f'fold{k}': [
         {'patient': p.case.patient, 'lesion_voxels': p.lesion_voxels, 'lesion_ml': p.lesion_ml} for p in fold
@@ -103,8 +105,7 @@ class Builder(tfds.core.ShardBasedBuilder):
 def _write_shard(job) -> tuple[int, int]:
   """Writes one patient's slices; (their number, their bytes)."""
   case, size, path = job
-  scan = ct.read(case.ct)
-  mask = ct.read_mask(case.mask, scan)
+  scan, mask = survey.read(case)
   label = mask.any(axis=(1, 2))
   images = ct.network_slices(scan.hu, size)
   # A voxel of a resized mask is lesion where at least half of it was.

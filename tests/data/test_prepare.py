@@ -17,6 +17,7 @@ from conftest import PATIENTS, SIZE, SLICES
 
 from data import prepare, survey
 from data.cohorts import Case, covid19_20
+from data.find import find
 from fusa_jax import ct
 from fusa_jax.errors import UserError
 
@@ -148,12 +149,16 @@ def test_the_release_folder_or_its_train_folder(raw_dir, tmp_path):
   assert len(covid19_20.find(tmp_path)) == PATIENTS
 
 
-@pytest.mark.parametrize(('make', 'reason'), [(False, 'is no folder'), (True, r'no \*_ct.nii.gz or \*_ct.nii in it')])
+@pytest.mark.parametrize(
+  ('make', 'reason'),
+  [(False, 'data.raw_dir: .* is no folder'), (True, 'no scans with masks in a naming that is')],
+)
 def test_folders_without_scans(tmp_path, make, reason):
   if make:
     (tmp_path / 'raw').mkdir()
+    (tmp_path / 'raw' / 'notes.txt').write_text('')
   with pytest.raises(UserError, match=reason):
-    covid19_20.find(tmp_path / 'raw')
+    find(tmp_path / 'raw')
 
 
 PREPARE = 'import sys; from data import prepare; prepare.prepare(sys.argv[1], sys.argv[2], 32)'
