@@ -105,11 +105,14 @@ def evaluate() -> None:
 def write_report(config, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
   """The page of a run that has just been evaluated."""
   from configs import command
-  from fusa_jax import report, sharding
+  from fusa_jax import cross_validation, report, sharding
 
-  if sharding.is_main():
-    report.write(workdir, data_dir, command.command(config))
-    logging.info('results: %s', workdir / 'test')
+  if not sharding.is_main():
+    return
+  for run, one in cross_validation.runs(config, workdir, data_dir).items() if config.data.fold == 'all' else ():
+    report.write(run, data_dir, command.command(one))
+  report.write(workdir, data_dir, command.command(config))
+  logging.info('results: %s', workdir / 'test')
 
 
 def predict() -> None:
@@ -227,10 +230,16 @@ def prepared(config) -> pathlib.Path:
 
 def scans(config) -> dict | None:
   """By patient, what reads the scan and its mask as released, where they are at hand."""
+  import jax
+
   from data import prepare
 
   data = config.data
-  if data.dir and not data.raw_dir:
+  if config.task != 'segmentation' or (data.dir and not data.raw_dir):
+    return None
+  if jax.process_count() > 1:
+    # Only process 0 needs to have them, and prediction is work for all.
+    logging.info('masks are not scored as volumes by several hosts; --mode=evaluate on one of them does')
     return None
   if data.raw_dir:
     return prepare.scans(data.raw_dir, data.lesion_labels)

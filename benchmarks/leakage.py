@@ -27,7 +27,7 @@ import launch
 from configs import cls
 from data import prepare
 from data.cohorts import covid19_20
-from fusa_jax import ct, evaluate, run_config, train
+from fusa_jax import ct, evaluate, exits, run_config, train
 from fusa_jax.errors import UserError
 from fusa_jax.files import replacing
 
@@ -53,7 +53,7 @@ def main(_):
   no_leak, text = write_table(config, workdir)
   print(text)
   if not no_leak:
-    raise RuntimeError('the AUC of shuffled labels leaves out 0.5: a leak, or chance; see the verdict above')
+    exits.fail(RuntimeError('the AUC of shuffled labels leaves out 0.5: a leak, or chance; see the verdict above'), 1)
 
 
 def protocol(seed: int) -> ml_collections.ConfigDict:

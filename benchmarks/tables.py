@@ -23,7 +23,8 @@ from ml_collections import config_flags
 
 import launch
 from benchmarks import model_table
-from fusa_jax import compare, evaluate, models, results, run_config, tasks, train
+from configs import command
+from fusa_jax import compare, evaluate, models, report, results, run_config, tasks, train
 from fusa_jax.errors import UserError
 from fusa_jax.files import replacing
 
@@ -69,6 +70,8 @@ def main(_):
   launch.use_compilation_cache()
   seeds = read_seeds(_SEEDS.value)
   config, name = launch.resolve_config()
+  if config.data.fold == 'all':
+    raise UserError('data.fold: a table is of one fold; give its number, as in --config.data.fold=0')
   if '-demo' in name and 'train.steps' not in config_flags.get_override_values(flags.FLAGS['config']):
     config.train.steps = _DEMO_STEPS[config.task]
   workdir = pathlib.Path(flags.FLAGS.workdir or f'runs/tables/{name}')
@@ -91,15 +94,21 @@ def make_table(
     for name in rows.values():
       run = workdir / f'{name}-seed{seed}'
       one = row_config(config, name, seed)
-      if (run / 'test' / 'metrics.json').exists():
+      if is_finished(run):
         run_config.save(run, one)  # refuses a run of another protocol
         continue
       logging.info('%s, seed %d', name, seed)
       train.train(one, run, data_dir)
       evaluate.evaluate(one, run, data_dir)
+      report.write(run, data_dir, command.command(one))
       jax.clear_caches()  # nothing of one model's is of use to the next
       write_table(config, seeds, workdir)
   print(write_table(config, seeds, workdir))
+
+
+def is_finished(run: pathlib.Path) -> bool:
+  """Whether a row has all that the table shows; one of an older version is evaluated again."""
+  return all((run / 'test' / name).exists() for name in (results.TABLE, 'metrics.json'))
 
 
 def row_config(config: ml_collections.ConfigDict, name: str, seed: int) -> ml_collections.ConfigDict:
@@ -118,9 +127,7 @@ def write_table(config: ml_collections.ConfigDict, seeds: list[int], workdir: pa
   """Writes table.csv and table.md from the finished runs; gives the latter's text."""
   records = []
   for title, name in ROWS[config.task].items():
-    runs = [
-      run for run in (workdir / f'{name}-seed{seed}' for seed in seeds) if (run / 'test' / 'metrics.json').exists()
-    ]
+    runs = [run for run in (workdir / f'{name}-seed{seed}' for seed in seeds) if is_finished(run)]
     if runs:
       records.append(_record(config, title, name, runs))
   header = list(records[0])
@@ -182,7 +189,7 @@ def _ablation(config, seeds, workdir):
   for fusa, plain in PAIRS[config.task]:
     for seed in seeds:
       runs = [workdir / f'{name}-seed{seed}' for name in (fusa, plain)]
-      if all((run / 'test' / 'metrics.json').exists() for run in runs):
+      if all(map(is_finished, runs)):
         tables = [results.read_table(run) for run in runs]
         found = compare.paired(tasks.KINDS[config.task], *tables)['per_patient']
         yield f'\n{fusa} minus {plain}, seed {seed}: {compare.per_patient_line(found)}'

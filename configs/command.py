@@ -17,7 +17,8 @@ def command(config: ml_collections.ConfigDict) -> str:
   differences = {}
   for preset in ('paper', 'demo', name, f'demo-{name}'):
     flat = _flat(module.get_config(preset))
-    differences[preset] = {key: value for key, value in wanted.items() if flat.get(key) != value}
+    if not flat.keys() - wanted.keys():  # no flag takes back what a preset sets
+      differences[preset] = {key: value for key, value in wanted.items() if flat.get(key) != value}
   preset = min(differences, key=lambda preset: len(differences[preset]))
   at = '' if preset == 'paper' else f':{preset}'
   given = [f'--config.{key}={_text(value)}' for key, value in differences[preset].items()]

@@ -12,7 +12,7 @@ from fusa_jax.files import replacing
 
 
 def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path | None = None) -> dict:
-  """Run minus run, with intervals; written to `output`, by default test/against-NAME.json of the first.
+  """Run minus run, with intervals; written to `output`, by default test/against-FOLDER-NAME.json of the first.
 
   Args:
     workdir: of a run or a cross-validation, evaluated.
@@ -26,17 +26,12 @@ def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path |
   if configs[0].task != configs[1].task:
     raise UserError(f'--against: {against} is of {configs[1].task}, {workdir} of {configs[0].task}; compare like tasks')
   tables = [results.read_table(folder) for folder in (workdir, against)]
-  reason = difference_of_tests(*tables)
-  if reason:
-    raise UserError(
-      f'--against: the test sets of {workdir} and {against} differ ({reason}); evaluate both on the same fold and data'
-    )
-  result = {
-    'run': str(workdir),
-    'against': str(against),
-    **paired(tasks.KINDS[configs[0].task], *tables),
-  }
-  output = output or workdir / 'test' / f'against-{against.resolve().name}.json'
+  try:
+    found = paired(tasks.KINDS[configs[0].task], *tables)
+  except UserError as error:
+    raise UserError(f'--against: {workdir} and {against}: {error}') from None
+  result = {'run': str(workdir), 'against': str(against), **found}
+  output = output or workdir / 'test' / f'against-{"-".join(against.resolve().parts[-2:])}.json'
   with replacing(output) as partial:
     partial.write_text(json.dumps(result, indent=2) + '\n')
   logging.info('%s', report(result))
@@ -60,7 +55,7 @@ def difference_of_tests(one: dict[str, np.ndarray], other: dict[str, np.ndarray]
 
 
 def paired(kind, one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict:
-  """Every number of both tables and their difference, under the same draws of patients.
+  """Every number of both tables and their difference, at threshold 0.5, under the same draws of patients.
 
   `per_patient` is the mean over patients of the difference of their own score (Dice of their pixels; for classification
   the share of their slices that is called rightly), with its interval and the p-value of flipping signs. Patients for
@@ -69,7 +64,13 @@ def paired(kind, one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> di
   Args:
     kind: of the task.
     one, other: tables of slices of the same test.
+
+  Raises:
+    UserError: they are not of the same test.
   """
+  reason = difference_of_tests(one, other)
+  if reason:
+    raise UserError(f'the test sets differ ({reason}); evaluate both on the same fold and data')
   one, other = (metrics.by_patient(_sorted(table)) for table in (one, other))
   statistic = [patients.statistic(kind.definition) for patients in (one, other)]
   difference = statistics.difference(*statistic)
@@ -80,6 +81,7 @@ def paired(kind, one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> di
   gains = scores[0] - scores[1]
   mean = lambda weights: {'difference': statistics.mean(gains, weights)}
   return {
+    'threshold': 0.5,
     'numbers': {
       name: {key: found[name] for key, found in names.items()} | {'interval': spread[name]} for name in values[0]
     },

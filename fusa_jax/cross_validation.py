@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from fusa_jax import evaluate, input_pipeline, results, run_config, score, sharding, tasks, train
+from fusa_jax.errors import UserError
 
 
 def cross_validate(
@@ -22,32 +23,41 @@ def cross_validate(
   """Trains and tests what is not finished, in fold0, fold1, ... of `workdir`, and pools. Arguments as `evaluate` has.
 
   Raises:
-    UserError: as `train.train` and `evaluate.evaluate`.
+    UserError: as `train.train` and `evaluate.evaluate`; folds of a cohort that has changed meanwhile.
   """
   run_config.save(workdir, config)
-  for fold in range(len(input_pipeline.folds(data_dir))):
-    one, run = of_fold(config, fold), workdir / f'fold{fold}'
-    if sharding.on_main((run / 'test' / 'metrics.json').exists):
+  for run, one in runs(config, workdir, data_dir).items():
+    if sharding.on_main(lambda run=run, one=one: _is_finished(run, one)):
       run_config.save(run, one)  # refuses a run of another config
       continue
-    logging.info('fold %d', fold)
+    logging.info('fold %d', one.data.fold)
     train.train(one, run, data_dir)
     evaluate.evaluate(one, run, data_dir, scans)
   return pool(config, workdir, data_dir)
 
 
+def _is_finished(run, config):
+  """Whether a fold has been tested as config.evaluate says."""
+  if not (run / 'test' / 'metrics.json').exists():
+    return False
+  return run_config.load(run).evaluate.to_json() == run_config.plain(config).evaluate.to_json()
+
+
 def evaluate_again(config, workdir, data_dir, scans=None) -> dict:
   """Tests each fold's run again, and pools; arguments as `cross_validate`."""
-  for fold in range(len(input_pipeline.folds(data_dir))):
-    evaluate.evaluate(of_fold(config, fold), workdir / f'fold{fold}', data_dir, scans)
+  for run, one in runs(config, workdir, data_dir).items():
+    evaluate.evaluate(one, run, data_dir, scans)
   return pool(config, workdir, data_dir)
 
 
-def of_fold(config: ml_collections.ConfigDict, fold: int) -> ml_collections.ConfigDict:
-  """The config of one fold's run."""
-  values = config.to_dict()
-  values['data']['fold'] = fold
-  return ml_collections.ConfigDict(values)
+def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
+  """The config of each fold's run, by its workdir, in order of the folds."""
+  found = {}
+  for fold in range(len(input_pipeline.folds(data_dir))):
+    values = config.to_dict()
+    values['data']['fold'] = fold
+    found[workdir / f'fold{fold}'] = ml_collections.ConfigDict(values)
+  return found
 
 
 def pool(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
@@ -61,17 +71,24 @@ def pool(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pat
 
 def _pool(config, workdir, data_dir):
   kind = tasks.KINDS[config.task]
-  runs = [workdir / f'fold{fold}' for fold in range(len(input_pipeline.folds(data_dir)))]
-  tables = [results.read_table(run) for run in runs]
+  folders = list(runs(config, workdir, data_dir))
+  tables = [results.read_table(run) for run in folders]
+  tested = [patient for one in tables for patient in np.unique(one['patient']).tolist()]
+  wanted = [patient['patient'] for fold in input_pipeline.folds(data_dir) for patient in fold]
+  if sorted(tested) != sorted(wanted):
+    raise UserError(
+      f'{workdir}: its folds do not test each patient of {data_dir} once: files were added to the cohort, or taken '
+      'out; bring the old ones back, or start anew in another --workdir'
+    )
   table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
-  tests = [json.loads((run / 'test' / 'metrics.json').read_text()) for run in runs]
-  volumes = [row for run in runs for row in results.read_volumes(run)]
+  tests = [json.loads((run / 'test' / 'metrics.json').read_text()) for run in folders]
+  volumes = [row for run in folders for row in results.read_volumes(run)]
   result = results.numbers(kind, table, config.evaluate.get('prevalences', ()))
   points = [one['operating_point'] for one in tests]
   result['operating_point'] = {
     'threshold': [point['threshold'] for point in points],
     'temperature': [point['temperature'] for point in points],
-    'chosen_by': f'each fold: {points[0]["chosen_by"]}',
+    'chosen_by': [point['chosen_by'] for point in points],
   } | result['operating_point']
   result |= {
     'folds': [
@@ -92,7 +109,7 @@ def _pool(config, workdir, data_dir):
     result['volumes'] = score.summary(volumes)
   results.clear(workdir / 'test')
   results.write(workdir / 'test', table, result, volumes)
-  logging.info('all %d folds, each patient once: %s', len(runs), results.one_line(kind, result))
+  logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(kind, result))
   for name, spread in result['over_folds'].items():
     if spread:
       logging.info('%s of single folds: %.4f to %.4f, mean %.4f, sd %.4f', name, *spread.values())

@@ -19,10 +19,12 @@ from fusa_jax import (
   operating_point,
   predict,
   results,
+  run_config,
   score,
   sharding,
   tasks,
 )
+from fusa_jax.errors import UserError
 
 
 class Scorer:
@@ -63,6 +65,12 @@ class Scorer:
           columns[key] = np.zeros((len(split), *values.shape[1:]), values.dtype)
         columns[key][index[real]] = values[real]
     assert (seen == 1).all(), 'a slice was read more or less than once'
+    broken = int((~np.isfinite(columns['logit'])).sum())
+    if broken:
+      raise UserError(
+        f'evaluate: the model gives {broken} of {len(split)} slices a logit that is not finite; train again with a '
+        'lower train.learning_rate'
+      )
     columns['logit'] = columns['logit'].astype(np.float64) / temperature
     table = {'patient': split.patient, 'slice': split.slice, 'label': split.label.astype(np.int64), **columns}
     return table | results.counts_at(table, histogram.BINS // 2)
@@ -76,18 +84,21 @@ def evaluate(
 ) -> dict:
   """Scores a run's best checkpoint on its test fold; process 0 writes test/. Gives what metrics.json holds.
 
-  The operating point is chosen first, on the validation fold; until it is saved, the test fold is not read.
+  The operating point is chosen first, on the validation fold; until it is saved, the test fold is not read. On other
+  data than the run was validated on, its own is kept.
 
   Args:
     config: of the run.
     workdir: of the run.
     data_dir: of the prepared dataset.
     scans: by patient, what reads the scan and its mask as released, where they are at hand: a segmenter's masks are
-      then also compared with them as volumes, on each scan's own grid (by a run of one process).
+      then also compared with them as volumes, on each scan's own grid. For a run of one process.
 
   Raises:
-    UserError: a config that does not fit the data or the devices; no checkpoint, or none that is whole.
+    UserError: a config that does not fit the data or the devices; no checkpoint, or none that is whole; patients to be
+      tested whom the run was trained or validated on; logits that are not finite.
   """
+  operating_point.check(config.evaluate)
   mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
   batch_size = sharding.fitting_batch(mesh, config.train.batch_size)
   sharding.check_divides(mesh, batch_size, config.data.image_size)
@@ -96,24 +107,28 @@ def evaluate(
   step, variables = predict.load_variables(config, task, workdir, mesh)
   scorer = Scorer(task, mesh, batch_size)
 
-  # ---- the operating point
-  point = operating_point.OperatingPoint(step=step)
-  if dataset.validation is not None:
-    point = operating_point.choose(
-      scorer.table(variables, dataset.validation, progress=sharding.is_main()),
-      step=step,
-      source='the validation fold',
-      target_sensitivity=config.evaluate.get('target_sensitivity'),
-      fit_temperature=config.evaluate.get('fit_temperature', False),
-    )
-  if sharding.is_main():
-    point.save(workdir)
+  # ---- the operating point: the validation fold's or, on other data than the run's own, the one it has
+  split, point = check_unseen(workdir, dataset), operating_point.load(workdir)
+  if point.step != step:
+    point = operating_point.OperatingPoint(step=step)
+  if split is None or split['validation'] == dataset.patients()['validation']:
+    if dataset.validation is not None:
+      point = operating_point.choose(
+        scorer.table(variables, dataset.validation, progress=sharding.is_main()),
+        step=step,
+        source='the validation fold',
+        score=task.kind.OVERLAP,
+        target_sensitivity=config.evaluate.get('target_sensitivity'),
+        fit_temperature=config.evaluate.get('fit_temperature', False),
+      )
+    if sharding.is_main():
+      point.save(workdir)
 
   # ---- the test fold
   table = scorer.table(variables, dataset.test, point.temperature, progress=sharding.is_main())
   table |= {f'{key}_chosen': values for key, values in results.counts_at(table, point.bin).items()}
   volumes = None
-  if scans and config.task == 'segmentation' and jax.process_count() == 1:
+  if scans and config.task == 'segmentation':
     predictor = predict.Predictor(config, task, mesh, step, variables, point)
     volumes = score_volumes(predictor, scans, list(dict.fromkeys(table['patient'].tolist())))
   result = results.numbers(task.kind, table, config.evaluate.get('prevalences', ()))
@@ -130,14 +145,29 @@ def evaluate(
   return result
 
 
+def check_unseen(workdir: pathlib.Path, dataset: input_pipeline.Dataset) -> dict[str, list[str]] | None:
+  """The patients that the run was trained, validated and tested on, as it wrote them down.
+
+  Raises:
+    UserError: it was trained or validated on some of those to be tested now: the cohort's files have changed.
+  """
+  split = run_config.load_split(workdir)
+  seen = sorted(set(dataset.patients()['test']) & {*split['train'], *split['validation']}) if split else []
+  if seen:
+    raise UserError(
+      f'{workdir}: {len(seen)} of the patients to be tested were trained or validated on (as {seen[0]}): files '
+      'were added to the cohort, or taken out, and its folds dealt anew; bring the old ones back, or train anew'
+    )
+  return split
+
+
 def score_volumes(predictor: predict.Predictor, scans, patients: list[str]) -> list[dict]:
-  """A row of `score.volume` for each patient, on process 0: the predictor's mask against the released one."""
+  """A row of `score.volume` for each patient: the predictor's mask against the released one."""
   rows = []
-  for patient in tqdm.tqdm(patients, desc='Scoring volumes', unit='scan', leave=False, disable=not sharding.is_main()):
+  for patient in tqdm.tqdm(patients, desc='Scoring volumes', unit='scan', leave=False):
     scan, truth = scans[patient]()
     mask = predictor(scan)[1]['mask']
-    if sharding.is_main():
-      rows.append({'case': patient, **score.volume(mask, truth, scan.spacing, scan.voxel_ml)})
+    rows.append({'case': patient, **score.volume(mask, truth, scan.spacing, scan.voxel_ml)})
   return rows
 
 

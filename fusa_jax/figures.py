@@ -178,7 +178,7 @@ def _patients(table):
   axes.plot(chosen[shown][order], range(len(names)), 'o', color=_BLUE, markersize=4, label='operating point')
   axes.set(xlabel='Dice of the patient', xlim=(-0.02, 1.02))
   if len(names) <= 60:
-    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
   else:
     axes.set(ylabel=f'{len(names)} patients', yticks=[])
   axes.legend(frameon=False, loc='lower right')
@@ -257,6 +257,6 @@ def write_overlay(
   patches = [matplotlib.patches.Patch(color=colour, label=name) for name, (_, colour) in parts.items()]
   figure.legend(handles=patches, loc='lower center', ncols=3, frameon=False, fontsize=8, borderaxespad=0.1)
   text = f'{title}\nHU {window[0]:g} (black) to {window[1]:g} (white)'
-  figure.text(0.5, 1 - above / 2 / total[1], text, ha='center', va='center', fontsize=8)
+  figure.text(0.5, 1 - above / 2 / total[1], text, ha='center', va='center', fontsize=8, parse_math=False)
   with replacing(path) as partial:
     figure.savefig(partial, dpi=100)

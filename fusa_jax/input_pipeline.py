@@ -52,6 +52,11 @@ class Dataset:
   validation: Split | None
   test: Split
 
+  def patients(self) -> dict[str, list[str]]:
+    """Those of each part, sorted."""
+    parts = {'train': self.train, 'validation': self.validation, 'test': self.test}
+    return {name: [] if part is None else np.unique(part.patient).tolist() for name, part in parts.items()}
+
 
 def load(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
   """Opens a prepared dataset: test = fold k, validation = fold k + 1, the rest is trained on.

@@ -233,12 +233,6 @@ def roc(label: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return np.append(0, fp / fp[-1]), np.append(0, tp / tp[-1])
 
 
-def precision_recall(label: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Recall and precision of labels [N] and scores [N], one point per distinct score. Some label must be positive."""
-  tp, fp = _admitted(label, score)
-  return tp / tp[-1], tp / (tp + fp)
-
-
 def _admitted(label, score):
   """Slices with and without lesion down to each distinct score, from the highest."""
   order = np.argsort(-np.asarray(score), kind='stable')

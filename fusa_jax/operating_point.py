@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import ml_collections
 import numpy as np
 from scipy import optimize, special
 
@@ -21,6 +22,7 @@ class OperatingPoint:
 
   Attributes:
     threshold: of the probability, after the temperature.
+    bin: the first of the histograms' bins (fusa_jax.histogram) that is called a lesion, which it stands for.
     temperature: what logits are divided by; 1 leaves them as the network gives them.
     chosen_by: how and on what it was chosen, in words.
     step: of the checkpoint that it was chosen for; None where nothing was there to choose on.
@@ -29,16 +31,12 @@ class OperatingPoint:
   """
 
   threshold: float = 0.5
+  bin: int = histogram.BINS // 2
   temperature: float = 1.0
   chosen_by: str = 'default: nothing to choose on'
   step: int | None = None
   validation: dict = dataclasses.field(default_factory=dict)
   curve: dict = dataclasses.field(default_factory=dict)
-
-  @property
-  def bin(self) -> int:
-    """The first bin of the histograms (fusa_jax.histogram) that is called a lesion."""
-    return histogram.edge(self.temperature * special.logit(self.threshold)) if self.threshold > 0 else 0
 
   def about(self) -> dict:
     """What every JSON says of it."""
@@ -64,11 +62,22 @@ def load(workdir: pathlib.Path) -> OperatingPoint:
     raise UserError(f'{path}: damaged ({error}); make it anew with --mode=evaluate --workdir={workdir}') from None
 
 
+def check(options: ml_collections.ConfigDict) -> None:
+  """Raises a UserError where config.evaluate asks for a sensitivity or a prevalence that is no share."""
+  target = options.get('target_sensitivity')
+  if target is not None and not 0 < target <= 1:
+    raise UserError(f'evaluate.target_sensitivity: {target} is no share; give one above 0, up to 1')
+  for share in options.get('prevalences', ()):
+    if not 0 < share < 1:
+      raise UserError(f'evaluate.prevalences: {share} is no share; give some between 0 and 1')
+
+
 def choose(
   table: dict[str, np.ndarray],
   *,
   step: int,
   source: str,
+  score: str = 'Dice',
   target_sensitivity: float | None = None,
   fit_temperature: bool = False,
 ) -> OperatingPoint:
@@ -78,16 +87,12 @@ def choose(
     table: of the validation fold, with its histograms.
     step: of the checkpoint that made it.
     source: what the table is of, in words.
+    score: what Dice is called there; of slices it is F1.
     target_sensitivity: take the highest threshold that finds this share of what is lesion (pixels of a segmenter,
       slices of a classifier); None takes the one with the best Dice (of slices: F1).
     fit_temperature: divide logits by what makes them most likely on that fold (Guo et al. 2017, section 4.2). No
       ranking changes, nor what is marked at 0.5 or at the operating point.
-
-  Raises:
-    UserError: a sensitivity that is no share.
   """
-  if target_sensitivity is not None and not 0 < target_sensitivity <= 1:
-    raise UserError(f'evaluate.target_sensitivity: {target_sensitivity} is no share; give one above 0, up to 1')
   pooled = table['histogram'].sum(axis=0, dtype=np.int64)
   counts = histogram.counts_from(pooled)
   tp, fp, fn, tn = (counts[key] for key in metrics.COUNTS)
@@ -105,13 +110,14 @@ def choose(
   if target_sensitivity is None:
     best = np.flatnonzero(curve['dice'] == curve['dice'].max())
     chosen = int(best[np.argmin(np.abs(best - middle))])
-    how = f'best Dice on {source}'
+    how = f'best {score} on {source}'
   else:
     chosen = int(np.flatnonzero(curve['sensitivity'] >= target_sensitivity)[-1])
     how = f'sensitivity of at least {target_sensitivity:g} on {source}'
   at = lambda k: {name: defined(values[k]) for name, values in curve.items()}
   return OperatingPoint(
     threshold=float(curve['threshold'][chosen]),
+    bin=chosen,
     temperature=temperature,
     chosen_by=how,
     step=step,
@@ -128,4 +134,4 @@ def temperature_of(pooled: np.ndarray) -> float:
     scaled = logits / np.exp(log_temperature)
     return float(pooled[0] @ np.logaddexp(0, scaled) + pooled[1] @ np.logaddexp(0, -scaled))
 
-  return float(np.exp(optimize.minimize_scalar(cross_entropy, bounds=(-4, 4), method='bounded').x))
+  return float(np.exp(optimize.minimize_scalar(cross_entropy, bounds=(-3, 3), method='bounded').x))

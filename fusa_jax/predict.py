@@ -59,13 +59,14 @@ def predict(
   task, mesh = tasks.create(config), mesh or sharding.create_mesh()
   step, variables = load_variables(config, task, workdir, mesh)
   point = operating_point.load(workdir)
+  if point.step != step:
+    point = operating_point.OperatingPoint()
+    if threshold is None:
+      logging.warning(
+        '%s: no operating point for step %d, so the threshold is 0.5; --mode=evaluate chooses one', workdir, step
+      )
   if threshold is not None:
     point = dataclasses.replace(point, threshold=threshold, chosen_by='--threshold')
-  elif point.step != step:
-    logging.warning(
-      '%s: no operating point for step %d, so the threshold is 0.5; --mode=evaluate chooses one', workdir, step
-    )
-    point = operating_point.OperatingPoint()
   run = Predictor(config, task, mesh, step, variables, point)
   for path in tqdm.tqdm(paths, desc='Predicting', unit='scan', disable=len(paths) == 1 or not sharding.is_main()):
     scan = ct.read(path)

@@ -37,8 +37,8 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
   kind = tasks.KINDS[config.task]
   runs = sorted(workdir.glob('fold*/')) if config.data.fold == 'all' else [workdir]
   charts = {name: figures.svg(figure) for name, figure in figures.charts(table, result).items()}
-  curves = [figures.learning_curves(_log(run), kind.SELECTION) for run in runs]
-  points = [operating_point.load(run) for run in runs]
+  curves = {run.name: figures.learning_curves(_log(run), kind.SELECTION) for run in runs}
+  points = {run.name: operating_point.load(run) for run in runs}
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     autoescape=True,
@@ -54,12 +54,11 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
     command=command,
     definitions=metrics.DEFINITIONS,
     charts=charts,
-    curves=[figures.svg(figure) for figure in curves if figure is not None],
-    thresholds=[figures.svg(figures.threshold_curve(p.curve, p.threshold)) for p in points if p.curve],
-    points=points,
+    curves={name: figures.svg(figure) for name, figure in curves.items() if figure is not None},
+    thresholds={
+      name: figures.svg(figures.threshold_curve(p.curve, p.threshold)) for name, p in points.items() if p.curve
+    },
     data=_data_card(input_pipeline.folds(data_dir), config.data.fold),
-    patients=metrics.patient_rows(metrics.by_patient(table, '_chosen')),
-    volumes=_volumes(results.read_volumes(workdir)),
     overlays=list(_overlays(kind, table, runs)),
     is_phantom='phantom' in result['dataset'],
     libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -99,11 +98,6 @@ def _data_card(folds, tested):
       }
     )
   return rows
-
-
-def _volumes(rows):
-  """Volumes in order of their Dice, undefined ones last."""
-  return sorted(rows, key=lambda row: (np.isnan(row['dice']), row['dice']))
 
 
 def _overlays(kind, table, runs):

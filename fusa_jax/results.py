@@ -38,7 +38,8 @@ def numbers(kind: ModuleType, table: dict[str, np.ndarray], prevalences=()) -> d
   half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
   at_chosen = _with_intervals(chosen, kind.definition)
   for name in _OF_SCORES:
-    at_chosen.pop(name, None), at_chosen['intervals'].pop(name, None)
+    at_chosen.pop(name, None)
+    at_chosen['intervals'].pop(name, None)
   found = _with_intervals(chosen, metrics.detection)
   found['at_prevalence'] = [
     {'prevalence': share, **_with_intervals(chosen, lambda totals, at=share: metrics.detection_at(totals, at))}
@@ -79,8 +80,8 @@ def one_line(kind: ModuleType, summary: dict) -> str:
 def clear(folder: pathlib.Path) -> None:
   """Takes away what must not stand beside the files of another evaluation: its numbers and its pictures."""
   with writing(folder):
-    for name in ('metrics.json', 'report.html', 'volumes.csv'):
-      (folder / name).unlink(missing_ok=True)
+    for path in (folder / 'metrics.json', folder / 'report.html', folder / 'volumes.csv', *folder.glob('against-*')):
+      path.unlink(missing_ok=True)
   shutil.rmtree(folder / 'figures', ignore_errors=True)
 
 
@@ -109,7 +110,8 @@ def read_volumes(workdir: pathlib.Path) -> list[dict]:
     return []
   with path.open(newline='') as file:
     rows = list(csv.DictReader(file))
-  return [{key: value if key == 'case' else float(value or 'nan') for key, value in row.items()} for row in rows]
+  number = lambda text: int(text) if text.isdigit() else float(text or 'nan')
+  return [{key: value if key == 'case' else number(value) for key, value in row.items()} for row in rows]
 
 
 def read_table(workdir: pathlib.Path) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The resolved config of a run, in its workdir: what resuming, evaluation and prediction go by."""
+"""The resolved config and the patients of a run, in its workdir: what resuming, evaluation and prediction go by."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ def save(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 def _save(workdir, config):
   path = workdir / 'config.json'
   if path.exists():
-    before, now = _flat(load(workdir)), _flat(_plain(config))
+    before, now = _flat(load(workdir)), _flat(plain(config))
     differ = sorted(
       key
       for key in before.keys() | now.keys()
@@ -40,7 +40,44 @@ def _save(workdir, config):
       listed = ', '.join(f'{key} ({before.get(key)} -> {now.get(key)})' for key in differ)
       raise UserError(f'{workdir} holds a run of another config: {listed}; name another --workdir, or set these back')
   with replacing(path) as partial:
-    partial.write_text(json.dumps(_plain(config).to_dict(), indent=2) + '\n')
+    partial.write_text(json.dumps(plain(config).to_dict(), indent=2) + '\n')
+
+
+def save_split(workdir: pathlib.Path, split: dict[str, list[str]]) -> None:
+  """Process 0 writes split.json: the patients of each part, {'train', 'validation', 'test'}; or checks a run's own.
+
+  Raises:
+    UserError: the run was begun on other patients: files were added to the cohort, or taken out, and the folds dealt
+      anew.
+  """
+  sharding.on_main(lambda: _save_split(workdir, split))
+
+
+def _save_split(workdir, split):
+  before = load_split(workdir)
+  if before is None:
+    with replacing(workdir / 'split.json') as partial:
+      partial.write_text(json.dumps(split, indent=1) + '\n')
+  elif before != split:
+    raise UserError(
+      f'{workdir}: the patients of its folds have changed since it was begun (files were added or taken out); '
+      'bring the old ones back, or train anew in another --workdir'
+    )
+
+
+def load_split(workdir: pathlib.Path) -> dict[str, list[str]] | None:
+  """The patients that a run was trained, validated and to be tested on; None where that was not written down.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  path = workdir / 'split.json'
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    return None
+  except json.JSONDecodeError as error:
+    raise UserError(f'{path}: damaged ({error}); restore it, or train anew in another --workdir') from None
 
 
 def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -58,7 +95,7 @@ def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     raise UserError(f'{path}: damaged ({error}); restore it, or train anew in another --workdir') from None
 
 
-def _plain(config):
+def plain(config):
   """As JSON would give it back: tuples are lists."""
   return ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict())))
 

@@ -15,7 +15,7 @@ LEVEL, RESAMPLES, SEED = 0.95, 2000, 0
 PERMUTATIONS = 9999
 # Where more of the draws leave a number undefined, it rests on too few of the patients to have an interval.
 _MOST_UNDEFINED = 0.05
-_CHUNK = 250  # draws at a time: a draw of a segmenter's patients carries their histograms
+_CHUNK = 250  # draws at a time, for a small memory
 
 # Weights [draws, patients] -> values [draws] by name.
 Statistic = Callable[[np.ndarray], dict[str, np.ndarray]]

@@ -15,7 +15,18 @@ import numpy as np
 import optax
 import tqdm
 
-from fusa_jax import augment, checkpoint, evaluate, input_pipeline, results, run_config, sharding, tasks, torch_weights
+from fusa_jax import (
+  augment,
+  checkpoint,
+  evaluate,
+  input_pipeline,
+  operating_point,
+  results,
+  run_config,
+  sharding,
+  tasks,
+  torch_weights,
+)
 from fusa_jax.errors import Terminated, UserError
 from fusa_jax.metric_log import MetricLog
 
@@ -43,6 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
     Terminated: by SIGTERM, after the state was saved.
   """
   # ---- what is trained on what
+  operating_point.check(config.evaluate)
   mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
   sharding.check_divides(mesh, config.train.batch_size, config.data.image_size)
   dataset = input_pipeline.load(data_dir, config.data.fold, config.data.image_size)
@@ -57,6 +69,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
     pretrained, notes = torch_weights.initial(config.model.init_from, config.model.name, like.variables)
   # What does not fit has been said by now, so that no refused config leaves a workdir behind.
   run_config.save(workdir, config)
+  run_config.save_split(workdir, dataset.patients())
   report_parameters(like.variables)
 
   with contextlib.ExitStack() as stack:

@@ -82,6 +82,12 @@ def test_patients_for_whom_one_is_undefined_are_left_out_and_counted(pair):
   assert (got['patients'], got['left_out']) == (11, 1)
 
 
+def test_tables_of_other_patients_are_refused(pair):
+  other = pair[1] | {'patient': np.char.add(pair[1]['patient'], 'x')}
+  with pytest.raises(UserError, match='the test sets differ .12 patients are in the first only, 12 in the second'):
+    compare.paired(segmentation, pair[0], other)
+
+
 def test_classifiers_are_compared_by_the_share_of_slices_called_rightly():
   """Two patients, three and two slices: right in 2 of 3 and 2 of 2, against 1 of 3 and 1 of 2."""
   label = np.array([1, 1, 0, 1, 0])
@@ -113,13 +119,13 @@ def change(run, **columns):
 def test_two_runs_from_their_folders(runs, other_run, caplog):
   caplog.set_level('INFO')
   result = compare.compare(runs['seg'], other_run)
-  assert json.loads((runs['seg'] / 'test' / 'against-other.json').read_text()) == result
+  assert json.loads((runs['seg'] / 'test' / f'against-{other_run.parent.name}-other.json').read_text()) == result
   assert 'per patient, Dice: 0.0000 [+0.0000, +0.0000], sign-flip p 1.0000' in caplog.text
-  (runs['seg'] / 'test' / 'against-other.json').unlink()
+  (runs['seg'] / 'test' / f'against-{other_run.parent.name}-other.json').unlink()
 
 
 def test_other_tests_are_refused(runs, other_run):
-  refused = lambda reason: pytest.raises(UserError, match=f'the test sets of .* differ .{reason}')
+  refused = lambda reason: pytest.raises(UserError, match=f'--against: .* the test sets differ .{reason}')
   table = results.read_table(other_run)
   change(other_run, patient=np.char.add(table['patient'], 'x'))
   with refused('2 patients are in the first only, 2 in the second'):

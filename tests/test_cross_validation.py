@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from sklearn import metrics as sk
 
 from configs import cls
 from data import prepare
-from fusa_jax import cross_validation, input_pipeline, predict, report, train
+from fusa_jax import cross_validation, evaluate, input_pipeline, predict, report, results, train
 from fusa_jax.errors import UserError
 
 
@@ -71,6 +72,35 @@ def test_finished_folds_are_kept_and_another_protocol_is_refused(made, data_dir,
   assert (made / 'test' / 'metrics.json').read_bytes() == before
   with pytest.raises(UserError, match='holds a run of another config: train.learning_rate'):
     cross_validation.cross_validate(protocol(**{'train.learning_rate': 0.1}), made, data_dir)
+
+
+@pytest.mark.slow
+def test_it_goes_on_where_it_was_stopped(made, raw_dir, data_dir, tmp_path, monkeypatch):
+  """A fold that was not tested yet, and one that was tested with other options, are done; the others are left alone."""
+  workdir = tmp_path / 'folds'
+  shutil.copytree(made, workdir)
+  (workdir / 'fold3' / 'test' / 'metrics.json').unlink()
+  config = json.loads((workdir / 'fold1' / 'config.json').read_text())
+  config['evaluate']['target_sensitivity'] = 0.9
+  (workdir / 'fold1' / 'config.json').write_text(json.dumps(config))
+  done, original = [], evaluate.evaluate
+  monkeypatch.setattr(
+    evaluate, 'evaluate', lambda config, *rest: (done.append(config.data.fold), original(config, *rest))
+  )
+  cross_validation.cross_validate(protocol(), workdir, data_dir, prepare.scans(raw_dir))
+  assert done == [1, 3]
+  without_commit = lambda folder: {k: v for k, v in result_of(folder).items() if k != 'commit'}
+  assert without_commit(workdir) == without_commit(made)
+
+
+@pytest.mark.slow
+def test_a_cohort_that_changed_between_folds_is_refused(made, data_dir, tmp_path):
+  """Two folds that both tested one patient, as after files were added, and none that tested another."""
+  workdir = tmp_path / 'folds'
+  shutil.copytree(made, workdir)
+  shutil.copy(workdir / 'fold0' / 'test' / results.TABLE, workdir / 'fold1' / 'test' / results.TABLE)
+  with pytest.raises(UserError, match='its folds do not test each patient of .* once: files were added'):
+    cross_validation.cross_validate(protocol(), workdir, data_dir)
 
 
 @pytest.mark.slow

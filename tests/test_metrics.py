@@ -94,8 +94,6 @@ def test_classification_against_sklearn(ties):
   assert got == pytest.approx(expected)
   false, true, _ = sk.roc_curve(label, score, drop_intermediate=False)
   np.testing.assert_allclose(np.stack(metrics.roc(label, score)), [false, true])
-  precision, recall, _ = sk.precision_recall_curve(label, score)
-  np.testing.assert_allclose(np.stack(metrics.precision_recall(label, score)), [recall[-2::-1], precision[-2::-1]])
 
 
 def test_numbers_of_drawn_patients_are_those_of_their_slices():

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from conftest import tiny
 from scipy import optimize, special
 from sklearn import metrics as sk
 
-from fusa_jax import histogram, operating_point
+from fusa_jax import histogram, operating_point, train
 from fusa_jax.errors import UserError
 
 
@@ -78,5 +79,29 @@ def test_nothing_to_choose_on(validation):
   point = choose(table)
   assert (point.threshold, point.step) == (0.5, 7)
   assert point.chosen_by == 'default: the validation fold has lesions only, or none'
-  with pytest.raises(UserError, match=r'evaluate.target_sensitivity: 95.0 is no share'):
-    choose(validation[2], target_sensitivity=95.0)
+
+
+@pytest.mark.parametrize('target', [0.05, 0.95])
+def test_temperature_and_target_together_where_classes_are_far_apart(target):
+  """A temperature below 1 takes probabilities to 1 in rounding; the bin that was chosen stays what it was."""
+  rng = np.random.default_rng(3)
+  truth = np.repeat([[0, 1]], 500, axis=0)
+  logits = (np.where(truth, 3.0, -3.0) + rng.normal(0, 0.5, truth.shape)).astype(np.float32)
+  table = {'histogram': np.asarray(histogram.count(logits, truth, 1.0)['histogram'])}
+  point = choose(table, target_sensitivity=target, fit_temperature=True)
+  assert 0.04 < point.temperature < 1
+  called = logits >= histogram.edges()[point.bin]
+  assert sk.recall_score(truth.ravel(), called.ravel()) >= target
+
+
+@pytest.mark.parametrize(
+  ('option', 'value', 'reason'),
+  [
+    ('target_sensitivity', 95.0, r'evaluate.target_sensitivity: 95.0 is no share'),
+    ('prevalences', (0.1, 5.0), r'evaluate.prevalences: 5.0 is no share; give some between 0 and 1'),
+  ],
+)
+def test_what_is_no_share_is_refused_before_anything_is_trained(data_dir, tmp_path, option, value, reason):
+  with pytest.raises(UserError, match=reason):
+    train.train(tiny(**{f'evaluate.{option}': value}), tmp_path / 'run', data_dir)
+  assert not (tmp_path / 'run').exists()

@@ -50,7 +50,9 @@ def test_page_is_whole_and_needs_nothing_else(runs, data_dir, kind):
   result = json.loads((runs[kind] / 'test' / 'metrics.json').read_text())
   config = run_config.load(runs[kind])
   for name in tasks.KINDS[config.task].SHOWN:
-    assert f'{result[name]:.4f}' in words if result[name] is not None else 'undefined' in words
+    value, pair = result[name], result['intervals'][name]
+    shown = 'undefined' if value is None else f'{value:.4f}'
+    assert f'{name} {shown} {"[{:.4f}, {:.4f}]".format(*pair) if pair else "none"}' in words
     assert metrics.DEFINITIONS[name] in words
   assert f'python launch.py --config=configs/{kind}.py:demo' in words
   assert 'nothing here is a diagnosis' in words and 'What it must not be used for' in words

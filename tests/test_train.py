@@ -83,7 +83,15 @@ def test_a_finished_run_is_left_alone(runs, data_dir):
 def test_workdir_has_what_was_agreed(runs):
   for workdir in runs.values():
     names = {path.name for path in workdir.iterdir()}
-    assert names == {'config.json', 'log.jsonl', 'tensorboard', 'checkpoints', 'operating_point.json', 'test'}
+    assert names == {
+      'config.json',
+      'log.jsonl',
+      'tensorboard',
+      'checkpoints',
+      'operating_point.json',
+      'split.json',
+      'test',
+    }
     entries = log_of(workdir)
     assert [e['step'] for e in entries if 'train/loss' in e] == [1, 2, 3, 4]
     assert [e['step'] for e in entries if any(key.startswith('validation/') for key in e)] == [2, 4]

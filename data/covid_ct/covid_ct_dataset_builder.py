@@ -44,7 +44,7 @@ class Builder(tfds.core.ShardBasedBuilder):
   from, read without opening a shard.
   """
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('1.1.0')
   BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
     *(Config(name=name, description=module.__doc__) for name, module in COHORTS.items()),
     Config(name='phantom', description='Synthetic chests in HU, in the naming of COVID-19-20.'),

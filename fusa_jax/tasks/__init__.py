@@ -1,8 +1,8 @@
 """A task: a model, the window its inputs are seen through, and all that differs between the two kinds of task.
 
 `kind` is one of the modules beside this file. Both have the same: `loss` and `truth`; the `definition` of their numbers
-(fusa_jax.metrics), the one by which the best checkpoint is chosen (`SELECTION`), those of a log line (`SHOWN`) and what
-they count (`COUNTED`); `patient_score`, by which runs are compared.
+(fusa_jax.metrics), the one by which the best checkpoint is chosen (`SELECTION`), those of a log line (`SHOWN`), what
+they count (`COUNTED`) and what Dice of that is called (`OVERLAP`); `patient_score`, by which runs are compared.
 """
 
 import dataclasses

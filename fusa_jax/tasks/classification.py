@@ -9,6 +9,7 @@ from fusa_jax.statistics import ratio
 
 SELECTION = 'auc'
 COUNTED = 'slices'
+OVERLAP = 'F1'
 SHOWN = ('accuracy', 'precision', 'recall', 'f1', 'auc')
 PATIENT_SCORE = 'share of slices called rightly'
 definition = metrics.classification

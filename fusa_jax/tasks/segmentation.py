@@ -8,6 +8,7 @@ from fusa_jax import metrics
 
 SELECTION = 'dice'
 COUNTED = 'pixels'
+OVERLAP = 'Dice'
 SHOWN = ('dice', 'dice_macro', 'dice_per_patient', 'precision', 'recall')
 PATIENT_SCORE = 'Dice'
 definition = metrics.segmentation
