@@ -64,20 +64,18 @@ def svg(figure: Figure) -> str:
   )
 
 
-def learning_curves(log: list[dict], selection: str) -> Figure | None:
-  """Training loss, and the validation score by which the checkpoint was chosen, over steps."""
-  loss = [(entry['step'], entry['train/loss']) for entry in log if 'train/loss' in entry]
-  key = f'validation/{selection}'
-  score = [(entry['step'], entry[key]) for entry in log if entry.get(key) is not None]
-  if not loss:
-    return None
+def learning_curves(logs: dict[str, list[dict]], selection: str) -> Figure:
+  """Training loss, and the validation score by which the checkpoint was chosen, over steps; a line for each run."""
   with matplotlib.rc_context(_STYLE):
     figure, (left, right) = _figure(2)
-    left.plot(*zip(*loss, strict=True), color=_BLUE)
+    for name, log in logs.items():
+      for axes, key, marker in ((left, 'train/loss', None), (right, f'validation/{selection}', 'o')):
+        points = [(entry['step'], entry[key]) for entry in log if entry.get(key) is not None]
+        axes.plot(*np.reshape(points, (-1, 2)).T, marker=marker, markersize=4, label=name)
     left.set(xlabel='step', ylabel='training loss')
-    if score:
-      right.plot(*zip(*score, strict=True), color=_ORANGE, marker='o', markersize=4)
     right.set(xlabel='step', ylabel=f'validation {selection}', xlim=left.get_xlim())
+    if len(logs) > 1:
+      left.legend(frameon=False)
   return figure
 
 

@@ -37,7 +37,7 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
   kind = tasks.KINDS[config.task]
   runs = sorted(workdir.glob('fold*/')) if config.data.fold == 'all' else [workdir]
   charts = {name: figures.svg(figure) for name, figure in figures.charts(table, result).items()}
-  curves = {run.name: figures.learning_curves(_log(run), kind.SELECTION) for run in runs}
+  curves = figures.learning_curves({run.name: _log(run) for run in runs}, kind.SELECTION)
   points = {run.name: operating_point.load(run) for run in runs}
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
@@ -54,7 +54,7 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
     command=command,
     definitions=metrics.DEFINITIONS,
     charts=charts,
-    curves={name: figures.svg(figure) for name, figure in curves.items() if figure is not None},
+    curves=figures.svg(curves),
     thresholds={
       name: figures.svg(figures.threshold_curve(p.curve, p.threshold)) for name, p in points.items() if p.curve
     },
