@@ -204,7 +204,12 @@ def _read_canonical(path):
   affine = image.header.get_best_affine()
   if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
     raise UserError(f'{path}: its affine maps no volume (zero or undefined spacing); repair the header')
-  to_canonical = orientations.ornt_transform(orientations.io_orientation(affine), _CANONICAL)
+  orientation = orientations.io_orientation(affine)
+  lengths = np.linalg.norm(affine[:3, :3], axis=0)
+  # A tilted gantry leaves 0.8 of a right-angled voxel's volume, or more.
+  if np.isnan(orientation).any() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 0.05:
+    raise UserError(f'{path}: its affine maps no volume (its axes are nearly parallel); repair the header')
+  to_canonical = orientations.ornt_transform(orientation, _CANONICAL)
   values = orientations.apply_orientation(values, to_canonical).transpose(2, 1, 0)
   affine = affine @ orientations.inv_ornt_aff(to_canonical, shape)
   if len(values) < 2:
@@ -259,6 +264,8 @@ def _check_hu(values, path):
   advice = 'export the original Hounsfield units, neither windowed nor rescaled'
   if low >= 0:
     kind = 'a 0-255 image' if 1 < high <= 255 else 'normalised data' if high <= 1 else 'raw scanner values'
+    if np.isin(values, (0, 1)).all():
+      kind = 'a mask'
     raise UserError(f'{path}: values {low:g} to {high:g} are {kind}, not HU (air is -1000); {advice}')
   # Air, in the lungs and around the body, is a large part of any chest CT.
   air = np.mean(values < -500)

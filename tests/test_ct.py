@@ -165,6 +165,12 @@ def bad(kind, path):
     raw = bytearray(gzip.decompress(path.read_bytes()))
     raw[280:328] = bytes(48)  # srow_x, srow_y, srow_z
     path.write_bytes(gzip.compress(raw))
+  elif kind == 'parallel axes':
+    image = nib.Nifti1Image(data, None)
+    image.set_sform(np.array([[1, 1, 0, 0], [0, 1e-6, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1.0]]), 1)
+    nib.save(image, path)
+  elif kind == 'mask':
+    save(path, (data > 100).astype(np.uint8))
   elif kind == '0-255':
     save(path, np.linspace(0, 255, data.size).reshape(SHAPE).astype(np.uint8))
   elif kind == 'normalised':
@@ -194,6 +200,8 @@ REFUSALS = {
   'colour': 'not numbers',
   'one slice': '1 axial slice',
   'flat affine': 'its affine maps no volume',
+  'parallel axes': 'its axes are nearly parallel',
+  'mask': 'values 0 to 1 are a mask, not HU',
   '0-255': 'values 0 to 255 are a 0-255 image, not HU',
   'normalised': 'values 0 to 1 are normalised data, not HU',
   'z-scores': 'hold no air',
@@ -271,3 +279,23 @@ def test_resize_keeps_means_and_positions():
   same = ct.resize(ramp, (16, 16))
   np.testing.assert_array_equal(same, ramp)
   assert ct.resize(ramp, (24, 32)).shape == (2, 24, 32)
+
+
+def test_damaged_files_are_refused_or_read_and_nothing_else(tmp_path):
+  """Two thousand random corruptions of a small uncompressed file, most of them in its header."""
+  path = tmp_path / 'a.nii'
+  save(path, chest())
+  whole, rng, outcomes = path.read_bytes(), np.random.default_rng(0), set()
+  for _ in range(2000):
+    raw = bytearray(whole)
+    for position in rng.integers(0, 352 if rng.random() < 0.8 else len(raw), rng.integers(1, 9)):
+      raw[position] = rng.integers(256)
+    path.write_bytes(raw[: rng.integers(len(raw)) if rng.random() < 0.05 else None])
+    try:
+      ct.read(path)
+      message = 'read'
+    except UserError as error:
+      message = str(error)
+    assert message == 'read' or (message.startswith(f'{path}: ') and '\n' not in message)
+    outcomes.add(message == 'read')
+  assert outcomes == {True, False}
