@@ -281,8 +281,24 @@ def parse_flags(argv):
     if _CONFIG.value is not None:
       _CONFIG.value.items()
     return rest
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-    exits.fail(UserError(f'{" ".join(str(error).split())}; see python launch.py --help'))
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+    exits.fail(UserError(f'{one_line(error)}; see python launch.py --help'))
+
+
+def one_line(error: Exception) -> str:
+  """What an error of absl or ml_collections says, without the traceback and the steps that some of them quote."""
+  missing = error if isinstance(error, KeyError) else error.__context__
+  if isinstance(missing, KeyError):
+    what, *hint = str(missing.args[0]).splitlines()
+    return f'--config: no key {what}' + ''.join(f' ({line})' for line in hint)
+  if isinstance(error, SyntaxError):
+    return f'--config: no Python ({error})'
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  if 'Traceback' in str(error):  # the config file's own error, behind its type
+    return f'--config: {lines[-1].partition(": ")[2]}'
+  if lines and lines[0].startswith('Configuration is not available'):
+    return f'--config: {lines[-1]}'
+  return ' '.join(lines)
 
 
 def start(main) -> None:

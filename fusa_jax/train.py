@@ -165,13 +165,19 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
 def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """AdamW (kernels only are decayed) with linear warm-up and cosine decay to zero; and its learning rate by step.
 
+  The warm-up takes at most half of the steps, so that a short trial of a long config runs.
+
   Raises:
-    UserError: a warm-up that is not shorter than training.
+    UserError: no steps, or a negative warm-up.
   """
   train = config.train
-  if not 0 <= train.warmup_steps < train.steps:
-    raise UserError(f'train.warmup_steps: {train.warmup_steps} must be less than train.steps={train.steps}')
-  schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup_steps, train.steps)
+  if train.steps < 1 or train.warmup_steps < 0:
+    raise UserError(
+      f'train: {train.steps} steps, of which {train.warmup_steps} to warm up; train.steps is at least 1, '
+      'train.warmup_steps at least 0'
+    )
+  warmup = min(train.warmup_steps, train.steps // 2)
+  schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, warmup, train.steps)
   is_kernel = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
   return optax.adamw(schedule, weight_decay=train.weight_decay, mask=is_kernel), schedule
 

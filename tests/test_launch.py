@@ -31,9 +31,14 @@ def launch(*arguments, home=None):
   ('arguments', 'reason'),
   [
     ([], '--config: missing; give --config=configs/seg.py or --config=configs/cls.py'),
-    (['--config=configs/none.py'], 'configs/none.py'),
-    (['--config=configs/seg.py:huge'], "configs/seg.py has no preset 'huge'; one of paper, demo, a model"),
-    (['--config=configs/seg.py', '--config.train.stepz=3'], 'stepz'),
+    (['--config=configs/none.py'], "error: --config: [Errno 2] No such file or directory: 'configs/none.py'; see"),
+    (['--config=configs/seg.py:huge'], "error: --config: configs/seg.py has no preset 'huge'; one of paper, demo, a"),
+    (
+      ['--config=configs/seg.py', '--config.train.stepz=3'],
+      'error: --config: no key \'stepz\' (Did you mean "steps" instead',
+    ),
+    (['--config=README.md'], 'error: --config: no Python (unterminated string literal'),
+    (['--config=configs/seg.py', '--config.step=3'], "error: --config: no key 'step'; see"),
     (['--config=configs/seg.py', '--config.train.steps=three'], 'three'),
     (['--colour=red'], 'colour'),
     (['--mode=dance'], 'dance'),

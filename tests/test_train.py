@@ -119,7 +119,8 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
   ('overrides', 'reason'),
   [
     ({'train.batch_size': 6}, 'train.batch_size: 6 does not divide'),
-    ({'train.warmup_steps': 4}, 'train.warmup_steps: 4 must be less than train.steps=4'),
+    ({'train.warmup_steps': -1}, 'train: 4 steps, of which -1 to warm up; train.steps is at least 1'),
+    ({'train.steps': 0}, 'train: 0 steps'),
     ({'model.name': 'resnet18'}, 'resnet18 is not for segmentation; one of deeplabv3'),
     ({'model.name': 'unet'}, "there is no 'unet'"),
     ({'task': 'detection'}, "there is no 'detection'"),
@@ -212,3 +213,10 @@ def test_a_step_is_what_optax_and_the_loss_say():
     expected = before - rate * (np.sign(g) + decay)
     np.testing.assert_allclose(after[clear], expected[clear], rtol=1e-2, atol=2e-2 * rate, err_msg=str(path))
   assert optax.tree.norm(gradient) == pytest.approx(float(scalars['gradient_norm']), rel=1e-4)
+
+
+def test_a_short_trial_of_a_long_config_warms_up_for_half_of_it():
+  _, rate = train.make_optimizer(tiny(**{'train.steps': 20, 'train.warmup_steps': 500}))
+  rates = [float(rate(step)) for step in range(21)]
+  assert np.argmax(rates) == 10
+  assert rates[0] == 0 and rates[20] == pytest.approx(0, abs=1e-9)
