@@ -176,8 +176,8 @@ def test_others_wait_for_process_0_and_fail_with_it(tmp_path):
   with hosts.Hosts(2, 1, ['--config=configs/seg.py', f'--config.data.raw_dir={tmp_path / "raw"}'], tmp_path) as two:
     assert two.wait(60) == [2, 2]
     first, second = two.log(0), two.log(1)
-  assert first.splitlines()[-1].startswith(f'error: {tmp_path / "raw"}: no *_ct.nii.gz')
-  assert second.splitlines()[-1].startswith(f'error: process 0 of 2: {tmp_path / "raw"}: no *_ct.nii.gz')
+  assert first.splitlines()[-1].startswith(f'error: {tmp_path / "raw"}: no scans with masks')
+  assert second.splitlines()[-1].startswith(f'error: process 0 of 2: {tmp_path / "raw"}: no scans with masks')
 
 
 @pytest.mark.slow
