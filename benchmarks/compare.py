@@ -19,7 +19,6 @@ import dataclasses
 import datetime
 import functools
 import gc
-import json
 import os
 import pathlib
 import statistics
@@ -41,7 +40,7 @@ import launch
 from benchmarks import model_table, torch_reference
 from configs import cls, seg
 from fusa_jax import checkpoint, evaluate, models, sharding, tasks, torch_weights, train
-from fusa_jax.files import replacing
+from fusa_jax.files import write_json
 
 _MODELS = flags.DEFINE_list('models', ['resunet', 'fusa_resunet', 'resnet50', 'fusa_resnet50'], 'of the registry')
 _IMAGE_SIZE = flags.DEFINE_integer('image_size', 512, 'side of the slices')
@@ -289,8 +288,7 @@ def main(_):
   }
   print('\n' + ', '.join(f'{key} {value}' for key, value in facts.items()))
   if _JSON.value:
-    with replacing(pathlib.Path(_JSON.value)) as partial:
-      partial.write_text(json.dumps(facts | {'rows': rows}, indent=2) + '\n')
+    write_json(pathlib.Path(_JSON.value), facts | {'rows': rows})
 
 
 if __name__ == '__main__':

@@ -27,7 +27,7 @@ import launch
 from configs import cls
 from data import prepare
 from data.cohorts import covid19_20
-from fusa_jax import ct, evaluate, exits, run_config, train
+from fusa_jax import ct, evaluate, exits, results, run_config, train
 from fusa_jax.errors import UserError
 from fusa_jax.files import replacing
 
@@ -130,14 +130,14 @@ def deal_slices(volumes: np.ndarray) -> np.ndarray:
 
 def write_table(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[bool, str]:
   """Writes leakage.md and leakage.json from the finished runs; gives whether no leak was seen, and what to print."""
-  results = {name: json.loads((workdir / name / 'test' / 'metrics.json').read_text()) for name in ROWS}
+  tests = {name: results.read_numbers(workdir / name) for name in ROWS}
   lines = ['| Labels | Split by | AUC | 95% interval | Test files | Test slices |', '| --- | --- |' + ' ---: |' * 4]
   for name, (labels, unit) in ROWS.items():
-    result = results[name]
+    result = tests[name]
     auc, interval = _numbers(result)
     lines.append(f'| {labels} | {unit} | {auc} | {interval} | {result["num_patients"]} | {result["num_slices"]} |')
-  no_leak, sentence = verdict(results)
-  text = '\n'.join([*lines, '', sentence, '', _caption(config, results)])
+  no_leak, sentence = verdict(tests)
+  text = '\n'.join([*lines, '', sentence, '', _caption(config, tests)])
   record = {
     'no_leak': no_leak,
     'verdict': sentence,
@@ -148,7 +148,7 @@ def write_table(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tup
         'num_patients': result['num_patients'],
         'num_slices': result['num_slices'],
       }
-      for name, result in results.items()
+      for name, result in tests.items()
     },
     'config': config.to_dict(),
   }
@@ -158,18 +158,18 @@ def write_table(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tup
   return no_leak, text
 
 
-def verdict(results: dict[str, dict]) -> tuple[bool, str]:
+def verdict(tests: dict[str, dict]) -> tuple[bool, str]:
   """Whether no leak was seen, and a sentence of it, from the metrics.json of each of ROWS."""
-  auc, shown = _numbers(results['shuffled-by-patient'])
-  interval = results['shuffled-by-patient']['intervals']['auc']
+  auc, shown = _numbers(tests['shuffled-by-patient'])
+  interval = tests['shuffled-by-patient']['intervals']['auc']
   no_leak = interval is not None and interval[0] <= 0.5 <= interval[1]
   if not no_leak:
     return False, (
       f'Leak: split by patient, shuffled labels have an AUC of {auc} ({shown}), where 0.5 should be in the interval. '
       'Chance does this to one seed in twenty, so ask again with another --seed before looking for it.'
     )
-  control, shown_control = _numbers(results['shuffled-by-slice'])
-  interval = results['shuffled-by-slice']['intervals']['auc']
+  control, shown_control = _numbers(tests['shuffled-by-slice'])
+  interval = tests['shuffled-by-slice']['intervals']['auc']
   would_show = interval is not None and interval[0] > 0.5
   return True, (
     f'No leak: split by patient, shuffled labels have an AUC of {auc} ({shown}). Split by slice they have {control} '
@@ -187,13 +187,13 @@ def _numbers(result):
   )
 
 
-def _caption(config, results):
+def _caption(config, tests):
   phantom, size = config.data.phantom, config.data.image_size
   return (
     f'{phantom.patients} phantoms of {phantom.slices} slices of {size} x {size}, fold {config.data.fold}, '
     f'{config.model.name}, {config.train.steps} steps of {config.train.batch_size} slices, seed {config.seed}. '
     'Split by slice, a file holds slices of many patients; its interval takes files for independent, which they are '
-    f'not. {datetime.date.today()}, jax {jax.__version__}, commit {results["true-by-patient"]["commit"]}.'
+    f'not. {datetime.date.today()}, jax {jax.__version__}, commit {tests["true-by-patient"]["commit"]}.'
   )
 
 

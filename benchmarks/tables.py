@@ -94,7 +94,7 @@ def make_table(
     for name in rows.values():
       run = workdir / f'{name}-seed{seed}'
       one = row_config(config, name, seed)
-      if is_finished(run):
+      if results.is_complete(run):
         run_config.save(run, one)  # refuses a run of another protocol
         continue
       logging.info('%s, seed %d', name, seed)
@@ -104,11 +104,6 @@ def make_table(
       jax.clear_caches()  # nothing of one model's is of use to the next
       write_table(config, seeds, workdir)
   print(write_table(config, seeds, workdir))
-
-
-def is_finished(run: pathlib.Path) -> bool:
-  """Whether a row has all that the table shows; one of an older version is evaluated again."""
-  return all((run / 'test' / name).exists() for name in (results.TABLE, 'metrics.json'))
 
 
 def row_config(config: ml_collections.ConfigDict, name: str, seed: int) -> ml_collections.ConfigDict:
@@ -127,7 +122,7 @@ def write_table(config: ml_collections.ConfigDict, seeds: list[int], workdir: pa
   """Writes table.csv and table.md from the finished runs; gives the latter's text."""
   records = []
   for title, name in ROWS[config.task].items():
-    runs = [run for run in (workdir / f'{name}-seed{seed}' for seed in seeds) if is_finished(run)]
+    runs = [run for run in (workdir / f'{name}-seed{seed}' for seed in seeds) if results.is_complete(run)]
     if runs:
       records.append(_record(config, title, name, runs))
   header = list(records[0])
@@ -150,7 +145,7 @@ def write_table(config: ml_collections.ConfigDict, seeds: list[int], workdir: pa
 
 def _record(config, title, name, runs):
   """A row of table.csv: mean and standard deviation over the seeds; empty where a score is undefined."""
-  tests = [json.loads((run / 'test' / 'metrics.json').read_text()) for run in runs]
+  tests = [results.read_numbers(run) for run in runs]
   module = tasks.create(row_config(config, name, 0)).model
   record = {'model': title, 'name': name, 'seeds': len(runs)}
   for column, key in SCORES[config.task].items():
@@ -189,7 +184,7 @@ def _ablation(config, seeds, workdir):
   for fusa, plain in PAIRS[config.task]:
     for seed in seeds:
       runs = [workdir / f'{name}-seed{seed}' for name in (fusa, plain)]
-      if all(map(is_finished, runs)):
+      if all(map(results.is_complete, runs)):
         tables = [results.read_table(run) for run in runs]
         found = compare.paired(tasks.KINDS[config.task], *tables)['per_patient']
         yield f'\n{fusa} minus {plain}, seed {seed}: {compare.per_patient_line(found)}'

@@ -86,7 +86,7 @@ def _build(cohort: str, cases: list[Case], raw_dir, data_dir, size, progress):
       )
     return pathlib.Path(builder.data_path)
   builder.cases, builder.progress = cases, progress
-  settings = tfds.download.DownloadConfig(manual_dir=str(raw_dir), register_checksums=False)
+  settings = tfds.download.DownloadConfig(register_checksums=False)
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download; there is none
       builder.download_and_prepare(download_config=settings)

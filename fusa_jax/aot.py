@@ -17,7 +17,7 @@ import ml_collections
 
 from fusa_jax import checkpoint, evaluate, sharding, tasks, tpu, train
 from fusa_jax.errors import DoesNotFitError
-from fusa_jax.files import replacing
+from fusa_jax.files import replacing, write_json
 
 
 def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
@@ -186,8 +186,7 @@ def aot(config: ml_collections.ConfigDict, name: str, topology: tpu.Topology, ou
       f'train.batch_size={config.train.batch_size} on {topology}: {error}; {hint}, and mesh.space shares images'
     ) from None
   path = output / f'{name}-{str(topology).replace(":", "_").replace(" ", "")}.json'
-  with replacing(path) as partial:
-    partial.write_text(json.dumps(result, indent=2) + '\n')
+  write_json(path, result)
   print(table(result))
   logging.info('as JSON: %s', path)
 
@@ -207,8 +206,7 @@ def sweep(config: ml_collections.ConfigDict, name: str, kind: str, page: pathlib
     results.append(report(config, topology))
     print(table(results[-1]), end='\n\n', flush=True)
   folder = page.with_suffix('')
-  with replacing(folder / f'{name}-{kind}-{per_chip:g}.json') as partial:
-    partial.write_text(json.dumps(results, indent=2) + '\n')
+  write_json(folder / f'{name}-{kind}-{per_chip:g}.json', results)
   with replacing(page) as partial:
     partial.write_text(scaling_page(folder))
 

@@ -1,6 +1,5 @@
 """Two runs on the same test patients: what one has over the other, patient by patient."""
 
-import json
 import logging
 import pathlib
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from fusa_jax import metrics, results, run_config, statistics, tasks
 from fusa_jax.errors import UserError
-from fusa_jax.files import replacing
+from fusa_jax.files import write_json
 
 
 def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path | None = None) -> dict:
@@ -32,24 +31,22 @@ def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path |
     raise UserError(f'--against: {workdir} and {against}: {error}') from None
   result = {'run': str(workdir), 'against': str(against), **found}
   output = output or workdir / 'test' / f'against-{"-".join(against.resolve().parts[-2:])}.json'
-  with replacing(output) as partial:
-    partial.write_text(json.dumps(result, indent=2) + '\n')
+  write_json(output, result)
   logging.info('%s', report(result))
   return result
 
 
-def difference_of_tests(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str | None:
-  """In which way two tables are not of the same test; None where they are."""
+def _difference_of_tests(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str | None:
+  """In which way two tables, each sorted, are not of the same test; None where they are."""
   patients = [set(table['patient'].tolist()) for table in (one, other)]
   if patients[0] != patients[1]:
     return (
       f'{len(patients[0] - patients[1])} patients are in the first only, {len(patients[1] - patients[0])} in the second'
     )
-  rows = [_sorted(table) for table in (one, other)]
-  if len(rows[0]['label']) != len(rows[1]['label']) or (rows[0]['slice'] != rows[1]['slice']).any():
+  if len(one['label']) != len(other['label']) or (one['slice'] != other['slice']).any():
     return 'not the same slices'
-  lesion = [table['tp'] + table['fn'] for table in rows]
-  if (rows[0]['label'] != rows[1]['label']).any() or (lesion[0] != lesion[1]).any():
+  lesion = [table['tp'] + table['fn'] for table in (one, other)]
+  if (one['label'] != other['label']).any() or (lesion[0] != lesion[1]).any():
     return 'not the same lesions'
   return None
 
@@ -68,10 +65,11 @@ def paired(kind, one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> di
   Raises:
     UserError: they are not of the same test.
   """
-  reason = difference_of_tests(one, other)
+  one, other = _sorted(one), _sorted(other)
+  reason = _difference_of_tests(one, other)
   if reason:
     raise UserError(f'the test sets differ ({reason}); evaluate both on the same fold and data')
-  one, other = (metrics.by_patient(_sorted(table)) for table in (one, other))
+  one, other = (metrics.by_patient(table) for table in (one, other))
   statistic = [patients.statistic(kind.definition) for patients in (one, other)]
   difference = statistics.difference(*statistic)
   values = [statistics.estimates(s, len(one)) for s in (*statistic, difference)]
@@ -103,7 +101,7 @@ def report(result: dict) -> str:
   """The comparison as a table for people."""
   lines = [f'{"":24}{"run":>10}{"against":>10}{"difference":>12}  95% interval']
   for name, row in result['numbers'].items():
-    cells = [_shown(row[key]) for key in ('run', 'against', 'difference')]
+    cells = [statistics.shown(row[key]) for key in ('run', 'against', 'difference')]
     lines.append('{:24}{:>10}{:>10}{:>12}  {}'.format(name, *cells, _interval(row['interval'])))
   return '\n'.join([*lines, f'per patient, {per_patient_line(result["per_patient"])}'])
 
@@ -111,14 +109,11 @@ def report(result: dict) -> str:
 def per_patient_line(found: dict) -> str:
   """What `paired` found of single patients, in a line."""
   left_out = f', {found["left_out"]} left out' if found['left_out'] else ''
+  difference, p = statistics.shown(found['difference']), statistics.shown(found['p'])
   return (
-    f'{found["score"]}: {_shown(found["difference"])} {_interval(found["interval"])}, sign-flip p {_shown(found["p"])} '
+    f'{found["score"]}: {difference} {_interval(found["interval"])}, sign-flip p {p} '
     f'({found["patients"]} patients: {found["better"]} better, {found["worse"]} worse{left_out})'
   )
-
-
-def _shown(value):
-  return 'undefined' if value is None else f'{value:.4f}'
 
 
 def _interval(pair):

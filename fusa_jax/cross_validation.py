@@ -1,7 +1,6 @@
 """Every fold in turn, each a run of its own, and all of them pooled: every patient is tested once, by a model that has
 not seen it."""
 
-import json
 import logging
 import pathlib
 import statistics as python_statistics
@@ -38,7 +37,7 @@ def cross_validate(
 
 def _is_finished(run, config):
   """Whether a fold has been tested as config.evaluate says."""
-  if not (run / 'test' / 'metrics.json').exists():
+  if not results.is_complete(run):
     return False
   return run_config.load(run).evaluate.to_json() == run_config.plain(config).evaluate.to_json()
 
@@ -81,7 +80,7 @@ def _pool(config, workdir, data_dir):
       'out; bring the old ones back, or start anew in another --workdir'
     )
   table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
-  tests = [json.loads((run / 'test' / 'metrics.json').read_text()) for run in folders]
+  tests = [results.read_numbers(run) for run in folders]
   volumes = [row for run in folders for row in results.read_volumes(run)]
   result = results.numbers(kind, table, config.evaluate.get('prevalences', ()))
   points = [one['operating_point'] for one in tests]

@@ -73,7 +73,7 @@ class Scorer:
       )
     columns['logit'] = columns['logit'].astype(np.float64) / temperature
     table = {'patient': split.patient, 'slice': split.slice, 'label': split.label.astype(np.int64), **columns}
-    return table | results.counts_at(table, histogram.BINS // 2)
+    return table | histogram.counts_at(columns['histogram'], histogram.HALF)
 
 
 def evaluate(
@@ -116,7 +116,6 @@ def evaluate(
       point = operating_point.choose(
         scorer.table(variables, dataset.validation, progress=sharding.is_main()),
         step=step,
-        source='the validation fold',
         score=task.kind.OVERLAP,
         target_sensitivity=config.evaluate.get('target_sensitivity'),
         fit_temperature=config.evaluate.get('fit_temperature', False),
@@ -126,7 +125,8 @@ def evaluate(
 
   # ---- the test fold
   table = scorer.table(variables, dataset.test, point.temperature, progress=sharding.is_main())
-  table |= {f'{key}_chosen': values for key, values in results.counts_at(table, point.bin).items()}
+  chosen = histogram.counts_at(table['histogram'], point.bin)
+  table |= {f'{key}_chosen': values for key, values in chosen.items()}
   volumes = None
   if scans and config.task == 'segmentation':
     predictor = predict.Predictor(config, task, mesh, step, variables, point)

@@ -2,10 +2,12 @@
 
 import contextlib
 import csv
+import json
 import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from fusa_jax.errors import UserError
 
@@ -39,6 +41,16 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
       os.replace(partial, path)
     finally:
       partial.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Anything that JSON can hold, for programs and for eyes.
+
+  Raises:
+    UserError: the system refuses to write there.
+  """
+  with replacing(path) as partial:
+    partial.write_text(json.dumps(value, indent=2) + '\n')
 
 
 def write_csv(path: pathlib.Path, rows: Iterable[dict]) -> None:

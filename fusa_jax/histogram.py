@@ -12,6 +12,7 @@ import numpy as np
 # apart around 0.5, which is one of them, and dense towards 0 and 1, where most pixels are.
 _PER_UNIT, _REACH = 16, 16
 BINS = 2 * _REACH * _PER_UNIT
+HALF = BINS // 2  # the bin that begins at a probability of 0.5
 RELIABILITY_BINS = 20  # of equal width in probability
 
 
@@ -25,7 +26,7 @@ def count(logits: jax.Array, truth: jax.Array, temperature: jax.Array) -> dict[s
     squared_error: float32 [B], sum of (probability - truth)^2.
   """
   logits, truth = (array.reshape(len(array), -1) for array in (logits.astype(jnp.float32), truth > 0))
-  fine = jnp.clip(jnp.floor(logits * _PER_UNIT) + BINS // 2, 0, BINS - 1).astype(jnp.int32)
+  fine = jnp.clip(jnp.floor(logits * _PER_UNIT) + HALF, 0, BINS - 1).astype(jnp.int32)
   probability = jax.nn.sigmoid(logits / temperature)
   coarse = jnp.clip((probability * RELIABILITY_BINS).astype(jnp.int32), 0, RELIABILITY_BINS - 1)
   values = jnp.stack([jnp.ones_like(probability), truth.astype(jnp.float32), probability], axis=-1)
@@ -41,21 +42,16 @@ def _sums(index, values, bins):
   return jax.vmap(lambda at, v: jnp.zeros((bins, *v.shape[1:]), v.dtype).at[at].add(v))(index, values)
 
 
-def edge(logit_threshold: float) -> int:
-  """The bin that begins at a logit."""
-  return int(np.clip(round(logit_threshold * _PER_UNIT) + BINS // 2, 0, BINS))
-
-
 def edges() -> np.ndarray:
   """The logit at which each bin begins [BINS]; minus infinity for the first, which has no lower end."""
-  start = (np.arange(BINS) - BINS // 2) / _PER_UNIT
+  start = (np.arange(BINS) - HALF) / _PER_UNIT
   start[0] = -np.inf
   return start
 
 
 def centres() -> np.ndarray:
   """The logit in the middle of each bin [BINS]."""
-  return (np.arange(BINS) - BINS // 2 + 0.5) / _PER_UNIT
+  return (np.arange(BINS) - HALF + 0.5) / _PER_UNIT
 
 
 def counts_from(histogram: np.ndarray) -> dict[str, np.ndarray]:
@@ -63,3 +59,10 @@ def counts_from(histogram: np.ndarray) -> dict[str, np.ndarray]:
   above = np.cumsum(np.asarray(histogram, np.int64)[..., ::-1], axis=-1)[..., ::-1]
   fp, tp = above[..., 0, :], above[..., 1, :]
   return {'tp': tp, 'fp': fp, 'fn': tp[..., :1] - tp, 'tn': fp[..., :1] - fp}
+
+
+def counts_at(histogram: np.ndarray, bin: int) -> dict[str, np.ndarray]:
+  """The same at one bin [...], without the other 511."""
+  above = histogram[..., bin:].sum(axis=-1, dtype=np.int64)
+  below = histogram[..., :bin].sum(axis=-1, dtype=np.int64)
+  return {'tp': above[..., 1], 'fp': above[..., 0], 'fn': below[..., 1], 'tn': below[..., 0]}

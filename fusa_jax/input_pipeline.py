@@ -6,7 +6,6 @@ step on any number of hosts, and each host reads its own rows only.
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -61,7 +60,7 @@ class Dataset:
 def load(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
   """Opens a prepared dataset: test = fold k, validation = fold k + 1, the rest is trained on.
 
-  A cohort of two patients has two folds and nothing left to validate on: `validation` is None.
+  A cohort of two patients has two folds and nothing left to validate on: `validation` is None (`parts`).
 
   Raises:
     UserError: nothing prepared there, prepared at another size, or no such fold.
@@ -74,18 +73,15 @@ def load(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
     raise UserError(
       f"data.fold: {fold!r}, but the folds of {data_dir} are 0 to {len(folds) - 1}; or 'all' of them in turn"
     )
-  test, validation = fold, (fold + 1) % len(folds)
-  if len(folds) < 3:
-    validation = None
-  train = [k for k in range(len(folds)) if k not in (test, validation)]
-  split = functools.partial(_split, builder, folds)
-  return Dataset(
-    name=builder.info.full_name,
-    image_size=size,
-    train=split(train),
-    validation=None if validation is None else split([validation]),
-    test=split([test]),
-  )
+  split = {part: _split(builder, folds, chosen) if chosen else None for part, chosen in parts(fold, len(folds)).items()}
+  return Dataset(name=builder.info.full_name, image_size=size, **split)
+
+
+def parts(fold: int, num_folds: int) -> dict[str, list[int]]:
+  """The folds that are trained on, validated on (none of fewer than three) and tested on, where `fold` is tested."""
+  validation = [(fold + 1) % num_folds] if num_folds > 2 else []
+  train = [k for k in range(num_folds) if k not in (fold, *validation)]
+  return {'train': train, 'validation': validation, 'test': [fold]}
 
 
 def folds(data_dir: str | pathlib.Path) -> list[list[dict]]:

@@ -163,21 +163,17 @@ def segmentation(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def detection(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Slices with a lesion found by a segmenter: a slice with any marked pixel is called positive.
+  """Slices with a lesion found, by a segmenter too: a slice with any marked pixel is called positive.
 
-  Its score, of which AUC is, is the highest probability in it.
+  AUC is that of the highest logit in it. Predictive values are at the prevalence of the test itself.
   """
-  counts = (totals[f'slice_{key}'] for key in COUNTS)
-  return {**diagnostic(*counts), 'auc': auc(totals)}
-
-
-def diagnostic(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray) -> dict[str, np.ndarray]:
-  """Sensitivity, specificity and the two predictive values at the prevalence of the test itself."""
+  tp, fp, fn, tn = (totals[f'slice_{key}'] for key in COUNTS)
   return {
     'sensitivity': ratio(tp, tp + fn),
     'specificity': ratio(tn, tn + fp),
     'ppv': ratio(tp, tp + fp),
     'npv': ratio(tn, tn + fn),
+    'auc': auc(totals),
   }
 
 
@@ -229,13 +225,8 @@ def roc(label: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
   One point per distinct score, so that slices that tie are admitted together. Both kinds of label must occur.
   """
-  tp, fp = _admitted(label, score)
-  return np.append(0, fp / fp[-1]), np.append(0, tp / tp[-1])
-
-
-def _admitted(label, score):
-  """Slices with and without lesion down to each distinct score, from the highest."""
   order = np.argsort(-np.asarray(score), kind='stable')
   label, score = np.asarray(label, bool)[order], np.asarray(score)[order]
   last_of_its_score = np.append(np.flatnonzero(np.diff(score)), len(score) - 1)
-  return np.cumsum(label)[last_of_its_score], np.cumsum(~label)[last_of_its_score]
+  true, false = np.cumsum(label)[last_of_its_score], np.cumsum(~label)[last_of_its_score]
+  return np.append(0, false / false[-1]), np.append(0, true / true[-1])

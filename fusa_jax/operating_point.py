@@ -10,7 +10,7 @@ from scipy import optimize, special
 
 from fusa_jax import histogram, metrics
 from fusa_jax.errors import UserError
-from fusa_jax.files import replacing
+from fusa_jax.files import write_json
 from fusa_jax.statistics import defined, ratio
 
 FILE = 'operating_point.json'
@@ -25,13 +25,13 @@ class OperatingPoint:
     bin: the first of the histograms' bins (fusa_jax.histogram) that is called a lesion, which it stands for.
     temperature: what logits are divided by; 1 leaves them as the network gives them.
     chosen_by: how and on what it was chosen, in words.
-    step: of the checkpoint that it was chosen for; None where nothing was there to choose on.
+    step: of the checkpoint that it is for; None where that is none.
     validation: Dice, sensitivity, specificity and precision there, at this threshold and at 0.5.
     curve: the same at every threshold, as lists.
   """
 
   threshold: float = 0.5
-  bin: int = histogram.BINS // 2
+  bin: int = histogram.HALF
   temperature: float = 1.0
   chosen_by: str = 'default: nothing to choose on'
   step: int | None = None
@@ -43,8 +43,7 @@ class OperatingPoint:
     return {'threshold': self.threshold, 'temperature': self.temperature, 'chosen_by': self.chosen_by}
 
   def save(self, workdir: pathlib.Path) -> None:
-    with replacing(workdir / FILE) as partial:
-      partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + '\n')
+    write_json(workdir / FILE, dataclasses.asdict(self))
 
 
 def load(workdir: pathlib.Path) -> OperatingPoint:
@@ -76,7 +75,6 @@ def choose(
   table: dict[str, np.ndarray],
   *,
   step: int,
-  source: str,
   score: str = 'Dice',
   target_sensitivity: float | None = None,
   fit_temperature: bool = False,
@@ -86,8 +84,7 @@ def choose(
   Args:
     table: of the validation fold, with its histograms.
     step: of the checkpoint that made it.
-    source: what the table is of, in words.
-    score: what Dice is called there; of slices it is F1.
+    score: what Dice is called; of slices it is F1.
     target_sensitivity: take the highest threshold that finds this share of what is lesion (pixels of a segmenter,
       slices of a classifier); None takes the one with the best Dice (of slices: F1).
     fit_temperature: divide logits by what makes them most likely on that fold (Guo et al. 2017, section 4.2). No
@@ -98,7 +95,7 @@ def choose(
   tp, fp, fn, tn = (counts[key] for key in metrics.COUNTS)
   temperature = temperature_of(pooled) if fit_temperature else 1.0
   if not tp[0] or not fp[0]:
-    return OperatingPoint(chosen_by=f'default: {source} has lesions only, or none', step=step)
+    return OperatingPoint(chosen_by='default: the validation fold has lesions only, or none', step=step)
   curve = {
     'threshold': special.expit(histogram.edges() / temperature),
     'dice': metrics.dice(tp, fp, fn),
@@ -106,14 +103,14 @@ def choose(
     'specificity': ratio(tn, tn + fp),
     'precision': ratio(tp, tp + fp),
   }
-  middle = histogram.BINS // 2
+  middle = histogram.HALF
   if target_sensitivity is None:
     best = np.flatnonzero(curve['dice'] == curve['dice'].max())
     chosen = int(best[np.argmin(np.abs(best - middle))])
-    how = f'best {score} on {source}'
+    how = f'best {score} on the validation fold'
   else:
     chosen = int(np.flatnonzero(curve['sensitivity'] >= target_sensitivity)[-1])
-    how = f'sensitivity of at least {target_sensitivity:g} on {source}'
+    how = f'sensitivity of at least {target_sensitivity:g} on the validation fold'
   at = lambda k: {name: defined(values[k]) for name, values in curve.items()}
   return OperatingPoint(
     threshold=float(curve['threshold'][chosen]),

@@ -1,7 +1,6 @@
 """Scans in, masks and numbers out, on each scan's own grid. Config and weights come from the workdir alone."""
 
 import dataclasses
-import json
 import logging
 import pathlib
 
@@ -12,7 +11,7 @@ import tqdm
 
 from fusa_jax import checkpoint, ct, operating_point, run_config, sharding, tasks
 from fusa_jax.errors import UserError
-from fusa_jax.files import replacing
+from fusa_jax.files import write_json
 
 
 def predict(
@@ -76,8 +75,7 @@ def predict(
     for kind, volume in volumes.items():
       if kind == 'mask' or probabilities:
         ct.write(output / f'{ct.stem(path)}_{kind}.nii.gz', volume, scan)
-    with replacing(output / f'{ct.stem(path)}.json') as partial:
-      partial.write_text(json.dumps(result, indent=2) + '\n')
+    write_json(output / f'{ct.stem(path)}.json', result)
     logging.info('%s: %s', path.name, _one_line(result))
 
 

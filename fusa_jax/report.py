@@ -31,9 +31,9 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
   Raises:
     UserError: the run was not evaluated.
   """
-  config = run_config.load(workdir)
+  config, folds = run_config.load(workdir), input_pipeline.folds(data_dir)
   table = results.read_table(workdir)
-  result = json.loads((workdir / 'test' / 'metrics.json').read_text())
+  result = results.read_numbers(workdir)
   kind = tasks.KINDS[config.task]
   runs = sorted(workdir.glob('fold*/')) if config.data.fold == 'all' else [workdir]
   charts = {name: figures.svg(figure) for name, figure in figures.charts(table, result).items()}
@@ -58,7 +58,8 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
     thresholds={
       name: figures.svg(figures.threshold_curve(p.curve, p.threshold)) for name, p in points.items() if p.curve
     },
-    data=_data_card(input_pipeline.folds(data_dir), config.data.fold),
+    data=_data_card(folds, config.data.fold),
+    validated=bool(input_pipeline.parts(0, len(folds))['validation']),
     overlays=list(_overlays(kind, table, runs)),
     is_phantom='phantom' in result['dataset'],
     libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -73,21 +74,18 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
 
 def _data_card(folds, tested):
   """A row for each fold: what it was used for, patients, slices, lesion volumes."""
+  roles = dict.fromkeys(range(len(folds)), 'tested once')
+  if tested != 'all':
+    parts = input_pipeline.parts(tested, len(folds))
+    roles = {k: {'train': 'training'}.get(part, part) for part, chosen in parts.items() for k in chosen}
   rows = []
   for k, patients in enumerate(folds):
-    role = 'training'
-    if tested == 'all':
-      role = 'tested once'
-    elif k == tested:
-      role = 'test'
-    elif k == (tested + 1) % len(folds) and len(folds) > 2:
-      role = 'validation'
     slices = np.concatenate([patient['lesion_voxels'] for patient in patients])
     volumes = np.array([patient['lesion_ml'] for patient in patients])
     rows.append(
       {
         'fold': k,
-        'role': role,
+        'role': roles[k],
         'patients': len(patients),
         'without_lesion': int((volumes == 0).sum()),
         'slices': len(slices),

@@ -12,19 +12,12 @@ import numpy as np
 
 from fusa_jax import figures, metrics, statistics
 from fusa_jax.errors import UserError
-from fusa_jax.files import replacing, write_csv, writing
+from fusa_jax.files import replacing, write_csv, write_json, writing
 
 COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS)
 TABLE = 'table.npz'
 # The same at any threshold.
 _OF_SCORES = ('auc', 'brier', 'ece')
-
-
-def counts_at(table: dict[str, np.ndarray], bin: int) -> dict[str, np.ndarray]:
-  """tp, fp, fn, tn of each slice, were every pixel from that bin of its histogram up called a lesion."""
-  above = table['histogram'][..., bin:].sum(axis=-1, dtype=np.int64)
-  below = table['histogram'][..., :bin].sum(axis=-1, dtype=np.int64)
-  return {'tp': above[:, 1], 'fp': above[:, 0], 'fn': below[:, 1], 'tn': below[:, 0]}
 
 
 def summary(kind: ModuleType, table: dict[str, np.ndarray]) -> dict[str, float | int | None]:
@@ -99,8 +92,17 @@ def write(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict, volu
   with replacing(folder / TABLE) as partial:
     np.savez_compressed(partial, **table)
   figures.write_charts(folder / 'figures', table, result)
-  with replacing(folder / 'metrics.json') as partial:
-    partial.write_text(json.dumps(result, indent=2) + '\n')
+  write_json(folder / 'metrics.json', result)
+
+
+def is_complete(workdir: pathlib.Path) -> bool:
+  """Whether a run's test/ has all that comparing, pooling and tables go by."""
+  return all((workdir / 'test' / name).exists() for name in (TABLE, 'metrics.json'))
+
+
+def read_numbers(workdir: pathlib.Path) -> dict:
+  """What metrics.json of a complete test/ holds."""
+  return json.loads((workdir / 'test' / 'metrics.json').read_text())
 
 
 def read_volumes(workdir: pathlib.Path) -> list[dict]:

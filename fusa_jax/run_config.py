@@ -7,7 +7,7 @@ import ml_collections
 
 from fusa_jax import sharding
 from fusa_jax.errors import UserError
-from fusa_jax.files import replacing
+from fusa_jax.files import write_json
 
 # Keys that may change between the stops of one run: they do not change its result.
 _HARMLESS = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.')
@@ -39,8 +39,7 @@ def _save(workdir, config):
     if differ:
       listed = ', '.join(f'{key} ({before.get(key)} -> {now.get(key)})' for key in differ)
       raise UserError(f'{workdir} holds a run of another config: {listed}; name another --workdir, or set these back')
-  with replacing(path) as partial:
-    partial.write_text(json.dumps(plain(config).to_dict(), indent=2) + '\n')
+  write_json(path, plain(config).to_dict())
 
 
 def save_split(workdir: pathlib.Path, split: dict[str, list[str]]) -> None:
@@ -56,8 +55,7 @@ def save_split(workdir: pathlib.Path, split: dict[str, list[str]]) -> None:
 def _save_split(workdir, split):
   before = load_split(workdir)
   if before is None:
-    with replacing(workdir / 'split.json') as partial:
-      partial.write_text(json.dumps(split, indent=1) + '\n')
+    write_json(workdir / 'split.json', split)
   elif before != split:
     raise UserError(
       f'{workdir}: the patients of its folds have changed since it was begun (files were added or taken out); '
@@ -71,13 +69,7 @@ def load_split(workdir: pathlib.Path) -> dict[str, list[str]] | None:
   Raises:
     UserError: the file is damaged.
   """
-  path = workdir / 'split.json'
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    return None
-  except json.JSONDecodeError as error:
-    raise UserError(f'{path}: damaged ({error}); restore it, or train anew in another --workdir') from None
+  return _read(workdir / 'split.json')
 
 
 def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -86,11 +78,18 @@ def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   Raises:
     UserError: there is no run in the workdir.
   """
-  path = workdir / 'config.json'
+  config = _read(workdir / 'config.json')
+  if config is None:
+    raise UserError(f'{workdir}: no run in it (config.json is missing); give --workdir of a trained run')
+  return ml_collections.ConfigDict(config)
+
+
+def _read(path):
+  """What a JSON file of a run holds; None where there is none."""
   try:
-    return ml_collections.ConfigDict(json.loads(path.read_text()))
+    return json.loads(path.read_text())
   except FileNotFoundError:
-    raise UserError(f'{workdir}: no run in it (config.json is missing); give --workdir of a trained run') from None
+    return None
   except json.JSONDecodeError as error:
     raise UserError(f'{path}: damaged ({error}); restore it, or train anew in another --workdir') from None
 

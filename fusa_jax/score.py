@@ -1,6 +1,5 @@
 """Masks against masks, whoever made them: predicted and true volumes in, a table of cases and their averages out."""
 
-import json
 import logging
 import os
 import pathlib
@@ -12,7 +11,7 @@ from scipy import ndimage
 
 from fusa_jax import ct, statistics, surface
 from fusa_jax.errors import UserError
-from fusa_jax.files import replacing, write_csv
+from fusa_jax.files import write_csv, write_json
 
 # The measures of a volume, in the order of the columns of volumes.csv.
 DEFINITIONS = {
@@ -81,8 +80,7 @@ def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> di
   result = {**summary(rows), 'source': str(source), 'truth': str(truth)}
   write_csv(output / 'volumes.csv', rows)
   # Last, so that a folder with scores.json is complete.
-  with replacing(output / 'scores.json') as partial:
-    partial.write_text(json.dumps(result, indent=2) + '\n')
+  write_json(output / 'scores.json', result)
   logging.info('%d volumes, means: %s', len(rows), _one_line(result['measures']))
   return result
 
@@ -198,10 +196,5 @@ def _case(path):
 
 def _one_line(measures):
   """The means for a log, with their intervals."""
-  shown = []
-  for name in _LOGGED:
-    mean, interval = measures[name]['mean'], measures[name]['mean_interval']
-    shown.append(f'{name} undefined' if mean is None else f'{name} {mean:.2f}')
-    if interval:
-      shown[-1] += f' [{interval[0]:.2f}, {interval[1]:.2f}]'
-  return ', '.join(shown)
+  shown = lambda measure: statistics.shown(measure['mean'], measure['mean_interval'], digits=2)
+  return ', '.join(f'{name} {shown(measures[name])}' for name in _LOGGED)

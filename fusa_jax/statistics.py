@@ -135,8 +135,8 @@ def defined(value: float) -> float | None:
   return float(value) if np.isfinite(value) else None
 
 
-def shown(value: float | None, interval: list[float] | None = None) -> str:
+def shown(value: float | None, interval: list[float] | None = None, digits: int = 4) -> str:
   """A number for people, with its interval."""
   if value is None:
     return 'undefined'
-  return f'{value:.4f}' + (f' [{interval[0]:.4f}, {interval[1]:.4f}]' if interval else '')
+  return f'{value:.{digits}f}' + (' [{:.{d}f}, {:.{d}f}]'.format(*interval, d=digits) if interval else '')

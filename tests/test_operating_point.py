@@ -20,7 +20,7 @@ def validation():
 
 
 def choose(table, **options):
-  return operating_point.choose(table, step=7, source='the validation fold', **options)
+  return operating_point.choose(table, step=7, **options)
 
 
 def test_best_dice(validation):

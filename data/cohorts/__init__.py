@@ -49,11 +49,14 @@ def paired(
   Raises:
     UserError: scans without a mask, a line each.
   """
-  lonely = [
-    f'{path}: its mask {mask_name(patient)} is missing; add it, or take the scan out'
-    for patient, path in scans.items()
-    if patient not in masks
-  ]
+  refuse_lonely(scans, masks, lambda patient: f'its mask {mask_name(patient)} is missing; add it, or take the scan out')
+  return [Case(patient, path, masks[patient], lesion_labels) for patient, path in sorted(scans.items())]
+
+
+def refuse_lonely(
+  paths: Mapping[str, pathlib.Path], partners: Mapping[str, pathlib.Path], problem: Callable[[str], str]
+) -> None:
+  """Raises a UserError where names of `paths` are not among `partners`: of each its path and its problem, a line."""
+  lonely = [f'{path}: {problem(name)}' for name, path in paths.items() if name not in partners]
   if lonely:
     raise UserError('\n'.join(lonely))
-  return [Case(patient, path, masks[patient], lesion_labels) for patient, path in sorted(scans.items())]

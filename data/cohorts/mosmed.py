@@ -6,8 +6,7 @@ pneumonia. Where the lesions of all others are is not known: they are left alone
 
 import pathlib
 
-from data.cohorts import Case, by_name
-from fusa_jax.errors import UserError
+from data.cohorts import Case, by_name, refuse_lonely
 
 
 def recognises(folder: pathlib.Path) -> bool:
@@ -22,11 +21,7 @@ def find(folder: pathlib.Path) -> list[Case]:
   """
   masks, healthy = by_name(folder / 'masks', '_mask'), by_name(folder / 'studies' / 'CT-0')
   studies = {name: path for severity in (folder / 'studies').glob('CT-*') for name, path in by_name(severity).items()}
-  lonely = [
-    f'{path}: its study {name} is in none of studies/CT-0 to CT-4; add it, or take the mask out'
-    for name, path in masks.items()
-    if name not in studies
-  ]
-  if lonely:
-    raise UserError('\n'.join(lonely))
+  refuse_lonely(
+    masks, studies, lambda name: f'its study {name} is in none of studies/CT-0 to CT-4; add it, or take the mask out'
+  )
   return [Case(name, studies[name], masks.get(name)) for name in sorted(masks.keys() | healthy.keys())]

@@ -49,7 +49,6 @@ class Builder(tfds.core.ShardBasedBuilder):
     *(Config(name=name, description=module.__doc__) for name, module in COHORTS.items()),
     Config(name='phantom', description='Synthetic chests in HU, in the naming of COVID-19-20.'),
   ]
-  MANUAL_DOWNLOAD_INSTRUCTIONS = 'The folder of the scans and masks, as released.'
 
   # Set before `download_and_prepare`: what to prepare, and what shows how far that is.
   cases = ()
@@ -58,7 +57,6 @@ class Builder(tfds.core.ShardBasedBuilder):
   def _info(self) -> tfds.core.DatasetInfo:
     return self.dataset_info_from_configs(
       features=features(self.builder_config.size),
-      homepage='https://covid-segmentation.grand-challenge.org/COVID-19-20/',
       supervised_keys=('image', 'mask'),
       disable_shuffling=True,
       metadata=tfds.core.MetadataDict(),
