@@ -90,7 +90,7 @@ def write_cohort(config: ml_collections.ConfigDict, raw_dir: pathlib.Path, *, sh
   """Writes the phantoms of the config under their own names, with other masks, or with slices of each other."""
   cases = covid19_20.find(prepare.draw_phantoms(config.data.image_size, progress=tqdm.tqdm, **config.data.phantom))
   scans = [ct.read(case.ct) for case in cases]
-  volumes = np.stack([scan.hu for scan in scans])
+  volumes = np.stack([scan.values for scan in scans])
   masks = np.stack([ct.read_mask(case.mask, scan) for case, scan in zip(cases, scans, strict=True)])
   if shuffled:
     masks = shuffle(masks, config.seed)

@@ -88,7 +88,7 @@ def read(case: Case) -> tuple[ct.Scan, np.ndarray]:
   """
   scan = ct.read(case.ct)
   if case.mask is None:
-    return scan, np.zeros(scan.hu.shape, np.uint8)
+    return scan, np.zeros(scan.values.shape, np.uint8)
   return scan, ct.read_mask(case.mask, scan, case.lesion_labels)
 
 
@@ -100,7 +100,7 @@ def _measure(case: Case) -> _Measured | str:
     return str(error)
   voxels = mask.sum(axis=(1, 2), dtype=np.int64)
   patient = Patient(case, tuple(map(int, voxels)), float(voxels.sum() * scan.voxel_ml))
-  return _Measured(patient, hashlib.sha256(scan.hu).hexdigest(), _thumbnail(scan.hu))
+  return _Measured(patient, hashlib.sha256(scan.values).hexdigest(), _thumbnail(scan.values))
 
 
 def _thumbnail(hu: np.ndarray) -> np.ndarray:

@@ -56,11 +56,11 @@ class Scan(Grid):
   """A scan on canonical axes, with what is needed to go back.
 
   Attributes:
-    hu: int16 [S, H, W], in Hounsfield units, at least AIR.
+    values: int16 [S, H, W], in Hounsfield units, at least AIR.
     header: the file's own header: its shape, affines and codes.
   """
 
-  hu: np.ndarray
+  values: np.ndarray
   header: nib.Nifti1Header
 
 
@@ -97,11 +97,11 @@ def read(path: pathlib.Path) -> Scan:
   hu = np.clip(values, AIR, np.iinfo(np.int16).max)
   if hu.dtype.kind == 'f':
     hu = np.rint(hu)
-  return Scan(**vars(grid), hu=np.ascontiguousarray(hu, np.int16), header=header)
+  return Scan(**vars(grid), values=np.ascontiguousarray(hu, np.int16), header=header)
 
 
 def read_mask(path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = ()) -> np.ndarray:
-  """Reads the lesion mask of a scan: uint8 {0, 1}, of scan.hu's shape and axes.
+  """Reads the lesion mask of a scan: uint8 {0, 1}, of scan.values's shape and axes.
 
   Args:
     path: of the file. It may be stored in another orientation than the scan's, as long as it covers the same grid.

@@ -128,19 +128,19 @@ class Predictor:
 
   def __call__(self, scan: ct.Scan) -> tuple[dict, dict[str, np.ndarray]]:
     """What NAME.json holds, and the volumes 'mask' and 'probability' [S, H, W] (none for classification)."""
-    probability = self._run(ct.network_slices(scan.hu, self._config.data.image_size))
+    probability = self._run(ct.network_slices(scan.values, self._config.data.image_size))
     result = {
       'scan': scan.path.name,
       'model': self._config.model.name,
       'step': self._step,
       **self._point.about(),
-      'num_slices': len(scan.hu),
+      'num_slices': len(scan.values),
     }
     if probability.ndim == 1:
       positive = probability >= self._point.threshold
       scores, volumes = probability, {}
     else:
-      probability = ct.resize(probability, scan.hu.shape[1:])
+      probability = ct.resize(probability, scan.values.shape[1:])
       mask = (probability >= self._point.threshold).astype(np.uint8)
       volumes = {'mask': mask, 'probability': probability}
       positive, scores = mask.any(axis=(1, 2)), probability.max(axis=(1, 2))

@@ -53,12 +53,12 @@ def test_every_orientation_is_brought_to_canonical_axes_and_back(tmp_path, codes
   data = np.asarray(stored.dataobj)
   assert nib.aff2axcodes(scan.affine) == ('L', 'P', 'S')
   # A voxel of the canonical volume lies where its affine says, and there the file has the same value.
-  for s, r, c in np.ndindex(scan.hu.shape):
+  for s, r, c in np.ndindex(scan.values.shape):
     world = affines.apply_affine(scan.affine, [c, r, s])
     place = affines.apply_affine(np.linalg.inv(stored.affine), world)
     np.testing.assert_allclose(place, np.rint(place), atol=1e-4)
-    assert scan.hu[s, r, c] == data[tuple(np.rint(place).astype(int))]
-  ct.write(tmp_path / 'back.nii.gz', scan.hu, scan)
+    assert scan.values[s, r, c] == data[tuple(np.rint(place).astype(int))]
+  ct.write(tmp_path / 'back.nii.gz', scan.values, scan)
   back = nib.load(tmp_path / 'back.nii.gz')
   np.testing.assert_array_equal(np.asarray(back.dataobj), data)
   np.testing.assert_array_equal(back.affine, stored.affine)
@@ -72,7 +72,7 @@ def test_mask_keeps_both_affines_and_their_codes_but_no_text(tmp_path, sform):
   image.header.extensions.append(nib.nifti1.Nifti1Extension('comment', b'born 1950'))
   nib.save(image, tmp_path / 'named.nii.gz')
   scan = ct.read(tmp_path / 'named.nii.gz')
-  mask = (scan.hu > 0).astype(np.uint8)
+  mask = (scan.values > 0).astype(np.uint8)
   ct.write(tmp_path / 'out' / 'mask.nii.gz', mask, scan)
   out = nib.load(tmp_path / 'out' / 'mask.nii.gz')
   assert out.get_data_dtype() == np.uint8
@@ -94,17 +94,17 @@ def test_scaling_is_applied(tmp_path, slope, intercept, dtype):
   nib.save(image, tmp_path / 'a.nii.gz')
   # Nibabel writes slope 1 where it can: whatever it wrote, its own reading is the truth.
   expected = np.rint(nib.load(tmp_path / 'a.nii.gz').get_fdata()).transpose(2, 1, 0)
-  np.testing.assert_array_equal(ct.read(tmp_path / 'a.nii.gz').hu, expected)
+  np.testing.assert_array_equal(ct.read(tmp_path / 'a.nii.gz').values, expected)
 
 
 @pytest.mark.parametrize('name', ['a.nii', 'a.nii.gz'])
 @pytest.mark.parametrize('image_class', [nib.Nifti1Image, nib.Nifti2Image])
 def test_both_formats(tmp_path, name, image_class):
   scan = ct.read(save(tmp_path / name, chest(), image_class=image_class))
-  np.testing.assert_array_equal(scan.hu, chest().transpose(2, 1, 0))
+  np.testing.assert_array_equal(scan.values, chest().transpose(2, 1, 0))
   np.testing.assert_allclose(scan.spacing, (5.0, 0.8, 0.7))
   np.testing.assert_allclose(scan.voxel_ml, 0.7 * 0.8 * 5 / 1000)
-  ct.write(tmp_path / 'out.nii.gz', scan.hu, scan)
+  ct.write(tmp_path / 'out.nii.gz', scan.values, scan)
   assert isinstance(nib.load(tmp_path / 'out.nii.gz'), image_class)
 
 
@@ -112,7 +112,7 @@ def test_padding_is_clipped_to_air(tmp_path):
   data = chest()
   data[0] = -3024
   data[1, 0, 0] = 3071
-  hu = ct.read(save(tmp_path / 'a.nii.gz', data)).hu
+  hu = ct.read(save(tmp_path / 'a.nii.gz', data)).values
   assert hu.dtype == np.int16
   np.testing.assert_array_equal(hu, np.maximum(data, -1024).transpose(2, 1, 0))
 
@@ -260,7 +260,7 @@ def test_a_mask_without_a_scan(tmp_path):
   scan = ct.read(save(tmp_path / 'a_ct.nii.gz', data, 'RAS', oblique=0.2))
   mask = ct.read_labels(save(tmp_path / 'a_seg.nii.gz', labels, 'RAS', oblique=0.2))
   np.testing.assert_array_equal(mask.mask, ct.read_mask(mask.path, scan))
-  assert mask.mask.dtype == np.uint8 and mask.shape == mask.mask.shape == scan.shape == scan.hu.shape
+  assert mask.mask.dtype == np.uint8 and mask.shape == mask.mask.shape == scan.shape == scan.values.shape
   np.testing.assert_allclose(mask.affine, scan.affine)
   assert mask.spacing == scan.spacing and mask.voxel_ml == scan.voxel_ml
   ct.check_same_grid(mask, scan, 'scan')

@@ -55,7 +55,7 @@ def test_a_batch_holds_what_the_files_hold(dataset, mesh, raw_dir):
     patient, number = dataset.train.patient[index], dataset.train.slice[index]
     scan = ct.read(raw_dir / f'{patient}_ct.nii.gz')
     mask = ct.read_mask(raw_dir / f'{patient}_seg.nii.gz', scan)
-    np.testing.assert_array_equal(batch['image'][row], scan.hu[number])
+    np.testing.assert_array_equal(batch['image'][row], scan.values[number])
     np.testing.assert_array_equal(batch['mask'][row], mask[number])
     assert batch['label'][row] == mask[number].any() == dataset.train.label[index]
 

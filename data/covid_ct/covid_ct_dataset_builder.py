@@ -105,7 +105,7 @@ def _write_shard(job) -> tuple[int, int]:
   case, size, path = job
   scan, mask = survey.read(case)
   label = mask.any(axis=(1, 2))
-  images = ct.network_slices(scan.hu, size)
+  images = ct.network_slices(scan.values, size)
   # A voxel of a resized mask is lesion where at least half of it was.
   masks = (ct.resize(mask, (size, size)) >= 0.5).astype(np.uint8)
   kinds = features(size)

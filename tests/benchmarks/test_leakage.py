@@ -30,7 +30,7 @@ def read(folder):
   cases = covid19_20.find(folder)
   scans = [ct.read(case.ct) for case in cases]
   masks = [ct.read_mask(case.mask, scan) for case, scan in zip(cases, scans, strict=True)]
-  return np.stack([scan.hu for scan in scans]), np.stack(masks)
+  return np.stack([scan.values for scan in scans]), np.stack(masks)
 
 
 def test_slices_are_dealt_once_each_at_their_level_and_apart_from_their_neighbours():

@@ -37,7 +37,7 @@ def test_every_slice_is_stored_in_order_with_its_facts(data_dir, raw_dir):
       assert entry['lesion_ml'] == pytest.approx(mask.sum() * scan.voxel_ml)
       for index in range(SLICES):
         example = next(examples)
-        np.testing.assert_array_equal(example['image'], scan.hu[index])
+        np.testing.assert_array_equal(example['image'], scan.values[index])
         np.testing.assert_array_equal(example['mask'], mask[index])
         assert example['image'].dtype == np.int16 and example['mask'].dtype == np.uint8
         assert example['label'] == mask[index].any()
@@ -58,7 +58,7 @@ def test_other_sizes_are_resized(raw_dir, tmp_path):
   example = builder.as_data_source(split='fold0')[SLICES // 2]
   assert example['image'].shape == example['mask'].shape == (16, 16)
   scan = ct.read(raw_dir / f'{example["patient"].decode()}_ct.nii.gz')
-  np.testing.assert_array_equal(example['image'], ct.network_slices(scan.hu, 16)[SLICES // 2])
+  np.testing.assert_array_equal(example['image'], ct.network_slices(scan.values, 16)[SLICES // 2])
 
 
 def patient(name, load):
