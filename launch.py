@@ -222,10 +222,17 @@ def prepared(config) -> pathlib.Path:
     from data import prepare
 
     if data.raw_dir:
-      return str(prepare.prepare(data.raw_dir, data.dir, data.image_size, tqdm.tqdm, data.lesion_labels))
+      return str(prepare.prepare(data.raw_dir, data.dir, data.image_size, tqdm.tqdm, wanted(data)))
     return str(prepare.prepare_phantom(data.dir, data.image_size, progress=tqdm.tqdm, **data.phantom))
 
   return pathlib.Path(sharding.on_main(prepare_data))
+
+
+def wanted(data):
+  """What a config says of how a cohort's files are to be taken."""
+  from data.cohorts import Wanted
+
+  return Wanted(*(data[key] for key in Wanted._fields))
 
 
 def scans(config) -> dict | None:
@@ -242,7 +249,7 @@ def scans(config) -> dict | None:
     logging.info('masks are not scored as volumes by several hosts; --mode=evaluate on one of them does')
     return None
   if data.raw_dir:
-    return prepare.scans(data.raw_dir, data.lesion_labels)
+    return prepare.scans(data.raw_dir, wanted(data))
   return prepare.scans(prepare.draw_phantoms(data.image_size, **data.phantom))
 
 

@@ -1,39 +1,94 @@
 """A folder of scans as released -> which cohort it is, and its cases."""
 
+import logging
 import pathlib
 
-from data.cohorts import Case, covid19_20, decathlon, mosmed, nnunet, pairs, zenodo_20
+from data.cohorts import (
+  AS_RELEASED,
+  Case,
+  Wanted,
+  covid19_20,
+  decathlon,
+  medseg,
+  mosmed,
+  nnunet,
+  pairs,
+  slices,
+  zenodo_20,
+)
+from fusa_jax import ct
 from fusa_jax.errors import UserError
 
-# In the order in which a folder is tried: what is more particular first.
+# In the order in which a folder is tried: what is more particular first. COVID-CT-MD comes as DICOM, which is not read
+# yet; when it is, its file finds the series and gives their slices' labels.
 COHORTS = {
   'covid19_20': covid19_20,
   'zenodo_20': zenodo_20,
   'mosmed': mosmed,
+  'medseg': medseg,
   'decathlon': decathlon,
   'nnunet': nnunet,
   'pairs': pairs,
+  'slices': slices,
 }
+PATIENTS = ('named', 'each_slice')
 
 
-def find(raw_dir: str | pathlib.Path, lesion_labels: tuple[int, ...] = ()) -> tuple[str, list[Case]]:
-  """The cohort's name and its cases, sorted by patient.
+def find(raw_dir: str | pathlib.Path, wanted: Wanted = AS_RELEASED) -> tuple[str, list[Case]]:
+  """The cohort's name and its cases as wanted, sorted by patient.
 
   Args:
     raw_dir: the folder, as it was unpacked.
-    lesion_labels: values of the masks that are lesion, in the place of what the cohort says; () leaves that.
+    wanted: what its user says of it.
 
   Raises:
-    UserError: no folder; a layout that is none of COHORTS'; files that are missing, a line each.
+    UserError: no folder; a layout that is none of COHORTS'; files that are missing, a line each; values of the other
+      kind; slices of unknown patients where that was not said.
   """
   folder = pathlib.Path(raw_dir)
+  if wanted.values not in ct.VALUES:
+    raise UserError(f'data.values: there is no {wanted.values!r}; one of {", ".join(ct.VALUES)}')
+  if wanted.patients not in PATIENTS:
+    raise UserError(f'data.patients: there is no {wanted.patients!r}; one of {", ".join(PATIENTS)}')
   if not folder.is_dir():
     raise UserError(f'data.raw_dir: {folder} is no folder; give the one that holds the scans')
   for name, cohort in COHORTS.items():
     if cohort.recognises(folder):
-      cases = cohort.find(folder)
-      return name, [case._replace(lesion_labels=tuple(lesion_labels)) for case in cases] if lesion_labels else cases
+      cases = _of_known_patients(folder, _of_values(folder, cohort.find(folder), wanted), wanted)
+      if wanted.lesion_labels:
+        cases = [case._replace(lesion_labels=tuple(wanted.lesion_labels)) for case in cases]
+      return name, sorted(cases, key=lambda case: case.patient)
   raise UserError(
     f'{folder}: no scans with masks in a naming that is known (X_ct.nii.gz beside X_seg.nii.gz, X.nii.gz beside '
-    'X_mask.nii.gz, imagesTr and labelsTr, dataset.json, ...: docs/data.md); give that folder, or rename the files'
+    'X_mask.nii.gz, imagesTr and labelsTr, dataset.json, images and masks, ...: docs/data.md); give that folder, or '
+    'rename the files'
   )
+
+
+def _of_values(folder, cases, wanted):
+  """The cases of that kind of values, said to be so; those of the other kind are left out."""
+  chosen = [case._replace(values=wanted.values) for case in cases if case.values in (None, wanted.values)]
+  if cases and not chosen:
+    if wanted.values == 'hu':
+      raise UserError(f'{folder}: holds 8-bit grey values, not HU; say so with --config.data.values=grey')
+    raise UserError(f'{folder}: holds Hounsfield units, not grey values; leave out --config.data.values=grey')
+  return chosen
+
+
+def _of_known_patients(folder, cases, wanted):
+  """The cases whose patients are known, or all where that is not asked for."""
+  if wanted.patients == 'each_slice':
+    return cases
+  named = [case for case in cases if case.named]
+  if cases and not named:
+    raise UserError(
+      f'{folder}: whose slices these are is not known, so that a patient may be both trained on and tested; add '
+      'slices.csv (name,patient), or say --config.data.patients=each_slice and take no number for one of new patients'
+    )
+  if len(named) < len(cases):
+    logging.warning(
+      '%s: %d slices of unknown patients are left out; --config.data.patients=each_slice takes them, too',
+      folder,
+      len(cases) - len(named),
+    )
+  return named

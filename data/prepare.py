@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import tensorflow_datasets as tfds
 
-from data import survey
-from data.cohorts import Case, phantom
+from data import read, survey
+from data.cohorts import AS_RELEASED, Case, Wanted, phantom
 from data.covid_ct import Builder, Config
 from data.find import find
 from data.workers import silent
@@ -21,9 +21,7 @@ from fusa_jax.errors import UserError
 CACHE = pathlib.Path('~/.cache/fusa_jax').expanduser()
 
 
-def prepare(
-  raw_dir: str, data_dir: str, size: int, progress=silent, lesion_labels: tuple[int, ...] = ()
-) -> pathlib.Path:
+def prepare(raw_dir: str, data_dir: str, size: int, progress=silent, wanted: Wanted = AS_RELEASED) -> pathlib.Path:
   """Prepares the cohort in `raw_dir` at size x size, or finds it prepared; gives the folder that training reads.
 
   Args:
@@ -31,12 +29,12 @@ def prepare(
     data_dir: where the dataset goes; '' takes a cache folder that is keyed by the cohort's files and the size.
     size: side of the square slices.
     progress: wraps an iterable, as tqdm.tqdm does, and shows how far it is.
-    lesion_labels: values of the masks that are lesion; () is what the cohort says.
+    wanted: what its user says of the cohort.
 
   Raises:
     UserError: what is wrong with the cohort's files, all of it; or `data_dir` holds another cohort.
   """
-  return _build(*find(raw_dir, lesion_labels), raw_dir, data_dir, size, progress)
+  return _build(*find(raw_dir, wanted), raw_dir, data_dir, size, progress)
 
 
 def prepare_phantom(data_dir: str, size: int, patients: int, slices: int, seed: int, progress=silent) -> pathlib.Path:
@@ -57,19 +55,22 @@ def draw_phantoms(size: int, patients: int, slices: int, seed: int, progress=sil
   return raw_dir
 
 
-def scans(raw_dir: str | pathlib.Path, lesion_labels: tuple[int, ...] = ()) -> dict[str, Callable]:
-  """By patient, a function of nothing that reads the scan and its mask as released (`survey.read`).
+def scans(raw_dir: str | pathlib.Path, wanted: Wanted = AS_RELEASED) -> dict[str, Callable]:
+  """By patient, a function of nothing that reads the scan and its mask as released (`read.volume`).
+
+  Pictures and loose slices, which are no volumes, are not among them.
 
   Raises:
     UserError: as `prepare`, for files that are missing.
   """
-  return {case.patient: functools.partial(survey.read, case) for case in find(raw_dir, lesion_labels)[1]}
+  cases = [case for case in find(raw_dir, wanted)[1] if not isinstance(case.ct, tuple) and case.slice is None]
+  return {case.patient: functools.partial(read.volume, case) for case in cases}
 
 
 def _build(cohort: str, cases: list[Case], raw_dir, data_dir, size, progress):
-  files, labels = survey.fingerprint(cases), list(cases[0].lesion_labels)
+  files, taken = survey.fingerprint(cases), survey.taken(cases)
   if not data_dir:
-    key = [files, size, str(Builder.VERSION), *labels]
+    key = [files, size, str(Builder.VERSION), taken]
     data_dir = CACHE / f'{cohort}-{size}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}'
   # TFDS wants a name of its own for a config that is not one of the builder's.
   config = cohort if size == Config.size else Config(name=f'{cohort}_{size}', size=size)
@@ -80,10 +81,12 @@ def _build(cohort: str, cases: list[Case], raw_dir, data_dir, size, progress):
         f'data.dir: {data_dir} was prepared from other files than {raw_dir} holds now; '
         'name another folder, or delete this one'
       )
-    if list(builder.info.metadata.get('lesion_labels', ())) != labels:
-      raise UserError(
-        f'data.dir: {data_dir} was prepared with other data.lesion_labels; name another folder, or delete this one'
-      )
+    for key, value in taken.items():
+      if builder.info.metadata[key] != value:
+        raise UserError(
+          f'data.dir: {data_dir} was prepared with other data.{key} ({builder.info.metadata[key]}); name another '
+          'folder, or delete this one'
+        )
     return pathlib.Path(builder.data_path)
   builder.cases, builder.progress = cases, progress
   settings = tfds.download.DownloadConfig(register_checksums=False)

@@ -4,12 +4,14 @@ patients dealt into folds."""
 import dataclasses
 import hashlib
 import logging
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
+from data import read
 from data.cohorts import Case
 from data.workers import pool, silent
 from fusa_jax import ct
@@ -26,27 +28,39 @@ _ALIKE = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Patient:
-  """What the survey found of one case: lesion voxels in each slice (inferior to superior), volume in mL."""
+  """What the survey found of one case: lesion voxels in each slice, and their volume in mL (see `read.Slices`)."""
 
   case: Case
   lesion_voxels: tuple[int, ...]
-  lesion_ml: float
+  lesion_ml: float | None
+
+  @property
+  def burden(self) -> float:
+    """What folds are stratified by: mL of lesion; of pictures, which have no size, pixels."""
+    return sum(self.lesion_voxels) if self.lesion_ml is None else self.lesion_ml
 
 
 class _Measured(NamedTuple):
-  """A patient with what its scan is recognised by: equal in copies, and alike (see _thumbnail)."""
+  """A patient with what its images are recognised by.
+
+  Attributes:
+    patient: whose they are.
+    digests: by file, a hash of the scan's or the picture's values: equal in copies.
+    thumbnail: of a scan, and alike in scans of one study (see _thumbnail). Pictures have none: those of neighbouring
+      slices are as much alike as two of one slice.
+  """
 
   patient: Patient
-  digest: str
-  thumbnail: np.ndarray
+  digests: dict[str, str]
+  thumbnail: np.ndarray | None
 
 
 def survey(cases: Sequence[Case], progress: Callable[..., Iterable] = silent) -> list[Patient]:
   """Reads all files of a cohort on all cores. Scans that look like one and the same are warned of, a line a pair.
 
   Raises:
-    UserError: all that is wrong with any of the files, a line each; also a scan that is there twice, however it is
-      stored: one of the two could be trained on and the other tested.
+    UserError: all that is wrong with any of the files, a line each; also a scan or a picture that is there twice,
+      however it is stored: one of the two could be trained on and the other tested.
   """
   found, errors = [], []
   with pool(len(cases)) as run:
@@ -60,9 +74,9 @@ def survey(cases: Sequence[Case], progress: Callable[..., Iterable] = silent) ->
 
 
 def deal(patients: Sequence[Patient]) -> list[list[Patient]]:
-  """Patients in at most five folds, stratified by lesion volume; the same for any order of `patients`.
+  """Patients in at most five folds, stratified by their burden; the same for any order of `patients`.
 
-  They are dealt in order of their volume, forth and back over the folds, so that each fold gets one of each five
+  They are dealt in order of it, forth and back over the folds, so that each fold gets one of each five
   neighbours and none gets always the heavier one. With fewer than five patients there is a fold for each.
 
   Raises:
@@ -70,7 +84,7 @@ def deal(patients: Sequence[Patient]) -> list[list[Patient]]:
   """
   if len(patients) < 2:
     raise UserError(f'{len(patients)} patient in the cohort; at least 2 are needed to test on one not trained on')
-  ordered = sorted(patients, key=lambda p: (-p.lesion_ml, p.case.patient))
+  ordered = sorted(patients, key=lambda p: (-p.burden, p.case.patient))
   folds = [[] for _ in range(min(NUM_FOLDS, len(ordered)))]
   for start in range(0, len(ordered), len(folds)):
     group = ordered[start : start + len(folds)]
@@ -80,37 +94,32 @@ def deal(patients: Sequence[Patient]) -> list[list[Patient]]:
   return [sorted(fold, key=lambda p: p.case.patient) for fold in folds]
 
 
-def read(case: Case) -> tuple[ct.Scan, np.ndarray]:
-  """A case's scan, and its mask: uint8 {0, 1} on the scan's axes.
-
-  Raises:
-    UserError: as `ct.read` and `ct.read_mask`.
-  """
-  scan = ct.read(case.ct)
-  if case.mask is None:
-    return scan, np.zeros(scan.values.shape, np.uint8)
-  return scan, ct.read_mask(case.mask, scan, case.lesion_labels)
-
-
 def _measure(case: Case) -> _Measured | str:
   """What was found of a case, or what is wrong with its files (errors are data here: all of them are wanted)."""
   try:
-    scan, mask = read(case)
+    found = read.slices(case)
   except UserError as error:
     return str(error)
-  voxels = mask.sum(axis=(1, 2), dtype=np.int64)
-  patient = Patient(case, tuple(map(int, voxels)), float(voxels.sum() * scan.voxel_ml))
-  return _Measured(patient, hashlib.sha256(scan.values).hexdigest(), _thumbnail(scan.values))
+  patient = Patient(case, found.lesion_voxels, found.lesion_ml)
+  if found.lesion_ml is not None:
+    return _Measured(patient, {str(case.ct): _digest(found.images)}, _thumbnail(found.images, case.values))
+  names = map(str, case.ct) if isinstance(case.ct, tuple) else [f'{case.ct}, slice {case.slice}']
+  return _Measured(patient, dict(zip(names, map(_digest, found.images), strict=True)), None)
 
 
-def _thumbnail(hu: np.ndarray) -> np.ndarray:
-  """The fine detail of HU [S, H, W] as a vector of length 1: the product of two is their correlation.
+def _digest(values: np.ndarray) -> str:
+  return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()
+
+
+def _thumbnail(values: np.ndarray, kind: str) -> np.ndarray:
+  """The fine detail of a scan [S, H, W] as a vector of length 1: the product of two is their correlation.
 
   All chests have the same coarse shapes, so that whole thumbnails of two patients correlate at 0.9. What is left
   without them, the edges of vessels, ribs and organs, is the patient's own.
   """
   slices, height, width = _THUMBNAIL
-  small = ct.resize(np.clip(hu, -1000, 300), (height, width))
+  clipped = np.clip(values, -1000, 300) if kind == 'hu' else values
+  small = ct.resize(clipped, (height, width))
   small = ct.resize(small.swapaxes(0, 1), (slices, width))  # [height, slices, width]
   detail = small - ndimage.gaussian_filter(small, (1, 0, 1))
   detail -= detail.mean()
@@ -118,19 +127,22 @@ def _thumbnail(hu: np.ndarray) -> np.ndarray:
 
 
 def _copies(found: Sequence[_Measured]) -> list[str]:
-  """A line for each scan that has the voxels of one before it."""
+  """A line for each scan or picture that has the values of one before it."""
   first, lines = {}, []
-  for scan in found:
-    known = first.setdefault(scan.digest, scan)
-    if known is not scan:
+  for name, digest in (item for measured in found for item in measured.digests.items()):
+    known = first.setdefault(digest, name)
+    if known != name:
       lines.append(
-        f'{scan.patient.case.ct}: the same scan as {known.patient.case.ct.name}, voxel for voxel, so it would be both '
-        'trained on and tested, or count twice; remove one of the two, with its mask'
+        f'{name}: the same image as {pathlib.Path(known).name}, value for value, so it would be both trained on and '
+        'tested, or count twice; remove one of the two, with its mask'
       )
   return lines
 
 
 def _warn_of_alike(found: Sequence[_Measured]) -> None:
+  found = [scan for scan in found if scan.thumbnail is not None]
+  if not found:
+    return
   thumbnails = np.stack([scan.thumbnail for scan in found])
   correlations = np.triu(thumbnails @ thumbnails.T, k=1)
   for one, other in np.argwhere(correlations >= _ALIKE):
@@ -143,7 +155,16 @@ def _warn_of_alike(found: Sequence[_Measured]) -> None:
     )
 
 
+def taken(cases: Sequence[Case]) -> dict:
+  """How a cohort's files were taken, in the keys of config.data of the same names."""
+  return {
+    'lesion_labels': list(cases[0].lesion_labels),
+    'values': cases[0].values,
+    'patients': 'named' if all(case.named for case in cases) else 'each_slice',
+  }
+
+
 def fingerprint(cases: Sequence[Case]) -> list[list]:
   """What tells one state of a cohort's files from another: names, sizes and times of change."""
-  paths = [path for case in cases for path in (case.ct, case.mask) if path is not None]
+  paths = dict.fromkeys(path for case in cases for path in case.files)
   return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
-# Above this HU is tissue: where there is no lesion to crop around, a crop shows some of the body.
-_TISSUE = -500
+from fusa_jax import window
 
 
 class Augmentation(NamedTuple):
@@ -21,8 +21,10 @@ class Augmentation(NamedTuple):
     crop_probability: of cropping; otherwise the whole slice is kept.
     crop_fractions: sides of a crop relative to the slice's, one drawn for each row (the paper: 1/2, 1/4, 1/8).
     flip: mirror left and right with probability 1/2.
-    hu_shift: up to so many HU, up or down, are added to all of a slice.
-    hu_scale: up to this fraction a slice's contrast around water (0 HU) is raised or lowered.
+    hu_shift: up to so much, up or down, is added to all of a slice.
+    hu_scale: up to this fraction a slice's contrast around water is raised or lowered.
+    water: the value of water, 0 HU.
+    tissue: above this value is tissue: where there is no lesion to crop around, a crop shows some of the body.
   """
 
   crop_probability: float = 0.0
@@ -30,10 +32,26 @@ class Augmentation(NamedTuple):
   flip: bool = False
   hu_shift: float = 0.0
   hu_scale: float = 0.0
+  water: float = 0.0
+  tissue: float = -500.0
+
+
+def create(config: ml_collections.ConfigDict) -> Augmentation:
+  """What config.augment asks for, in the values of config.data; black and white of grey are the HU window's ends."""
+  options = Augmentation(**config.augment)
+  if config.data['values'] == 'hu':
+    return options
+  (black, white), (low, high) = window.GREY, config.data.window
+  a_hu = (white - black) / (high - low)
+  return options._replace(
+    hu_shift=options.hu_shift * a_hu,
+    water=black + (options.water - low) * a_hu,
+    tissue=black + (options.tissue - low) * a_hu,
+  )
 
 
 def augment(key: jax.Array, image: jax.Array, mask: jax.Array, options: Augmentation) -> tuple[jax.Array, jax.Array]:
-  """image [B, H, W] in HU and mask [B, H, W] {0, 1} -> the same, float32 and uint8, changed row by row at random."""
+  """image and mask {0, 1}, both [B, H, W] -> the same, float32 and uint8, changed row by row at random."""
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(image)))
   return jax.vmap(lambda *row: _row(*row, options))(keys, image.astype(jnp.float32), mask)
 
@@ -45,7 +63,7 @@ def _row(key, image, mask, options):
   if options.crop_probability:
     fraction = jax.random.choice(keys['fraction'], jnp.asarray(options.crop_fractions, jnp.float32))
     fraction = jnp.where(jax.random.bernoulli(keys['crop'], options.crop_probability), fraction, 1.0)
-    foreground = jnp.where(mask.any(), mask > 0, image > _TISSUE)
+    foreground = jnp.where(mask.any(), mask > 0, image > options.tissue)
     top_left = crop_around(keys['place'], random_point(keys['point'], foreground), fraction, image.shape)
     image, mask = crop(image, mask, top_left, fraction)
   if options.flip:
@@ -54,7 +72,8 @@ def _row(key, image, mask, options):
   if options.hu_shift:
     image += jax.random.uniform(keys['shift'], minval=-options.hu_shift, maxval=options.hu_shift)
   if options.hu_scale:
-    image *= 1 + jax.random.uniform(keys['scale'], minval=-options.hu_scale, maxval=options.hu_scale)
+    contrast = 1 + jax.random.uniform(keys['scale'], minval=-options.hu_scale, maxval=options.hu_scale)
+    image = options.water + (image - options.water) * contrast
   return image, mask
 
 

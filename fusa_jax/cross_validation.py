@@ -102,8 +102,7 @@ def _pool(config, workdir, data_dir):
     'over_folds': {name: _spread([one[name] for one in tests]) for name in kind.SHOWN},
     'step': [one['step'] for one in tests],
     'parameters': tests[0]['parameters'],
-    'dataset': tests[0]['dataset'],
-    'commit': tests[0]['commit'],
+    **{name: tests[0][name] for name in ('dataset', 'values', 'split', 'commit')},
   }
   if volumes:
     result['volumes'] = score.summary(volumes)

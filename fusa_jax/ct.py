@@ -1,8 +1,9 @@
 """One CT scan: read it, check it, bring it to canonical axes; and write what was made on them on the scan's own grid.
 
 Canonical axes, the way a radiologist sees axial slices: [S, H, W] with axis 0 from inferior to superior, axis 1 from
-anterior to posterior (row 0 is the front of the chest), axis 2 from the patient's right to left. Values are int16
-Hounsfield units. NumPy only: worker processes import this file, and they should start quickly.
+anterior to posterior (row 0 is the front of the chest), axis 2 from the patient's right to left. Values are int16, in
+Hounsfield units or, of scans that were windowed and saved as 8-bit images, grey of 0 to 255. NumPy only: worker
+processes import this file, and they should start quickly.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import gzip
 import logging
 import pathlib
 import zlib
+from collections.abc import Sequence
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +23,8 @@ from fusa_jax.files import replacing
 
 # What scanners call air outside of the field of view lies below this (-2000, -3024, ...); it is no tissue.
 AIR = -1024
+# The two kinds of values that networks are trained on, never both.
+VALUES = ('hu', 'grey')
 # What nibabel would print of a damaged header is part of the error raised here.
 logging.getLogger('nibabel.global').setLevel(logging.CRITICAL)
 _CANONICAL = orientations.axcodes2ornt(('L', 'P', 'S'))
@@ -56,7 +60,7 @@ class Scan(Grid):
   """A scan on canonical axes, with what is needed to go back.
 
   Attributes:
-    values: int16 [S, H, W], in Hounsfield units, at least AIR.
+    values: int16 [S, H, W]: Hounsfield units, at least AIR; or grey, 0 to 255.
     header: the file's own header: its shape, affines and codes.
   """
 
@@ -84,15 +88,23 @@ def stem(path: pathlib.Path) -> str:
   return path.name.removesuffix('.gz').removesuffix('.nii')
 
 
-def read(path: pathlib.Path) -> Scan:
+def read(path: pathlib.Path, kind: str = 'hu', windowed: bool = False) -> Scan:
   """Reads a CT scan from .nii or .nii.gz, in whatever orientation and with whatever affine and scaling.
+
+  Args:
+    path: of the file.
+    kind: one of VALUES, which the file's have to be.
+    windowed: whether HU are known to have lost what lay above a window; otherwise such are refused.
 
   Raises:
     UserError: unreadable or truncated; not 3D; fewer than 2 slices; an affine that maps no volume; NaN or infinite
-      values; values that are not Hounsfield units. The message names the file and the reason.
+      values; values of another kind. The message names the file and the reason.
   """
   values, grid, header = _read_canonical(pathlib.Path(path))
-  _check_hu(values, grid.path)
+  if kind == 'grey':
+    _check_grey(values, grid.path)
+  else:
+    _check_hu(values, grid.path, windowed)
   # The upper bound is int16's; metal goes to a few tens of thousands on extended scales.
   hu = np.clip(values, AIR, np.iinfo(np.int16).max)
   if hu.dtype.kind == 'f':
@@ -129,6 +141,15 @@ def read_labels(path: pathlib.Path) -> Mask:
   """
   values, grid, _ = _read_canonical(pathlib.Path(path))
   return Mask(**vars(grid), mask=_binary(values, grid.path, 'save one lesion label as 1'))
+
+
+def read_grid(path: pathlib.Path) -> Grid:
+  """Where a file's voxels lie.
+
+  Raises:
+    UserError: as `read`, but for HU.
+  """
+  return _read_canonical(pathlib.Path(path))[1]
 
 
 def check_same_grid(mask: Grid, other: Grid, kind: str) -> None:
@@ -169,18 +190,19 @@ def write(path: pathlib.Path, volume: np.ndarray, scan: Scan) -> None:
     nib.save(image, partial)
 
 
-def network_slices(hu: np.ndarray, size: int) -> np.ndarray:
-  """HU [S, H, W] -> int16 HU [S, size, size]: what datasets store and networks see, in training and in prediction."""
-  return np.rint(resize(hu, (size, size))).astype(np.int16)
+def network_slices(slices: Sequence[np.ndarray], size: int) -> np.ndarray:
+  """Slices, each [H, W] -> int16 [S, size, size]: what datasets store and networks see, in training and prediction."""
+  return np.rint(resize(slices, (size, size))).astype(np.int16)
 
 
-def resize(slices: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-  """Slices [S, H, W] -> float32 [S, *shape], bilinear, with the filter widened where it shrinks (no aliasing)."""
-  if slices.shape[1:] == tuple(shape):
-    return slices.astype(np.float32)
+def resize(slices: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+  """Slices, each [H, W] -> float32 [S, *shape], bilinear, with the filter widened where it shrinks (no aliasing)."""
   height, width = shape
   out = np.empty((len(slices), height, width), np.float32)
   for target, source in zip(out, slices, strict=True):
+    if source.shape == (height, width):
+      target[:] = source
+      continue
     image = Image.fromarray(np.ascontiguousarray(source, np.float32))
     target[:] = image.resize((width, height), Image.Resampling.BILINEAR)
   return out
@@ -258,14 +280,33 @@ def _corner_distance(affine, other, shape):
   return np.linalg.norm((affine - other)[:3, :3] @ corners + (affine - other)[:3, 3:], axis=0).max()
 
 
-def _check_hu(values, path):
+def _check_grey(values, path):
+  """Refuses values that are no image of 0 to 255: HU, masks, normalised data, 16-bit images."""
+  low, high = values.min(), values.max()
+  if low < 0 or high > 255 or high <= 1:
+    kind = 'Hounsfield units or the like' if low < 0 else _kind(values)
+    raise UserError(
+      f'{path}: values {low:g} to {high:g} are {kind}, not grey values of an 8-bit image (0 to 255), which is what '
+      'data.values=grey stands for; give such, or train on HU without it'
+    )
+
+
+def _kind(values):
+  """What values are that have none below 0."""
+  if np.isin(values, (0, 1)).all():
+    return 'a mask'
+  high = values.max()
+  return 'normalised data' if high <= 1 else 'a 0-255 image' if high <= 255 else 'raw scanner values'
+
+
+def _check_hu(values, path, windowed):
   """Refuses values that cannot be Hounsfield units of a chest: images, normalised or windowed data."""
   low, high = values.min(), values.max()
   advice = 'export the original Hounsfield units, neither windowed nor rescaled'
   if low >= 0:
-    kind = 'a 0-255 image' if 1 < high <= 255 else 'normalised data' if high <= 1 else 'raw scanner values'
-    if np.isin(values, (0, 1)).all():
-      kind = 'a mask'
+    kind = _kind(values)
+    if kind == 'a 0-255 image':
+      advice += '; or train on such images, and predict them, with --config.data.values=grey'
     raise UserError(f'{path}: values {low:g} to {high:g} are {kind}, not HU (air is -1000); {advice}')
   # Air, in the lungs and around the body, is a large part of any chest CT.
   air = np.mean(values < -500)
@@ -274,7 +315,7 @@ def _check_hu(values, path):
   # A window leaves a wall at its upper end: everything above it has one value. In real scans a few voxels have the
   # greatest value, except where metal meets the end of the 12-bit scale (3071).
   at_top = int(np.sum(values == high))
-  if high < 1500 and at_top > max(16, 1e-4 * values.size):
+  if not windowed and high < 1500 and at_top > max(16, 1e-4 * values.size):
     raise UserError(
       f'{path}: windowed: {at_top / values.size:.2%} of all voxels have the highest value, {high:g}, '
       f'so what lay above is lost; {advice}'

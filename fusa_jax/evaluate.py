@@ -23,6 +23,7 @@ from fusa_jax import (
   score,
   sharding,
   tasks,
+  window,
 )
 from fusa_jax.errors import UserError
 
@@ -102,7 +103,7 @@ def evaluate(
   mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
   batch_size = sharding.fitting_batch(mesh, config.train.batch_size)
   sharding.check_divides(mesh, batch_size, config.data.image_size)
-  dataset = input_pipeline.load(data_dir, config.data.fold, config.data.image_size)
+  dataset = input_pipeline.load_for(config, data_dir)
   task = tasks.create(config)
   step, variables = predict.load_variables(config, task, workdir, mesh)
   scorer = Scorer(task, mesh, batch_size)
@@ -134,7 +135,14 @@ def evaluate(
   result = results.numbers(task.kind, table, config.evaluate.get('prevalences', ()))
   result['operating_point'] = point.about() | result['operating_point']
   size = sum(x.size for x in jax.tree.leaves(variables['params']))
-  result |= {'step': step, 'parameters': size, 'dataset': dataset.name, 'commit': commit()}
+  result |= {
+    'step': step,
+    'parameters': size,
+    'dataset': dataset.name,
+    'values': dataset.values,
+    'split': results.BY_PATIENT if dataset.by_patient else results.BY_SLICE,
+    'commit': commit(),
+  }
   if volumes:
     result['volumes'] = score.summary(volumes)
   if sharding.is_main():
@@ -174,7 +182,8 @@ def score_volumes(predictor: predict.Predictor, scans, patients: list[str]) -> l
 def _draw(config, task, variables, split, table, point, folder):
   """Overlays of some slices, computed on one device of this process alone."""
   variables = jax.tree.map(lambda x: x.addressable_data(0), variables)
-  probabilities = jax.jit(lambda variables, hu: task.probabilities(variables, hu, point.temperature))
+  probabilities = jax.jit(lambda variables, slices: task.probabilities(variables, slices, point.temperature))
+  shown = window.black_and_white(config.data['values'], config.data.window)
   for row in tqdm.tqdm(figures.telling_slices(table, config.evaluate.num_overlays), desc='Drawing', leave=False):
     example = split.source[row]
     predicted = None
@@ -182,7 +191,7 @@ def _draw(config, task, variables, split, table, point, folder):
       predicted = np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)
     title = f'{results.overlay_title(task.kind, table, row)}, threshold {point.threshold:.3f}'
     path = folder / results.overlay_name(table, row)
-    figures.write_overlay(path, example['image'], example['mask'], predicted, config.data.window, title)
+    figures.write_overlay(path, example['image'], example['mask'], predicted, shown, config.data['values'], title)
 
 
 def commit() -> str | None:

@@ -211,10 +211,11 @@ def telling_slices(table: dict[str, np.ndarray], most: int) -> list[int]:
 
 def write_overlay(
   path: pathlib.Path,
-  hu: np.ndarray,
+  values: np.ndarray,
   mask: np.ndarray,
   predicted: np.ndarray | None,
-  window: tuple[float, float],
+  black_and_white: tuple[float, float],
+  kind: str,
   title: str,
 ) -> None:
   """The slice, and beside it the same with true positives blue, false positives green, false negatives red.
@@ -223,14 +224,16 @@ def write_overlay(
 
   Args:
     path: of the PNG.
-    hu: [H, W].
+    values: [H, W], in HU or grey.
     mask: [H, W], what is true.
     predicted: bool [H, W]; None for a model that gives no mask: what is true is shown in red.
-    window: HU shown as black and white.
-    title: above the picture; the window is added.
+    black_and_white: values shown so.
+    kind: of the values, one of ct.VALUES.
+    title: above the picture; what black and white are is added.
   """
   mask = np.asarray(mask, bool)
-  grey = np.clip((hu.astype(np.float32) - window[0]) / (window[1] - window[0]), 0, 1)
+  black, white = black_and_white
+  grey = np.clip((values.astype(np.float32) - black) / (white - black), 0, 1)
   plain = np.repeat(grey[..., None], 3, axis=-1)
   coloured = plain.copy()
   if predicted is None:
@@ -244,8 +247,8 @@ def write_overlay(
   for where, colour in parts.values():
     coloured[where] = 0.5 * coloured[where] + 0.5 * np.asarray(colour)
 
-  times = max(1, round(384 / hu.shape[1]))
-  height, width, above, below, gap = hu.shape[0] * times, hu.shape[1] * times, 44, 30, 8
+  times = max(1, round(384 / values.shape[1]))
+  height, width, above, below, gap = values.shape[0] * times, values.shape[1] * times, 44, 30, 8
   total = np.array([2 * width + gap, height + above + below])
   figure = Figure(figsize=total / 100, dpi=100, facecolor='white')
   for k, picture in enumerate((plain, coloured)):
@@ -254,7 +257,8 @@ def write_overlay(
     axes.set_axis_off()
   patches = [matplotlib.patches.Patch(color=colour, label=name) for name, (_, colour) in parts.items()]
   figure.legend(handles=patches, loc='lower center', ncols=3, frameon=False, fontsize=8, borderaxespad=0.1)
-  text = f'{title}\nHU {window[0]:g} (black) to {window[1]:g} (white)'
+  unit = {'hu': 'HU', 'grey': 'grey'}[kind]
+  text = f'{title}\n{unit} {black:g} (black) to {white:g} (white)'
   figure.text(0.5, 1 - above / 2 / total[1], text, ha='center', va='center', fontsize=8, parse_math=False)
   with replacing(path) as partial:
     figure.savefig(partial, dpi=100)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import grain
 import jax
+import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -26,7 +27,7 @@ class Split:
   """Some folds of a prepared dataset, as Grain reads them, and what is known of each slice without reading it.
 
   Attributes:
-    source: random access to slices: {'image': int16 HU, 'mask': uint8, 'label', 'patient', 'slice', 'spacing'}.
+    source: random access to slices: {'image': int16, 'mask': uint8, 'label', 'patient', 'slice', 'spacing'}.
     label: bool [N], whether a slice has a lesion.
     patient: str [N].
     slice: int [N], the slice's place in its scan, 0 the most inferior.
@@ -43,10 +44,21 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A prepared dataset, its folds dealt into training, validation and test."""
+  """A prepared dataset, its folds dealt into training, validation and test.
+
+  Attributes:
+    name: TFDS's, with config and version.
+    image_size: of its square slices.
+    values: 'hu' or 'grey'.
+    by_patient: whether folds are of patients; False where nobody knows whose some of the slices are.
+    masks: whether it has masks; False for labels of slices only.
+  """
 
   name: str
   image_size: int
+  values: str
+  by_patient: bool
+  masks: bool
   train: Split
   validation: Split | None
   test: Split
@@ -55,6 +67,23 @@ class Dataset:
     """Those of each part, sorted."""
     parts = {'train': self.train, 'validation': self.validation, 'test': self.test}
     return {name: [] if part is None else np.unique(part.patient).tolist() for name, part in parts.items()}
+
+
+def load_for(config: ml_collections.ConfigDict, data_dir: str | pathlib.Path) -> Dataset:
+  """The dataset that a config's task is trained and tested on.
+
+  Raises:
+    UserError: as `load`; values of another kind than the config's; labels only, and a task that needs masks.
+  """
+  dataset = load(data_dir, config.data.fold, config.data.image_size)
+  if dataset.values != config.data['values']:
+    raise UserError(
+      f'data.values: {config.data["values"]}, but {data_dir} holds {dataset.values}: a network of one cannot read the '
+      'other; set one to the other'
+    )
+  if config.task == 'segmentation' and not dataset.masks:
+    raise UserError(f'data: {data_dir} has labels of slices and no masks; train a classifier, --config=configs/cls.py')
+  return dataset
 
 
 def load(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
@@ -69,12 +98,21 @@ def load(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
   folds, size = builder.info.metadata['folds'], builder.info.metadata['size']
   if size != image_size:
     raise UserError(f'data.image_size: {image_size}, but {data_dir} was prepared at {size}; set one to the other')
+  if 'values' not in builder.info.metadata:
+    raise UserError(f'data.dir: {data_dir} was prepared by an older version; prepare it anew with --mode=prepare')
   if fold not in range(len(folds)):
     raise UserError(
       f"data.fold: {fold!r}, but the folds of {data_dir} are 0 to {len(folds) - 1}; or 'all' of them in turn"
     )
   split = {part: _split(builder, folds, chosen) if chosen else None for part, chosen in parts(fold, len(folds)).items()}
-  return Dataset(name=builder.info.full_name, image_size=size, **split)
+  return Dataset(
+    name=builder.info.full_name,
+    image_size=size,
+    values=builder.info.metadata['values'],
+    by_patient=builder.info.metadata['patients'] == 'named',
+    masks=builder.info.metadata['masks'],
+    **split,
+  )
 
 
 def parts(fold: int, num_folds: int) -> dict[str, list[int]]:
@@ -85,7 +123,7 @@ def parts(fold: int, num_folds: int) -> dict[str, list[int]]:
 
 
 def folds(data_dir: str | pathlib.Path) -> list[list[dict]]:
-  """The patients of each fold of a prepared dataset: {'patient', 'lesion_voxels' of each slice, 'lesion_ml'}.
+  """The patients of each fold of a prepared dataset: {'patient', 'lesion_voxels' of each slice, 'lesion_ml' or None}.
 
   Raises:
     UserError: nothing prepared there.

@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from fusa_jax import figures, input_pipeline, metrics, operating_point, results, run_config, tasks
+from fusa_jax import figures, input_pipeline, metrics, operating_point, results, run_config, tasks, window
 from fusa_jax.files import replacing
 
 _OVERLAYS = 6
@@ -59,6 +59,8 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
       name: figures.svg(figures.threshold_curve(p.curve, p.threshold)) for name, p in points.items() if p.curve
     },
     data=_data_card(folds, config.data.fold),
+    caveat=results.caveat(result),
+    low_high=window.black_and_white(config.data['values'], config.data.window),
     validated=bool(input_pipeline.parts(0, len(folds))['validation']),
     overlays=list(_overlays(kind, table, runs)),
     is_phantom='phantom' in result['dataset'],
@@ -73,7 +75,7 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
 
 
 def _data_card(folds, tested):
-  """A row for each fold: what it was used for, patients, slices, lesion volumes."""
+  """A row for each fold: what it was used for, patients, slices, lesion volumes where they are known."""
   roles = dict.fromkeys(range(len(folds)), 'tested once')
   if tested != 'all':
     parts = input_pipeline.parts(tested, len(folds))
@@ -81,20 +83,22 @@ def _data_card(folds, tested):
   rows = []
   for k, patients in enumerate(folds):
     slices = np.concatenate([patient['lesion_voxels'] for patient in patients])
-    volumes = np.array([patient['lesion_ml'] for patient in patients])
-    rows.append(
-      {
-        'fold': k,
-        'role': roles[k],
-        'patients': len(patients),
-        'without_lesion': int((volumes == 0).sum()),
-        'slices': len(slices),
-        'positive': int((slices > 0).sum()),
-        'lesion_ml': float(volumes.sum()),
+    row = {
+      'fold': k,
+      'role': roles[k],
+      'patients': len(patients),
+      'without_lesion': sum(not any(patient['lesion_voxels']) for patient in patients),
+      'slices': len(slices),
+      'positive': int((slices > 0).sum()),
+    }
+    volumes = [patient['lesion_ml'] for patient in patients]
+    if None not in volumes:  # as of pictures
+      row |= {
+        'lesion_ml': float(np.sum(volumes)),
         'median_ml': float(np.median(volumes)),
-        'largest_ml': float(volumes.max()),
+        'largest_ml': float(np.max(volumes)),
       }
-    )
+    rows.append(row)
   return rows
 
 

@@ -16,6 +16,8 @@ from fusa_jax.files import replacing, write_csv, write_json, writing
 
 COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS)
 TABLE = 'table.npz'
+# What numbers say of the split that they come from.
+BY_PATIENT, BY_SLICE = 'by patient', 'by slice, not by patient: whose the slices are is not known'
 # The same at any threshold.
 _OF_SCORES = ('auc', 'brier', 'ece')
 
@@ -64,10 +66,17 @@ def _counts(patients):
 
 
 def one_line(kind: ModuleType, summary: dict) -> str:
-  """The scores for a log: those of the paper's table, with intervals where there are any."""
-  return ', '.join(
+  """The scores for a log: those of the paper's table, with intervals and the split's flaw where there are any."""
+  scores = ', '.join(
     f'{name} {statistics.shown(summary[name], summary.get("intervals", {}).get(name))}' for name in kind.SHOWN
   )
+  return scores + caveat(summary)
+
+
+def caveat(result: dict) -> str:
+  """What is to be said beside every number of a test that is not of new patients; '' of others."""
+  split = result.get('split', BY_PATIENT)
+  return '' if split == BY_PATIENT else f' (split {split})'
 
 
 def clear(folder: pathlib.Path) -> None:
@@ -151,7 +160,7 @@ def overlay_title(kind: ModuleType, table: dict[str, np.ndarray], row: int) -> s
     how = f'Dice {statistics.shown(statistics.defined(metrics.dice(tp, fp, fn)))}'
   else:
     how = f'score {table["score"][row]:.3f}, {"rightly" if tp + tn else "wrongly"} called {("no ", "")[tp + fp]}lesion'
-  return f'patient {table["patient"][row]}, slice {table["slice"][row]} (0 is the lowest): {how}'
+  return f'patient {table["patient"][row]}, slice {table["slice"][row]}: {how}'
 
 
 def overlay_name(table: dict[str, np.ndarray], row: int) -> str:

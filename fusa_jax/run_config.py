@@ -9,6 +9,8 @@ from fusa_jax import sharding
 from fusa_jax.errors import UserError
 from fusa_jax.files import write_json
 
+# What a run had, before there was such a key.
+_BEFORE = {'lesion_labels': [], 'values': 'hu', 'patients': 'named'}
 # Keys that may change between the stops of one run: they do not change its result.
 _HARMLESS = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.')
 
@@ -81,6 +83,7 @@ def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   config = _read(workdir / 'config.json')
   if config is None:
     raise UserError(f'{workdir}: no run in it (config.json is missing); give --workdir of a trained run')
+  config['data'] = _BEFORE | config['data']
   return ml_collections.ConfigDict(config)
 
 

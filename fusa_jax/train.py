@@ -57,7 +57,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   operating_point.check(config.evaluate)
   mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
   sharding.check_divides(mesh, config.train.batch_size, config.data.image_size)
-  dataset = input_pipeline.load(data_dir, config.data.fold, config.data.image_size)
+  dataset = input_pipeline.load_for(config, data_dir)
   task = tasks.create(config)
   optimizer, learning_rate = make_optimizer(config)
   # ---- shapes before arrays
@@ -203,7 +203,7 @@ def train_step(
   augmentation: augment.Augmentation,
   seed: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update from a batch {'image' int16 HU [B, H, W], 'mask' [B, H, W], 'label' [B]}; the new state and scalars."""
+  """One update from a batch {'image' int16 [B, H, W], 'mask' [B, H, W], 'label' [B]}; the new state and scalars."""
   augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
   image, mask = augment.augment(augment_key, batch['image'], batch['mask'], augmentation)
 
@@ -225,7 +225,7 @@ def lower_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Lo
     batch,
     task=task,
     optimizer=optimizer,
-    augmentation=augment.Augmentation(**config.augment),
+    augmentation=augment.create(config),
     seed=config.seed,
   )
   everywhere, size, count = sharding.replicated(mesh), config.data.image_size, config.train.batch_size

@@ -182,7 +182,7 @@ def test_a_step_is_what_optax_and_the_loss_say():
     'mask': jnp.zeros((8, SIZE, SIZE), jnp.uint8),
     'label': jnp.asarray(rng.integers(0, 2, 8), jnp.int32),
   }
-  options = augment.Augmentation(**config.augment)
+  options = augment.create(config)
   run = jax.jit(lambda s, b: train.train_step(s, b, task=task, optimizer=optimizer, augmentation=options, seed=0))
   new, scalars = run(state, batch)
 

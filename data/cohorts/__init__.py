@@ -1,6 +1,6 @@
 """A file per public release, or per naming that many use: `recognises(folder)` and `find(folder)`, a list of cases.
 
-A cohort only finds its files, and says which labels of its masks are lesion; reading, checks and folds are shared.
+A cohort only finds its files, and says what is known of them; reading (data.read), checks and folds are shared.
 """
 
 import pathlib
@@ -12,19 +12,52 @@ from fusa_jax.errors import UserError
 
 
 class Case(NamedTuple):
-  """A scan and its lesion mask.
+  """What is dealt into folds as one: a scan and its lesion mask, or pictures of a patient's slices and theirs.
 
   Attributes:
     patient: a name, of this case alone.
-    ct: the scan.
-    mask: on the grid of the scan; None where the release says that there is no lesion.
-    lesion_labels: values of the mask that are lesion; () where it holds 0 and 1 only.
+    ct: the scan; or the pictures, in the order in which slices are counted.
+    mask: on the grid of the scan, or one for each picture; None where there is none: the release says that there is no
+      lesion or, with `labels`, only on which slices.
+    lesion_labels: values of the mask that are lesion; () where it holds 0 and 1 (pictures: 0 and 255) only.
+    values: 'hu' or 'grey', where the release says which; None: what the user says (`Wanted`) is tried.
+    named: False where nobody knows whose slice it is, and `patient` is only the slice's name.
+    labels: of each picture, 1 with lesion or 0 without; None where masks say so.
+    slice: the one of a volume of loose slices, of many patients, that this case is; None: all of the scan.
   """
 
   patient: str
-  ct: pathlib.Path
-  mask: pathlib.Path | None
+  ct: pathlib.Path | tuple[pathlib.Path, ...]
+  mask: pathlib.Path | tuple[pathlib.Path, ...] | None
   lesion_labels: tuple[int, ...] = ()
+  values: str | None = None
+  named: bool = True
+  labels: tuple[int, ...] | None = None
+  slice: int | None = None
+
+  @property
+  def files(self) -> list[pathlib.Path]:
+    """All of them, each image before its mask."""
+    if isinstance(self.ct, tuple):
+      return [path for pair in zip(self.ct, self.mask or self.ct, strict=True) for path in dict.fromkeys(pair)]
+    return [path for path in (self.ct, self.mask) if path is not None]
+
+
+class Wanted(NamedTuple):
+  """What a user says of a cohort, in the keys of config.data of the same names.
+
+  Attributes:
+    lesion_labels: values of the masks that are lesion; () leaves what the cohort says.
+    values: 'hu', or 'grey' for images of 0 to 255 that were windowed before: the two are never mixed.
+    patients: 'named'; or 'each_slice', so that slices of which nobody knows whose they are may be dealt one by one.
+  """
+
+  lesion_labels: tuple[int, ...] = ()
+  values: str = 'hu'
+  patients: str = 'named'
+
+
+AS_RELEASED = Wanted()
 
 
 def by_name(folder: pathlib.Path, ending: str = '') -> dict[str, pathlib.Path]:

@@ -1,7 +1,7 @@
 """The twenty cases of Ma et al. (Zenodo 3757476): `COVID-19-CT-Seg_20cases` beside folders of masks of the same names.
 
 `Infection_Mask` holds 0 and 1; `Lung_and_Infection_Mask` 1 and 2 for the lungs, 3 for lesion. Of the scans, the ten
-`coronacases` are in HU; the ten `radiopaedia` are 8-bit images, which are not, and are left alone.
+`coronacases` are in HU; the ten `radiopaedia` are 8-bit images, of a window.
 """
 
 import pathlib
@@ -17,12 +17,12 @@ def recognises(folder: pathlib.Path) -> bool:
 
 
 def find(folder: pathlib.Path) -> list[Case]:
-  """The cases in HU, with the mask of infection where there is one, else that of lungs and infection.
+  """All cases, with the mask of infection where there is one, else that of lungs and infection.
 
   Raises:
     UserError: scans without a mask, a line each.
   """
-  scans = {name: path for name, path in by_name(folder / _SCANS).items() if name.startswith('coronacases')}
   kind = next((kind for kind in _MASKS if (folder / kind).is_dir()), 'Infection_Mask')
   masks = by_name(folder / kind) if (folder / kind).is_dir() else {}
-  return paired(scans, masks, lambda patient: f'{kind}/{patient}.nii.gz', _MASKS[kind])
+  cases = paired(by_name(folder / _SCANS), masks, lambda patient: f'{kind}/{patient}.nii.gz', _MASKS[kind])
+  return [case._replace(values='grey' if case.patient.startswith('radiopaedia') else 'hu') for case in cases]

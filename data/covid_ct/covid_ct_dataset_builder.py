@@ -5,10 +5,13 @@ import dataclasses
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data import survey
+from data import read, survey
 from data.find import COHORTS
 from data.workers import pool, silent
 from fusa_jax import ct
+
+# Slices from which on a shard is full.
+_SHARD = 32
 
 
 @dataclasses.dataclass
@@ -26,12 +29,14 @@ def features(size: int) -> tfds.features.FeaturesDict:
   """What a slice is stored as. Tensors, not images: `features.Image` needs TensorFlow to encode."""
   return tfds.features.FeaturesDict(
     {
-      'image': tfds.features.Tensor(shape=(size, size), dtype=np.int16, encoding='zlib', doc='Hounsfield units'),
+      'image': tfds.features.Tensor(shape=(size, size), dtype=np.int16, encoding='zlib', doc='HU, or grey of 0 to 255'),
       'mask': tfds.features.Tensor(shape=(size, size), dtype=np.uint8, encoding='zlib', doc='1 in lesions'),
       'label': tfds.features.ClassLabel(names=['no lesion', 'lesion']),
       'patient': tfds.features.Text(),
-      'slice': tfds.features.Scalar(np.int32, doc='0 is the most inferior slice of the scan'),
-      'spacing': tfds.features.Tensor(shape=(3,), dtype=np.float32, doc='mm: slices, rows, columns, as scanned'),
+      'slice': tfds.features.Scalar(np.int32, doc='0 is the most inferior slice of a scan'),
+      'spacing': tfds.features.Tensor(
+        shape=(3,), dtype=np.float32, doc='mm: slices, rows, columns, as scanned, or NaN'
+      ),
     }
   )
 
@@ -39,12 +44,13 @@ def features(size: int) -> tfds.features.FeaturesDict:
 class Builder(tfds.core.ShardBasedBuilder):
   """Prepares the `cases` of a cohort.
 
-  The splits are fold0 .. fold4, each a set of patients; a shard is a patient, its slices in order. The metadata has,
-  for each fold, its patients in shard order with the lesion voxels of each slice: the index that training samples
-  from, read without opening a shard.
+  The splits are fold0 .. fold4, each a set of patients; a shard has the slices of a patient, or of several with few, in
+  order. The metadata has, for each fold, its patients in that order with the lesion voxels of each slice: the index
+  that training samples from, read without opening a shard. It also says how the files were taken (`survey.taken`), and
+  whether there are masks or labels only.
   """
 
-  VERSION = tfds.core.Version('1.1.0')
+  VERSION = tfds.core.Version('1.2.0')
   BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
     *(Config(name=name, description=module.__doc__) for name, module in COHORTS.items()),
     Config(name='phantom', description='Synthetic chests in HU, in the naming of COVID-19-20.'),
@@ -66,7 +72,8 @@ class Builder(tfds.core.ShardBasedBuilder):
     folds = survey.deal(survey.survey(self.cases, self.progress))
     self.info.metadata['size'] = self.builder_config.size
     self.info.metadata['files'] = survey.fingerprint(self.cases)
-    self.info.metadata['lesion_labels'] = self.cases[0].lesion_labels
+    self.info.metadata.update(survey.taken(self.cases))
+    self.info.metadata['masks'] = all(case.labels is None for case in self.cases)
     self.info.metadata['folds'] = {
       f'fold{k}': [
         {'patient': p.case.patient, 'lesion_voxels': p.lesion_voxels, 'lesion_ml': p.lesion_ml} for p in fold
@@ -78,17 +85,18 @@ class Builder(tfds.core.ShardBasedBuilder):
   def _download_and_prepare(self, dl_manager, download_config=None):
     """As the base class, but shards are written by all cores: reading and compressing are most of the work."""
     folds = self._shard_iterators_per_split(dl_manager)
-    jobs, splits = [], []
+    jobs, splits, shards_of = [], [], {}
     for split, fold in folds.items():
       template = self._get_filename_template(split_name=split)
-      for index, patient in enumerate(fold):
-        path = template.sharded_filepath(shard_index=index, num_shards=len(fold))
-        jobs.append((patient.case, self.builder_config.size, str(path)))
+      shards = list(_shards(fold))
+      shards_of[split] = len(shards)
+      for index, cases in enumerate(shards):
+        path = template.sharded_filepath(shard_index=index, num_shards=len(shards))
+        jobs.append((cases, self.builder_config.size, str(path)))
     with pool(len(jobs)) as run:
-      written = list(self.progress(run(_write_shard, jobs), total=len(jobs), desc='Writing slices', unit='scan'))
-    written = iter(written)
-    for split, fold in folds.items():
-      shards = [next(written) for _ in fold]
+      written = iter(list(self.progress(run(_write_shard, jobs), total=len(jobs), desc='Writing slices', unit='shard')))
+    for split in folds:
+      shards = [next(written) for _ in range(shards_of[split])]
       splits.append(
         tfds.core.SplitInfo(
           name=split,
@@ -100,31 +108,48 @@ class Builder(tfds.core.ShardBasedBuilder):
     self.info.set_splits(tfds.core.SplitDict(splits))
 
 
+def _shards(fold):
+  """The cases of each shard of a fold: one, or as many as it takes to fill it. A reader keeps every shard open."""
+  cases, slices = [], 0
+  for patient in fold:
+    cases.append(patient.case)
+    slices += len(patient.lesion_voxels)
+    if slices >= _SHARD:
+      yield cases
+      cases, slices = [], 0
+  if cases:
+    yield cases
+
+
 def _write_shard(job) -> tuple[int, int]:
-  """Writes one patient's slices; (their number, their bytes)."""
-  case, size, path = job
-  scan, mask = survey.read(case)
-  label = mask.any(axis=(1, 2))
-  images = ct.network_slices(scan.values, size)
-  # A voxel of a resized mask is lesion where at least half of it was.
-  masks = (ct.resize(mask, (size, size)) >= 0.5).astype(np.uint8)
+  """Writes the slices of some cases; (their number, their bytes)."""
+  cases, size, path = job
   kinds = features(size)
   serializer = tfds.core.ExampleSerializer(kinds.get_serialized_info())
   sizes = []
 
   def examples():
-    for index in range(len(images)):
-      example = {
-        'image': images[index],
-        'mask': masks[index],
-        'label': int(label[index]),
-        'patient': case.patient,
-        'slice': index,
-        'spacing': np.asarray(scan.spacing, np.float32),
-      }
-      serialized = serializer.serialize_example(kinds.encode_example(example))
-      sizes.append(len(serialized))
-      yield index, serialized
+    for case in cases:
+      for example in _examples(case, size):
+        serialized = serializer.serialize_example(kinds.encode_example(example))
+        sizes.append(len(serialized))
+        yield len(sizes) - 1, serialized
 
   tfds.core.ExampleWriter(tfds.core.FileFormat.ARRAY_RECORD).write(path, examples())
   return len(sizes), sum(sizes)
+
+
+def _examples(case, size):
+  found = read.slices(case)
+  images = ct.network_slices(found.images, size)
+  # A voxel of a resized mask is lesion where at least half of it was.
+  masks = (ct.resize(found.masks, (size, size)) >= 0.5).astype(np.uint8)
+  for index, lesion_voxels in enumerate(found.lesion_voxels):
+    yield {
+      'image': images[index],
+      'mask': masks[index],
+      'label': int(lesion_voxels > 0),
+      'patient': case.patient,
+      'slice': index,
+      'spacing': np.asarray(found.spacing, np.float32),
+    }

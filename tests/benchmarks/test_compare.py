@@ -77,7 +77,7 @@ def test_both_sides_compute_the_same_loss(name, monkeypatch):
       batch,
       task=task,
       optimizer=optimizer,
-      augmentation=augment.Augmentation(**config.augment),
+      augmentation=augment.create(config),
       seed=0,
     )
   )(state, batch)

@@ -57,7 +57,7 @@ def test_a_scan_under_two_names_is_refused_however_it_is_stored(raw, tmp_path):
     str(path) for path in (path_of(raw, 3), path_of(raw, 7), path_of(raw, 8, suffix='.nii'))
   ]
   for line, known in zip(lines[1:], (1, 2), strict=True):
-    assert f'the same scan as {path_of(raw, known).name}' in line and 'remove one of the two' in line
+    assert f'the same image as {path_of(raw, known).name}' in line and 'remove one of the two' in line
   assert not list((tmp_path / 'out').rglob('*array_record*'))
 
 
@@ -84,7 +84,7 @@ def test_a_kernel_changes_less_than_a_patient():
   """At the demo's size. At the paper's, the gap is wider: the comment beside the threshold has the numbers."""
   volumes = [phantom.patient(0, number, size=96, slices=24)[0].astype(np.float32) for number in range(1, 9)]
   smoother = [ndimage.gaussian_filter(volume, (0, 1, 1)) for volume in volumes]
-  one, other = (np.stack([survey._thumbnail(volume) for volume in each]) for each in (volumes, smoother))
+  one, other = (np.stack([survey._thumbnail(volume, 'hu') for volume in each]) for each in (volumes, smoother))
   np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, rtol=1e-5)
   correlations = one @ other.T
   assert np.diag(correlations).min() > survey._ALIKE

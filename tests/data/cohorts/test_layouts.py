@@ -7,12 +7,15 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import PATIENTS, SIZE, SLICES, tiny
+from conftest import PATIENTS, SIZE, tiny
+from PIL import Image
 
-from configs import seg
-from data import prepare
+from configs import cls, seg
+from data import prepare, read
+from data.cohorts import Wanted
+from data.cohorts import slices as slices_cohort
 from data.find import find
-from fusa_jax import evaluate, input_pipeline, train
+from fusa_jax import ct, evaluate, input_pipeline, report, train
 from fusa_jax.errors import UserError
 
 
@@ -70,7 +73,9 @@ def zenodo_20(raw_dir, out):
     copy(scan, out / 'COVID-19-CT-Seg_20cases' / name)
     halves = lambda mask: np.where(mask, 3, 1 + (np.arange(SIZE)[:, None, None] >= SIZE // 2))
     relabel(mask, out / 'Lung_and_Infection_Mask' / name, halves)
-  relabel(scan, out / 'COVID-19-CT-Seg_20cases' / 'radiopaedia_4_85506_1.nii.gz', lambda hu: (hu > -500) * 255)
+    grey = f'radiopaedia_{number}_85506_1.nii.gz'
+    relabel(scan, out / 'COVID-19-CT-Seg_20cases' / grey, lambda hu: np.clip((hu + 1000) / 1300, 0, 1) * 255)
+    relabel(mask, out / 'Lung_and_Infection_Mask' / grey, halves)
 
 
 def mosmed(raw_dir, out):
@@ -84,13 +89,59 @@ def mosmed(raw_dir, out):
   copy(scan, out / 'studies' / 'CT-2' / 'study_0999.nii.gz')
 
 
-LAYOUTS = {f.__name__: f for f in (covid19_20, nnunet, decathlon, pairs, zenodo_20, mosmed)}
+def medseg(raw_dir, out):
+  """Nine scans, and a hundred slices of nobody knows whom: 0 nothing, 1 ground glass, 2 consolidation, 3 effusion."""
+  both = lambda mask: mask * (1 + (np.arange(SIZE)[:, None, None] >= SIZE // 2))
+  for number, (scan, mask) in enumerate(files(raw_dir), start=1):
+    copy(scan, out / 'rp_im' / f'{number}.nii.gz'), relabel(mask, out / 'rp_msk' / f'{number}.nii.gz', both)
+  scans, masks = zip(*files(raw_dir), strict=True)
+  stack = lambda paths: np.concatenate([np.asarray(nib.load(path).dataobj) for path in paths], axis=2)[..., :100]
+  slices = stack(scans)
+  # Windowed one by one, then set to where air and fat should be.
+  tops = np.linspace(180, 320, slices.shape[2])
+  nib.save(nib.Nifti1Image(np.minimum(slices, tops).astype(np.float32), np.eye(4)), out / 'tr_im.nii.gz')
+  labels = both(stack(masks))
+  labels[:3, :3] = 3
+  nib.save(nib.Nifti1Image(labels.astype(np.uint8), np.eye(4)), out / 'tr_mask.nii.gz')
+
+
+def pictures_of(raw_dir):
+  """(patient, slice, grey [H, W], mask [H, W]) of each slice, as a radiologist sees it."""
+  for number, (scan, mask) in enumerate(files(raw_dir), start=1):
+    scan = ct.read(scan)
+    grey = np.rint(np.clip((scan.values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)
+    for index, pair in enumerate(zip(grey, ct.read_mask(mask, scan), strict=True)):
+      yield f'p{number:02d}', index, *pair
+
+
+def slices(raw_dir, out):
+  """Images as JPEG, masks of 0 and 255 as PNG, patients in a list whose names have no ending."""
+  (out / 'images').mkdir(), (out / 'masks').mkdir()
+  lines = ['name,patient']
+  for number, (patient, _, grey, mask) in enumerate(pictures_of(raw_dir)):
+    Image.fromarray(grey).save(out / 'images' / f'{number:04d}.jpg', quality=95)
+    Image.fromarray(mask * 255).save(out / 'masks' / f'{number:04d}.png')
+    lines.append(f'{number:04d},{patient}')
+  (out / 'slices.csv').write_text('\n'.join(lines) + '\n')
+
+
+def classes(raw_dir, out):
+  """As COVID-CT: two folders, names that are in both, PNG with colour channels and alpha; of nobody knows whom."""
+  for name in ('CT_COVID', 'CT_NonCOVID'):
+    (out / name).mkdir()
+  for number, (_, _, grey, mask) in enumerate(pictures_of(raw_dir)):
+    folder = out / ('CT_COVID' if mask.any() else 'CT_NonCOVID')
+    size = (SIZE + number % 3, SIZE)
+    Image.fromarray(grey).resize(size).convert('RGBA').save(folder / f'{len(list(folder.iterdir()))}.png')
+
+
+LAYOUTS = {f.__name__: f for f in (covid19_20, nnunet, decathlon, pairs, zenodo_20, mosmed, medseg, slices)}
 
 
 @pytest.fixture(scope='module')
 def laid(raw_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
   folders = {}
-  for name, lay in LAYOUTS.items():
+  for name, lay in {**LAYOUTS, 'classes': classes}.items():
     folders[name] = tmp_path_factory.mktemp(name)
     lay(raw_dir, folders[name])
   return folders
@@ -98,11 +149,12 @@ def laid(raw_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
 
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_found_and_prepared_with_the_lesions_that_were_written(laid, raw_dir, tmp_path, name):
-  cohort, cases = find(laid[name])
+  wanted = Wanted(values='grey' if name == 'slices' else 'hu')
+  cohort, cases = find(laid[name], wanted)
   assert cohort == name
   assert len(cases) == len({case.patient for case in cases}) == PATIENTS
   assert [case.patient for case in cases] == sorted(case.patient for case in cases)
-  prepared = prepare.prepare(str(laid[name]), str(tmp_path), SIZE)
+  prepared = prepare.prepare(str(laid[name]), str(tmp_path), SIZE, wanted=wanted)
   found = [patient for fold in input_pipeline.folds(prepared) for patient in fold]
   voxels = [int(np.asarray(nib.load(mask).dataobj).sum()) for _, mask in files(raw_dir)]
   assert sorted(sum(patient['lesion_voxels']) for patient in found) == sorted(voxels)
@@ -110,15 +162,41 @@ def test_found_and_prepared_with_the_lesions_that_were_written(laid, raw_dir, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['zenodo_20', 'mosmed'])
-def test_trained_and_evaluated_as_volumes_too(laid, tmp_path, name):
-  """The cohorts whose masks need more than 0 and 1: another label, and no file at all."""
-  data_dir = prepare.prepare(str(laid[name]), str(tmp_path / 'data'), SIZE)
-  config = tiny(seg, **{'train.steps': 2})
+@pytest.mark.parametrize(
+  ('name', 'wanted', 'module'),
+  [
+    *((name, Wanted(), seg) for name in LAYOUTS if name != 'slices'),
+    ('zenodo_20', Wanted(values='grey'), seg),
+    ('medseg', Wanted(patients='each_slice'), seg),
+    ('slices', Wanted(values='grey'), seg),
+    ('slices', Wanted(values='grey'), cls),
+    ('classes', Wanted(values='grey', patients='each_slice'), cls),
+  ],
+)
+def test_trained_one_step_and_evaluated(laid, tmp_path, name, wanted, module):
+  data_dir = prepare.prepare(str(laid[name]), str(tmp_path / 'data'), SIZE, wanted=wanted)
+  steps = {'train.steps': 1, 'train.evaluate_every': 1, 'data.balanced': False, 'evaluate.num_overlays': 1}
+  config = tiny(module, **steps)
+  config.data['values'] = wanted.values
   train.train(config, tmp_path / 'run', data_dir)
-  result = evaluate.evaluate(config, tmp_path / 'run', data_dir, prepare.scans(laid[name]))
-  assert result['num_slices'] == result['num_patients'] * SLICES
-  assert result['volumes']['num_volumes'] == result['num_patients']
+  scans = prepare.scans(laid[name], wanted) if module is seg else None
+  result = evaluate.evaluate(config, tmp_path / 'run', data_dir, scans)
+  tested = input_pipeline.load(data_dir, 0, SIZE).test
+  assert result['num_slices'] == len(tested) and result['num_patients'] == len(set(tested.patient.tolist()))
+  assert result['tp'] + result['fn'] == (tested.label.sum() if module is cls else _lesion_pixels(tested))
+  assert result['values'] == wanted.values
+  by_slice = 'by slice, not by patient: whose the slices are is not known'
+  assert result['split'] == (by_slice if wanted.patients == 'each_slice' else 'by patient')
+  scored = [patient for patient in set(tested.patient.tolist()) if scans and patient in scans]
+  assert result.get('volumes', {}).get('num_volumes', 0) == len(scored)
+  assert (len(scored) > 0) == (name not in ('slices', 'classes'))
+  page = report.write(tmp_path / 'run', data_dir, 'command').read_text()
+  assert ('Not tested on new patients' in page) == (wanted.patients == 'each_slice')
+  assert ('grey values 0 to 255' in page) == (wanted.values == 'grey')
+
+
+def _lesion_pixels(split):
+  return sum(int(split.source[index]['mask'].sum()) for index in range(len(split)))
 
 
 def test_labels_that_nobody_said_are_lesion_are_refused(raw_dir, tmp_path):
@@ -131,10 +209,10 @@ def test_labels_that_nobody_said_are_lesion_are_refused(raw_dir, tmp_path):
   assert line.endswith(
     'a mask holds 0 and 1 only, this one has 0, 3; name those that are lesion, as in --config.data.lesion_labels="(3,)"'
   )
-  prepared = prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, lesion_labels=(2, 3))
+  prepared = prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, wanted=Wanted((2, 3)))
   assert input_pipeline.load(prepared, 0, SIZE).train.label.any()
-  with pytest.raises(UserError, match=r'was prepared with other data.lesion_labels; name another folder'):
-    prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, lesion_labels=(3,))
+  with pytest.raises(UserError, match=r'was prepared with other data.lesion_labels \(\[2, 3\]\); name another folder'):
+    prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, wanted=Wanted((3,)))
 
 
 def test_what_is_missing_is_named(laid, raw_dir, tmp_path):
@@ -168,3 +246,153 @@ def test_what_is_missing_is_named(laid, raw_dir, tmp_path):
   assert broken('nnunet', two) == (
     'imagesTr/covid_000_0001.nii.gz: a second channel; CT has one, X_0000, so take it out'
   )
+
+
+def test_slices_of_the_kind_and_of_the_patients_that_were_asked_for(laid, caplog):
+  assert {case.patient for case in find(laid['zenodo_20'], Wanted(values='grey'))[1]} == {
+    f'radiopaedia_{number}_85506_1' for number in range(1, PATIENTS + 1)
+  }
+  named = find(laid['medseg'])[1]
+  assert len(named) == PATIENTS and all(case.lesion_labels == (1, 2) for case in named)
+  assert '100 slices of unknown patients are left out; --config.data.patients=each_slice takes' in caplog.text
+  every = find(laid['medseg'], Wanted(patients='each_slice'))[1]
+  assert len(every) == PATIENTS + 100
+  image, mask = (nib.load(laid['medseg'] / f'{name}.nii.gz').get_fdata() for name in ('tr_im', 'tr_mask'))
+  found = read.slices(next(case for case in every if case.patient == 'tr_042'))
+  # Axes of the files are right, anterior, superior by their affine; ours left, posterior, superior.
+  np.testing.assert_array_equal(found.images[0], np.rint(image[::-1, ::-1, 42].T))
+  np.testing.assert_array_equal(found.masks[0], np.isin(mask[::-1, ::-1, 42].T, (1, 2)))
+
+
+def test_pictures_are_prepared_as_they_are(laid, raw_dir, tmp_path):
+  prepared = prepare.prepare(str(laid['slices']), str(tmp_path), SIZE, wanted=Wanted(values='grey'))
+  split = input_pipeline.load(prepared, 0, SIZE).test
+  truth = {(patient, index): (grey, mask) for patient, index, grey, mask in pictures_of(raw_dir)}
+  for index in range(len(split)):
+    example = split.source[index]
+    grey, mask = truth[example['patient'].decode(), int(example['slice'])]
+    np.testing.assert_array_equal(example['mask'], mask)
+    assert np.abs(example['image'] - grey.astype(int)).mean() < 4  # JPEG
+    assert np.isnan(example['spacing']).all()
+
+
+def test_classes_are_told_by_the_name_of_the_one_without_lesion(laid, raw_dir, tmp_path):
+  name, cases = find(laid['classes'], Wanted(values='grey', patients='each_slice'))
+  assert name == 'slices'
+  assert sum(case.labels[0] for case in cases) == sum(mask.any() for *_, mask in pictures_of(raw_dir))
+  assert {case.patient.rpartition('-')[0]: case.labels[0] for case in cases} == {'CT_COVID': 1, 'CT_NonCOVID': 0}
+  for names, positive in (
+    (('COVID', 'non-COVID'), {'COVID'}),
+    (('Covid', 'CAP', 'Normal'), {'Covid', 'CAP'}),
+    (('nodule', 'healthy_controls'), {'nodule'}),
+  ):
+    folder = tmp_path / names[0]
+    for each in names:
+      copy(laid['classes'] / 'CT_COVID' / '0.png', folder / each / 'a.png')
+    labels = {case.patient: case.labels[0] for case in slices_cohort.find(folder)}
+    assert labels == {f'{each}-a': int(each in positive) for each in names}
+  for names in (('a', 'b'), ('no_lesion', 'normal')):
+    folder = tmp_path / names[1]
+    for each in names:
+      copy(laid['classes'] / 'CT_COVID' / '0.png', folder / each / 'a.png')
+    with pytest.raises(
+      UserError, match=rf'which of its folders \({names[0]}, {names[1]}\) is without lesion is not clear'
+    ):
+      find(folder, Wanted(values='grey'))
+
+
+def test_what_is_wrong_with_pictures_is_named(laid, tmp_path):
+  def refused(name, wanted, change=lambda folder: None):
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    shutil.copytree(laid[name], folder)
+    change(folder)
+    with pytest.raises(UserError) as caught:
+      prepare.prepare(str(folder), str(tmp_path / 'out'), SIZE, wanted=wanted)
+    assert not (tmp_path / 'out').exists() or not list((tmp_path / 'out').rglob('*array_record*'))
+    return str(caught.value).replace(f'{folder}', 'X')
+
+  grey = Wanted(values='grey')
+  assert refused('slices', Wanted()) == ('X: holds 8-bit grey values, not HU; say so with --config.data.values=grey')
+  assert (
+    refused('mosmed', grey)
+    .splitlines()[0]
+    .endswith(
+      'are Hounsfield units or the like, not grey values of an 8-bit image (0 to 255), which is what data.values=grey '
+      'stands for; give such, or train on HU without it'
+    )
+  )
+  assert refused('classes', grey) == (
+    'X: whose slices these are is not known, so that a patient may be both trained on and tested; add slices.csv '
+    '(name,patient), or say --config.data.patients=each_slice and take no number for one of new patients'
+  )
+  assert refused('slices', grey._replace(values='gray')) == "data.values: there is no 'gray'; one of hu, grey"
+  assert refused('slices', grey._replace(patients='each')) == (
+    "data.patients: there is no 'each'; one of named, each_slice"
+  )
+  assert refused('slices', grey, lambda f: (f / 'masks' / '0003.png').unlink()) == (
+    'X/images/0003.jpg: its mask masks/0003.png is missing; add it, or take the picture out'
+  )
+  assert refused('slices', grey, lambda f: copy(f / 'images' / '0003.jpg', f / 'images' / '0003.jpeg')) == (
+    'X/images/0003.jpg: a second picture of the name 0003; remove one, or rename it'
+  )
+
+  def change_list(folder):
+    lines = (folder / 'slices.csv').read_text().splitlines()
+    lines[1:5] = ['0000,p01', '0000,p02', 'nothing,p01', '0002,']
+    (folder / 'slices.csv').write_text('\n'.join(lines))
+
+  assert refused('slices', grey, change_list).splitlines() == [
+    "X/slices.csv: line 3: '0000' has another patient above; correct one of the two",
+    "X/slices.csv: line 4: no picture of the name 'nothing'; correct it, with its folder where two have the name",
+    "X/slices.csv: line 5: '0002' has no patient; add the patient, or take the picture out",
+    *(
+      f'X/images/000{number}.jpg: it is not in slices.csv; add it with its patient, or take it out'
+      for number in (1, 2, 3)
+    ),
+  ]
+  assert refused('slices', grey, lambda f: (f / 'slices.csv').write_text('file,id\n0000,1\n')) == (
+    'X/slices.csv: it has no columns name and patient; give it this first line: name,patient'
+  )
+  # A slice of one patient that is there as another's, too.
+  assert refused('slices', grey, lambda f: copy(f / 'images' / '0003.jpg', f / 'images' / '0100.jpg')) == (
+    'X/images/0100.jpg: the same image as 0003.jpg, value for value, so it would be both trained on and tested, or '
+    'count twice; remove one of the two, with its mask'
+  )
+
+  def spoil(folder):
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    Image.fromarray(mask + 3).save(folder / 'masks' / '0000.png')
+    Image.fromarray(mask[:-1]).save(folder / 'masks' / '0001.png')
+    (folder / 'images' / '0016.jpg').write_bytes(b'nothing')
+    Image.fromarray(np.stack([mask, mask + 200, mask], -1)).save(folder / 'images' / '0032.jpg')
+    (folder / 'images' / '0048.jpg').unlink()
+    Image.fromarray(mask.astype(np.uint16) + 1000).save(folder / 'images' / '0048.png')
+
+  lines = refused('slices', grey, spoil).splitlines()
+  assert lines[0] == (
+    'X/masks/0000.png: a mask holds 0 and 255, or 0 and 1, only, this one has 3; save it as PNG (JPEG blurs it), or '
+    'name those that are lesion, as in --config.data.lesion_labels="(3,)"'
+  )
+  assert [line.split(' (')[0].split(';')[0] for line in lines[1:]] == [
+    'X/images/0016.jpg: no picture that can be read',
+    'X/images/0032.jpg: a picture in colour',
+    'X/images/0048.png: more than 8 bits a pixel',
+  ]
+  only_size = lambda f: Image.fromarray(np.zeros((SIZE - 1, SIZE), np.uint8)).save(f / 'masks' / '0001.png')
+  assert refused('slices', grey, only_size) == (
+    'X/masks/0001.png: the mask has (31, 32) pixels and its slice (32, 32); save it in that size'
+  )
+
+
+def test_labels_only_are_not_for_segmentation(laid, tmp_path):
+  wanted = Wanted(values='grey', patients='each_slice')
+  data_dir = prepare.prepare(str(laid['classes']), str(tmp_path / 'data'), SIZE, wanted=wanted)
+  shards = list(pathlib.Path(data_dir).glob('*.array_record*'))
+  assert len(shards) < 2 * 160 / 32 + 5  # readers keep each one open
+  config = tiny(seg)
+  with pytest.raises(UserError, match=r'data.values: hu, but .* holds grey: a network of one cannot read the other'):
+    train.train(config, tmp_path / 'run', data_dir)
+  config.data['values'] = 'grey'
+  with pytest.raises(UserError, match=r'has labels of slices and no masks; train a classifier'):
+    train.train(config, tmp_path / 'run', data_dir)
+  assert not (tmp_path / 'run').exists()

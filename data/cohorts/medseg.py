@@ -1,0 +1,40 @@
+"""MedSeg's COVID-19 CT (medicalsegmentation.com): `tr_im.nii.gz` with `tr_mask.nii.gz`, and `rp_im/` with `rp_msk/`.
+
+Labels are 1 ground glass, 2 consolidation, 3 pleural effusion; lesions of the lung are the first two. `rp_im` has nine
+scans of nine patients. `tr_im` has a hundred loose slices of more than forty patients, and not whose each one is; they
+were JPEG pictures, brought back to HU by what air and fat measure in them, and have lost what lay above their windows.
+"""
+
+import pathlib
+
+from data.cohorts import Case, by_name, paired
+from fusa_jax import ct
+from fusa_jax.errors import UserError
+
+_LESION = (1, 2)
+
+
+def recognises(folder: pathlib.Path) -> bool:
+  return (folder / 'rp_im').is_dir() or 'tr_im' in by_name(folder)
+
+
+def find(folder: pathlib.Path) -> list[Case]:
+  """The scans, and each of the loose slices.
+
+  Raises:
+    UserError: scans or slices without a mask, a line each; a mask of the slices that cannot be read.
+  """
+  files, cases = by_name(folder), []
+  if (folder / 'rp_im').is_dir():
+    masks = by_name(folder / 'rp_msk') if (folder / 'rp_msk').is_dir() else {}
+    cases = paired(by_name(folder / 'rp_im'), masks, lambda patient: f'rp_msk/{patient}.nii.gz', _LESION)
+    cases = [case._replace(patient=f'rp_{case.patient}') for case in cases]
+  if 'tr_im' in files:
+    if 'tr_mask' not in files:
+      raise UserError(f'{files["tr_im"]}: its mask tr_mask.nii.gz is missing; add it, or take the slices out')
+    count = ct.read_grid(files['tr_mask']).shape[0]
+    cases += [
+      Case(f'tr_{number:03d}', files['tr_im'], files['tr_mask'], _LESION, named=False, slice=number)
+      for number in range(count)
+    ]
+  return cases

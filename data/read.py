@@ -1,0 +1,75 @@
+"""A case's files -> its slices: scans and pictures alike from here on."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data.cohorts import Case
+from fusa_jax import ct, pictures
+
+
+class Slices(NamedTuple):
+  """The slices of a case, in order; of a scan from inferior to superior.
+
+  Attributes:
+    images: of each, [H, W] of HU or grey values; pictures of one patient may differ in size.
+    masks: of each, uint8 {0, 1} [H, W]; 0 also where a case has labels only.
+    lesion_voxels: of each, how many of its voxels are lesion; of a case with labels only, the label.
+    spacing: mm between slices, rows and columns; NaN for pictures, of which it is not known.
+    lesion_ml: volume of the lesions; None for pictures and loose slices.
+  """
+
+  images: Sequence[np.ndarray]
+  masks: Sequence[np.ndarray]
+  lesion_voxels: tuple[int, ...]
+  spacing: tuple[float, float, float]
+  lesion_ml: float | None
+
+
+def volume(case: Case) -> tuple[ct.Scan, np.ndarray]:
+  """A case's scan, and its mask: uint8 {0, 1}, on the scan's axes.
+
+  Raises:
+    UserError: as `ct.read` and `ct.read_mask`.
+  """
+  # Loose slices were windowed one by one: what the cohort knows is no news, and a volume of them no scan.
+  scan = ct.read(case.ct, case.values or 'hu', windowed=case.slice is not None)
+  if case.mask is None:
+    return scan, np.zeros(scan.values.shape, np.uint8)
+  return scan, ct.read_mask(case.mask, scan, case.lesion_labels)
+
+
+def slices(case: Case) -> Slices:
+  """Reads all of a case.
+
+  Raises:
+    UserError: as `volume`, `pictures.read` and `pictures.read_mask`.
+  """
+  if isinstance(case.ct, tuple):
+    return _pictures(case)
+  if case.slice is not None:
+    scan, mask = _shared_volume(case._replace(patient='', slice=0))
+    one = slice(case.slice, case.slice + 1)
+    return Slices(scan.values[one], mask[one], (int(mask[one].sum()),), scan.spacing, None)
+  scan, mask = volume(case)
+  voxels = mask.sum(axis=(1, 2), dtype=np.int64)
+  return Slices(scan.values, mask, tuple(map(int, voxels)), scan.spacing, float(voxels.sum() * scan.voxel_ml))
+
+
+# Loose slices are cases of one file each after the other.
+_shared_volume = functools.lru_cache(maxsize=1)(volume)
+
+
+def _pictures(case):
+  images = [pictures.read(path) for path in case.ct]
+  if case.mask is None:
+    masks = [np.zeros(image.shape, np.uint8) for image in images]
+    voxels = case.labels or (0,) * len(images)
+  else:
+    masks = [
+      pictures.read_mask(path, image.shape, case.lesion_labels) for path, image in zip(case.mask, images, strict=True)
+    ]
+    voxels = tuple(int(mask.sum()) for mask in masks)
+  return Slices(images, masks, voxels, (float('nan'),) * 3, None)
