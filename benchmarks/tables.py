@@ -186,7 +186,7 @@ def _ablation(config, seeds, workdir):
       runs = [workdir / f'{name}-seed{seed}' for name in (fusa, plain)]
       if all(map(results.is_complete, runs)):
         tables = [results.read_table(run) for run in runs]
-        found = compare.paired(tasks.KINDS[config.task], *tables)['per_patient']
+        found = compare.paired(tasks.KINDS[config.task], *([table] for table in tables))['per_patient']
         yield f'\n{fusa} minus {plain}, seed {seed}: {compare.per_patient_line(found)}'
 
 

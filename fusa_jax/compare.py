@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path |
     raise UserError(f'--against: {against} is of {configs[1].task}, {workdir} of {configs[0].task}; compare like tasks')
   tables = [results.read_table(folder) for folder in (workdir, against)]
   try:
-    found = paired(tasks.KINDS[configs[0].task], *tables)
+    found = paired(tasks.KINDS[configs[0].task], *([table] for table in tables))
   except UserError as error:
     raise UserError(f'--against: {workdir} and {against}: {error}') from None
   result = {'run': str(workdir), 'against': str(against), **found}
@@ -51,31 +52,33 @@ def _difference_of_tests(one: dict[str, np.ndarray], other: dict[str, np.ndarray
   return None
 
 
-def paired(kind, one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict:
-  """Every number of both tables and their difference, at threshold 0.5, under the same draws of patients.
+def paired(kind, one: Sequence[dict[str, np.ndarray]], other: Sequence[dict[str, np.ndarray]]) -> dict:
+  """Every number of both sides and their difference, at threshold 0.5, under the same draws of patients.
+
+  A side is the tables of one or more runs of a model, as those of several seeds: its numbers, and the score of each
+  patient, are the means over them. Means have what no single seed decides, and the patients are still those that there
+  are: more seeds make no more patients.
 
   `per_patient` is the mean over patients of the difference of their own score (Dice of their pixels; for classification
   the share of their slices that is called rightly), with its interval and the p-value of flipping signs. Patients for
-  whom one of the two is undefined are left out there, and counted.
-
-  Args:
-    kind: of the task.
-    one, other: tables of slices of the same test.
+  whom any of the tables leaves it undefined are left out there, and counted.
 
   Raises:
-    UserError: they are not of the same test.
+    UserError: the tables are not all of the same patients, slices and lesions.
   """
-  one, other = _sorted(one), _sorted(other)
-  reason = _difference_of_tests(one, other)
-  if reason:
-    raise UserError(f'the test sets differ ({reason}); evaluate both on the same fold and data')
-  one, other = (metrics.by_patient(table) for table in (one, other))
-  statistic = [patients.statistic(kind.definition) for patients in (one, other)]
+  one, other = ([_sorted(table) for table in side] for side in (one, other))
+  for table in (*one[1:], *other):
+    reason = _difference_of_tests(one[0], table)
+    if reason:
+      raise UserError(f'the test sets differ ({reason}); evaluate both on the same fold and data')
+  sides = [[metrics.by_patient(table) for table in side] for side in (one, other)]
+  patients = len(sides[0][0])
+  statistic = [statistics.average([each.statistic(kind.definition) for each in side]) for side in sides]
   difference = statistics.difference(*statistic)
-  values = [statistics.estimates(s, len(one)) for s in (*statistic, difference)]
-  spread = statistics.intervals(difference, len(one))
+  values = [statistics.estimates(s, patients) for s in (*statistic, difference)]
+  spread = statistics.intervals(difference, patients)
   names = dict(zip(('run', 'against', 'difference'), values, strict=True))
-  scores = [kind.patient_score(patients.sums) for patients in (one, other)]
+  scores = [np.mean([kind.patient_score(each.sums) for each in side], axis=0) for side in sides]
   gains = scores[0] - scores[1]
   mean = lambda weights: {'difference': statistics.mean(gains, weights)}
   return {

@@ -6,7 +6,7 @@ define is NaN there, and None in what is given out.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -78,6 +78,16 @@ def difference(first: Statistic, second: Statistic) -> Statistic:
     return {name: one[name] - other[name] for name in one}
 
   return subtract
+
+
+def average(each: Sequence[Statistic]) -> Statistic:
+  """The mean of several statistics of the same patients, value by value, under the same draws; NaN where one is."""
+
+  def mean_of(weights):
+    values = [one(weights) for one in each]
+    return {name: np.mean([one[name] for one in values], axis=0) for name in values[0]}
+
+  return mean_of
 
 
 def sign_flip_p(differences: np.ndarray) -> float | None:
