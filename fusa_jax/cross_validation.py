@@ -26,7 +26,7 @@ def cross_validate(
   """
   run_config.save(workdir, config)
   for run, one in runs(config, workdir, data_dir).items():
-    if sharding.on_main(lambda run=run, one=one: _is_finished(run, one)):
+    if sharding.on_main(lambda run=run, one=one: is_finished(run, one)):
       run_config.save(run, one)  # refuses a run of another config
       continue
     logging.info('fold %d', one.data.fold)
@@ -35,8 +35,8 @@ def cross_validate(
   return pool(config, workdir, data_dir)
 
 
-def _is_finished(run, config):
-  """Whether a fold has been tested as config.evaluate says."""
+def is_finished(run: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
+  """Whether the run of a fold has been tested as config.evaluate says."""
   if not results.is_complete(run):
     return False
   return run_config.load(run).evaluate.to_json() == run_config.plain(config).evaluate.to_json()

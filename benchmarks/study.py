@@ -1,0 +1,189 @@
+"""Models, folds and seeds under one protocol, and FUSA minus plain for the same patients.
+
+  python -m benchmarks.study --config=configs/seg.py --config.data.raw_dir=FOLDER_OF_SCANS \
+    --models=resunet,fusa_resunet --folds=all --seeds=0,1 --jobs=2
+
+Data, steps, batches and augmentation are the config's, the same for all. In the workdir, MODEL-seedS is the run of a
+model and a seed or, with --folds=all, its cross-validation, as launch.py makes them; `table.md`, `table.csv` and
+`differences.json` are written anew after each of these. The command may be stopped at any time: given again, it keeps
+what is finished, resumes what is not, and refuses a config that would mix two protocols in one table.
+"""
+
+import collections
+import dataclasses
+import logging
+import pathlib
+
+import jax
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+import launch
+from benchmarks import jobs, study_table
+from configs import command
+from fusa_jax import cross_validation, evaluate, models, report, results, run_config, statistics, tasks, train
+from fusa_jax.errors import UserError
+
+_OF_TASK = {'classification': models.CLASSIFIERS, 'segmentation': models.SEGMENTERS}
+
+
+def define_flags() -> None:
+  """Those of launch.py are there as well. Not on import: other benchmarks have a --models of their own."""
+  flags.DEFINE_list('models', None, "of the registry; default: those of the paper's table")
+  flags.DEFINE_list('seeds', ['0'], 'of initialisation, sampling and augmentation; each row is the mean over them')
+  flags.DEFINE_string('folds', None, "all, or the number of one; default: the config's data.fold")
+  flags.DEFINE_integer('jobs', 1, 'runs at a time: on a CPU they share its cores, else each has a GPU', lower_bound=1)
+
+
+def main(_):
+  launch.start_logging()
+  config, name = launch.resolve_config()
+  run(config, flags.FLAGS.workdir or f'runs/study/{name}')
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """The study of a config as the flags have it."""
+  names = read_models(flags.FLAGS.models, config.task)
+  seeds = read_seeds(flags.FLAGS.seeds)
+  if flags.FLAGS.folds is not None:
+    given = config_flags.get_override_values(flags.FLAGS['config']).get('data.fold')
+    config.data.fold = read_fold(flags.FLAGS.folds, given)
+  launch.use_compilation_cache()
+  machine, shares = jobs.prepare(flags.FLAGS.jobs)
+  print(make(config, names, seeds, pathlib.Path(workdir), launch.prepared(config), machine, shares))
+
+
+def read_models(texts: list[str] | None, task: str) -> list[str]:
+  """Names of the registry; the paper's where none are given.
+
+  Raises:
+    UserError: one is unknown, of the other task, or given twice.
+  """
+  if texts is None:
+    return list(study_table.ROWS[task].values())
+  known = _OF_TASK[task]
+  for name in texts or ['']:
+    if name not in known:
+      raise UserError(f'--models: {name!r} is no model of {task}; one or more of {", ".join(known)}')
+  return _once('models', texts)
+
+
+def read_seeds(texts: list[str]) -> list[int]:
+  """Raises UserError where one is no whole number or given twice, or none is given."""
+  if not texts or not all(text.strip().isdigit() for text in texts):
+    raise UserError(f'--seeds: {",".join(texts)!r} are not whole numbers; give --seeds=0,1,2')
+  return _once('seeds', [int(text) for text in texts])
+
+
+def _once(flag, values):
+  twice = [value for value, count in collections.Counter(values).items() if count > 1]
+  if twice:
+    raise UserError(f'--{flag}: {twice[0]} is given more than once; name each once')
+  return values
+
+
+def read_fold(text: str, configured: int | str | None) -> int | str:
+  """What --folds gives data.fold; raises UserError where it is none, or --config.data.fold says otherwise."""
+  if text != 'all' and not text.isdigit():
+    raise UserError(f"--folds: {text!r} is neither 'all' nor the number of a fold; some folds are no test of a cohort")
+  if configured is not None and str(configured) != text:
+    raise UserError(f'--folds: {text}, but --config.data.fold is {configured}; give one of them')
+  return 'all' if text == 'all' else int(text)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+  """A run to be trained and tested, by whichever process is free; of data.fold 'all', the runs of all to be pooled.
+
+  Attributes:
+    config: of the run.
+    run: its workdir.
+    data_dir: of the prepared dataset.
+  """
+
+  config: ml_collections.ConfigDict
+  run: pathlib.Path
+  data_dir: pathlib.Path
+
+  def __str__(self) -> str:
+    fold = {'all': 'all folds'}.get(self.config.data.fold, f'fold {self.config.data.fold}')
+    return f'{self.config.model.name}, seed {self.config.seed}, {fold}'
+
+  def __call__(self) -> float | None:
+    """Gives the score by which the task chooses."""
+    if self.config.data.fold == 'all':
+      result = cross_validation.cross_validate(self.config, self.run, self.data_dir)
+    else:
+      train.train(self.config, self.run, self.data_dir)
+      result = evaluate.evaluate(self.config, self.run, self.data_dir)
+    report.write(self.run, self.data_dir, command.command(self.config))
+    jax.clear_caches()  # nothing of one model's is of use to the next
+    return result[tasks.KINDS[self.config.task].SELECTION]
+
+
+def make(
+  config: ml_collections.ConfigDict,
+  names: list[str],
+  seeds: list[int],
+  workdir: pathlib.Path,
+  data_dir: pathlib.Path,
+  machine: jobs.Machine,
+  shares: list[jobs.Share],
+) -> str:
+  """Does what is not finished, seed after seed, and writes the table after each model's; gives its text.
+
+  Raises:
+    UserError: of a run; the workdir holds one of another protocol.
+  """
+  todo, wholes, left, total = collections.deque(), {}, collections.Counter(), 0
+  for seed in seeds:
+    for name in names:
+      whole = Job(study_table.row_config(config, name, seed), study_table.folder(workdir, name, seed), data_dir)
+      parts = _parts(whole)
+      begin = [job for job in parts if not _is_finished(job)]
+      if len(parts) > 1:
+        run_config.save(whole.run, whole.config)  # a run of one fold has no place among all
+        if begin:
+          results.clear(whole.run / 'test')  # of folds that are about to change
+        elif not results.is_complete(whole.run):
+          begin = [whole]
+      todo.extend(begin)
+      total += len(parts)
+      left[whole] = len(begin)
+      wholes |= dict.fromkeys([whole, *parts], whole)
+  done = total - sum(job.config.data.fold != 'all' for job in todo)
+  if done:
+    logging.info('%d of %d runs are finished', done, total)
+  write = lambda: study_table.write(config, names, seeds, workdir, machine, max(1, len(shares)))
+  for job, score, seconds in jobs.run(todo, shares):
+    done += job.config.data.fold != 'all'
+    logging.info('[%d/%d] %s: %s, %.0f s', done, total, job, statistics.shown(score), seconds)
+    whole = wholes[job]
+    left[whole] -= 1
+    if job is whole:
+      write()
+    elif not left[whole]:
+      todo.appendleft(whole)
+  return write()
+
+
+def _parts(whole):
+  """The runs that a model and a seed are made of: one, or one for each fold."""
+  if whole.config.data.fold != 'all':
+    return [whole]
+  runs = cross_validation.runs(whole.config, whole.run, whole.data_dir)
+  return [dataclasses.replace(whole, config=one, run=run) for run, one in runs.items()]
+
+
+def _is_finished(job):
+  """Whether a run has been tested as config.evaluate says; refuses one of another protocol."""
+  if not cross_validation.is_finished(job.run, job.config):
+    return False
+  run_config.save(job.run, job.config)
+  return True
+
+
+if __name__ == '__main__':
+  define_flags()
+  launch.start(main)

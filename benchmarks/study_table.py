@@ -1,0 +1,177 @@
+"""The table of a study in the paper's columns, and FUSA minus plain patient by patient, from the finished runs."""
+
+import datetime
+import json
+import pathlib
+import statistics
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+
+from benchmarks import model_table
+from benchmarks.jobs import Machine
+from fusa_jax import compare, models, results, tasks
+from fusa_jax.files import replacing, write_csv, write_json
+
+# The paper's rows, in its order and spelling, with the names of our registry.
+ROWS = {
+  'classification': {
+    'VGG-Net': 'vgg16',
+    'DenseNet': 'densenet121',
+    'MobileNet': 'mobilenet_v2',
+    'ResNet-18': 'resnet18',
+    'FUSAResNet18': 'fusa_resnet18',
+    'ResNet-50': 'resnet50',
+    'FUSAResNet50': 'fusa_resnet50',
+  },
+  'segmentation': {
+    'LinkNet': 'linknet',
+    'ResUNet': 'resunet',
+    'PSPNet': 'pspnet',
+    'DeepLabV3': 'deeplabv3',
+    'FUSA-ResUnet': 'fusa_resunet',
+  },
+}
+# The paper's columns, with the keys of metrics.json. The macro Dice is ours: its Dice may be that (docs/paper.md).
+SCORES = {
+  'classification': {'Acc': 'accuracy', 'Precision': 'precision', 'Recall': 'recall', 'F1': 'f1', 'AUC': 'auc'},
+  'segmentation': {'Dice': 'dice', 'Precision': 'precision', 'Recall': 'recall', 'Macro Dice': 'dice_macro'},
+}
+
+
+def folder(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+  """The workdir of a model and a seed."""
+  return workdir / f'{name}-seed{seed}'
+
+
+def row_config(config: ml_collections.ConfigDict, name: str, seed: int) -> ml_collections.ConfigDict:
+  """The protocol with a row's model and a seed; only the names and the widths that go with them differ."""
+  one = ml_collections.ConfigDict(config.to_dict())
+  one.seed = seed
+  one.model.name = name
+  if config.model.width is not None:
+    # Relative to an architecture's own, as the config has it for its own model.
+    own = {n: models.create(n).width for n in (config.model.name, name)}
+    one.model.width = config.model.width * own[name] // own[config.model.name]
+  return one
+
+
+def write(
+  config: ml_collections.ConfigDict,
+  names: list[str],
+  seeds: list[int],
+  workdir: pathlib.Path,
+  machine: Machine,
+  jobs: int,
+) -> str:
+  """Writes table.csv, table.md and differences.json from the finished runs; gives the text of table.md.
+
+  Args:
+    config: the protocol.
+    names: of the models, a row for each that has a finished run.
+    seeds: of the study; a row is of those that are finished.
+    workdir: of the study.
+    machine: on which it ran.
+    jobs: how many runs shared that.
+  """
+  finished = {name: [seed for seed in seeds if results.is_complete(folder(workdir, name, seed))] for name in names}
+  records = [_record(config, name, workdir, done) for name, done in finished.items() if done]
+  write_csv(workdir / 'table.csv', records)
+  found = list(_differences(config, workdir, finished))
+  write_json(workdir / 'differences.json', found)
+
+  titles = [*SCORES[config.task], 'Parameters', 'GFLOPs', 'slices/s']
+  lines = ['| ' + ' | '.join(['Model', *titles]) + ' |', '| --- |' + ' ---: |' * len(titles)]
+  for record in records:
+    cells = [cell(record, title) for title in SCORES[config.task]]
+    cells += [f'{record["parameters"]:,}', f'{record["gflops"]:.2f}', f'{record["slices_per_second"]:.0f}']
+    lines.append('| ' + ' | '.join([record['model'], *cells]) + ' |')
+  lines += ['', _caption(config, workdir, finished, seeds, machine, jobs)]
+  for each in found:
+    what = f'{each["run"]} minus {each["against"]}, {_seeds(each["seeds"])}'
+    lines += ['', f'{what}: {compare.per_patient_line(each["per_patient"])}']
+  text = '\n'.join(lines)
+  with replacing(workdir / 'table.md') as partial:
+    partial.write_text(text + '\n')
+  return text
+
+
+def _record(config, name, workdir, seeds):
+  """A row of table.csv: mean and standard deviation over the seeds; empty where a score is undefined."""
+  runs = [folder(workdir, name, seed) for seed in seeds]
+  tests = [results.read_numbers(run) for run in runs]
+  module = tasks.create(row_config(config, name, 0)).model
+  titles = {row: title for title, row in ROWS[config.task].items()}
+  record = {'model': titles.get(name, name), 'name': name, 'seeds': len(runs)}
+  for column, key in SCORES[config.task].items():
+    values = [result[key] for result in tests if result[key] is not None]
+    record[column] = statistics.fmean(values) if values else None
+    record[f'{column} sd'] = statistics.stdev(values) if len(values) > 1 else None
+    # Over patients, of a single run; what several runs of the same patients have in common is not in their spread.
+    interval = tests[0]['intervals'][key] if len(tests) == 1 else None
+    record[f'{column} low'], record[f'{column} high'] = interval or (None, None)
+  return record | {
+    'parameters': model_table.count(module),
+    'gflops': model_table.forward_gflops(module, config.data.image_size),
+    'slices_per_second': statistics.fmean(_rate(log) for run in runs for log in _logs(run)),
+  }
+
+
+def _logs(run):
+  """The log of a run, or those of all folds."""
+  return [run / 'log.jsonl'] if (run / 'log.jsonl').exists() else sorted(run.glob('fold*/log.jsonl'))
+
+
+def _rate(log):
+  """Slices trained on per second: the median over a run's log, which leaves out compilation and validation."""
+  entries = map(json.loads, log.read_text().splitlines())
+  return statistics.median(e['train/slices_per_second'] for e in entries if 'train/slices_per_second' in e)
+
+
+def cell(record: dict, column: str) -> str:
+  """As the paper prints it: percent, AUC as a fraction; with the spread over seeds or, of one, the 95% interval."""
+  mean, spread, low, high = (record[f'{column}{part}'] for part in ('', ' sd', ' low', ' high'))
+  scale, digits, unit = (1, 3, '') if column == 'AUC' else (100, 2, '%')
+  if mean is None:
+    return 'undefined'
+  shown = lambda value: f'{value * scale:.{digits}f}'
+  beside = f' ± {shown(spread)}' if spread is not None else f' [{shown(low)}, {shown(high)}]' if low is not None else ''
+  return f'{shown(mean)}{unit}{beside}'
+
+
+def _differences(config, workdir, finished) -> Iterator[dict]:
+  """The ablation: for each two models that differ in FUSA alone, over all seeds that both have, then of each seed."""
+  for plain in finished:
+    fusa = f'fusa_{plain}'
+    common = [seed for seed in finished[plain] if seed in finished.get(fusa, ())]
+    tables = {
+      name: {seed: results.read_table(folder(workdir, name, seed)) for seed in common} for name in (fusa, plain)
+    }
+    for seeds in ([common] if len(common) > 1 else []) + [[seed] for seed in common]:
+      one, other = ([tables[name][seed] for seed in seeds] for name in (fusa, plain))
+      about = {'run': fusa, 'against': plain, 'fold': config.data.fold, 'seeds': seeds}
+      yield about | compare.paired(tasks.KINDS[config.task], one, other)
+
+
+def _seeds(seeds):
+  return f'seed{"s" * (len(seeds) > 1)} {", ".join(map(str, seeds))}'
+
+
+def _caption(config, workdir, finished, seeds, machine, jobs):
+  name, done = next((name, done) for name, done in finished.items() if done)
+  result = results.read_numbers(folder(workdir, name, done[0]))
+  fold = 'all folds, each patient tested once' if config.data.fold == 'all' else f'fold {config.data.fold}'
+  split = result.get('split', 'by patient')
+  missing = [f'{name} {len(done)} of {len(seeds)}' for name, done in finished.items() if len(done) < len(seeds)]
+  return (
+    f'{result["dataset"]}, {fold}{"" if split == "by patient" else f", split {split}"}: '
+    f'{result["num_slices"]} test slices of {result["num_patients"]} patients, '
+    f'{config.data.image_size} x {config.data.image_size}. {config.train.steps} steps of '
+    f'{config.train.batch_size} slices, {_seeds(seeds)}.'
+    + (f' Unfinished: {", ".join(missing)} seeds.' if missing else '')
+    + (' Mean ± standard deviation over the seeds.' if len(seeds) > 1 else ' In brackets: 95% over patients.')
+    + f' GFLOPs: one slice forward. slices/s: in training, on {machine}'
+    + (f' shared by {jobs} runs at a time' if jobs > 1 else '')
+    + f'. {datetime.date.today()}, jax {jax.__version__}, commit {result["commit"]}.'
+  )

@@ -1,0 +1,109 @@
+"""Jobs that share a machine: who gets what of it, and how workers end."""
+
+import collections
+import os
+import signal
+import time
+
+import pytest
+
+from benchmarks import jobs
+from fusa_jax.errors import UserError
+
+# Functions of this file can be run by workers, which import it by name.
+CPU, GPUS = jobs.Machine('cpu', 'cpu', 8), jobs.Machine('gpu', 'H100', 4)
+
+
+class Say:
+  """A job: its text."""
+
+  def __init__(self, text):
+    self.text = text
+
+  def __str__(self):
+    return f'job {self.text}'
+
+  def __call__(self):
+    return self.text
+
+
+def refuse():
+  raise UserError('train: the loss is nan')
+
+
+def fail():
+  raise KeyError('missing')
+
+
+def die():
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep():
+  time.sleep(600)
+
+
+def cores():
+  return os.sched_getaffinity(0), signal.getsignal(signal.SIGINT)
+
+
+def test_cores_are_dealt_and_each_is_in_one_share(monkeypatch):
+  monkeypatch.setattr(jobs, '_cores', lambda: [1, 3, 4, 5, 8, 9, 10])
+  dealt = [share.cores for share in jobs.shares(3, CPU)]
+  assert sorted(sum(dealt, ())) == [1, 3, 4, 5, 8, 9, 10]
+  assert sorted(map(len, dealt)) == [2, 2, 3]
+  with pytest.raises(UserError, match='^--jobs: 8, but there are 7 CPU cores; give --jobs=7 or fewer$'):
+    jobs.shares(8, CPU)
+
+
+def test_each_job_has_a_gpu_of_those_that_are_visible(monkeypatch):
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  assert [share.device for share in jobs.shares(3, GPUS)] == ['0', '1', '2']
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '6,2,GPU-8a,1')
+  assert [share.device for share in jobs.shares(4, GPUS)] == ['6', '2', 'GPU-8a', '1']
+  with pytest.raises(UserError, match='^--jobs: 5, but there are 4 GPUs; give --jobs=4 or fewer$'):
+    jobs.shares(5, GPUS)
+
+
+def test_a_tpu_is_not_shared():
+  with pytest.raises(UserError, match='^--jobs: 2, but a TPU belongs to one process; leave --jobs out$'):
+    jobs.shares(2, jobs.Machine('tpu', 'TPU v5e', 4))
+
+
+@pytest.mark.parametrize('shares', [[], [jobs.Share()] * 2], ids=['in this process', 'by two workers'])
+def test_jobs_may_be_added_while_others_run(shares):
+  todo, seen = collections.deque([Say('a'), Say('b'), Say('c')]), []
+  for job, value, _ in jobs.run(todo, shares):
+    assert job.text == value
+    seen.append(value)
+    if value == 'c':
+      todo.append(Say('d'))
+  assert sorted(seen) == ['a', 'b', 'c', 'd']
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='the system deals the cores')
+def test_workers_keep_to_their_share_and_leave_ctrl_c_to_the_first_process():
+  mine = sorted(os.sched_getaffinity(0))
+  ((_, (seen, handler), _),) = jobs.run(collections.deque([cores]), [jobs.Share((mine[-1],))])
+  assert seen == {mine[-1]}
+  assert handler == signal.SIG_IGN
+  assert sorted(os.sched_getaffinity(0)) == mine
+  assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+  ('job', 'error', 'reason'),
+  [
+    (refuse, UserError, '^train: the loss is nan$'),
+    (fail, RuntimeError, "KeyError: 'missing'"),
+    (die, RuntimeError, 'its process was killed, perhaps for want of memory'),
+  ],
+)
+def test_an_error_stops_the_other_workers(job, error, reason, monkeypatch):
+  """The other would sleep for ten minutes."""
+  started, start = [], jobs._start
+  monkeypatch.setattr(jobs, '_start', lambda share: started.append(start(share)) or started[-1])
+  with pytest.raises(error, match=reason):
+    list(jobs.run(collections.deque([sleep, job]), [jobs.Share()] * 2))
+  assert len(started) == 2
+  assert not any(process.is_alive() for process, _ in started)

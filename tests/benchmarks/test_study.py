@@ -1,0 +1,262 @@
+"""Models, folds and seeds under one protocol: what is written, what is kept, what is refused."""
+
+import csv
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import PATIENTS, SIZE, SLICES, tiny
+
+from benchmarks import jobs, study, study_table
+from configs import seg
+from fusa_jax import compare, cross_validation, metrics, results, train
+from fusa_jax.errors import UserError
+from fusa_jax.tasks import segmentation
+
+PAIR, SEEDS = ['resunet', 'fusa_resunet'], [3, 4]
+COLUMNS = {'Dice': 'dice', 'Precision': 'precision', 'Recall': 'recall', 'Macro Dice': 'dice_macro'}
+
+
+def protocol(**overrides):
+  return tiny(seg, **{'train.steps': 2, 'evaluate.num_overlays': 1, **overrides})
+
+
+def make(workdir, data_dir, names=PAIR, seeds=SEEDS, **overrides):
+  return study.make(protocol(**overrides), names, seeds, workdir, data_dir, jobs.machine(), [])
+
+
+def numbers(run):
+  return json.loads((run / 'test' / 'metrics.json').read_text())
+
+
+def dice_of_patients(run):
+  """From slices.csv alone: {patient: Dice of their pixels}, without those of whom it is undefined."""
+  sums = {}
+  with (run / 'test' / 'slices.csv').open(newline='') as file:
+    for row in csv.DictReader(file):
+      sums.setdefault(row['patient'], np.zeros(3))
+      sums[row['patient']] += [int(row[key]) for key in ('tp', 'fp', 'fn')]
+  return {patient: 2 * tp / (2 * tp + fp + fn) for patient, (tp, fp, fn) in sums.items() if tp + fp + fn}
+
+
+@pytest.fixture(scope='module')
+def made(data_dir, tmp_path_factory):
+  """Two models and two seeds of one fold."""
+  workdir = tmp_path_factory.mktemp('study')
+  make(workdir, data_dir)
+  return workdir
+
+
+@pytest.mark.slow
+def test_a_row_is_the_mean_and_spread_of_its_seeds(made):
+  rows = list(csv.DictReader((made / 'table.csv').open()))
+  assert [(row['model'], row['name']) for row in rows] == [('ResUNet', 'resunet'), ('FUSA-ResUnet', 'fusa_resunet')]
+  text = (made / 'table.md').read_text()
+  assert text.startswith('| Model | Dice | Precision | Recall | Macro Dice | Parameters | GFLOPs | slices/s |\n')
+  assert 'fold 0: 32 test slices of 2 patients, 32 x 32. 2 steps of 8 slices, seeds 3, 4. Mean ±' in text
+  assert 'Unfinished' not in text and 'runs at a time' not in text and 'split' not in text
+  for row in rows:
+    runs = [numbers(made / f'{row["name"]}-seed{s}') for s in SEEDS]
+    assert row['seeds'] == '2'
+    for column, key in COLUMNS.items():
+      values = [run[key] for run in runs if run[key] is not None]
+      assert float(row[column]) == pytest.approx(statistics.mean(values))
+      if len(values) == 2:
+        # Half the distance of two values, times the square root of two.
+        assert float(row[f'{column} sd']) == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    configs = [json.loads((made / f'{row["name"]}-seed{s}' / 'config.json').read_text()) for s in SEEDS]
+    assert [config['seed'] for config in configs] == SEEDS
+    (line,) = [line for line in text.splitlines() if line.startswith(f'| {row["model"]} ')]
+    assert f'| {float(row["Dice"]) * 100:.2f}% ± ' in line
+
+
+@pytest.mark.slow
+def test_fusa_minus_plain_is_of_patients_over_seeds_and_of_each_seed(made):
+  """By hand from the slices: the mean over patients of the means over seeds of what FUSA has over plain."""
+  found = json.loads((made / 'differences.json').read_text())
+  assert [each['seeds'] for each in found] == [[3, 4], [3], [4]]
+  text = (made / 'table.md').read_text()
+  for each, title in zip(found, ('seeds 3, 4', 'seed 3', 'seed 4'), strict=True):
+    assert (each['run'], each['against'], each['fold']) == ('fusa_resunet', 'resunet', 0)
+    dice = {
+      name: [dice_of_patients(made / f'{name}-seed{seed}') for seed in each['seeds']]
+      for name in ('fusa_resunet', 'resunet')
+    }
+    everywhere = set.intersection(*(set(one) for side in dice.values() for one in side))
+    mean = lambda side, patient: statistics.mean(one[patient] for one in side)
+    gains = [mean(dice['fusa_resunet'], patient) - mean(dice['resunet'], patient) for patient in everywhere]
+    mine = each['per_patient']
+    assert mine['patients'] == len(gains)
+    assert mine['difference'] == pytest.approx(statistics.mean(gains))
+    assert f'\nfusa_resunet minus resunet, {title}: Dice: {mine["difference"]:.4f} [' in text
+    pooled = [statistics.mean(numbers(made / f'{name}-seed{s}')['dice'] for s in each['seeds']) for name in dice]
+    assert each['numbers']['dice']['difference'] == pytest.approx(pooled[0] - pooled[1])
+
+
+@pytest.mark.slow
+def test_a_finished_study_is_kept_and_another_protocol_is_refused(made, data_dir, monkeypatch):
+  trained = []
+  monkeypatch.setattr(train, 'train', lambda config, *_: trained.append(config.model.name))
+  before = {file: (made / file).read_bytes() for file in ('table.csv', 'table.md', 'differences.json')}
+  make(made, data_dir)
+  assert not trained
+  assert {file: (made / file).read_bytes() for file in before} == before
+  with pytest.raises(UserError, match=r'resunet-seed3 holds a run of another config: train.learning_rate'):
+    make(made, data_dir, **{'train.learning_rate': 0.1})
+
+
+@pytest.mark.slow
+def test_until_both_have_a_seed_only_the_others_are_compared(made, tmp_path):
+  """As it is when stopped before the last run: one seed is left to compare by, and the caption says what is missing."""
+  workdir = tmp_path / 'study'
+  shutil.copytree(made, workdir)
+  (workdir / 'fusa_resunet-seed4' / 'test' / 'metrics.json').unlink()
+  text = study_table.write(protocol(), PAIR, SEEDS, workdir, jobs.Machine('gpu', 'H100', 4), 4)
+  (found,) = json.loads((workdir / 'differences.json').read_text())
+  assert found['seeds'] == [3]
+  assert found['per_patient'] == json.loads((made / 'differences.json').read_text())[1]['per_patient']
+  assert 'Unfinished: fusa_resunet 1 of 2 seeds.' in text
+  assert 'in training, on 4 x H100 shared by 4 runs at a time.' in text
+
+
+@pytest.mark.slow
+def test_a_split_that_is_not_by_patient_is_said_to_be(made, tmp_path):
+  workdir = tmp_path / 'study'
+  shutil.copytree(made, workdir)
+  for split, said in (('by patient', ', fold 0: 32'), ('by slice', ', fold 0, split by slice: 32')):
+    for path in workdir.glob('*/test/metrics.json'):
+      path.write_text(json.dumps(json.loads(path.read_text()) | {'split': split}))
+    assert said in study_table.write(protocol(), PAIR, SEEDS, workdir, jobs.machine(), 1)
+
+
+@pytest.fixture(scope='module')
+def all_folds(data_dir, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('folds')
+  make(workdir, data_dir, ['resunet'], [3], **{'data.fold': 'all'})
+  return workdir
+
+
+@pytest.mark.slow
+def test_all_folds_are_a_cross_validation(all_folds, data_dir):
+  run = all_folds / 'resunet-seed3'
+  with (run / 'test' / 'slices.csv').open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  assert len({(row['patient'], row['slice']) for row in rows}) == len(rows) == PATIENTS * SLICES
+  assert all((folder / 'test' / 'report.html').exists() for folder in (run, *(run / f'fold{k}' for k in range(5))))
+  (row,) = csv.DictReader((all_folds / 'table.csv').open())
+  assert float(row['Dice']) == numbers(run)['dice']
+  text = (all_folds / 'table.md').read_text()
+  assert f'all folds, each patient tested once: {PATIENTS * SLICES} test slices of {PATIENTS} patients' in text
+  # What launch.py would make of the same config finds everything done.
+  before = (run / 'test' / 'metrics.json').read_bytes()
+  whole = study_table.row_config(protocol(**{'data.fold': 'all'}), 'resunet', 3)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, 'train', None)
+    cross_validation.cross_validate(whole, run, data_dir)
+  assert (run / 'test' / 'metrics.json').read_bytes() == before
+
+
+@pytest.mark.slow
+def test_folds_go_on_where_they_were_stopped(all_folds, data_dir, tmp_path, monkeypatch):
+  """One fold untested: it alone is done, and pooled with the others; nothing pooled before stays meanwhile."""
+  workdir = tmp_path / 'study'
+  shutil.copytree(all_folds, workdir)
+  run, done, original = workdir / 'resunet-seed3', [], train.train
+  (run / 'fold2' / 'test' / 'metrics.json').unlink()
+
+  def note(config, *rest):
+    done.append((config.data.fold, results.is_complete(run)))
+    original(config, *rest)
+
+  monkeypatch.setattr(train, 'train', note)
+  make(workdir, data_dir, ['resunet'], [3], **{'data.fold': 'all'})
+  assert done == [(2, False)]
+  without_commit = lambda folder: {key: value for key, value in numbers(folder).items() if key != 'commit'}
+  assert without_commit(run) == without_commit(all_folds / 'resunet-seed3')
+  with pytest.raises(UserError, match=r'resunet-seed3 holds a run of another config: data.fold \(all -> 1\)'):
+    make(workdir, data_dir, ['resunet'], [3], **{'data.fold': 1})
+
+
+def refused(*arguments):
+  """The one line with which a study of such flags is refused."""
+  command = [sys.executable, '-m', 'benchmarks.study', '--config=configs/seg.py:demo', *arguments]
+  done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  return line
+
+
+def test_jobs_and_folds_are_checked_before_anything_is_drawn_or_trained():
+  there = len(jobs._cores())
+  assert refused(f'--jobs={there + 1}') == (
+    f'error: --jobs: {there + 1}, but there are {there} CPU cores; give --jobs={there} or fewer'
+  )
+  assert refused('--folds=all', '--config.data.fold=1') == (
+    'error: --folds: all, but --config.data.fold is 1; give one of them'
+  )
+
+
+@pytest.mark.parametrize('seeds', [['one'], ['1', ''], [], ['-1']])
+def test_seeds_are_whole_numbers(seeds):
+  with pytest.raises(UserError, match='--seeds: .* give --seeds=0,1,2'):
+    study.read_seeds(seeds)
+
+
+def test_models_and_seeds_are_named_once_and_are_of_the_task():
+  assert study.read_models(None, 'segmentation') == list(study_table.ROWS['segmentation'].values())
+  assert study.read_models(['fusa_linknet', 'linknet'], 'segmentation') == ['fusa_linknet', 'linknet']
+  for names, reason in (
+    (['resunet', 'unet'], "'unet' is no model of segmentation; one or more of deeplabv3, "),
+    (['resnet18'], "'resnet18' is no model of segmentation; one or more of deeplabv3, "),
+    ([], "'' is no model of segmentation; one or more of deeplabv3, "),
+    (['resunet', 'linknet', 'resunet'], 'resunet is given more than once; name each once'),
+  ):
+    with pytest.raises(UserError) as error:
+      study.read_models(names, 'segmentation')
+    assert str(error.value).startswith(f'--models: {reason}')
+  with pytest.raises(UserError, match='^--seeds: 1 is given more than once; name each once$'):
+    study.read_seeds(['0', '1', '01'])
+
+
+def test_folds_are_all_or_one():
+  assert [study.read_fold(text, None) for text in ('all', '0', '3')] == ['all', 0, 3]
+  assert (study.read_fold('all', 'all'), study.read_fold('2', 2)) == ('all', 2)
+  for text in ('0,1', 'some', '-1', ''):
+    with pytest.raises(UserError, match=f"^--folds: '{text}' is neither 'all' nor the number of a fold; some folds"):
+      study.read_fold(text, None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(jobs._cores()) < 2, reason='each job has a core of its own')
+def test_two_jobs_at_a_time_from_the_command_line(data_dir, tmp_path):
+  """The runs of both models and all folds by two workers; their tests are those of one process after the other."""
+  command = [
+    *(sys.executable, '-m', 'benchmarks.study', '--config=configs/seg.py:demo', '--models=resunet,fusa_resunet'),
+    *('--folds=all', '--jobs=2', f'--workdir={tmp_path}', f'--config.data.dir={data_dir}'),
+    *('--config.model.width=4', f'--config.data.image_size={SIZE}', '--config.train.steps=2'),
+    *('--config.train.warmup_steps=1', '--config.train.log_every=1', '--config.evaluate.num_overlays=1'),
+  ]
+  done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=600)
+  assert done.returncode == 0, done.stderr
+  ends = [line for line in done.stderr.splitlines() if line.startswith('[')]
+  assert [line.split(']')[0] for line in ends if 'all folds' not in line] == [f'[{k}/10' for k in range(1, 11)]
+  assert sum('all folds: ' in line for line in ends) == 2
+  assert 'Training' not in done.stderr and 'compiled' not in done.stderr
+  tables = []
+  for name in ('fusa_resunet', 'resunet'):
+    run = tmp_path / f'{name}-seed0'
+    tables.append(results.read_table(run))
+    assert len(metrics.by_patient(tables[-1])) == PATIENTS
+    assert all(results.is_complete(run / f'fold{k}') for k in range(5))
+  (found,) = json.loads((tmp_path / 'differences.json').read_text())
+  expected = compare.paired(segmentation, *([table] for table in tables))
+  assert found == {'run': 'fusa_resunet', 'against': 'resunet', 'fold': 'all', 'seeds': [0], **expected}
+  assert 'shared by 2 runs at a time' in (tmp_path / 'table.md').read_text()
+  again = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=600)
+  assert again.returncode == 0, again.stderr
+  assert again.stderr == '10 of 10 runs are finished\n'
