@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import tqdm
 
 import launch
 from fusa_jax.errors import Terminated, UserError
@@ -102,12 +103,14 @@ def run(todo: collections.deque[Callable[[], Any]], shares: list[Share]) -> Iter
     shares: a worker process for each; none of them: jobs run in this process, in order.
 
   Raises:
-    UserError: of a job. No other is begun, and those that run are stopped; so they are when the caller leaves.
+    UserError: of a job, which it names where there are shares. No other is begun, and those that run are stopped; so
+      they are when the caller leaves.
     RuntimeError: a job failed otherwise, or its process was killed.
   """
   if not shares:
     while todo:
       job, began = todo.popleft(), time.monotonic()
+      logging.info('%s', job)
       yield job, job(), time.monotonic() - began
     return
   workers, idle, busy = [], [], {}
@@ -171,14 +174,17 @@ def _work(connection, share):
   launch.start_logging()
   logging.getLogger().setLevel(logging.WARNING)
   logging.captureWarnings(True)
-  sys.stdout = sys.stderr = open(os.devnull, 'w')  # noqa: SIM115 - progress bars of several would mix; the log has its own
+  # Progress bars of several runs would mix; each run's log has its own numbers. Their lock, by default one that other
+  # processes could share, would be reported as leaked when a worker is stopped.
+  sys.stdout = sys.stderr = open(os.devnull, 'w')  # noqa: SIM115
+  tqdm.tqdm.set_lock(threading.RLock())
   launch.use_compilation_cache()
   while True:
     job = connection.recv()
     try:
       answer = None, job()
     except UserError as error:
-      answer = error, None
+      answer = UserError(f'{job}: {error}'), None
     except Terminated:
       os._exit(143)
     except Exception:

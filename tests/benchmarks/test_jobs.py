@@ -94,7 +94,7 @@ def test_workers_keep_to_their_share_and_leave_ctrl_c_to_the_first_process():
 @pytest.mark.parametrize(
   ('job', 'error', 'reason'),
   [
-    (refuse, UserError, '^train: the loss is nan$'),
+    (refuse, UserError, 'refuse.*: train: the loss is nan$'),
     (fail, RuntimeError, "KeyError: 'missing'"),
     (die, RuntimeError, 'its process was killed, perhaps for want of memory'),
   ],

@@ -246,7 +246,7 @@ def test_two_jobs_at_a_time_from_the_command_line(data_dir, tmp_path):
   ends = [line for line in done.stderr.splitlines() if line.startswith('[')]
   assert [line.split(']')[0] for line in ends if 'all folds' not in line] == [f'[{k}/10' for k in range(1, 11)]
   assert sum('all folds: ' in line for line in ends) == 2
-  assert 'Training' not in done.stderr and 'compiled' not in done.stderr
+  assert 'Training' not in done.stderr and 'compiled' not in done.stderr and 'leaked' not in done.stderr
   tables = []
   for name in ('fusa_resunet', 'resunet'):
     run = tmp_path / f'{name}-seed0'
