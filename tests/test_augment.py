@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-from fusa_jax import augment
+from configs import seg
+from fusa_jax import augment, window
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,23 @@ def test_intensity_changes_are_within_their_bounds():
   scale, shift = (high - low) / 2000, (high + low) / 2
   assert (np.abs(scale - 1) <= 0.1001).all() and np.std(scale) > 0.02
   assert (np.abs(shift / scale) <= 30.01).all() and np.std(shift) > 5
+
+
+def test_grey_is_changed_as_the_window_it_stands_for():
+  """Grey values that are the HU window's, stretched to 0 to 255: the network sees the same, changed before or after."""
+  hu, mask = batch()
+  hu = np.clip(hu, -1000, 300)
+  grey = (hu + 1000) * (255 / 1300)
+  config = seg.get_config('demo')
+  config.augment.update(crop_probability=1.0, hu_shift=40.0, hu_scale=0.2)
+  key = jax.random.key(3)
+  out, out_mask = augment.augment(key, hu, mask, augment.create(config))
+  config.data['values'] = 'grey'
+  grey_out, grey_mask = augment.augment(key, grey, mask, augment.create(config))
+  np.testing.assert_array_equal(grey_mask, out_mask)
+  seen = window.grey_input(grey_out)
+  np.testing.assert_allclose(seen, window.network_input(out, (-1000, 300)), atol=1e-4)
+  assert np.abs(np.asarray(seen)[..., 0] - np.asarray(window.grey_input(grey))[..., 0]).max() > 0.05
 
 
 def test_points_are_uniform_over_the_foreground():
