@@ -162,10 +162,9 @@ def _caption(config, workdir, finished, seeds, machine, jobs):
   name, done = next((name, done) for name, done in finished.items() if done)
   result = results.read_numbers(folder(workdir, name, done[0]))
   fold = 'all folds, each patient tested once' if config.data.fold == 'all' else f'fold {config.data.fold}'
-  split = result.get('split', 'by patient')
   missing = [f'{name} {len(done)} of {len(seeds)}' for name, done in finished.items() if len(done) < len(seeds)]
   return (
-    f'{result["dataset"]}, {fold}{"" if split == "by patient" else f", split {split}"}: '
+    f'{result["dataset"]}, {fold}{results.caveat(result)}: '
     f'{result["num_slices"]} test slices of {result["num_patients"]} patients, '
     f'{config.data.image_size} x {config.data.image_size}. {config.train.steps} steps of '
     f'{config.train.batch_size} slices, {_seeds(seeds)}.'

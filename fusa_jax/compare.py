@@ -30,7 +30,8 @@ def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path |
     found = paired(tasks.KINDS[configs[0].task], *([table] for table in tables))
   except UserError as error:
     raise UserError(f'--against: {workdir} and {against}: {error}') from None
-  result = {'run': str(workdir), 'against': str(against), **found}
+  split = results.read_numbers(workdir).get('split', results.BY_PATIENT)
+  result = {'run': str(workdir), 'against': str(against), 'split': split, **found}
   output = output or workdir / 'test' / f'against-{"-".join(against.resolve().parts[-2:])}.json'
   write_json(output, result)
   logging.info('%s', report(result))
@@ -106,7 +107,7 @@ def report(result: dict) -> str:
   for name, row in result['numbers'].items():
     cells = [statistics.shown(row[key]) for key in ('run', 'against', 'difference')]
     lines.append('{:24}{:>10}{:>10}{:>12}  {}'.format(name, *cells, _interval(row['interval'])))
-  return '\n'.join([*lines, f'per patient, {per_patient_line(result["per_patient"])}'])
+  return '\n'.join([*lines, f'per patient, {per_patient_line(result["per_patient"])}{results.caveat(result)}'])
 
 
 def per_patient_line(found: dict) -> str:
