@@ -170,8 +170,14 @@ def named_config():
   """
   if _CONFIG.value is None:
     raise UserError('--config: missing; give --config=configs/seg.py or --config=configs/cls.py')
+  path, preset = file_and_preset()
+  return _CONFIG.value, f'{pathlib.Path(path).stem}-{preset}'
+
+
+def file_and_preset() -> tuple[str, str]:
+  """Of --config, which is one or both."""
   path, _, preset = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
-  return _CONFIG.value, f'{pathlib.Path(path).stem}-{preset or "paper"}'
+  return path, preset or 'paper'
 
 
 def resolve_config():
@@ -179,10 +185,9 @@ def resolve_config():
   from fusa_jax import sharding
 
   config, name = named_config()
-  asked = config_flags.get_config_filename(flags.FLAGS['config'])
-  path, _, preset = asked.partition(':')
   if not names_data(config):
-    preset = 'demo' if preset in ('', 'paper', 'demo') else f'demo-{preset.removeprefix("demo-")}'
+    path, preset = file_and_preset()
+    preset = 'demo' if preset in ('paper', 'demo') else f'demo-{preset.removeprefix("demo-")}'
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
     config = load_config(path, preset)
     config.update_from_flattened_dict(overrides)
@@ -190,7 +195,8 @@ def resolve_config():
     if sharding.is_main():
       print(
         'No data named: this is the demo, a small model on synthetic chest phantoms.\n'
-        f'For your own scans: python launch.py --config={asked} --config.data.raw_dir=FOLDER_OF_SCANS',
+        f'For your own scans: python launch.py --config={config_flags.get_config_filename(flags.FLAGS["config"])} '
+        '--config.data.raw_dir=FOLDER_OF_SCANS',
         flush=True,
       )
   return config, name

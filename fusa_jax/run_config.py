@@ -38,6 +38,11 @@ def _save(workdir, config):
       and not key.startswith(_HARMLESS)
       and (key in before or now[key])  # a key that is newer than the run, and is off
     )
+    if differ == ['train.steps']:
+      raise UserError(
+        f'{workdir} holds a run of {before["train.steps"]} steps, over which its learning rate falls to zero: it '
+        'cannot be made longer or shorter; name another --workdir'
+      )
     if differ:
       listed = ', '.join(f'{key} ({before.get(key)} -> {now.get(key)})' for key in differ)
       raise UserError(f'{workdir} holds a run of another config: {listed}; name another --workdir, or set these back')

@@ -44,6 +44,10 @@ def launch(*arguments, home=None):
     (['--mode=dance'], 'dance'),
     (['--config=configs/seg.py', 'stray'], "'stray' is no flag"),
     (['--config=configs/seg.py', '--config.data.raw_dir=nowhere'], 'data.raw_dir: nowhere is no folder'),
+    (
+      ['--config=configs/seg.py', '--config.data.raw_dir=.', '--config.data.values=gray'],
+      "there is no 'gray'; one of hu",
+    ),
     (['--config=configs/seg.py', '--config.data.dir=nowhere'], 'data.dir: nowhere is no folder'),
     (['--mode=predict'], '--workdir: missing; --mode=predict needs it'),
     (['--mode=predict', '--workdir=nowhere', '--input=x', '--output=y'], 'nowhere: no run in it'),

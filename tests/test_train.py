@@ -113,6 +113,10 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
   changed = tiny(**{'train.learning_rate': 0.5, 'seed': 3})
   with pytest.raises(UserError, match=r'seed \(0 -> 3\), train.learning_rate \(0.003 -> 0.5\); name another --workdir'):
     train.train(changed, runs['seg'], data_dir)
+  with pytest.raises(
+    UserError, match=r'a run of 4 steps, over which .*: it cannot be made longer or shorter; name anoth'
+  ):
+    train.train(tiny(**{'train.steps': 8}), runs['seg'], data_dir)
 
 
 @pytest.mark.parametrize(
