@@ -25,7 +25,7 @@ MODES = ('train', 'evaluate', 'predict', 'prepare', 'score', 'compare', 'aot')
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/seg.py or configs/cls.py, with :preset or without')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'train also prepares before and evaluates after')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run; default: runs/ and the name of the config')
-_INPUT = flags.DEFINE_string('input', None, 'predict: a scan (.nii, .nii.gz), or a folder; score: predicted masks')
+_INPUT = flags.DEFINE_string('input', None, 'predict: a scan, a picture, or a folder of them; score: predicted masks')
 _OUTPUT = flags.DEFINE_string('output', None, 'predict, score, aot: a folder for what is written; compare: a file')
 _THRESHOLD = flags.DEFINE_float(
   'threshold', None, "predict: probability of a lesion; default: the run's operating point"
@@ -95,7 +95,8 @@ def evaluate() -> None:
     if names_data(_CONFIG.value):
       config.data.update(raw_dir=_CONFIG.value.data.raw_dir, dir=_CONFIG.value.data.dir)
     asked = config_flags.get_override_values(flags.FLAGS['config'])
-    config.update_from_flattened_dict({key: value for key, value in asked.items() if key.startswith('evaluate.')})
+    may_change = ('evaluate.', 'data.patients', 'data.lesion_labels')
+    config.update_from_flattened_dict({key: value for key, value in asked.items() if key.startswith(may_change)})
   data_dir = prepared(config)
   again = cross_validation.evaluate_again if config.data.fold == 'all' else evaluate.evaluate
   again(config, workdir, data_dir, scans(config))

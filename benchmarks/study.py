@@ -144,10 +144,10 @@ def make(
       begin = [job for job in parts if not _is_finished(job)]
       if len(parts) > 1:
         run_config.save(whole.run, whole.config)  # a run of one fold has no place among all
-        if begin:
-          results.clear(whole.run / 'test')  # of folds that are about to change
-        elif not results.is_complete(whole.run):
+        if not begin and not results.is_complete(whole.run):
           begin = [whole]
+      if begin and (whole.run / 'test').exists():
+        results.clear(whole.run / 'test')  # what is about to change stands in no table
       todo.extend(begin)
       total += len(parts)
       left[whole] = len(begin)

@@ -105,7 +105,8 @@ def _record(config, name, workdir, seeds):
   titles = {row: title for title, row in ROWS[config.task].items()}
   record = {'model': titles.get(name, name), 'name': name, 'seeds': len(runs)}
   for column, key in SCORES[config.task].items():
-    values = [result[key] for result in tests if result[key] is not None]
+    values = [result[key] for result in tests]
+    values = [] if None in values else values  # a mean over some of the seeds would pass for all of theirs
     record[column] = statistics.fmean(values) if values else None
     record[f'{column} sd'] = statistics.stdev(values) if len(values) > 1 else None
     # Over patients, of a single run; what several runs of the same patients have in common is not in their spread.

@@ -1,5 +1,6 @@
 """A folder of scans as released -> which cohort it is, and its cases."""
 
+import itertools
 import logging
 import pathlib
 
@@ -12,6 +13,7 @@ from data.cohorts import (
   medseg,
   mosmed,
   nnunet,
+  only_folder,
   pairs,
   slices,
   zenodo_20,
@@ -52,23 +54,27 @@ def find(raw_dir: str | pathlib.Path, wanted: Wanted = AS_RELEASED) -> tuple[str
     raise UserError(f'data.patients: there is no {wanted.patients!r}; one of {", ".join(PATIENTS)}')
   if not folder.is_dir():
     raise UserError(f'data.raw_dir: {folder} is no folder; give the one that holds the scans')
-  for name, cohort in COHORTS.items():
-    if cohort.recognises(folder):
-      cases = _of_known_patients(folder, _of_values(folder, cohort.find(folder), wanted), wanted)
+  tried = itertools.product(dict.fromkeys((folder, only_folder(folder))), COHORTS.items())
+  for place, (name, cohort) in tried:
+    if cohort.recognises(place):
+      cases = cohort.find(place)
+      if not cases:
+        raise UserError(f'{place}: laid out as {name}, but without any scan; unpack it again')
+      cases = _of_known_patients(folder, _of_values(folder, cases, wanted), wanted)
       if wanted.lesion_labels:
         cases = [case._replace(lesion_labels=tuple(wanted.lesion_labels)) for case in cases]
       return name, sorted(cases, key=lambda case: case.patient)
   raise UserError(
     f'{folder}: no scans with masks in a naming that is known (X_ct.nii.gz beside X_seg.nii.gz, X.nii.gz beside '
-    'X_mask.nii.gz, imagesTr and labelsTr, dataset.json, images and masks, ...: docs/data.md); give that folder, or '
-    'rename the files'
+    'X_mask.nii.gz, imagesTr and labelsTr, dataset.json, pictures in images and masks or in a folder a class, ...: '
+    'docs/data.md); give that folder, or rename the files'
   )
 
 
 def _of_values(folder, cases, wanted):
   """The cases of that kind of values, said to be so; those of the other kind are left out."""
   chosen = [case._replace(values=wanted.values) for case in cases if case.values in (None, wanted.values)]
-  if cases and not chosen:
+  if not chosen:
     if wanted.values == 'hu':
       raise UserError(f'{folder}: holds 8-bit grey values, not HU; say so with --config.data.values=grey')
     raise UserError(f'{folder}: holds Hounsfield units, not grey values; leave out --config.data.values=grey')
@@ -80,7 +86,7 @@ def _of_known_patients(folder, cases, wanted):
   if wanted.patients == 'each_slice':
     return cases
   named = [case for case in cases if case.named]
-  if cases and not named:
+  if not named:
     raise UserError(
       f'{folder}: whose slices these are is not known, so that a patient may be both trained on and tested; add '
       'slices.csv (name,patient), or say --config.data.patients=each_slice and take no number for one of new patients'

@@ -76,17 +76,17 @@ def _build(cohort: str, cases: list[Case], raw_dir, data_dir, size, progress):
   config = cohort if size == Config.size else Config(name=f'{cohort}_{size}', size=size)
   builder = Builder(data_dir=str(data_dir), config=config, file_format='array_record')
   if builder.is_prepared():
-    if builder.info.metadata['files'] != files:
-      raise UserError(
-        f'data.dir: {data_dir} was prepared from other files than {raw_dir} holds now; '
-        'name another folder, or delete this one'
-      )
     for key, value in taken.items():
       if builder.info.metadata[key] != value:
         raise UserError(
           f'data.dir: {data_dir} was prepared with other data.{key} ({builder.info.metadata[key]}); name another '
           'folder, or delete this one'
         )
+    if builder.info.metadata['files'] != files:
+      raise UserError(
+        f'data.dir: {data_dir} was prepared from other files than {raw_dir} holds now; '
+        'name another folder, or delete this one'
+      )
     return pathlib.Path(builder.data_path)
   builder.cases, builder.progress = cases, progress
   settings = tfds.download.DownloadConfig(register_checksums=False)

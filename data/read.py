@@ -34,8 +34,7 @@ def volume(case: Case) -> tuple[ct.Scan, np.ndarray]:
   Raises:
     UserError: as `ct.read` and `ct.read_mask`.
   """
-  # Loose slices were windowed one by one: what the cohort knows is no news, and a volume of them no scan.
-  scan = ct.read(case.ct, case.values or 'hu', windowed=case.slice is not None)
+  scan = ct.read(case.ct, case.values or 'hu', case.windowed)
   if case.mask is None:
     return scan, np.zeros(scan.values.shape, np.uint8)
   return scan, ct.read_mask(case.mask, scan, case.lesion_labels)

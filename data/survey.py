@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ class _Measured(NamedTuple):
 
   Attributes:
     patient: whose they are.
-    digests: by file, a hash of the scan's or the picture's values: equal in copies.
+    digests: by file, a hash of the scan's or the picture's values: equal in copies. Pictures of one value have none.
     thumbnail: of a scan, and alike in scans of one study (see _thumbnail). Pictures have none: those of neighbouring
       slices are as much alike as two of one slice.
   """
@@ -68,7 +69,7 @@ def survey(cases: Sequence[Case], progress: Callable[..., Iterable] = silent) ->
       (errors if isinstance(result, str) else found).append(result)
   errors += _copies(found)
   if errors:
-    raise UserError('\n'.join(errors))
+    raise UserError('\n'.join(dict.fromkeys(errors)))
   _warn_of_alike(found)
   return [scan.patient for scan in found]
 
@@ -76,21 +77,26 @@ def survey(cases: Sequence[Case], progress: Callable[..., Iterable] = silent) ->
 def deal(patients: Sequence[Patient]) -> list[list[Patient]]:
   """Patients in at most five folds, stratified by their burden; the same for any order of `patients`.
 
+  Scans of one owner are dealt as one.
+
   They are dealt in order of it, forth and back over the folds, so that each fold gets one of each five
   neighbours and none gets always the heavier one. With fewer than five patients there is a fold for each.
 
   Raises:
     UserError: fewer than two patients: nothing could be tested on a patient that training has not seen.
   """
-  if len(patients) < 2:
-    raise UserError(f'{len(patients)} patient in the cohort; at least 2 are needed to test on one not trained on')
-  ordered = sorted(patients, key=lambda p: (-p.burden, p.case.patient))
+  owned = defaultdict(list)
+  for patient in patients:
+    owned[patient.case.owner or patient.case.patient].append(patient)
+  if len(owned) < 2:
+    raise UserError(f'{len(owned)} patient in the cohort; at least 2 are needed to test on one not trained on')
+  ordered = sorted(owned, key=lambda name: (-sum(patient.burden for patient in owned[name]), name))
   folds = [[] for _ in range(min(NUM_FOLDS, len(ordered)))]
   for start in range(0, len(ordered), len(folds)):
     group = ordered[start : start + len(folds)]
     order = folds if start // len(folds) % 2 == 0 else folds[::-1]
-    for fold, patient in zip(order, group, strict=False):
-      fold.append(patient)
+    for fold, name in zip(order, group, strict=False):
+      fold.extend(owned[name])
   return [sorted(fold, key=lambda p: p.case.patient) for fold in folds]
 
 
@@ -104,7 +110,8 @@ def _measure(case: Case) -> _Measured | str:
   if found.lesion_ml is not None:
     return _Measured(patient, {str(case.ct): _digest(found.images)}, _thumbnail(found.images, case.values))
   names = map(str, case.ct) if isinstance(case.ct, tuple) else [f'{case.ct}, slice {case.slice}']
-  return _Measured(patient, dict(zip(names, map(_digest, found.images), strict=True)), None)
+  images = zip(names, found.images, strict=True)
+  return _Measured(patient, {name: _digest(image) for name, image in images if np.ptp(image)}, None)
 
 
 def _digest(values: np.ndarray) -> str:
@@ -127,11 +134,11 @@ def _thumbnail(values: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _copies(found: Sequence[_Measured]) -> list[str]:
-  """A line for each scan or picture that has the values of one before it."""
+  """A line for each scan or picture that has the values of one before it, of another patient."""
   first, lines = {}, []
-  for name, digest in (item for measured in found for item in measured.digests.items()):
-    known = first.setdefault(digest, name)
-    if known != name:
+  for owner, name, digest in ((one.patient, *item) for one in found for item in one.digests.items()):
+    whose, known = first.setdefault(digest, (owner, name))
+    if whose is not owner:
       lines.append(
         f'{name}: the same image as {pathlib.Path(known).name}, value for value, so it would be both trained on and '
         'tested, or count twice; remove one of the two, with its mask'
@@ -165,6 +172,8 @@ def taken(cases: Sequence[Case]) -> dict:
 
 
 def fingerprint(cases: Sequence[Case]) -> list[list]:
-  """What tells one state of a cohort's files from another: names, sizes and times of change."""
+  """What tells one state of a cohort from another: of its files names, sizes and times of change; whose they are, and
+  what is said of them elsewhere than in images and masks."""
   paths = dict.fromkeys(path for case in cases for path in case.files)
-  return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+  said = [[case.patient, case.owner, len(case.files), list(case.labels or ()), case.slice] for case in cases]
+  return said + [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]

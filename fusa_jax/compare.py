@@ -30,7 +30,7 @@ def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path |
     found = paired(tasks.KINDS[configs[0].task], *([table] for table in tables))
   except UserError as error:
     raise UserError(f'--against: {workdir} and {against}: {error}') from None
-  split = results.read_numbers(workdir).get('split', results.BY_PATIENT)
+  split = results.read_numbers(workdir)['split']
   result = {'run': str(workdir), 'against': str(against), 'split': split, **found}
   output = output or workdir / 'test' / f'against-{"-".join(against.resolve().parts[-2:])}.json'
   write_json(output, result)

@@ -81,7 +81,9 @@ def _pool(config, workdir, data_dir):
     )
   table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
   tests = [results.read_numbers(run) for run in folders]
-  volumes = [row for run in folders for row in results.read_volumes(run)]
+  volumes = [results.read_volumes(run) for run in folders]
+  # Some folds' would pass for all patients'.
+  volumes = [row for rows in volumes for row in rows] if all(volumes) else []
   result = results.numbers(kind, table, config.evaluate.get('prevalences', ()))
   points = [one['operating_point'] for one in tests]
   result['operating_point'] = {

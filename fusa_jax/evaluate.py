@@ -129,9 +129,10 @@ def evaluate(
   chosen = histogram.counts_at(table['histogram'], point.bin)
   table |= {f'{key}_chosen': values for key, values in chosen.items()}
   volumes = None
-  if scans and config.task == 'segmentation':
+  scanned = [patient for patient in dict.fromkeys(table['patient'].tolist()) if patient in (scans or {})]
+  if scanned and config.task == 'segmentation':
     predictor = predict.Predictor(config, task, mesh, step, variables, point)
-    volumes = score_volumes(predictor, scans, list(dict.fromkeys(table['patient'].tolist())))
+    volumes = score_volumes(predictor, scans, scanned)
   result = results.numbers(task.kind, table, config.evaluate.get('prevalences', ()))
   result['operating_point'] = point.about() | result['operating_point']
   size = sum(x.size for x in jax.tree.leaves(variables['params']))
@@ -147,7 +148,7 @@ def evaluate(
     result['volumes'] = score.summary(volumes)
   if sharding.is_main():
     results.clear(workdir / 'test')
-    _draw(config, task, variables, dataset.test, table, point, workdir / 'test' / 'figures')
+    _draw(config, task, variables, dataset, table, point, workdir / 'test' / 'figures')
     results.write(workdir / 'test', table, result, volumes)
     logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.kind, result))
   return result
@@ -164,7 +165,8 @@ def check_unseen(workdir: pathlib.Path, dataset: input_pipeline.Dataset) -> dict
   if seen:
     raise UserError(
       f'{workdir}: {len(seen)} of the patients to be tested were trained or validated on (as {seen[0]}): files '
-      'were added to the cohort, or taken out, and its folds dealt anew; bring the old ones back, or train anew'
+      'were added to the cohort, or taken out, and its folds dealt anew; bring the old ones back, or train anew (or, '
+      'if it is another cohort with the same names, rename)'
     )
   return split
 
@@ -179,19 +181,20 @@ def score_volumes(predictor: predict.Predictor, scans, patients: list[str]) -> l
   return rows
 
 
-def _draw(config, task, variables, split, table, point, folder):
+def _draw(config, task, variables, dataset, table, point, folder):
   """Overlays of some slices, computed on one device of this process alone."""
   variables = jax.tree.map(lambda x: x.addressable_data(0), variables)
   probabilities = jax.jit(lambda variables, slices: task.probabilities(variables, slices, point.temperature))
   shown = window.black_and_white(config.data['values'], config.data.window)
   for row in tqdm.tqdm(figures.telling_slices(table, config.evaluate.num_overlays), desc='Drawing', leave=False):
-    example = split.source[row]
+    example = dataset.test.source[row]
     predicted = None
     if config.task == 'segmentation':
       predicted = np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)
     title = f'{results.overlay_title(task.kind, table, row)}, threshold {point.threshold:.3f}'
     path = folder / results.overlay_name(table, row)
-    figures.write_overlay(path, example['image'], example['mask'], predicted, shown, config.data['values'], title)
+    mask = example['mask'] if dataset.masks else None
+    figures.write_overlay(path, example['image'], mask, predicted, shown, config.data['values'], title)
 
 
 def commit() -> str | None:

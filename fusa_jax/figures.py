@@ -212,7 +212,7 @@ def telling_slices(table: dict[str, np.ndarray], most: int) -> list[int]:
 def write_overlay(
   path: pathlib.Path,
   values: np.ndarray,
-  mask: np.ndarray,
+  mask: np.ndarray | None,
   predicted: np.ndarray | None,
   black_and_white: tuple[float, float],
   kind: str,
@@ -225,18 +225,20 @@ def write_overlay(
   Args:
     path: of the PNG.
     values: [H, W], in HU or grey.
-    mask: [H, W], what is true.
+    mask: [H, W], what is true; None where nobody drew it.
     predicted: bool [H, W]; None for a model that gives no mask: what is true is shown in red.
     black_and_white: values shown so.
     kind: of the values, one of ct.VALUES.
     title: above the picture; what black and white are is added.
   """
-  mask = np.asarray(mask, bool)
   black, white = black_and_white
   grey = np.clip((values.astype(np.float32) - black) / (white - black), 0, 1)
   plain = np.repeat(grey[..., None], 3, axis=-1)
   coloured = plain.copy()
-  if predicted is None:
+  mask = None if mask is None else np.asarray(mask, bool)
+  if mask is None:
+    parts = {}
+  elif predicted is None:
     parts = {'lesion (truth)': (mask, FALSE_NEGATIVE)}
   else:
     parts = {

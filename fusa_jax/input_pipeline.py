@@ -99,7 +99,9 @@ def load(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
   if size != image_size:
     raise UserError(f'data.image_size: {image_size}, but {data_dir} was prepared at {size}; set one to the other')
   if 'values' not in builder.info.metadata:
-    raise UserError(f'data.dir: {data_dir} was prepared by an older version; prepare it anew with --mode=prepare')
+    raise UserError(
+      f'data.dir: {data_dir} was prepared by an older version; delete it, then prepare it anew with --mode=prepare'
+    )
   if fold not in range(len(folds)):
     raise UserError(
       f"data.fold: {fold!r}, but the folds of {data_dir} are 0 to {len(folds) - 1}; or 'all' of them in turn"

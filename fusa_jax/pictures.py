@@ -13,7 +13,7 @@ _COLOURLESS = 24
 
 
 def is_picture(path: pathlib.Path) -> bool:
-  return path.suffix.lower() in ('.png', '.jpg', '.jpeg')
+  return path.suffix.lower() in ('.png', '.jpg', '.jpeg') and not path.name.startswith('.')
 
 
 def read(path: pathlib.Path) -> np.ndarray:
@@ -27,8 +27,7 @@ def read(path: pathlib.Path) -> np.ndarray:
     raise UserError(f'{path}: more than 8 bits a pixel; export the scan as .nii.gz in HU, or the picture in 8-bit grey')
   if image.mode in ('1', 'L'):
     return np.asarray(image.convert('L'))
-  channels = np.asarray(image.convert('RGB')).astype(np.int16)
-  if np.ptp(channels, axis=-1).max() > _COLOURLESS:
+  if _is_coloured(image):
     raise UserError(f'{path}: a picture in colour; give the slice in grey, without anything drawn on it')
   return np.asarray(image.convert('RGB').convert('L'))
 
@@ -45,8 +44,9 @@ def read_mask(path: pathlib.Path, shape: tuple[int, int], lesion_labels: tuple[i
     UserError: as `read`; also of another shape, or with other values.
   """
   image = _open(path)
-  # A palette's colours stand for labels: its indices are the values.
-  values = np.asarray(image) if image.mode == 'P' else read(path)
+  # Colours of a palette stand for labels, whose numbers are its indices; of a grey palette, the grey is meant.
+  indexed = image.mode == 'P' and (lesion_labels or _is_coloured(image))
+  values = np.asarray(image) if indexed else read(path)
   if values.shape != tuple(shape):
     raise UserError(f'{path}: the mask has {values.shape} pixels and its slice {tuple(shape)}; save it in that size')
   if lesion_labels:
@@ -65,6 +65,11 @@ def write(path: pathlib.Path, values: np.ndarray) -> None:
   """Writes uint8 [H, W] as a grey PNG."""
   with replacing(path) as partial:
     Image.fromarray(values).save(partial, 'PNG')
+
+
+def _is_coloured(image):
+  channels = np.asarray(image.convert('RGB')).astype(np.int16)
+  return np.ptp(channels, axis=-1).max() > _COLOURLESS
 
 
 def _open(path):

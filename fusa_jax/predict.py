@@ -32,7 +32,7 @@ def predict(
 
   Args:
     workdir: of a trained run.
-    source: a .nii, .nii.gz, .png or .jpg file, or a folder of them (masks, `*_seg` and `*_mask`, are left out).
+    source: a .nii, .nii.gz, .png or .jpg file, or a folder of them (`*_seg`, `*_mask`, `*_probability` are left out).
     output: a folder; made where it is missing.
     probabilities: write them too.
     threshold: from which probability on something is a lesion; None: the run's own operating point.
@@ -119,11 +119,13 @@ def find_images(source: pathlib.Path, kind: str) -> list[pathlib.Path]:
     UserError: there is none; there are only pictures, and the values wanted are HU; two have one name.
   """
   if not source.exists():
-    raise UserError(f'--input: {source} does not exist; give a scan (.nii, .nii.gz), or a folder of scans')
+    raise UserError(
+      f'--input: {source} does not exist; give a scan (.nii, .nii.gz; of grey values also .png, .jpg), or a folder'
+    )
   paths = [source]
   if source.is_dir():
     paths = sorted(path for path in source.iterdir() if ct.is_nifti(path) or pictures.is_picture(path))
-    paths = [path for path in paths if not _stem(path).endswith(('_seg', '_mask'))]
+    paths = [path for path in paths if not _stem(path).endswith(('_seg', '_mask', '_probability'))]
   scans = [path for path in paths if not pictures.is_picture(path)]
   if kind == 'hu':
     if paths and not scans:

@@ -72,17 +72,15 @@ def test_predictions_are_the_evaluations(folder, run, tmp_path):
     assert result['positive'] == (mask > 0).any()
     clear = np.abs(probability / 255 - point['threshold']) > 1 / 255
     np.testing.assert_array_equal((mask > 0)[clear], (probability / 255 >= point['threshold'])[clear])
-  # A second time, masks and probabilities lie beside the pictures: masks are left out, the rest is said to be there.
+  # A second time, masks and probabilities lie beside the pictures: they are none.
   before = sorted(path.name for path in images.iterdir())
   predict.predict(run, images / '0001_00.png', tmp_path / 'one')
   assert sorted(p.name for p in (tmp_path / 'one').iterdir()) == ['0001_00.json', '0001_00_mask.png']
   assert json.loads((tmp_path / 'one' / '0001_00.json').read_text()) == json.loads(
     (images / '0001_00.json').read_text()
   )
-  for path in images.glob('*_probability.png'):
-    path.unlink()
   predict.predict(run, images, images)
-  assert sorted(path.name for path in images.iterdir()) == [n for n in before if 'probability' not in n]
+  assert sorted(path.name for path in images.iterdir()) == before
 
 
 def test_a_grey_scan_is_predicted_on_its_own_grid(run, raw_dir, tmp_path):
@@ -165,5 +163,13 @@ def test_pictures_are_read_as_they_are_seen(tmp_path):
   labels.save(tmp_path / 'labels.png')
   found = pictures.read_mask(tmp_path / 'labels.png', (16, 16), (1, 3))
   np.testing.assert_array_equal(found, np.isin(np.asarray(Image.open(tmp_path / 'labels.png')), (1, 3)))
+  # A palette of greys is a picture like others, whatever its indices are: white may come first.
+  square = np.zeros((16, 16), np.uint8)
+  square[4:8, 4:8] = 1
+  indices = Image.fromarray(1 - square, 'L').convert('P')
+  indices.putdata(list((1 - square).ravel()))
+  indices.putpalette([255, 255, 255, 0, 0, 0])
+  indices.save(tmp_path / 'inverted.png')
+  np.testing.assert_array_equal(pictures.read_mask(tmp_path / 'inverted.png', (16, 16)), square)
   pictures.write(tmp_path / 'out' / 'mask.png', found * 255)
   np.testing.assert_array_equal(pictures.read_mask(tmp_path / 'out' / 'mask.png', (16, 16)), found)

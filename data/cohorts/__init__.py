@@ -24,6 +24,8 @@ class Case(NamedTuple):
     named: False where nobody knows whose slice it is, and `patient` is only the slice's name.
     labels: of each picture, 1 with lesion or 0 without; None where masks say so.
     slice: the one of a volume of loose slices, of many patients, that this case is; None: all of the scan.
+    windowed: whether HU are known to have lost what lay above a window; elsewhere such are refused.
+    owner: who was scanned, where the release has several scans of one; they are never dealt apart. '': as `patient`.
   """
 
   patient: str
@@ -34,6 +36,8 @@ class Case(NamedTuple):
   named: bool = True
   labels: tuple[int, ...] | None = None
   slice: int | None = None
+  windowed: bool = False
+  owner: str = ''
 
   @property
   def files(self) -> list[pathlib.Path]:
@@ -58,6 +62,13 @@ class Wanted(NamedTuple):
 
 
 AS_RELEASED = Wanted()
+
+
+def only_folder(folder: pathlib.Path) -> pathlib.Path:
+  """What archives often are unpacked into: follows folders that hold nothing but one folder."""
+  while len(inside := [path for path in folder.iterdir() if not path.name.startswith('.')]) == 1 and inside[0].is_dir():
+    folder = inside[0]
+  return folder
 
 
 def by_name(folder: pathlib.Path, ending: str = '') -> dict[str, pathlib.Path]:

@@ -1,8 +1,8 @@
 """MedSeg's COVID-19 CT (medicalsegmentation.com): `tr_im.nii.gz` with `tr_mask.nii.gz`, and `rp_im/` with `rp_msk/`.
 
 Labels are 1 ground glass, 2 consolidation, 3 pleural effusion; lesions of the lung are the first two. `rp_im` has nine
-scans of nine patients. `tr_im` has a hundred loose slices of more than forty patients, and not whose each one is; they
-were JPEG pictures, brought back to HU by what air and fat measure in them, and have lost what lay above their windows.
+scans. `tr_im` has a hundred loose slices of more than forty patients, and not whose each one is. What was on the web as
+pictures was brought back to HU by what air and fat measure in them, and has lost what lay above its window.
 """
 
 import pathlib
@@ -28,13 +28,13 @@ def find(folder: pathlib.Path) -> list[Case]:
   if (folder / 'rp_im').is_dir():
     masks = by_name(folder / 'rp_msk') if (folder / 'rp_msk').is_dir() else {}
     cases = paired(by_name(folder / 'rp_im'), masks, lambda patient: f'rp_msk/{patient}.nii.gz', _LESION)
-    cases = [case._replace(patient=f'rp_{case.patient}') for case in cases]
+    cases = [case._replace(patient=f'rp_{case.patient}', windowed=True) for case in cases]
   if 'tr_im' in files:
     if 'tr_mask' not in files:
       raise UserError(f'{files["tr_im"]}: its mask tr_mask.nii.gz is missing; add it, or take the slices out')
     count = ct.read_grid(files['tr_mask']).shape[0]
     cases += [
-      Case(f'tr_{number:03d}', files['tr_im'], files['tr_mask'], _LESION, named=False, slice=number)
+      Case(f'tr_{number:03d}', files['tr_im'], files['tr_mask'], _LESION, named=False, slice=number, windowed=True)
       for number in range(count)
     ]
   return cases

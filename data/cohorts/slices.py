@@ -1,25 +1,28 @@
 """Pictures of slices: `images/` with `masks/` of the same names, or a folder for each class; PNG or JPEG.
 
 That is how COVID-CT, SARS-CoV-2 CT and many others come. Whose each slice is stands in `slices.csv` (name,patient),
-where anybody knows. Masks hold 0 and 255, or 0 and 1. Of the classes, the one without lesion is told by its name:
-`non...`, `no...`, `normal...`, `healthy...`, `negative...`, at its start or after what is no letter, as in CT_NonCOVID.
+where anybody knows; a patient's slices are in the order of their names. Masks hold 0 and 255, or 0 and 1. Of the
+classes, those without lesion are told by their names, which have one of the words non, no, not, normal, healthy,
+negative or control in them, as CT_NonCOVID has.
 """
 
 import csv
+import logging
 import pathlib
 import re
 from collections import defaultdict
 
-from data.cohorts import Case, refuse_lonely
+from data.cohorts import Case, only_folder, refuse_lonely
 from fusa_jax import pictures
 from fusa_jax.errors import UserError
 
-_WITHOUT_LESION = re.compile(r'(?<![a-z])(non|no(?![a-z])|normal|healthy|negative)')
+_WITHOUT_LESION = re.compile(r'(?<![a-z])(non(?!specific)|not?(?![a-z])|normal|healthy|negative|control)')
+_NO_CLASS = re.compile(r'mask|label|annot|segm')
 _LIST = 'slices.csv'
 
 
 def recognises(folder: pathlib.Path) -> bool:
-  return bool(_has_masks(folder) or _classes(folder))
+  return bool(_images_and_masks(folder) or _classes(folder))
 
 
 def find(folder: pathlib.Path) -> list[Case]:
@@ -29,15 +32,22 @@ def find(folder: pathlib.Path) -> list[Case]:
     UserError: pictures without a mask or not in slices.csv, and names in it that are no picture, a line each; classes
       of which none, or all, are without lesion.
   """
-  if _has_masks(folder):
-    images, masks = _by_stem(folder / 'images'), _by_stem(folder / 'masks')
-    refuse_lonely(images, masks, lambda name: f'its mask masks/{name}.png is missing; add it, or take the picture out')
+  drawn = _images_and_masks(folder)
+  if drawn:
+    images, masks = map(_by_stem, drawn)
+    refuse_lonely(
+      images, masks, lambda name: f'its mask {drawn[1].name}/{name}.png is missing; add it, or take the picture out'
+    )
     found = [(path, masks[name], None) for name, path in images.items()]
   else:
-    labels = _labels(folder)
-    found = [(path, None, label) for name, label in labels.items() for path in _by_stem(folder / name).values()]
+    classes = _classes(folder)
+    found = [
+      (path, None, label) for name, label in _labels(folder).items() for path in _by_stem(classes[name]).values()
+    ]
   if not (folder / _LIST).exists():
-    return [_case(_slice_name(folder, one[0]), [one], named=False) for one in found]
+    # Classes may share their slices' names.
+    name = lambda path: path.stem if drawn else f'{path.parent.name}-{path.stem}'
+    return [_case(name(one[0]), [one], named=False) for one in found]
   patients = _patients(folder, [path for path, *_ in found])
   grouped = defaultdict(list)
   for one in found:
@@ -52,40 +62,54 @@ def _case(patient, group, named):
   return Case(patient, paths, None, values='grey', named=named, labels=labels)
 
 
-def _slice_name(folder, path):
-  """Of the file where all lie in one folder; classes have names of their own, and may share their slices'."""
-  return path.stem if path.parent == folder / 'images' else f'{path.parent.name}-{path.stem}'
-
-
-def _has_masks(folder):
-  return (folder / 'masks').is_dir() and (folder / 'images').is_dir() and _by_stem(folder / 'images')
+def _images_and_masks(folder):
+  """The folders of the two, whatever their case and number; None where there are no such."""
+  by_name = {path.name.lower().removesuffix('s'): path for path in folder.iterdir() if path.is_dir()}
+  if not {'image', 'mask'} <= by_name.keys() or not _by_stem(by_name['image']):
+    return None
+  return by_name['image'], by_name['mask']
 
 
 def _classes(folder):
-  """The names of the folders that hold pictures; there are two or more, or they are no classes."""
-  names = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and _by_stem(path)]
-  return names if len(names) > 1 else []
+  """By name, the folders that hold pictures, also in one folder more; there are two or more, or they are no classes."""
+  inner = {path.name: only_folder(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+  found = {name: path for name, path in inner.items() if _by_stem(path)}
+  return found if len(found) > 1 else {}
 
 
 def _labels(folder):
-  """By name of a class, 1 with lesion or 0 without."""
-  labels = {name: int(not _WITHOUT_LESION.search(name.lower())) for name in _classes(folder)}
+  """By name of a class, 1 with lesion or 0 without; says which is which."""
+  classes = _classes(folder)
+  odd = [name for name in classes if _NO_CLASS.search(name.lower())]
+  if odd:
+    raise UserError(
+      f'{folder / odd[0]}: pictures that are no class of slices; call the folders of slices and of their masks images '
+      'and masks, or take it out'
+    )
+  words = {name: re.sub(r'(?<=[A-Za-z])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])', ' ', name).lower() for name in classes}
+  labels = {name: int(not _WITHOUT_LESION.search(text)) for name, text in words.items()}
+  logging.info(
+    '%s: with lesion: %s; without: %s',
+    folder,
+    *(', '.join(name for name in labels if labels[name] == label) or 'none' for label in (1, 0)),
+  )
   if len(set(labels.values())) != 2:
     raise UserError(
       f'{folder}: which of its folders ({", ".join(labels)}) is without lesion is not clear; '
-      'give that one a name that begins with non, normal, healthy or negative'
+      'give that one a name that begins with non, normal, healthy or negative, and no other'
     )
   return labels
 
 
 def _by_stem(folder):
-  """The pictures of a folder by their names without .png or .jpg, sorted.
+  """The pictures of a folder by their names without .png or .jpg, in the order of people: 2 before 10.
 
   Raises:
     UserError: two of one name.
   """
   found = {}
-  for path in sorted(folder.iterdir()):
+  natural = lambda path: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', path.name)]
+  for path in sorted(folder.iterdir(), key=natural):
     if pictures.is_picture(path):
       if path.stem in found:
         raise UserError(f'{path}: a second picture of the name {path.stem}; remove one, or rename it')
@@ -95,11 +119,14 @@ def _by_stem(folder):
 
 def _patients(folder, paths):
   """The patient of each path, by slices.csv: its names are file names, with or without ending and class."""
-  with (folder / _LIST).open(newline='', encoding='utf-8-sig') as file:
-    reader = csv.DictReader(file)
-    if not {'name', 'patient'} <= set(reader.fieldnames or ()):
-      raise UserError(f'{folder / _LIST}: it has no columns name and patient; give it this first line: name,patient')
-    rows = [(str(row['name']).strip(), str(row['patient'] or '').strip()) for row in reader]
+  try:
+    with (folder / _LIST).open(newline='', encoding='utf-8-sig') as file:
+      reader = csv.DictReader(file)
+      if not {'name', 'patient'} <= set(reader.fieldnames or ()):
+        raise UserError(f'{folder / _LIST}: no columns name and patient; separate by commas, first line name,patient')
+      rows = [(str(row['name']).strip(), str(row['patient'] or '').strip()) for row in reader]
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise UserError(f'{folder / _LIST}: no CSV in UTF-8 ({error}); save it as such, with commas') from None
   known = defaultdict(list)
   for path in paths:
     for name in {path.name, path.stem, f'{path.parent.name}/{path.name}', f'{path.parent.name}/{path.stem}'}:

@@ -1,7 +1,7 @@
 """The twenty cases of Ma et al. (Zenodo 3757476): `COVID-19-CT-Seg_20cases` beside folders of masks of the same names.
 
 `Infection_Mask` holds 0 and 1; `Lung_and_Infection_Mask` 1 and 2 for the lungs, 3 for lesion. Of the scans, the ten
-`coronacases` are in HU; the ten `radiopaedia` are 8-bit images, of a window.
+`coronacases` are in HU; the ten `radiopaedia` are 8-bit images, of a window, and of eight patients.
 """
 
 import pathlib
@@ -25,4 +25,10 @@ def find(folder: pathlib.Path) -> list[Case]:
   kind = next((kind for kind in _MASKS if (folder / kind).is_dir()), 'Infection_Mask')
   masks = by_name(folder / kind) if (folder / kind).is_dir() else {}
   cases = paired(by_name(folder / _SCANS), masks, lambda patient: f'{kind}/{patient}.nii.gz', _MASKS[kind])
-  return [case._replace(values='grey' if case.patient.startswith('radiopaedia') else 'hu') for case in cases]
+  return [
+    # radiopaedia_CASE_STUDY_SERIES: two of the eight cases have two scans.
+    case._replace(values='grey', owner='_'.join(case.patient.split('_')[:2]))
+    if case.patient.startswith('radiopaedia')
+    else case._replace(values='hu')
+    for case in cases
+  ]

@@ -1,4 +1,4 @@
-"""CT slices with lesion masks as a TFDS dataset: a split per fold of patients, a shard per patient."""
+"""CT slices with lesion masks as a TFDS dataset: a split per fold of patients, a shard for one or a few."""
 
 import dataclasses
 

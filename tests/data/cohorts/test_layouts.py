@@ -11,7 +11,7 @@ from conftest import PATIENTS, SIZE, tiny
 from PIL import Image
 
 from configs import cls, seg
-from data import prepare, read
+from data import prepare, read, survey
 from data.cohorts import Wanted
 from data.cohorts import slices as slices_cohort
 from data.find import find
@@ -66,6 +66,14 @@ def pairs(raw_dir, out):
     copy(scan, out / f'patient{number}.nii.gz'), copy(mask, out / f'patient{number}_mask.nii.gz')
 
 
+# As released: case, study and series. 10 and 29 have two scans each.
+RADIOPAEDIA = [
+  f'radiopaedia_{name}'
+  for name in ('10_85902_1', '10_85902_3', '14_85914_0', '27_86410_0', '29_86490_1', '29_86491_1')
+  + ('36_86526_0', '40_86625_0', '4_85506_1', '7_85703_0')
+]
+
+
 def zenodo_20(raw_dir, out):
   """Lungs are 1 and 2, lesion 3; the radiopaedia volumes are 8-bit."""
   for number, (scan, mask) in enumerate(files(raw_dir), start=1):
@@ -73,7 +81,7 @@ def zenodo_20(raw_dir, out):
     copy(scan, out / 'COVID-19-CT-Seg_20cases' / name)
     halves = lambda mask: np.where(mask, 3, 1 + (np.arange(SIZE)[:, None, None] >= SIZE // 2))
     relabel(mask, out / 'Lung_and_Infection_Mask' / name, halves)
-    grey = f'radiopaedia_{number}_85506_1.nii.gz'
+    grey = f'{RADIOPAEDIA[number - 1]}.nii.gz'
     relabel(scan, out / 'COVID-19-CT-Seg_20cases' / grey, lambda hu: np.clip((hu + 1000) / 1300, 0, 1) * 255)
     relabel(mask, out / 'Lung_and_Infection_Mask' / grey, halves)
 
@@ -249,9 +257,14 @@ def test_what_is_missing_is_named(laid, raw_dir, tmp_path):
 
 
 def test_slices_of_the_kind_and_of_the_patients_that_were_asked_for(laid, caplog):
-  assert {case.patient for case in find(laid['zenodo_20'], Wanted(values='grey'))[1]} == {
-    f'radiopaedia_{number}_85506_1' for number in range(1, PATIENTS + 1)
-  }
+  cases = find(laid['zenodo_20'], Wanted(values='grey'))[1]
+  assert sorted(case.patient for case in cases) == sorted(RADIOPAEDIA)
+  assert len({case.owner for case in cases}) == 8
+  for seed in range(5):  # two scans of one patient are never dealt apart, whatever their lesions
+    burdens = np.random.default_rng(seed).lognormal(3, 1, 10)
+    folds = survey.deal([survey.Patient(case, (1,), ml) for case, ml in zip(cases, burdens, strict=True)])
+    owners = [{patient.case.owner for patient in fold} for fold in folds]
+    assert sum(map(len, owners)) == 8 and sum(map(len, folds)) == 10
   named = find(laid['medseg'])[1]
   assert len(named) == PATIENTS and all(case.lesion_labels == (1, 2) for case in named)
   assert '100 slices of unknown patients are left out; --config.data.patients=each_slice takes' in caplog.text
@@ -285,6 +298,8 @@ def test_classes_are_told_by_the_name_of_the_one_without_lesion(laid, raw_dir, t
     (('COVID', 'non-COVID'), {'COVID'}),
     (('Covid', 'CAP', 'Normal'), {'Covid', 'CAP'}),
     (('nodule', 'healthy_controls'), {'nodule'}),
+    (('COVIDPositive', 'COVIDNegative'), {'COVIDPositive'}),
+    (('nonspecific_pneumonia', 'PneumoniaNormal'), {'nonspecific_pneumonia'}),
   ):
     folder = tmp_path / names[0]
     for each in names:
@@ -350,8 +365,13 @@ def test_what_is_wrong_with_pictures_is_named(laid, tmp_path):
       for number in (1, 2, 3)
     ),
   ]
-  assert refused('slices', grey, lambda f: (f / 'slices.csv').write_text('file,id\n0000,1\n')) == (
-    'X/slices.csv: it has no columns name and patient; give it this first line: name,patient'
+  for text in ('file,id\n0000,1\n', 'name;patient\n0000;1\n'):
+    assert refused('slices', grey, lambda f, text=text: (f / 'slices.csv').write_text(text)) == (
+      'X/slices.csv: no columns name and patient; separate by commas, first line name,patient'
+    )
+  latin = 'name,patient\n0000,Müller\n'.encode('latin-1')
+  assert refused('slices', grey, lambda f: (f / 'slices.csv').write_bytes(latin)).startswith(
+    "X/slices.csv: no CSV in UTF-8 ('utf-8' codec can't decode byte 0xfc"
   )
   # A slice of one patient that is there as another's, too.
   assert refused('slices', grey, lambda f: copy(f / 'images' / '0003.jpg', f / 'images' / '0100.jpg')) == (
@@ -396,3 +416,75 @@ def test_labels_only_are_not_for_segmentation(laid, tmp_path):
   with pytest.raises(UserError, match=r'has labels of slices and no masks; train a classifier'):
     train.train(config, tmp_path / 'run', data_dir)
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_folder_as_it_was_unpacked(laid, tmp_path):
+  """In folders that hold nothing else, with what the systems of others leave, and in other words for the same."""
+  wanted = Wanted(values='grey')
+  shutil.copytree(laid['slices'], tmp_path / 'a' / 'archive' / 'release')
+  (tmp_path / 'a' / '.DS_Store').write_bytes(b'')
+  inner = tmp_path / 'a' / 'archive' / 'release'
+  (inner / 'images' / '._0000.jpg').write_bytes(b'resource fork')
+  (inner / 'images').rename(inner / 'Image')
+  (inner / 'masks').rename(inner / 'Mask')
+  assert [case.patient for case in find(tmp_path / 'a', wanted)[1]] == [f'p{n:02d}' for n in range(1, PATIENTS + 1)]
+  shutil.copytree(laid['covid19_20'], tmp_path / 'b' / 'COVID-19-20_v2')
+  assert find(tmp_path / 'b')[0] == 'covid19_20'
+  for name in ('CT_COVID', 'CT_NonCOVID'):
+    shutil.copytree(laid['classes'] / name, tmp_path / 'c' / name / name)
+  unknown = wanted._replace(patients='each_slice')
+  cases, flat = find(tmp_path / 'c', unknown)[1], find(laid['classes'], unknown)[1]
+  assert [(case.patient, case.labels) for case in cases] == [(case.patient, case.labels) for case in flat]
+  shutil.copytree(laid['classes'] / 'CT_COVID', tmp_path / 'c' / 'lesion_masks')
+  with pytest.raises(UserError, match=r'lesion_masks: pictures that are no class of slices; call the folders of sl'):
+    find(tmp_path / 'c', unknown)
+  (tmp_path / 'd' / 'rp_im').mkdir(parents=True)
+  with pytest.raises(UserError, match=r'd: laid out as medseg, but without any scan; unpack it again'):
+    find(tmp_path / 'd')
+
+
+def test_what_is_said_of_pictures_is_part_of_the_dataset(laid, tmp_path):
+  """A corrected list of patients, or a slice moved to the other class, is another cohort of the same files."""
+  folder, wanted = tmp_path / 'raw', Wanted(values='grey')
+  shutil.copytree(laid['slices'], folder)
+  before = survey.fingerprint(find(folder, wanted)[1])
+  prepare.prepare(str(folder), str(tmp_path / 'data'), SIZE, wanted=wanted)
+  text = (folder / 'slices.csv').read_text()
+  (folder / 'slices.csv').write_text(text.replace('0159,p10', '0159,p09'))
+  assert survey.fingerprint(find(folder, wanted)[1]) != before
+  with pytest.raises(UserError, match=r'was prepared from other files than .* holds now'):
+    prepare.prepare(str(folder), str(tmp_path / 'data'), SIZE, wanted=wanted)
+  folder, wanted = tmp_path / 'classes', Wanted(values='grey', patients='each_slice')
+  shutil.copytree(laid['classes'], folder)
+  names = sorted(path.name for path in (folder / 'CT_COVID').iterdir())
+  lines = [f'{"CT_COVID/" if (folder / "CT_NonCOVID" / name).exists() else ""}{name},p{name[0]}' for name in names]
+  lines += [f'CT_NonCOVID/{path.name},p{path.name[0]}' for path in (folder / 'CT_NonCOVID').iterdir()]
+  (folder / 'slices.csv').write_text('\n'.join(['name,patient', *lines]))
+  moved = next(path for path in (folder / 'CT_NonCOVID').iterdir() if path.name not in names)
+  before = find(folder, wanted)[1]
+  fingerprint = survey.fingerprint(before)
+  moved.rename(folder / 'CT_COVID' / moved.name)
+  (folder / 'slices.csv').write_text(
+    (folder / 'slices.csv').read_text().replace(f'CT_NonCOVID/{moved.name}', f'CT_COVID/{moved.name}')
+  )
+  after = find(folder, wanted)[1]
+  assert sum(sum(case.labels) for case in after) == sum(sum(case.labels) for case in before) + 1
+  assert survey.fingerprint(after) != fingerprint
+
+
+def test_equal_pictures_are_a_matter_between_patients(tmp_path):
+  """Within one patient nothing leaks; pictures of one value, as beyond the ends of a scan, are of nobody."""
+  rng, black = np.random.default_rng(0), np.zeros((8, 8), np.uint8)
+  (tmp_path / 'images').mkdir(), (tmp_path / 'masks').mkdir()
+  lines = ['name,patient']
+  for patient in 'ab':
+    one = rng.integers(0, 256, (8, 8)).astype(np.uint8)
+    for number, image in enumerate([black, one, one, rng.integers(0, 256, (8, 8)).astype(np.uint8)], start=8):
+      name = f'{patient}{number}'
+      Image.fromarray(image).save(tmp_path / 'images' / f'{name}.png')
+      Image.fromarray(black).save(tmp_path / 'masks' / f'{name}.png')
+      lines.append(f'{name},{patient}')
+  (tmp_path / 'slices.csv').write_text('\n'.join(lines))
+  cases = find(tmp_path, Wanted(values='grey'))[1]
+  assert [path.stem for path in cases[0].ct] == ['a8', 'a9', 'a10', 'a11']
+  assert [found.case.patient for found in survey.survey(cases)] == ['a', 'b']
