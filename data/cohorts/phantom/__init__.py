@@ -1,0 +1,165 @@
+"""Chest CT phantoms with COVID-like lesions: the cohort of the demo and of the tests.
+
+A patient is drawn in millimetres, so that every matrix size shows the same anatomy; only the
+noise belongs to the matrix. Vessels, fissures, atelectasis and partial volume
+share the HU of the lesions, so that no threshold finds them: shape, place and texture do.
+
+Coordinates are (z, y, x): inferior to superior from 0 to HEIGHT, anterior to posterior and the
+patient's right to left, both from -fov / 2 to fov / 2. Distances are positive inside a shape.
+"""
+
+import gzip
+import pathlib
+from collections.abc import Callable, Iterable
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+from data.cohorts.phantom import body, lesions, shapes
+from data.cohorts.phantom.lungs import branches, parenchyma
+from data.workers import pool, silent
+
+HEIGHT = 280.0  # of the chest that the scan covers, in mm
+SLAB = 8  # slices rendered at once, for a small memory
+
+
+def spacing(seed: int, number: int, *, size: int, slices: int) -> tuple[float, float, float]:
+  """The size of a voxel of `patient(...)` in mm: slice thickness, row height, column width."""
+  fov = body.build(np.random.default_rng([seed, number, 1]))[-1]
+  return HEIGHT / slices, fov / size, fov / size
+
+
+def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """A patient of the cohort, the same for the same arguments.
+
+  Args:
+    seed: of the cohort, 0 or more.
+    number: of the patient, 1 or more. Every fifth one has no lesion.
+    size: rows and columns of a slice. The field of view is about 340 mm at any size.
+    slices: of the scan. They cover 280 mm of the chest, however many there are.
+
+  Returns:
+    hu: int16 [slices, size, size], inferior to superior, anterior to posterior, and from the
+      patient's right to left. Corners outside the field of view may be -2048, as on scanners.
+    mask: uint8 of the same shape, 1 where there is lesion (with the vessels that cross it).
+    lungs: uint8 of the same shape, 1 in the lungs, lesions included.
+
+  Raises:
+    ValueError: an argument is out of its range; the smallest scan is 16 slices of 32 x 32.
+  """
+  if seed < 0 or number < 1 or size < 32 or slices < 16:
+    raise ValueError(
+      f'no phantom for {seed=}, {number=}, {size=}, {slices=}: needs seed >= 0, '
+      'number >= 1, size >= 32 and slices >= 16'
+    )
+  rng, scanner = (np.random.default_rng([seed, number, stream]) for stream in (1, 2))
+  _, depth, fat, fov = build = body.build(rng)
+  voxel = thickness, pixel, _ = spacing(seed, number, size=size, slices=slices)
+  atlas, carina = body.anatomy(rng, build)
+  region = atlas['lungs']
+  # Where the edge of the lung is oblique to the slice, as on the dome, the slice blurs it.
+  slope = np.abs(np.gradient(region, shapes.ATLAS_STEP[0], axis=0))
+  atlas['lungs'] = region / (pixel + slope * thickness)
+  count = 1 + rng.binomial(5, 0.65) if number % 5 else 0
+  atlas['lesion'], atlas['lift'] = lesions.lesions(rng, region, count)
+  atlas['healthy'], sheets = parenchyma(rng, region, depth, voxel)
+  (grain, grain_step), grainy = shapes.noise(rng, 2.8), rng.uniform(10, 22)
+
+  across = (np.arange(size, dtype=np.float32) + 0.5 - size / 2) * pixel
+  outside = np.hypot(across[:, None], across) > fov / 2
+  off = rng.uniform(-6, 6, 2).tolist()  # nobody lies quite in the middle
+  levels = (np.arange(slices, dtype=np.float32) + 0.5) * thickness
+  z, y, x = np.ix_(levels, across + off[0], across + off[1])
+  tissue, air = branches(rng, region, carina, (z, y, x), voxel)
+
+  table = shapes.fill((3 - np.abs(y - depth - 16 + x * x / 1500)) / pixel)
+  blood, cortex, marrow = rng.uniform(38, 60), rng.uniform(600, 900), rng.uniform(180, 300)
+  motion, level, padding = rng.uniform(0.3, 0.9), rng.uniform(10, 32), rng.choice([-1024, -2048])
+
+  scan = np.empty([slices, size, size], np.int16)
+  mask, lungs = np.empty([2, *scan.shape], np.uint8)
+  for slab in (slice(first, first + SLAB) for first in range(0, slices, SLAB)):
+    grid = z[slab], y, x
+    at = {name: shapes.sample(values, grid) for name, values in atlas.items()}
+    hu = np.full_like(at['skin'], -1000)
+    shapes.paint(hu, table, -350)
+    shapes.paint(hu, shapes.fill(at['skin'] / pixel), -105)
+    shapes.paint(hu, shapes.fill((at['skin'] - fat) / pixel), at['muscle'])
+    shapes.paint(hu, shapes.fill(at['chest'] / pixel), at['viscera'])
+    shapes.paint(hu, shapes.fill(at['solid'] / pixel), blood)
+    shapes.paint(hu, shapes.fill(at['bubble'] / pixel), -950)
+    shapes.paint(hu, shapes.fill(at['bone'] / pixel), cortex)
+    shapes.paint(hu, shapes.fill((at['bone'] - 1.8) / pixel), marrow)
+
+    lung = at['healthy'] + grainy * shapes.sample(grain, grid, grain_step)
+    for plane, extent, width, lift in sheets:
+      sheet = np.exp(-0.5 * (shapes.sample(plane, grid) / width) ** 2)
+      lung += lift * sheet * shapes.sample(extent, grid)
+    lung += shapes.fill(at['lesion']) * at['lift']
+    inside = shapes.fill(at['lungs'])
+    shapes.paint(hu, inside, np.minimum(lung, 60))
+    shapes.paint(hu, tissue[slab] * inside, 45)
+    shapes.paint(hu, air[slab], -985)
+    lungs[slab] = at['lungs'] > 0
+    mask[slab] = (at['lesion'] > 0) & (at['lungs'] > 0)
+
+    # The heart beats during the rotation; then the focal spot, and the noise of the scanner.
+    blurred = ndimage.gaussian_filter(hu, (0, 2.5 / pixel, 2.5 / pixel), truncate=2)
+    shapes.paint(hu, motion * np.exp(-((at['heart'] / 9) ** 2)), blurred)
+    hu = ndimage.gaussian_filter(hu, (0, 0.55 / pixel, 0.55 / pixel), truncate=3)
+    noise = scanner.standard_normal(hu.shape, np.float32)
+    noise = ndimage.gaussian_filter(noise, (0, 0.7, 0.7), truncate=3)
+    hu += noise * (level / noise.std()) * np.clip(0.6 + at['skin'] / 180, 0.35, 1.1)
+    scan[slab] = np.clip(np.rint(hu), -1024, 3071)
+  scan[:, outside] = padding
+  return scan, mask, lungs
+
+
+def _write_patient(job):
+  raw_dir, seed, number, size, slices = job
+  hu, mask, _ = patient(seed, number, size=size, slices=slices)
+  thickness, height, width = spacing(seed, number, size=size, slices=slices)
+  affine = np.diag([-width, -height, thickness, 1])  # NIfTI's world is R, A, S
+  affine[:3, 3] = np.array([width, height, 0]) * (size - 1) / 2
+  for kind, array in (('ct', hu), ('seg', mask)):
+    image = nib.Nifti1Image(array.transpose(2, 1, 0), affine)
+    if number % 4 == 0:  # so that readers meet another orientation every time
+      image = image.as_reoriented([[0, -1], [1, -1], [2, 1]])
+    image.set_qform(image.affine, code=1)
+    image.set_sform(None, code=0)
+    path = raw_dir / f'volume-phantom-A-{number:04d}_{kind}.nii.gz'
+    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+
+
+def write(
+  raw_dir: pathlib.Path,
+  *,
+  patients: int,
+  size: int = 512,
+  slices: int = 48,
+  seed: int = 0,
+  progress: Callable[..., Iterable] = silent,
+) -> None:
+  """Writes a cohort in the layout of the COVID-19-20 challenge.
+
+  Each patient n from 1 is `volume-phantom-A-NNNN_ct.nii.gz` (int16 HU) beside `..._seg.nii.gz`
+  (uint8, 0 or 1), a function of (seed, n, size, slices) alone. Arrays are stored in L, P, S
+  order, every fourth patient's in R, A, S; the affine is in the qform, as in the challenge.
+
+  Args:
+    raw_dir: folder, made if it does not exist; files of the same names are replaced.
+    patients, size, slices, seed: as in `patient`; the cohort is patients 1 to `patients`.
+    progress: wraps an iterable of one item a patient, as tqdm does.
+
+  Raises:
+    ValueError: an argument is out of its range (see `patient`).
+  """
+  if patients < 1:
+    raise ValueError(f'no cohort of {patients=}: needs 1 or more')
+  raw_dir = pathlib.Path(raw_dir)
+  raw_dir.mkdir(parents=True, exist_ok=True)
+  jobs = [(raw_dir, seed, number, size, slices) for number in range(1, patients + 1)]
+  with pool(patients) as run:
+    for _ in progress(run(_write_patient, jobs), total=patients, desc='Drawing phantoms', unit='patient'):
+      pass

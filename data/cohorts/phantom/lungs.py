@@ -1,0 +1,90 @@
+"""What healthy lungs hold: vessels, airways, fissures and atelectasis. They share the HU of lesions."""
+
+import math
+
+import numpy as np
+
+from data.cohorts.phantom import shapes
+
+
+def _tree(rng, root, targets, tip):
+  """Grows a vascular tree: starts [N, 3], ends [N, 3] and radii [N] in mm of its segments.
+
+  Each target joins the node that is near and not far along the tree, so that branches fan out;
+  a vessel then carries what its branches carry (Murray's law).
+  """
+  nodes, parents, path = np.array([root], float), [-1], np.zeros(1)
+  for target in targets[np.argsort(np.linalg.norm(targets - root, axis=1))]:
+    gap = np.linalg.norm(nodes - target, axis=1)
+    parent = np.argmin(gap + 0.5 * path)
+    count = int(np.ceil(gap[parent] / 16))
+    steps = np.linspace(0, 1, count + 1)[1:, None]
+    new = nodes[parent] + steps * (target - nodes[parent])
+    new += rng.normal(0, 1.2, new.shape)
+    parents += [parent, *range(len(nodes), len(nodes) + count - 1)]
+    path = np.append(path, path[parent] + gap[parent] * steps[:, 0])
+    nodes = np.concatenate([nodes, new])
+  flow = np.zeros(len(nodes))
+  for node in range(len(nodes) - 1, 0, -1):
+    flow[node] = flow[node] or tip**2.8
+    flow[parents[node]] += flow[node]
+  return nodes[parents[1:]], nodes[1:], flow[1:] ** (1 / 2.8)
+
+
+def branches(rng, region, carina, grid, spacing):
+  """Pulmonary vessels with the walls of airways, and the air in them: two fractions [Z, Y, X]."""
+  tissue, air = np.zeros([2, *(axis.size for axis in grid)], np.float32)
+  places = shapes.places(region > 4)
+  trachea = [((290, -5, 0), (carina, 8, 0), 8.5)]
+  for sign in (-1, 1):
+    lung = places[places[:, 2] * sign > 0]
+    trachea.append(((carina, 8, 0), (carina - 22, 12, sign * 38), 6.5))
+    for hilum in ((carina - 22, 4, sign * 34), (carina - 38, 10, sign * 30)):  # artery, vein
+      targets = rng.choice(lung, 160) + rng.uniform(-1.5, 1.5, (160, 3))
+      starts, ends, radii = _tree(rng, hilum, targets, rng.uniform(0.8, 1.05))
+      shapes.draw(tissue, grid, spacing, starts, ends, radii)
+      if hilum[1] == 4:  # bronchi run beside arteries
+        large = radii > 1.7
+        radii = radii[large]
+        beside = (radii * 1.5 + 1)[:, None] * np.array([0.3, 0.8, 0.5 * sign])
+        starts, ends = starts[large] + beside, ends[large] + beside
+        shapes.draw(tissue, grid, spacing, starts, ends, radii * 0.85 + 0.9)
+        shapes.draw(air, grid, spacing, starts, ends, radii * 0.85)
+  shapes.draw(air, grid, spacing, *map(np.array, zip(*trachea, strict=True)))
+  return tissue, air
+
+
+def parenchyma(rng, region, depth, voxel):
+  """Lung without lesions: HU on the atlas [Z, Y, X], denser at the back, and a list of sheets.
+
+  A sheet, of a fissure or of plate atelectasis, is its distance and its extent on the atlas
+  with the width in mm and the HU at which slices of this thickness show it.
+  """
+  _, y, x = grid = shapes.atlas()
+  mottle, folds = shapes.sampled_noise(rng, 9, grid), shapes.sampled_noise(rng, 12, grid)
+  back = y / depth
+  healthy = rng.uniform(-890, -850) + rng.uniform(20, 60) * (back + back * back) + 12 * mottle
+  thickness = rng.uniform(2, 7) * (1 + 0.6 * folds)
+  dependent = np.clip((thickness - region) / 3 + 0.5, 0, 1)
+  dependent *= np.clip((y - rng.uniform(5, 35)) / 20, 0, 1) * rng.uniform(120, 420)
+  folds = 3 * folds + rng.uniform(-0.15, 0.25) * np.abs(x)
+  sheets = [((0.65, -0.76, 0.05), (rng.uniform(130, 160), 15, 0), 900, 0.8, 320)]  # fissures
+  for _ in range(rng.integers(1, 4)):
+    normal = rng.normal(size=3) * (1.0, 1.0, 0.4)
+    centre = (rng.uniform(70, 130), rng.uniform(-30, 60), rng.choice([-80.0, 80.0]).item())
+    sheets.append(
+      (
+        (normal / np.linalg.norm(normal)).tolist(),
+        centre,
+        rng.uniform(20, 40),
+        rng.uniform(1.2, 2.2),
+        rng.uniform(250, 600),
+      )
+    )
+  seen = []
+  for (a, b, c), centre, radius, width, lift in sheets:
+    w, v, u = (g - o for g, o in zip(grid, centre, strict=True))
+    extent = np.clip((radius - np.sqrt(w * w + v * v + u * u)) / 10, 0, 1)
+    blurred = math.hypot(width, voxel[2] / 3.5, a * voxel[0] / 3.5)
+    seen.append((a * w + b * v + c * u + folds, extent, blurred, lift * width / blurred))
+  return healthy + dependent, seen
