@@ -45,7 +45,7 @@ def prepare_phantom(data_dir: str, size: int, patients: int, slices: int, seed: 
 
 def draw_phantoms(size: int, patients: int, slices: int, seed: int, progress=silent) -> pathlib.Path:
   """The cache folder of a cohort of phantoms as NIfTI files; they are drawn where they are not there yet."""
-  raw_dir = CACHE / f'phantom-{patients}x{slices}x{size}-seed{seed}'
+  raw_dir = CACHE / f'phantom-v{phantom.VERSION}-{patients}x{slices}x{size}-seed{seed}'
   if not raw_dir.exists():
     partial = raw_dir.with_name(f'.{raw_dir.name}')
     shutil.rmtree(partial, ignore_errors=True)

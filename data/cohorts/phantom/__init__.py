@@ -1,11 +1,15 @@
 """Chest CT phantoms with COVID-like lesions: the cohort of the demo and of the tests.
 
 A patient is drawn in millimetres, so that every matrix size shows the same anatomy; only the
-noise belongs to the matrix. Vessels, fissures, atelectasis and partial volume
-share the HU of the lesions, so that no threshold finds them: shape, place and texture do.
+noise belongs to the matrix. Vessels, fissures, atelectasis and partial volume share the HU of the
+lesions, so that no threshold finds them: shape, place and texture do. Around the lungs is what
+real scans show: tables, cushions, blankets and arms; necks, and bellies with gas in the bowel;
+patients turned, off the centre, on their front, or wider than the field of view. A model that has
+not seen these marks them.
 
-Coordinates are (z, y, x): inferior to superior from 0 to HEIGHT, anterior to posterior and the
-patient's right to left, both from -fov / 2 to fov / 2. Distances are positive inside a shape.
+Coordinates are (z, y, x) in mm: inferior to superior from the costophrenic angles, anterior to
+posterior, and the patient's right to left. The scanner's are (z, v, u): the patient is turned on
+them. Distances are positive inside a shape.
 """
 
 import gzip
@@ -16,18 +20,26 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from data.cohorts.phantom import body, lesions, shapes
+from data.cohorts.phantom import build
+from data.cohorts.phantom.body import anatomy
+from data.cohorts.phantom.lesions import lesions
 from data.cohorts.phantom.lungs import branches, parenchyma
+from data.cohorts.phantom.shapes import STEP, Atlas, fill, paint
+from data.cohorts.phantom.surroundings import cloth, couch
 from data.workers import pool, silent
 
-HEIGHT = 280.0  # of the chest that the scan covers, in mm
+VERSION = 2  # of the drawing: another one for the same patient has another number
 SLAB = 8  # slices rendered at once, for a small memory
 
 
 def spacing(seed: int, number: int, *, size: int, slices: int) -> tuple[float, float, float]:
   """The size of a voxel of `patient(...)` in mm: slice thickness, row height, column width."""
-  fov = body.build(np.random.default_rng([seed, number, 1]))[-1]
-  return HEIGHT / slices, fov / size, fov / size
+  built = _build(seed, number)
+  return (built.top - built.bottom) / slices, built.fov / size, built.fov / size
+
+
+def _build(seed, number):
+  return build.draw(np.random.default_rng([seed, number, 0]))
 
 
 def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -36,12 +48,12 @@ def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarr
   Args:
     seed: of the cohort, 0 or more.
     number: of the patient, 1 or more. Every fifth one has no lesion.
-    size: rows and columns of a slice. The field of view is about 340 mm at any size.
-    slices: of the scan. They cover 280 mm of the chest, however many there are.
+    size: rows and columns of a slice. The field of view is 270 to 490 mm, the patient's own at any size.
+    slices: of the scan. They cover 280 to 560 mm of the body, the patient's own, however many there are.
 
   Returns:
     hu: int16 [slices, size, size], inferior to superior, anterior to posterior, and from the
-      patient's right to left. Corners outside the field of view may be -2048, as on scanners.
+      patient's right to left. What is outside a round field of view is -1024 or -2048, as on scanners.
     mask: uint8 of the same shape, 1 where there is lesion (with the vessels that cross it).
     lungs: uint8 of the same shape, 1 in the lungs, lesions included.
 
@@ -53,66 +65,73 @@ def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarr
       f'no phantom for {seed=}, {number=}, {size=}, {slices=}: needs seed >= 0, '
       'number >= 1, size >= 32 and slices >= 16'
     )
-  rng, scanner = (np.random.default_rng([seed, number, stream]) for stream in (1, 2))
-  _, depth, fat, fov = build = body.build(rng)
+  rng, scanner, around = (np.random.default_rng([seed, number, stream]) for stream in (1, 2, 3))
+  built = _build(seed, number)
   voxel = thickness, pixel, _ = spacing(seed, number, size=size, slices=slices)
-  atlas, carina = body.anatomy(rng, build)
-  region = atlas['lungs']
+  atlas = Atlas(built.bottom, built.top, built.fov / 2 + max(map(abs, built.off)) + 8, built.angle)
+  fields, carina = anatomy(rng, built, atlas)
+  region = fields['lungs']
   # Where the edge of the lung is oblique to the slice, as on the dome, the slice blurs it.
-  slope = np.abs(np.gradient(region, shapes.ATLAS_STEP[0], axis=0))
-  atlas['lungs'] = region / (pixel + slope * thickness)
+  slope = np.abs(np.gradient(region, STEP[0], axis=0))
+  fields['lungs'] = region / (pixel + slope * thickness)
   count = 1 + rng.binomial(5, 0.65) if number % 5 else 0
-  atlas['lesion'], atlas['lift'] = lesions.lesions(rng, region, count)
-  atlas['healthy'], sheets = parenchyma(rng, region, depth, voxel)
-  (grain, grain_step), grainy = shapes.noise(rng, 2.8), rng.uniform(10, 22)
+  fields['lesion'], fields['lift'] = lesions(rng, atlas, region, count)
+  fields['healthy'], sheets = parenchyma(rng, built, atlas, region, voxel)
+  (grain, grain_step), grainy = atlas.noise(rng, 2.8), rng.uniform(10, 22)
 
   across = (np.arange(size, dtype=np.float32) + 0.5 - size / 2) * pixel
-  outside = np.hypot(across[:, None], across) > fov / 2
-  off = rng.uniform(-6, 6, 2).tolist()  # nobody lies quite in the middle
-  levels = (np.arange(slices, dtype=np.float32) + 0.5) * thickness
-  z, y, x = np.ix_(levels, across + off[0], across + off[1])
-  tissue, air = branches(rng, region, carina, (z, y, x), voxel)
+  levels = built.bottom + (np.arange(slices, dtype=np.float32) + 0.5) * thickness
+  z, v, u = np.ix_(levels, across + built.off[0], across + built.off[1])
+  tissue, air = branches(rng, atlas, region, carina, (z, v, u), voxel)
 
-  table = shapes.fill((3 - np.abs(y - depth - 16 + x * x / 1500)) / pixel)
+  lowest = (built.down * atlas.axes[1])[:, (fields['skin'] > 0).any((0, 2))].max()
+  table = couch(around, built, (v, u), lowest, pixel)
+  cover = cloth(around, built, atlas, fields['skin'], lowest)
+  fields |= cover.fields if cover else {}
   blood, cortex, marrow = rng.uniform(38, 60), rng.uniform(600, 900), rng.uniform(180, 300)
   motion, level, padding = rng.uniform(0.3, 0.9), rng.uniform(10, 32), rng.choice([-1024, -2048])
 
   scan = np.empty([slices, size, size], np.int16)
   mask, lungs = np.empty([2, *scan.shape], np.uint8)
   for slab in (slice(first, first + SLAB) for first in range(0, slices, SLAB)):
-    grid = z[slab], y, x
-    at = {name: shapes.sample(values, grid) for name, values in atlas.items()}
-    hu = np.full_like(at['skin'], -1000)
-    shapes.paint(hu, table, -350)
-    shapes.paint(hu, shapes.fill(at['skin'] / pixel), -105)
-    shapes.paint(hu, shapes.fill((at['skin'] - fat) / pixel), at['muscle'])
-    shapes.paint(hu, shapes.fill(at['chest'] / pixel), at['viscera'])
-    shapes.paint(hu, shapes.fill(at['solid'] / pixel), blood)
-    shapes.paint(hu, shapes.fill(at['bubble'] / pixel), -950)
-    shapes.paint(hu, shapes.fill(at['bone'] / pixel), cortex)
-    shapes.paint(hu, shapes.fill((at['bone'] - 1.8) / pixel), marrow)
+    axes = z[slab], v, u
+    at = {name: atlas.sample(values, axes) for name, values in fields.items()}
+    hu = np.repeat(table, axes[0].size, axis=0)
+    if cover:
+      cover.paint(hu, at, pixel)
+    paint(hu, fill(at['skin'] / pixel), -105)
+    paint(hu, fill(at['flesh'] / pixel), at['muscle'])
+    paint(hu, fill(at['chest'] / pixel), at['viscera'])
+    paint(hu, fill(at['solid'] / pixel), blood)
+    paint(hu, fill(at['bubble'] / pixel), -950)
+    paint(hu, fill(at['bone'] / pixel), cortex)
+    paint(hu, fill((at['bone'] - 1.8) / pixel), marrow)
 
-    lung = at['healthy'] + grainy * shapes.sample(grain, grid, grain_step)
-    for plane, extent, width, lift in sheets:
-      sheet = np.exp(-0.5 * (shapes.sample(plane, grid) / width) ** 2)
-      lung += lift * sheet * shapes.sample(extent, grid)
-    lung += shapes.fill(at['lesion']) * at['lift']
-    inside = shapes.fill(at['lungs'])
-    shapes.paint(hu, inside, np.minimum(lung, 60))
-    shapes.paint(hu, tissue[slab] * inside, 45)
-    shapes.paint(hu, air[slab], -985)
+    inside = fill(at['lungs'])
+    if inside.any():
+      lung = at['healthy'] + grainy * atlas.sample(grain, axes, grain_step)
+      for plane, extent, width, lift in sheets:
+        sheet = np.exp(-0.5 * (atlas.sample(plane, axes) / width) ** 2)
+        lung += lift * sheet * atlas.sample(extent, axes)
+      lung += fill(at['lesion']) * at['lift']
+      paint(hu, inside, np.minimum(lung, 60))
+      paint(hu, tissue[slab] * inside, 45)
+    paint(hu, air[slab], -985)
     lungs[slab] = at['lungs'] > 0
     mask[slab] = (at['lesion'] > 0) & (at['lungs'] > 0)
 
     # The heart beats during the rotation; then the focal spot, and the noise of the scanner.
-    blurred = ndimage.gaussian_filter(hu, (0, 2.5 / pixel, 2.5 / pixel), truncate=2)
-    shapes.paint(hu, motion * np.exp(-((at['heart'] / 9) ** 2)), blurred)
+    beat = motion * np.exp(-((at['heart'] / 9) ** 2))
+    if beat.max() > 0.01:
+      paint(hu, beat, ndimage.gaussian_filter(hu, (0, 2.5 / pixel, 2.5 / pixel), truncate=2))
     hu = ndimage.gaussian_filter(hu, (0, 0.55 / pixel, 0.55 / pixel), truncate=3)
     noise = scanner.standard_normal(hu.shape, np.float32)
     noise = ndimage.gaussian_filter(noise, (0, 0.7, 0.7), truncate=3)
     hu += noise * (level / noise.std()) * np.clip(0.6 + at['skin'] / 180, 0.35, 1.1)
     scan[slab] = np.clip(np.rint(hu), -1024, 3071)
-  scan[:, outside] = padding
+  if built.is_round:
+    outside = np.hypot(across[:, None], across) > built.fov / 2
+    scan[:, outside], mask[:, outside], lungs[:, outside] = padding, 0, 0
   return scan, mask, lungs
 
 

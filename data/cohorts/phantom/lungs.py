@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from data.cohorts.phantom import shapes
+from data.cohorts.phantom.build import Build
+from data.cohorts.phantom.shapes import Atlas, draw
 
 
 def _tree(rng, root, targets, tip):
@@ -31,43 +32,49 @@ def _tree(rng, root, targets, tip):
   return nodes[parents[1:]], nodes[1:], flow[1:] ** (1 / 2.8)
 
 
-def branches(rng, region, carina, grid, spacing):
-  """Pulmonary vessels with the walls of airways, and the air in them: two fractions [Z, Y, X]."""
-  tissue, air = np.zeros([2, *(axis.size for axis in grid)], np.float32)
-  places = shapes.places(region > 4)
-  trachea = [((290, -5, 0), (carina, 8, 0), 8.5)]
+def branches(rng: np.random.Generator, atlas: Atlas, region: np.ndarray, carina: float, axes, spacing):
+  """Pulmonary vessels with the walls of airways, and the air in them: two fractions [Z, Y, X] on the scan's axes."""
+  tissue, air = np.zeros([2, *(axis.size for axis in axes)], np.float32)
+
+  def add(volume, starts, ends, radii):
+    draw(volume, axes, spacing, atlas.along_scanner(starts), atlas.along_scanner(ends), np.asarray(radii))
+
+  places, stout = atlas.places(region > 4), rng.uniform(0, 0.45)
+  trachea = [((290, -5, 0), (carina, 8, 0), 8.5), ((342, -24, 0), (290, -5, 0), 8), ((420, -14, 0), (342, -24, 0), 9)]
   for sign in (-1, 1):
     lung = places[places[:, 2] * sign > 0]
     trachea.append(((carina, 8, 0), (carina - 22, 12, sign * 38), 6.5))
     for hilum in ((carina - 22, 4, sign * 34), (carina - 38, 10, sign * 30)):  # artery, vein
       targets = rng.choice(lung, 160) + rng.uniform(-1.5, 1.5, (160, 3))
       starts, ends, radii = _tree(rng, hilum, targets, rng.uniform(0.8, 1.05))
-      shapes.draw(tissue, grid, spacing, starts, ends, radii)
+      radii *= 1 + stout * np.clip((radii - 1.5) / 3, 0, 1)  # at the hilum of some, wider than their branches ask
+      add(tissue, starts, ends, radii)
       if hilum[1] == 4:  # bronchi run beside arteries
         large = radii > 1.7
         radii = radii[large]
         beside = (radii * 1.5 + 1)[:, None] * np.array([0.3, 0.8, 0.5 * sign])
         starts, ends = starts[large] + beside, ends[large] + beside
-        shapes.draw(tissue, grid, spacing, starts, ends, radii * 0.85 + 0.9)
-        shapes.draw(air, grid, spacing, starts, ends, radii * 0.85)
-  shapes.draw(air, grid, spacing, *map(np.array, zip(*trachea, strict=True)))
+        add(tissue, starts, ends, radii * 0.85 + 0.9)
+        add(air, starts, ends, radii * 0.85)
+  add(air, *zip(*trachea, strict=True))
   return tissue, air
 
 
-def parenchyma(rng, region, depth, voxel):
-  """Lung without lesions: HU on the atlas [Z, Y, X], denser at the back, and a list of sheets.
+def parenchyma(rng: np.random.Generator, build: Build, atlas: Atlas, region: np.ndarray, voxel):
+  """Lung without lesions: HU on the atlas [Z, Y, X], denser where gravity pulls, and a list of sheets.
 
   A sheet, of a fissure or of plate atelectasis, is its distance and its extent on the atlas
   with the width in mm and the HU at which slices of this thickness show it.
   """
-  _, y, x = grid = shapes.atlas()
-  mottle, folds = shapes.sampled_noise(rng, 9, grid), shapes.sampled_noise(rng, 12, grid)
-  back = y / depth
+  grid, (_, v, u) = atlas.grid, atlas.axes
+  mottle, folds = atlas.sampled_noise(rng, 9), atlas.sampled_noise(rng, 12)
+  deep = build.down * v
+  back = deep / build.depth
   healthy = rng.uniform(-890, -850) + rng.uniform(20, 60) * (back + back * back) + 12 * mottle
   thickness = rng.uniform(2, 7) * (1 + 0.6 * folds)
   dependent = np.clip((thickness - region) / 3 + 0.5, 0, 1)
-  dependent *= np.clip((y - rng.uniform(5, 35)) / 20, 0, 1) * rng.uniform(120, 420)
-  folds = 3 * folds + rng.uniform(-0.15, 0.25) * np.abs(x)
+  dependent *= np.clip((deep - rng.uniform(5, 35)) / 20, 0, 1) * rng.uniform(120, 420)
+  folds = 3 * folds + rng.uniform(-0.15, 0.25) * np.abs(u)
   sheets = [((0.65, -0.76, 0.05), (rng.uniform(130, 160), 15, 0), 900, 0.8, 320)]  # fissures
   for _ in range(rng.integers(1, 4)):
     normal = rng.normal(size=3) * (1.0, 1.0, 0.4)

@@ -4,51 +4,109 @@ Smooth things (organs, lesions, textures) lie on the atlas and are interpolated 
 (vessels, airways) are drawn into small boxes of the scan.
 """
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 from scipy import ndimage
 
-ORIGIN = (-5.0, -200.0, -200.0)  # of the atlas, in mm: it contains every field of view
-EXTENT = (290.0, 400.0, 400.0)
-ATLAS_STEP = (6.0, 3.8, 3.8)
+STEP = (6.0, 3.8, 3.8)  # between the points of an atlas, in mm
 
 
-def atlas():
-  """Coordinates z [Z, 1, 1], y [1, Y, 1], x [1, 1, X] of the atlas in mm."""
-  axes = (o + np.arange(0, e + s, s) for o, e, s in zip(ORIGIN, EXTENT, ATLAS_STEP, strict=True))
-  return np.ix_(*(axis.astype(np.float32) for axis in axes))
+class Atlas:
+  """Points STEP mm apart over all that a scan shows. They lie along the scanner's axes, on which the patient is turned.
 
+  Attributes:
+    axes: z [Z, 1, 1], v [1, Y, 1], u [1, 1, X] in mm, along the scanner's axes: an open grid.
+    grid: z [Z, 1, 1], y [1, Y, X], x [1, Y, X] in mm, along the patient's axes.
+  """
 
-def places(region):
-  """Coordinates [N, 3] in mm of the points of the atlas where `region` holds."""
-  return np.argwhere(region) * ATLAS_STEP + ORIGIN
+  def __init__(self, bottom: float, top: float, half: float, angle: float):
+    """Levels from `bottom` to `top` and `half` mm each way; the patient is turned by `angle`, in radians."""
+    self._parts = bottom, half, angle
+    self.origin = (bottom - 5, -half, -half)
+    self.extent = (top - bottom + 10, 2 * half, 2 * half)
+    self._turn = math.cos(angle), math.sin(angle)
+    axes = (o + np.arange(0, e + s, s) for o, e, s in zip(self.origin, self.extent, STEP, strict=True))
+    self.axes = z, v, u = np.ix_(*(axis.astype(np.float32) for axis in axes))
+    c, s = self._turn
+    self.grid = z, c * v - s * u, s * v + c * u
+    self.shape = (z.size, v.size, u.size)
 
+  def up_to(self, top: float) -> 'Atlas':
+    """The first levels of this atlas, up to `top` mm."""
+    bottom, half, angle = self._parts
+    return Atlas(bottom, top, half, angle)
 
-def sample(values, grid, step=ATLAS_STEP):
-  """Trilinear interpolation of `values`, `step` mm apart from ORIGIN, at the open grid."""
-  for axis in (0, 2, 1):  # columns before rows, which are copied faster
-    at = (grid[axis].ravel() - ORIGIN[axis]) / step[axis]
-    low = np.clip(at.astype(int), 0, values.shape[axis] - 2)
-    below = np.take(values, low, axis)
-    above = np.take(values, low + 1, axis)
-    above -= below
-    above *= (at - low).astype(np.float32).reshape(grid[axis].shape)
-    values = np.add(below, above, out=above)
-  return values
+  def along_scanner(self, points):
+    """Points [..., 3] (z, y, x) of the patient as (z, v, u)."""
+    z, y, x = np.moveaxis(np.asarray(points, float), -1, 0)
+    c, s = self._turn
+    return np.stack([z, c * y + s * x, c * x - s * y], -1)
 
+  def rows(self, grid):
+    """v of points of `grid`, the patient's coordinates."""
+    c, s = self._turn
+    return c * grid[1] + s * grid[2]
 
-def noise(rng, scale):
-  """Smooth noise of unit variance with features of about 2 * `scale` mm: values and step."""
-  step = (max(scale, ATLAS_STEP[0]), scale, scale)  # slices are thick: no finer noise along z
-  shape = [int(e / s) + 3 for e, s in zip(EXTENT, step, strict=True)]
-  values = rng.standard_normal(shape, np.float32)
-  values = ndimage.gaussian_filter(values, 1, mode='wrap', truncate=3)
-  return values / values.std(), step
+  def places(self, region):
+    """Coordinates [N, 3] in mm, along the patient's axes, of the points where `region` holds."""
+    k, j, i = np.nonzero(region)
+    z, y, x = self.grid
+    return np.stack([z[k, 0, 0], y[0, j, i], x[0, j, i]], -1).astype(float)
 
+  def sample(self, values, grid, step=STEP):
+    """Trilinear interpolation of `values`, `step` mm apart, at the open grid along the scanner's axes."""
+    for axis in (0, 2, 1):  # columns before rows, which are copied faster
+      at = (grid[axis].ravel() - self.origin[axis]) / step[axis]
+      low = np.clip(at.astype(int), 0, values.shape[axis] - 2)
+      below = np.take(values, low, axis)
+      above = np.take(values, low + 1, axis)
+      above -= below
+      above *= (at - low).astype(np.float32).reshape(grid[axis].shape)
+      values = np.add(below, above, out=above)
+    return values
 
-def sampled_noise(rng, scale, grid):
-  """`noise` at the open grid."""
-  values, step = noise(rng, scale)
-  return sample(values, grid, step)
+  def noise(self, rng, scale):
+    """Smooth noise of unit variance with features of about 2 * `scale` mm: values and step."""
+    step = (max(scale, STEP[0]), scale, scale)  # slices are thick: no finer noise along z
+    shape = [int(e / s) + 3 for e, s in zip(self.extent, step, strict=True)]
+    values = rng.standard_normal(shape, np.float32)
+    values = ndimage.gaussian_filter(values, 1, mode='wrap', truncate=3)
+    return values / values.std(), step
+
+  def sampled_noise(self, rng, scale):
+    """`noise` at the points of the atlas."""
+    values, step = self.noise(rng, scale)
+    return self.sample(values, self.axes, step)
+
+  def nowhere(self):
+    """A shape without a point, to stamp others into."""
+    return np.full(self.shape, -60, np.float32)
+
+  def box(self, points, reach: float) -> tuple:
+    """The part of the atlas within `reach` mm of points, as an index and as a grid along the patient's axes."""
+    at = np.atleast_2d((self.along_scanner(points) - self.origin) / STEP)
+    low = np.maximum(np.floor(at.min(0) - reach / np.array(STEP)), 0).astype(int)
+    high = np.maximum(np.ceil(at.max(0) + reach / np.array(STEP)) + 1, 0).astype(int)
+    k, j, i = (slice(a, b) for a, b in zip(low, high, strict=True))
+    z, y, x = self.grid
+    return (k, j, i), (z[k], y[:, j, i], x[:, j, i])
+
+  def stamp(self, field: np.ndarray, points, reach: float, shape: Callable) -> None:
+    """Joins a shape, given as a function of the patient's (z, y, x), to `field` within `reach` mm of `points`."""
+    box, grid = self.box(points, reach)
+    if field[box].size:
+      np.maximum(field[box], shape(grid), out=field[box])
+
+  def stamp_tube(self, field, start, end, radius, margin=12.0):
+    """Joins a `tube`; distances are kept up to `margin` mm outside of it."""
+    self.stamp(field, [start, end], radius + margin, lambda grid: tube(grid, start, end, radius))
+
+  def stamp_ball(self, field, centre, radii):
+    """Joins an `ellipsoid`."""
+    shape = lambda grid: ellipsoid([g - c for g, c in zip(grid, centre, strict=True)], radii)
+    self.stamp(field, centre, max(radii) + 12, shape)
 
 
 def ellipsoid(offsets, radii, power=2.0):
@@ -75,8 +133,14 @@ def inside(*distances, rounding=4.0):
   return -rounding * np.log(sum(np.exp(np.clip(-d / rounding, -60, 60)) for d in distances))
 
 
+def ramp(values, start, end):
+  """0 up to `start`, 1 from `end`, smooth between them."""
+  t = np.clip((values - start) / (end - start), 0, 1)
+  return t * t * (3 - 2 * t)
+
+
 def draw(volume, grid, spacing, starts, ends, radii):
-  """Draws tubes into `volume`, as the fraction of each voxel that they fill."""
+  """Draws tubes into `volume`, as the fraction of each voxel that they fill; all along the scanner's axes."""
   parts = int(np.ceil(spacing[0] / 4))  # a thick slice is the mean of thin ones
   thin = ((np.arange(parts) + 0.5) / parts - 0.5) * spacing[0]
   levels = (grid[0] + thin.astype(np.float32)).reshape(-1, 1, 1)
@@ -99,6 +163,11 @@ def draw(volume, grid, spacing, starts, ends, radii):
 def fill(depth):
   """The fraction of a voxel inside an edge that lies `depth` voxels away."""
   return np.clip(depth + 0.5, 0, 1)
+
+
+def layer(distance, thickness, pixel):
+  """The fraction of a voxel of `pixel` mm that a layer fills whose middle lies `distance` mm away."""
+  return np.clip((thickness / 2 - np.abs(distance)) / pixel + 0.5, 0, min(1, thickness / pixel))
 
 
 def paint(hu, fraction, value):
