@@ -38,8 +38,8 @@ def paper() -> ml_collections.ConfigDict:
   config.data.window = (-1000.0, 300.0)  # HU that the network tells apart
   config.data.balanced = True  # slices with and without a lesion 1:1 in training
   config.data.phantom = ml_collections.ConfigDict()  # of the demo's synthetic cohort
-  config.data.phantom.patients = 40
-  config.data.phantom.slices = 24
+  config.data.phantom.patients = 100
+  config.data.phantom.slices = 40
   config.data.phantom.seed = 0
 
   config.augment = ml_collections.ConfigDict()
@@ -97,9 +97,9 @@ def demo(config: ml_collections.ConfigDict) -> None:
   config.augment.flip = True
   config.augment.hu_shift = 30.0
   config.augment.hu_scale = 0.05
-  config.train.steps = 900
+  config.train.steps = 2400
   config.train.batch_size = 8
   config.train.learning_rate = 3e-3
   config.train.warmup_steps = 50
   config.train.log_every = 20
-  config.train.evaluate_every = 300
+  config.train.evaluate_every = 600

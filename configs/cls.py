@@ -18,8 +18,7 @@ def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
   if is_demo:
     base.demo(config)
     config.model.width = 16
-    # A slice has one label where it has thousands of pixels: more patients and steps, each far cheaper.
-    config.data.phantom.patients = 100
+    # A slice has one label where it has thousands of pixels: more slices to a step, each far cheaper.
     config.train.batch_size = 16
     config.train.steps = 2000
     config.train.weight_decay = 0.05

@@ -103,7 +103,11 @@ def test_refused_scans_are_all_named_before_anything_is_written(runs, raw_dir, t
   folder = tmp_path / 'in'
   folder.mkdir()
   good = ct.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
-  for name, values in (('a', good.values), ('b', np.clip(good.values, -160, 240)), ('c', (good.values + 1024).clip(0, 255))):
+  for name, values in (
+    ('a', good.values),
+    ('b', np.clip(good.values, -160, 240)),
+    ('c', (good.values + 1024).clip(0, 255)),
+  ):
     ct.write(folder / f'{name}.nii.gz', values.astype(np.int16), good)
   with pytest.raises(UserError) as caught:
     predict.predict(runs['seg'], folder, tmp_path / 'out')

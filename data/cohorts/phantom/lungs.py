@@ -32,6 +32,28 @@ def _tree(rng, root, targets, tip):
   return nodes[parents[1:]], nodes[1:], flow[1:] ** (1 / 2.8)
 
 
+def _hilum(rng, sign, carina):
+  """The central vessels of a lung as tubes (start, end, radius), in mm: wider than what a tree's branches ask for.
+
+  The right artery passes in front of the bronchus, the left one arches over it; both go down behind, the lower vein
+  goes up to the heart, the upper one lies in front.
+  """
+  if sign < 0:
+    bend, down = (carina - 24, 0, -42), (carina - 62, 16, -54)
+    artery = ((carina - 20, -10, 8), bend, rng.uniform(8.5, 11))
+  else:
+    bend, down = (carina - 2, 6, 36), (carina - 58, 24, 48)
+    artery = ((carina - 14, -10, 10), bend, rng.uniform(9, 11.5))
+  tubes = [
+    artery,
+    (bend, down, rng.uniform(6, 9)),
+    ((carina - 58, 6, sign * 20), (carina - 72, 20, sign * 62), rng.uniform(5, 7)),
+    ((carina - 36, -18, sign * 24), (carina - 6, -24, sign * 54), rng.uniform(4.5, 6.5)),
+  ]
+  shift = rng.normal(0, (5, 3, 3))
+  return [(np.add(start, shift), np.add(end, shift), radius) for start, end, radius in tubes]
+
+
 def branches(rng: np.random.Generator, atlas: Atlas, region: np.ndarray, carina: float, axes, spacing):
   """Pulmonary vessels with the walls of airways, and the air in them: two fractions [Z, Y, X] on the scan's axes."""
   tissue, air = np.zeros([2, *(axis.size for axis in axes)], np.float32)
@@ -39,15 +61,15 @@ def branches(rng: np.random.Generator, atlas: Atlas, region: np.ndarray, carina:
   def add(volume, starts, ends, radii):
     draw(volume, axes, spacing, atlas.along_scanner(starts), atlas.along_scanner(ends), np.asarray(radii))
 
-  places, stout = atlas.places(region > 4), rng.uniform(0, 0.45)
+  places = atlas.places(region > 4)
   trachea = [((290, -5, 0), (carina, 8, 0), 8.5), ((342, -24, 0), (290, -5, 0), 8), ((420, -14, 0), (342, -24, 0), 9)]
   for sign in (-1, 1):
     lung = places[places[:, 2] * sign > 0]
     trachea.append(((carina, 8, 0), (carina - 22, 12, sign * 38), 6.5))
+    add(tissue, *zip(*_hilum(rng, sign, carina), strict=True))
     for hilum in ((carina - 22, 4, sign * 34), (carina - 38, 10, sign * 30)):  # artery, vein
       targets = rng.choice(lung, 160) + rng.uniform(-1.5, 1.5, (160, 3))
       starts, ends, radii = _tree(rng, hilum, targets, rng.uniform(0.8, 1.05))
-      radii *= 1 + stout * np.clip((radii - 1.5) / 3, 0, 1)  # at the hilum of some, wider than their branches ask
       add(tissue, starts, ends, radii)
       if hilum[1] == 4:  # bronchi run beside arteries
         large = radii > 1.7
