@@ -13,7 +13,7 @@ import launch
 from benchmarks import study
 from fusa_jax.errors import UserError
 
-# A table is finished on two CPU cores within half an hour. The demo of classification alone has twice the steps.
+# A table is finished on two CPU cores within an hour. The demo of segmentation alone has more.
 _DEMO_STEPS = {'classification': 1000, 'segmentation': 900}
 
 

@@ -82,7 +82,7 @@ def test_no_two_patients_are_taken_for_one(raw_dir, caplog):
 
 def test_a_kernel_changes_less_than_a_patient():
   """On coarse matrices, where a pixel's blur takes much. At the paper's size, the gap is wider (see the threshold)."""
-  volumes = [phantom.patient(0, number, size=128, slices=24)[0].astype(np.float32) for number in range(1, 9)]
+  volumes = [phantom.patient(0, number, size=96, slices=24)[0].astype(np.float32) for number in range(1, 9)]
   smoother = [ndimage.gaussian_filter(volume, (0, 1, 1)) for volume in volumes]
   one, other = (np.stack([survey._thumbnail(volume, 'hu') for volume in each]) for each in (volumes, smoother))
   np.testing.assert_allclose(np.linalg.norm(one, axis=1), 1, rtol=1e-5)
