@@ -125,6 +125,6 @@ def test_every_reading_of_dice_is_documented():
 
 
 def test_links_lead_somewhere():
-  for document in [pathlib.Path('README.md'), *pathlib.Path('docs').glob('*.md')]:
+  for document in [*pathlib.Path().glob('*.md'), *pathlib.Path('docs').glob('*.md')]:
     for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', document.read_text()):
       assert (document.parent / target).exists(), f'{document}: {target}'
