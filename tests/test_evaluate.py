@@ -75,7 +75,10 @@ def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
 def test_classification_numbers_follow_from_the_table(runs):
   rows, result = read(runs['cls'])
   label, score = (np.array([float(r[key]) for r in rows]) for key in ('label', 'score'))
-  assert result['auc'] == pytest.approx(sk.roc_auc_score(label, score))
+  # Ranked by logits: probabilities near 0 and 1 round to the same number.
+  logit = results.read_table(runs['cls'])['logit']
+  np.testing.assert_allclose(1 / (1 + np.exp(-logit)), score, atol=1e-6)
+  assert result['auc'] == pytest.approx(sk.roc_auc_score(label, logit))
   assert result['accuracy'] == pytest.approx(sk.accuracy_score(label, score >= 0.5))
   assert {'precision', 'recall', 'f1', 'tp', 'fp', 'fn', 'tn', 'step', 'dataset', 'commit'} <= result.keys()
   assert result['step'] in (2, 4)

@@ -77,7 +77,7 @@ def test_the_demo_from_nothing(tmp_path):
   assert 'Total:' in first.stderr  # the parameter table
   result = json.loads((tmp_path / 'run' / 'test' / 'metrics.json').read_text())
   assert result['step'] == 2
-  assert result['dataset'] == f'covid_ct/phantom_{SIZE}/1.1.0'
+  assert result['dataset'] == f'covid_ct/phantom_{SIZE}/1.2.0'
   assert 'compiled the training step' in first.stderr
   page = (tmp_path / 'run' / 'test' / 'report.html').read_text()
   assert '--config.train.steps=2' in page  # the command that repeats it

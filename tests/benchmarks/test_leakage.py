@@ -130,5 +130,5 @@ def test_finished_runs_are_kept_and_make_the_table(config, tmp_path, monkeypatch
   record = json.loads((tmp_path / 'leakage.json').read_text())
   assert record['no_leak'] and record['rows']['shuffled-by-slice']['interval'] == [0.4, 0.6]
   config.train.steps += 1
-  with pytest.raises(UserError, match='holds a run of another config: train.steps'):
+  with pytest.raises(UserError, match='it cannot be made longer or shorter'):
     leakage.finish(config, tmp_path, 'true-by-patient')

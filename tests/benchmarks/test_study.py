@@ -128,7 +128,7 @@ def test_until_both_have_a_seed_only_the_others_are_compared(made, tmp_path):
 def test_a_split_that_is_not_by_patient_is_said_to_be(made, tmp_path):
   workdir = tmp_path / 'study'
   shutil.copytree(made, workdir)
-  for split, said in (('by patient', ', fold 0: 32'), ('by slice', ', fold 0, split by slice: 32')):
+  for split, said in (('by patient', ', fold 0: 32'), ('by slice', ', fold 0 (split by slice): 32')):
     for path in workdir.glob('*/test/metrics.json'):
       path.write_text(json.dumps(json.loads(path.read_text()) | {'split': split}))
     assert said in study_table.write(protocol(), PAIR, SEEDS, workdir, jobs.machine(), 1)
