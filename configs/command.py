@@ -21,7 +21,12 @@ def command(config: ml_collections.ConfigDict) -> str:
       differences[preset] = {key: value for key, value in wanted.items() if flat.get(key) != value}
   preset = min(differences, key=lambda preset: len(differences[preset]))
   at = '' if preset == 'paper' else f':{preset}'
-  given = [f'--config.{key}={_text(value)}' for key, value in differences[preset].items()]
+  drawn = not (config.data.raw_dir or config.data.dir)
+  given = [
+    f'--config.{key}={_text(value)}'
+    for key, value in differences[preset].items()
+    if drawn or not key.startswith('data.phantom.')
+  ]
   return shlex.join(['python', 'launch.py', f'--config={file}{at}', *given])
 
 

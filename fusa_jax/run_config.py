@@ -31,11 +31,14 @@ def _save(workdir, config):
   path = workdir / 'config.json'
   if path.exists():
     before, now = _flat(load(workdir)), _flat(plain(config))
+    # Where data are named, no phantom is drawn.
+    named = any(flat[key] for flat in (before, now) for key in ('data.raw_dir', 'data.dir'))
+    harmless = (*_HARMLESS, 'data.phantom.') if named else _HARMLESS
     differ = sorted(
       key
       for key in before.keys() | now.keys()
       if before.get(key) != now.get(key)
-      and not key.startswith(_HARMLESS)
+      and not key.startswith(harmless)
       and (key in before or now[key])  # a key that is newer than the run, and is off
     )
     if differ == ['train.steps']:

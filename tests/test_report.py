@@ -87,6 +87,18 @@ def test_a_run_that_was_not_evaluated_has_none(data_dir, tmp_path):
     (cls, 'densenet121', {'seed': 1}, 'python launch.py --config=configs/cls.py:densenet121 --config.seed=1'),
     (
       seg,
+      'demo',
+      {'data.phantom.patients': 7},
+      'python launch.py --config=configs/seg.py:demo --config.data.phantom.patients=7',
+    ),
+    (  # drawn of no phantoms
+      cls,
+      'demo',
+      {'data.dir': 'a', 'data.values': 'grey', 'data.phantom.patients': 7},
+      'python launch.py --config=configs/cls.py:demo --config.data.dir=a --config.data.values=grey',
+    ),
+    (
+      seg,
       'paper',
       {'data.raw_dir': 'a b', 'evaluate.prevalences': (0.5,)},
       "python launch.py --config=configs/seg.py '--config.data.raw_dir=a b' '--config.evaluate.prevalences=(0.5,)'",

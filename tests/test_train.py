@@ -110,6 +110,12 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
   harmless = tiny(**{'train.log_every': 2, 'data.raw_dir': 'elsewhere'})
   run_config.save(runs['seg'], harmless)
   run_config.save(runs['seg'], tiny())
+  # No phantom is drawn where data are named; where none are, others would be trained on.
+  other = {'data.phantom.patients': 7}
+  run_config.save(runs['seg'], tiny(**other, **{'data.dir': 'elsewhere'}))
+  run_config.save(runs['seg'], tiny())
+  with pytest.raises(UserError, match=r'data.phantom.patients \(100 -> 7\)'):
+    run_config.save(runs['seg'], tiny(**other))
   changed = tiny(**{'train.learning_rate': 0.5, 'seed': 3})
   with pytest.raises(UserError, match=r'seed \(0 -> 3\), train.learning_rate \(0.003 -> 0.5\); name another --workdir'):
     train.train(changed, runs['seg'], data_dir)
