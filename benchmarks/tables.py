@@ -13,7 +13,7 @@ import launch
 from benchmarks import study
 from fusa_jax.errors import UserError
 
-# A table is finished on two CPU cores within an hour. The demo of segmentation alone has more.
+# A table trains five or seven models: fewer than the demo of segmentation alone takes.
 _DEMO_STEPS = {'classification': 1000, 'segmentation': 900}
 
 

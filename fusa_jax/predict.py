@@ -14,6 +14,9 @@ from fusa_jax import checkpoint, ct, operating_point, pictures, run_config, shar
 from fusa_jax.errors import UserError
 from fusa_jax.files import write_json
 
+# Pictures that are read and predicted before the first of them is written.
+_TOGETHER = 64
+
 
 def predict(
   workdir: pathlib.Path,
@@ -82,10 +85,6 @@ def predict(
         if sharding.is_main():
           _write(output, path, image, result, found, probabilities)
       bar.update(len(part))
-
-
-# Pictures that are read and predicted before the first of them is written.
-_TOGETHER = 64
 
 
 def read(path: pathlib.Path, kind: str) -> ct.Scan | np.ndarray:

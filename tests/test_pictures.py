@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import SIZE, tiny
+from layouts import pictures_of
 from PIL import Image
 
 from configs import seg
@@ -23,17 +24,11 @@ def folder(raw_dir, tmp_path_factory):
   out = tmp_path_factory.mktemp('slices')
   (out / 'images').mkdir(), (out / 'masks').mkdir()
   lines = ['name,patient']
-  for path in sorted(raw_dir.glob('*_ct.nii.gz')):
-    scan = ct.read(path)
-    mask = ct.read_mask(path.with_name(path.name.replace('_ct', '_seg')), scan)
-    for index, values in enumerate(scan.values):
-      name = f'{path.name[17:21]}_{index:02d}'
-      grey = np.rint(np.clip((values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)
-      Image.fromarray(grey).resize((SIZE * 2, SIZE + 8)).save(out / 'images' / f'{name}.png')
-      Image.fromarray(mask[index]).resize((SIZE * 2, SIZE + 8), Image.Resampling.NEAREST).save(
-        out / 'masks' / f'{name}.png'
-      )
-      lines.append(f'{name}.png,{name[:4]}')
+  for patient, index, grey, mask in pictures_of(raw_dir):
+    name, size = f'00{patient[1:]}_{index:02d}', (SIZE * 2, SIZE + 8)
+    Image.fromarray(grey).resize(size).save(out / 'images' / f'{name}.png')
+    Image.fromarray(mask).resize(size, Image.Resampling.NEAREST).save(out / 'masks' / f'{name}.png')
+    lines.append(f'{name}.png,{name[:4]}')
   (out / 'slices.csv').write_text('\n'.join(lines))
   return out
 

@@ -41,10 +41,13 @@ class Case(NamedTuple):
 
   @property
   def files(self) -> list[pathlib.Path]:
-    """All of them, each image before its mask."""
-    if isinstance(self.ct, tuple):
-      return [path for pair in zip(self.ct, self.mask or self.ct, strict=True) for path in dict.fromkeys(pair)]
-    return [path for path in (self.ct, self.mask) if path is not None]
+    """All of them, images before masks."""
+    return [
+      path
+      for paths in (self.ct, self.mask)
+      if paths is not None
+      for path in (paths if isinstance(paths, tuple) else (paths,))
+    ]
 
 
 class Wanted(NamedTuple):

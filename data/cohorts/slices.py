@@ -41,9 +41,8 @@ def find(folder: pathlib.Path) -> list[Case]:
     found = [(path, masks[name], None) for name, path in images.items()]
   else:
     classes = _classes(folder)
-    found = [
-      (path, None, label) for name, label in _labels(folder).items() for path in _by_stem(classes[name]).values()
-    ]
+    labels = _labels(folder, classes)
+    found = [(path, None, labels[name]) for name, inner in classes.items() for path in _by_stem(inner).values()]
   if not (folder / _LIST).exists():
     # Classes may share their slices' names.
     name = lambda path: path.stem if drawn else f'{path.parent.name}-{path.stem}'
@@ -77,9 +76,8 @@ def _classes(folder):
   return found if len(found) > 1 else {}
 
 
-def _labels(folder):
+def _labels(folder, classes):
   """By name of a class, 1 with lesion or 0 without; says which is which."""
-  classes = _classes(folder)
   odd = [name for name in classes if _NO_CLASS.search(name.lower())]
   if odd:
     raise UserError(

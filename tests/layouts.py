@@ -1,0 +1,148 @@
+"""The cohort of phantoms as files in each release's own naming and labels, for tests of what finds and reads them."""
+
+import json
+import pathlib
+import shutil
+
+import nibabel as nib
+import numpy as np
+from conftest import SIZE
+from PIL import Image
+
+from fusa_jax import ct
+
+
+def files(raw_dir):
+  """(scan, mask) of each phantom."""
+  return [(path, path.with_name(path.name.replace('_ct', '_seg'))) for path in sorted(raw_dir.glob('*_ct.nii.gz'))]
+
+
+def copy(source, target):
+  target.parent.mkdir(parents=True, exist_ok=True)
+  shutil.copy(source, target)
+
+
+def relabel(source, target, change):
+  """A mask with other labels: `change` of its values."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  image = nib.load(source)
+  nib.save(nib.Nifti1Image(change(np.asarray(image.dataobj)).astype(np.uint8), image.affine, image.header), target)
+
+
+def covid19_20(raw_dir, out):
+  for scan, mask in files(raw_dir):
+    copy(scan, out / 'Train' / scan.name), copy(mask, out / 'Train' / mask.name)
+    copy(scan, out / 'Validation' / scan.name)
+
+
+def nnunet(raw_dir, out):
+  for number, (scan, mask) in enumerate(files(raw_dir)):
+    copy(scan, out / 'imagesTr' / f'covid_{number:03d}_0000.nii.gz')
+    copy(mask, out / 'labelsTr' / f'covid_{number:03d}.nii.gz')
+    copy(scan, out / 'imagesTs' / f'covid_{number:03d}_0000.nii.gz')
+  (out / 'dataset.json').write_text('{"numTraining": 10, "labels": {"background": 0, "lesion": 1}}')
+
+
+def decathlon(raw_dir, out):
+  listed = []
+  for number, (scan, mask) in enumerate(files(raw_dir)):
+    (
+      copy(scan, out / 'imagesTr' / f'lung_{number:03d}.nii.gz'),
+      copy(mask, out / 'labelsTr' / f'lung_{number:03d}.nii.gz'),
+    )
+    listed.append({'image': f'./imagesTr/lung_{number:03d}.nii.gz', 'label': f'./labelsTr/lung_{number:03d}.nii.gz'})
+  (out / 'dataset.json').write_text(json.dumps({'numTraining': len(listed), 'training': listed, 'test': []}))
+
+
+def pairs(raw_dir, out):
+  for number, (scan, mask) in enumerate(files(raw_dir)):
+    copy(scan, out / f'patient{number}.nii.gz'), copy(mask, out / f'patient{number}_mask.nii.gz')
+
+
+# As released: case, study and series. 10 and 29 have two scans each.
+RADIOPAEDIA = [
+  f'radiopaedia_{name}'
+  for name in ('10_85902_1', '10_85902_3', '14_85914_0', '27_86410_0', '29_86490_1', '29_86491_1')
+  + ('36_86526_0', '40_86625_0', '4_85506_1', '7_85703_0')
+]
+
+
+def zenodo_20(raw_dir, out):
+  """Lungs are 1 and 2, lesion 3; the radiopaedia volumes are 8-bit."""
+  for number, (scan, mask) in enumerate(files(raw_dir), start=1):
+    name = f'coronacases_{number:03d}.nii.gz'
+    copy(scan, out / 'COVID-19-CT-Seg_20cases' / name)
+    halves = lambda mask: np.where(mask, 3, 1 + (np.arange(SIZE)[:, None, None] >= SIZE // 2))
+    relabel(mask, out / 'Lung_and_Infection_Mask' / name, halves)
+    grey = f'{RADIOPAEDIA[number - 1]}.nii.gz'
+    relabel(scan, out / 'COVID-19-CT-Seg_20cases' / grey, lambda hu: np.clip((hu + 1000) / 1300, 0, 1) * 255)
+    relabel(mask, out / 'Lung_and_Infection_Mask' / grey, halves)
+
+
+def mosmed(raw_dir, out):
+  """Every fifth phantom is without lesion: CT-0. The last one is a study of CT-2 of which no mask was published."""
+  pairs = files(raw_dir)
+  for number, (scan, mask) in enumerate(pairs, start=1):
+    severity = 'CT-0' if number % 5 == 0 else 'CT-1'
+    copy(scan, out / 'studies' / severity / f'study_{number:04d}.nii.gz')
+    if severity != 'CT-0':
+      copy(mask, out / 'masks' / f'study_{number:04d}_mask.nii.gz')
+  copy(scan, out / 'studies' / 'CT-2' / 'study_0999.nii.gz')
+
+
+def medseg(raw_dir, out):
+  """Nine scans, and a hundred slices of nobody knows whom: 0 nothing, 1 ground glass, 2 consolidation, 3 effusion."""
+  both = lambda mask: mask * (1 + (np.arange(SIZE)[:, None, None] >= SIZE // 2))
+  for number, (scan, mask) in enumerate(files(raw_dir), start=1):
+    copy(scan, out / 'rp_im' / f'{number}.nii.gz'), relabel(mask, out / 'rp_msk' / f'{number}.nii.gz', both)
+  scans, masks = zip(*files(raw_dir), strict=True)
+  stack = lambda paths: np.concatenate([np.asarray(nib.load(path).dataobj) for path in paths], axis=2)[..., :100]
+  slices = stack(scans)
+  # Windowed one by one, then set to where air and fat should be.
+  tops = np.linspace(180, 320, slices.shape[2])
+  nib.save(nib.Nifti1Image(np.minimum(slices, tops).astype(np.float32), np.eye(4)), out / 'tr_im.nii.gz')
+  labels = both(stack(masks))
+  labels[:3, :3] = 3
+  nib.save(nib.Nifti1Image(labels.astype(np.uint8), np.eye(4)), out / 'tr_mask.nii.gz')
+
+
+def pictures_of(raw_dir):
+  """(patient, slice, grey [H, W], mask [H, W]) of each slice, as a radiologist sees it."""
+  for number, (scan, mask) in enumerate(files(raw_dir), start=1):
+    scan = ct.read(scan)
+    grey = np.rint(np.clip((scan.values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)
+    for index, pair in enumerate(zip(grey, ct.read_mask(mask, scan), strict=True)):
+      yield f'p{number:02d}', index, *pair
+
+
+def slices(raw_dir, out):
+  """Images as JPEG, masks of 0 and 255 as PNG, patients in a list whose names have no ending."""
+  (out / 'images').mkdir(), (out / 'masks').mkdir()
+  lines = ['name,patient']
+  for number, (patient, _, grey, mask) in enumerate(pictures_of(raw_dir)):
+    Image.fromarray(grey).save(out / 'images' / f'{number:04d}.jpg', quality=95)
+    Image.fromarray(mask * 255).save(out / 'masks' / f'{number:04d}.png')
+    lines.append(f'{number:04d},{patient}')
+  (out / 'slices.csv').write_text('\n'.join(lines) + '\n')
+
+
+def classes(raw_dir, out):
+  """As COVID-CT: two folders, names that are in both, PNG with colour channels and alpha; of nobody knows whom."""
+  for name in ('CT_COVID', 'CT_NonCOVID'):
+    (out / name).mkdir()
+  for number, (_, _, grey, mask) in enumerate(pictures_of(raw_dir)):
+    folder = out / ('CT_COVID' if mask.any() else 'CT_NonCOVID')
+    size = (SIZE + number % 3, SIZE)
+    Image.fromarray(grey).resize(size).convert('RGBA').save(folder / f'{len(list(folder.iterdir()))}.png')
+
+
+LAYOUTS = {f.__name__: f for f in (covid19_20, nnunet, decathlon, pairs, zenodo_20, mosmed, medseg, slices)}
+
+
+def write_all(raw_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
+  """By name, the folder of each of LAYOUTS, and of `classes`, which is laid out as slices are, without masks."""
+  folders = {}
+  for name, lay in {**LAYOUTS, 'classes': classes}.items():
+    folders[name] = tmp_path_factory.mktemp(name)
+    lay(raw_dir, folders[name])
+  return folders
