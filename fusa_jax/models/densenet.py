@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import check_sides, layers, wide_dtype
+from fusa_jax.models.layers import check_sides, layers, max_pool, wide_dtype
 
 
 class DenseNet121(nn.Module):
@@ -31,7 +31,7 @@ class DenseNet121(nn.Module):
     conv, norm = kinds['conv'], kinds['norm']
     x = conv(self.width, (7, 7), 2, 3, name='conv0')(images)
     x = nn.relu(norm(name='norm0')(x))
-    x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    x = max_pool(x, 3, 2, padding=1)
     for block, size in enumerate(self.block_sizes, start=1):
       for index in range(1, size + 1):
         new = _DenseLayer(self.width // 2, **kinds, name=f'block{block}_layer{index}')(x)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fusa_jax.errors import UserError
-from fusa_jax.models.layers import layers, wide_dtype
+from fusa_jax.models.layers import layers, max_pool, wide_dtype
 
 
 class _Residual(nn.Module):
@@ -88,7 +88,7 @@ class Encoder(nn.Module):
     x = kinds['conv'](self.width, (7, 7), 2, 3, name='conv1')(x)
     x = nn.relu(kinds['norm'](name='norm1')(x))
     features = [x]
-    x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    x = max_pool(x, 3, 2, padding=1)
     for stage, size in enumerate(self.stage_sizes):
       dilation = max(4 * 2**stage // self.output_stride, 1)
       for index in range(size):

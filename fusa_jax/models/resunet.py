@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import Doubling, check_sides, layers, wide
+from fusa_jax.models.layers import Conv, Doubling, check_sides, layers, max_pool, wide
 from fusa_jax.models.resnet import BasicBlock
 
 
@@ -41,9 +41,9 @@ class ResUNet(nn.Module):
 
     skips = [block(images, 0, 'stem', attention=None)]
     for level in range(1, len(self.multiples)):
-      skips.append(block(nn.max_pool(skips[-1], (2, 2), (2, 2)), level, f'down{level}'))
+      skips.append(block(max_pool(skips[-1], 2, 2), level, f'down{level}'))
     x = skips.pop()
     for level in reversed(range(len(self.multiples) - 1)):
       x = Doubling(self.width * self.multiples[level], dtype=self.dtype, name=f'up{level}_conv')(x)
       x = block(jnp.concatenate([skips.pop(), x], axis=-1), level, f'up{level}')
-    return nn.Conv(self.num_classes, (1, 1), name='head')(wide(x))
+    return Conv(self.num_classes, (1, 1), name='head')(wide(x))

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import adaptive_mean, check_sides, layers
+from fusa_jax.models.layers import adaptive_mean, check_sides, layers, max_pool
 
 # Convolutions before each of the five max-pools, and their channels relative to the first level's.
 STAGES = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
@@ -34,7 +34,7 @@ class VGG16(nn.Module):
         # These have a bias, although a norm follows: torchvision's and the weights there are.
         x = kinds['conv'](self.width * multiple, (3, 3), padding=1, use_bias=True, name=f'conv{stage}_{index}')(x)
         x = nn.relu(kinds['norm'](name=f'norm{stage}_{index}')(x))
-      x = nn.max_pool(x, (2, 2), (2, 2))
+      x = max_pool(x, 2, 2)
     x = adaptive_mean(x, 7)
     x = x.reshape(len(x), -1)
     for name in ('dense1', 'dense2'):

@@ -1,4 +1,4 @@
-"""Pooling, resizing and norms against NumPy and scipy."""
+"""Pooling, resizing and norms against NumPy, scipy and PyTorch."""
 
 import flax.linen as nn
 import jax
@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+import torch
+import torch.nn.functional as F
 
 from fusa_jax.models import layers
 
@@ -71,3 +73,18 @@ def test_doubling_is_a_transposed_convolution():
   (_, out), ours_gradients = jax.value_and_grad(loss, (1, 2), has_aux=True)(ours, variables, x)
   np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours_gradients, gradients)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'size', 'stride', 'padding'),
+  [((2, 8, 6, 3), 2, 2, 0), ((2, 9, 7, 3), 2, 2, 0), ((2, 9, 8, 3), 3, 2, 1), ((1, 5, 5, 2), 3, 1, 1)],
+)
+def test_pooling_is_pytorchs_ties_included(shape, size, stride, padding):
+  x = np.maximum(np.random.default_rng(0).integers(-3, 4, shape), 0).astype(np.float32)  # mostly ties
+  theirs = torch.tensor(x, requires_grad=True)
+  out = F.max_pool2d(theirs.permute(0, 3, 1, 2), size, stride, padding).permute(0, 2, 3, 1)
+  g = np.random.default_rng(1).normal(size=tuple(out.shape)).astype(np.float32)
+  out.backward(torch.tensor(g))
+  value, pull = jax.vjp(lambda x: layers.max_pool(x, size, stride, padding), x)
+  np.testing.assert_array_equal(value, out.detach())
+  np.testing.assert_allclose(pull(jnp.asarray(g))[0], theirs.grad, rtol=1e-6, atol=1e-6)
