@@ -1,0 +1,110 @@
+"""How long prediction takes for a folder of scans: reading, computing and writing one after the other, and the command.
+
+  python -m benchmarks.prediction --image_size=96 --width=4 --probabilities        (reading and writing weigh most)
+  python -m benchmarks.prediction --image_size=256 --width=16 --rounds=1           (computing does, on a CPU)
+
+Phantoms are drawn in a temporary folder (`--input` names scans that are there), and a network is initialised, not
+trained; so that its masks are of lesions' size, the threshold is the 99th percentile of the first scan's probabilities.
+`predict.predict` is timed as a whole: checks, weights, compiled program (from the cache, after the first time), masks,
+numbers. The stages are timed by the functions that it calls, a scan after the other. Each time is the least of the
+rounds; memory is the most that the process had held after the first whole one.
+"""
+
+import collections
+import datetime
+import pathlib
+import resource
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from configs import seg
+from data.cohorts import phantom
+from fusa_jax import checkpoint, ct, evaluate, operating_point, predict, run_config, sharding, tasks, train
+
+_INPUT = flags.DEFINE_string('input', None, 'a folder of scans in HU, instead of phantoms')
+_VOLUMES = flags.DEFINE_integer('volumes', 6, 'phantoms')
+_SLICES = flags.DEFINE_integer('slices', 150, 'of each phantom')
+_SIZE = flags.DEFINE_integer('size', 512, 'rows and columns of each phantom')
+_MODEL = flags.DEFINE_string('model', 'fusa_resunet', 'a segmentation model')
+_WIDTH = flags.DEFINE_integer('width', 4, 'its first channels')
+_IMAGE_SIZE = flags.DEFINE_integer('image_size', 96, 'side of the slices that the network sees')
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'slices a batch')
+_DTYPE = flags.DEFINE_string('dtype', 'auto', 'of activations')
+_PROBABILITIES = flags.DEFINE_bool('probabilities', False, 'write probability volumes too')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'of which the least times are given')
+
+
+def make_run(workdir: pathlib.Path):
+  """The folder of a run of no steps; its config."""
+  config = seg.get_config(_MODEL.value)
+  config.model.update(width=_WIDTH.value, dtype=_DTYPE.value)
+  config.data.image_size, config.train.batch_size = _IMAGE_SIZE.value, _BATCH_SIZE.value
+  run_config.save(workdir, config)
+  optimizer, _ = train.make_optimizer(config)
+  state = train.compile_init(tasks.create(config), optimizer, config, sharding.replicated(sharding.create_mesh()))()
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    checkpoints.save(0, state.variables, state.opt_state, None)
+  return run_config.load(workdir)
+
+
+def make_predictor(config, workdir: pathlib.Path, threshold: float) -> predict.Predictor:
+  task, mesh = tasks.create(config), sharding.create_mesh()
+  step, variables = predict.load_variables(config, task, workdir, mesh)
+  return predict.Predictor(config, task, mesh, step, variables, operating_point.OperatingPoint(threshold))
+
+
+def stages(predictor: predict.Predictor, paths: list[pathlib.Path], output: pathlib.Path) -> dict[str, float]:
+  """Seconds of each stage, over all scans."""
+  took = collections.Counter()
+
+  def timed(stage, function, *arguments):
+    began = time.perf_counter()
+    value = function(*arguments)
+    took[stage] += time.perf_counter() - began
+    return value
+
+  for path in paths:
+    scan = timed('read', predict.read, path, 'hu')
+    _, volumes = timed('compute', predictor, scan)
+    for kind, volume in volumes.items():
+      if kind == 'mask' or _PROBABILITIES.value:
+        timed('write', ct.write, output / f'{ct.stem(path)}_{kind}.nii.gz', volume, scan)
+  return took
+
+
+def main(_):
+  logging.set_verbosity(logging.ERROR)
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
+    scans, workdir, output = pathlib.Path(_INPUT.value or folder / 'scans'), folder / 'run', folder / 'out'
+    if _INPUT.value is None:
+      phantom.write(scans, patients=_VOLUMES.value, size=_SIZE.value, slices=_SLICES.value)
+    paths, config = predict.find_images(scans, 'hu'), make_run(workdir)
+    _, volumes = make_predictor(config, workdir, 0.5)(predict.read(paths[0], 'hu'))
+    threshold = float(np.quantile(volumes.pop('probability')[:, ::8, ::8], 0.99))
+    predictor, rounds, peak = make_predictor(config, workdir, threshold), [], None
+    predictor(predict.read(paths[0], 'hu'))  # compiles
+    for _ in range(_ROUNDS.value):
+      began = time.perf_counter()
+      predict.predict(workdir, scans, output, _PROBABILITIES.value, threshold)
+      whole = time.perf_counter() - began
+      peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+      rounds.append({**stages(predictor, paths, output), 'predict': whole})
+  least = {stage: min(each[stage] for each in rounds) for stage in rounds[0]}
+  print(f'| {" | ".join(least)} | peak MB |\n|{" ---: |" * (len(least) + 1)}')
+  print(f'| {" | ".join(f"{seconds:.2f}" for seconds in least.values())} | {peak:.0f} |')
+  print(
+    f'\n{len(paths)} scans, {_MODEL.value} of width {_WIDTH.value} on {_IMAGE_SIZE.value} x {_IMAGE_SIZE.value}, '
+    f'batch {_BATCH_SIZE.value}, {config.model.dtype}{", probabilities" if _PROBABILITIES.value else ""}, seconds, '
+    f'{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, '
+    f'{datetime.date.today()}, commit {evaluate.commit()}'
+  )
+
+
+if __name__ == '__main__':
+  app.run(main)
