@@ -7,14 +7,13 @@ processes import this file, and they should start quickly.
 """
 
 import dataclasses
-import gzip
 import logging
 import pathlib
-import zlib
 from collections.abc import Sequence
 
 import nibabel as nib
 import numpy as np
+from isal import igzip, isal_zlib
 from nibabel import orientations
 from PIL import Image
 
@@ -186,8 +185,11 @@ def write(path: pathlib.Path, volume: np.ndarray, scan: Scan) -> None:
     header[field] = scan.header[field]
   # affine=None keeps both affines of the header as they are; anything else would rewrite one of them.
   image = _image_class(scan.header)(data, None, header)
-  with replacing(path) as partial:
-    nib.save(image, partial)
+  with replacing(path) as partial, partial.open('wb') as file:
+    # With neither name nor time in it, the same volume is the same file.
+    stream = igzip.IGzipFile('', 'wb', fileobj=file, mtime=0) if path.suffix == '.gz' else file
+    with stream:
+      image.to_stream(stream)
 
 
 def network_slices(slices: Sequence[np.ndarray], size: int) -> np.ndarray:
@@ -254,10 +256,10 @@ def _load(path):
   try:
     content = path.read_bytes()
     if content[:2] == b'\x1f\x8b':
-      content = gzip.decompress(content)
+      content = igzip.decompress(content)
   except FileNotFoundError:
     raise UserError(f'{path}: no such file; check the path') from None
-  except (OSError, EOFError, zlib.error) as error:
+  except (OSError, EOFError, isal_zlib.error) as error:
     raise UserError(f'{path}: truncated or unreadable ({_one_line(error)}); copy it again from its source') from None
   try:
     nifti2 = int.from_bytes(content[:4], 'little') == 540 or int.from_bytes(content[:4], 'big') == 540
@@ -309,12 +311,12 @@ def _check_hu(values, path, windowed):
       advice += '; or train on such images, and predict them, with --config.data.values=grey'
     raise UserError(f'{path}: values {low:g} to {high:g} are {kind}, not HU (air is -1000); {advice}')
   # Air, in the lungs and around the body, is a large part of any chest CT.
-  air = np.mean(values < -500)
+  air = np.count_nonzero(values < -500) / values.size
   if air < 0.001:
     raise UserError(f'{path}: values {low:g} to {high:g} hold no air (below -500), so they are not HU; {advice}')
   # A window leaves a wall at its upper end: everything above it has one value. In real scans a few voxels have the
   # greatest value, except where metal meets the end of the 12-bit scale (3071).
-  at_top = int(np.sum(values == high))
+  at_top = np.count_nonzero(values == high)
   if not windowed and high < 1500 and at_top > max(16, 1e-4 * values.size):
     raise UserError(
       f'{path}: windowed: {at_top / values.size:.2%} of all voxels have the highest value, {high:g}, '

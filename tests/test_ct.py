@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import zlib
 
 import nibabel as nib
 import numpy as np
@@ -299,3 +300,36 @@ def test_damaged_files_are_refused_or_read_and_nothing_else(tmp_path):
     assert message == 'read' or (message.startswith(f'{path}: ') and '\n' not in message)
     outcomes.add(message == 'read')
   assert outcomes == {True, False}
+
+
+def test_damaged_gzip_is_refused_where_python_refuses_it(tmp_path):
+  """Random corruptions, and what may follow a stream, against Python's own gzip: its refusals, or its bytes."""
+  path, rng, outcomes = tmp_path / 'a.nii.gz', np.random.default_rng(0), set()
+  whole = save(path, chest()).read_bytes()
+  files = [whole + tail for tail in (b'', bytes(9), b'xyz', whole[:30])] + [whole[:n] for n in (2, 9, 200, -1)]
+  for _ in range(300):
+    raw = bytearray(whole)
+    for position in rng.integers(2, len(raw), rng.integers(1, 3)):
+      raw[position] = rng.integers(256)
+    files.append(bytes(raw))
+  for content in files:
+    path.write_bytes(content)
+    try:
+      expected = gzip.decompress(content) == gzip.decompress(whole)
+    except (OSError, EOFError, zlib.error):
+      with pytest.raises(UserError, match='truncated or unreadable'):
+        ct.read(path)
+      outcomes.add('refused')
+    else:
+      assert expected
+      np.testing.assert_array_equal(ct.read(path).values, chest().transpose(2, 1, 0))
+      outcomes.add('read')
+  assert outcomes == {'refused', 'read'}
+
+
+def test_the_same_volume_is_the_same_file(tmp_path):
+  scan = ct.read(save(tmp_path / 'a.nii', chest()))
+  for name in ('b.nii.gz', 'c.nii.gz', 'd.nii'):
+    ct.write(tmp_path / name, scan.values, scan)
+  first, second, plain = ((tmp_path / name).read_bytes() for name in ('b.nii.gz', 'c.nii.gz', 'd.nii'))
+  assert first == second and gzip.decompress(first) == plain
