@@ -1,9 +1,16 @@
-"""Scans and pictures in, masks and numbers out, on each one's grid. Config and weights come from the workdir alone."""
+"""Scans and pictures in, masks and numbers out, on each one's grid. Config and weights come from the workdir alone.
 
+Threads read ahead of the devices and one writes behind them: gzip, NumPy and Pillow release the lock.
+"""
+
+import collections
+import contextlib
 import dataclasses
 import logging
+import os
 import pathlib
 from collections.abc import Sequence
+from concurrent import futures
 
 import jax
 import ml_collections
@@ -16,6 +23,10 @@ from fusa_jax.files import write_json
 
 # Pictures that are read and predicted before the first of them is written.
 _TOGETHER = 64
+# Threads that check files, each of which holds one.
+_READERS = min(os.cpu_count() or 1, 4)
+# Scans, or parts of pictures, that are read while one is computed and one written: four in memory at most.
+_AHEAD = 2
 
 
 def predict(
@@ -52,14 +63,8 @@ def predict(
     raise UserError(f'--threshold: {threshold} is no probability; give one from 0 to 1')
   kind = config.data['values']
   paths = find_images(source, kind)
-  problems = []
-  for path in paths if len(paths) > 1 else ():
-    try:
-      read(path, kind)
-    except UserError as error:
-      problems.append(str(error))
-  if problems:
-    raise UserError('\n'.join(problems))
+  if len(paths) > 1:
+    _check(paths, kind)
 
   task, mesh = tasks.create(config), mesh or sharding.create_mesh()
   step, variables = load_variables(config, task, workdir, mesh)
@@ -77,14 +82,65 @@ def predict(
   # A scan fills batches of its own; pictures share them.
   parts = [[path] for path in paths if not pictures.is_picture(path)]
   parts += [drawn[start : start + _TOGETHER] for start in range(0, len(drawn), _TOGETHER)]
-  with tqdm.tqdm(total=len(paths), desc='Predicting', disable=len(paths) == 1 or not sharding.is_main()) as bar:
-    for part in parts:
-      images = [read(path, kind) for path in part]
-      results = run.pictures(images) if pictures.is_picture(part[0]) else [run(images[0])]
-      for path, image, (result, found) in zip(part, images, results, strict=True):
-        if sharding.is_main():
-          _write(output, path, image, result, found, probabilities)
-      bar.update(len(part))
+
+  def read_part(part):
+    images = [read(path, kind) for path in part]
+    return part, images, run.prepare(images)
+
+  def write_part(read_and_computed):
+    part, images, found = read_and_computed
+    of_each = found if pictures.is_picture(part[0]) else [found]
+    if sharding.is_main():
+      for path, image, probability in zip(part, images, of_each, strict=True):
+        _write(output, path, image, *run.result(image, probability), probabilities)
+    return len(part)
+
+  # A write that has begun is waited for, whatever happens: nothing is half-written.
+  with futures.ThreadPoolExecutor(1) as writer, _readers() as reader:
+    parts_read = _overlapping(reader, read_part, parts, _AHEAD + 1)
+    computed = ((part, images, run.probabilities(prepared)) for part, images, prepared in parts_read)
+    with tqdm.tqdm(total=len(paths), desc='Predicting', disable=len(paths) == 1 or not sharding.is_main()) as bar:
+      for count in _overlapping(writer, write_part, computed, 1):
+        bar.update(count)
+
+
+def _check(paths, kind):
+  """Reads all files, several at a time; raises a UserError of a line for each that is refused."""
+
+  def problem(path):
+    try:
+      read(path, kind)
+    except UserError as error:
+      return str(error)
+
+  with _readers() as reader:
+    problems = [line for line in reader.map(problem, paths) if line]
+  if problems:
+    raise UserError('\n'.join(problems))
+
+
+@contextlib.contextmanager
+def _readers():
+  """Threads that on an error or Ctrl-C nobody waits for: what they do has no effect."""
+  pool = futures.ThreadPoolExecutor(_READERS)
+  try:
+    yield pool
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _overlapping(pool, function, items, at_once):
+  """function(item) of each item, by threads, in order: up to `at_once` begun and not yet asked for.
+
+  The next one begins only when the first of so many has ended without an error.
+  """
+  begun = collections.deque()
+  for item in items:
+    if len(begun) == at_once:
+      yield begun.popleft().result()
+    begun.append(pool.submit(function, item))
+  while begun:
+    yield begun.popleft().result()
 
 
 def read(path: pathlib.Path, kind: str) -> ct.Scan | np.ndarray:
@@ -175,12 +231,44 @@ class Predictor:
     self._probabilities = sharding.compiled_together(jax.jit(run, out_shardings=sharding.replicated(mesh)))
 
   def __call__(self, scan: ct.Scan) -> tuple[dict, dict[str, np.ndarray]]:
-    """What NAME.json holds, and the volumes 'mask' and 'probability' [S, H, W] (none for classification)."""
-    probability = self._run(scan.values)
-    result = {**self._about(), 'num_slices': len(scan.values)}
+    """What `result` gives of a scan and its probabilities."""
+    return self.result(scan, self.probabilities(self.prepare([scan])))
+
+  def prepare(self, images: Sequence[ct.Scan | np.ndarray]) -> np.ndarray:
+    """The slices of one scan, or pictures [H, W] of grey values, as the network sees them: int16 [S, size, size]."""
+    slices = images[0].values if isinstance(images[0], ct.Scan) else images
+    return ct.network_slices(slices, self._config.data.image_size)
+
+  def probabilities(self, images: np.ndarray) -> np.ndarray:
+    """Of what `prepare` gives: float32 [S], or [S, size, size]. All processes of a run call it in the same order."""
+    size, out = self._batch_size, []
+    rows = sharding.local_rows(self._mesh, size)
+    for start in range(0, len(images), size):
+      part = images[start : start + size]
+      batch = np.zeros((size, *part.shape[1:]), part.dtype)
+      batch[: len(part)] = part
+      put = sharding.to_devices(self._mesh, size, rows, batch[rows])
+      out.append(self._probabilities(self._variables, put))
+      if len(out) > 1:  # fetched while the devices work on the next batch
+        out[-2] = np.asarray(out[-2])
+    return np.concatenate(out)[: len(images)]
+
+  def result(self, image: ct.Scan | np.ndarray, probability: np.ndarray) -> tuple[dict, dict[str, np.ndarray]]:
+    """What NAME.json holds of a scan or picture, and 'mask' and 'probability' in its shape (none for classification).
+
+    Args:
+      image: a scan, or a picture [H, W].
+      probability: its own of `probabilities`: of each slice of a scan, of the one of a picture.
+    """
+    about = {'model': self._config.model.name, 'step': self._step, **self._point.about()}
+    of_kind = self._of_scan if isinstance(image, ct.Scan) else self._of_picture
+    result, volumes = of_kind(image, probability)
+    return about | result, volumes
+
+  def _of_scan(self, scan, probability):
+    result, volumes = {'num_slices': len(scan.values)}, {}
     if probability.ndim == 1:
-      positive = probability >= self._point.threshold
-      scores, volumes = probability, {}
+      positive, scores = probability >= self._point.threshold, probability
     else:
       probability = ct.resize(probability, scan.values.shape[1:])
       mask = (probability >= self._point.threshold).astype(np.uint8)
@@ -192,35 +280,14 @@ class Predictor:
     result['slice_scores'] = [round(float(score), 4) for score in scores]
     return result, volumes
 
-  def pictures(self, images: Sequence[np.ndarray]) -> list[tuple[dict, dict[str, np.ndarray]]]:
-    """Of each image [H, W] of grey values, what `__call__` gives of a scan; 'mask' and 'probability' are [H, W]."""
-    found = []
-    for image, probability in zip(images, self._run(images), strict=True):
-      masks, lesion = {}, {}
-      if probability.ndim:
-        (probability,) = ct.resize([probability], image.shape)
-        mask = (probability >= self._point.threshold).astype(np.uint8)
-        masks, lesion = {'mask': mask, 'probability': probability}, {'lesion_pixels': int(mask.sum())}
-      score = float(probability.max())
-      numbers = {**lesion, 'positive': score >= self._point.threshold, 'score': round(score, 4)}
-      found.append(({**self._about(), **numbers}, masks))
-    return found
-
-  def _about(self):
-    return {'model': self._config.model.name, 'step': self._step, **self._point.about()}
-
-  def _run(self, slices):
-    """Probabilities of slices, each [H, W]: [S], or [S, size, size]."""
-    images = ct.network_slices(slices, self._config.data.image_size)
-    size, out = self._batch_size, []
-    rows = sharding.local_rows(self._mesh, size)
-    for start in range(0, len(images), size):
-      part = images[start : start + size]
-      batch = np.zeros((size, *part.shape[1:]), part.dtype)
-      batch[: len(part)] = part
-      put = sharding.to_devices(self._mesh, size, rows, batch[rows])
-      out.append(np.asarray(self._probabilities(self._variables, put))[: len(part)])
-    return np.concatenate(out)
+  def _of_picture(self, image, probability):
+    masks, lesion = {}, {}
+    if probability.ndim:
+      (probability,) = ct.resize([probability], image.shape)
+      mask = (probability >= self._point.threshold).astype(np.uint8)
+      masks, lesion = {'mask': mask, 'probability': probability}, {'lesion_pixels': int(mask.sum())}
+    score = float(probability.max())
+    return {**lesion, 'positive': score >= self._point.threshold, 'score': round(score, 4)}, masks
 
 
 def _one_line(result):

@@ -1,8 +1,15 @@
 """Masks on each scan's own grid: its shape, affines and codes; the same in the world however the scan is stored."""
 
+import collections
 import json
+import logging
 import shutil
+import signal
+import threading
+import time
+import weakref
 
+import hosts
 import jax
 import nibabel as nib
 import numpy as np
@@ -156,3 +163,112 @@ def test_an_operating_point_of_another_checkpoint_is_not_used(runs, raw_dir, tmp
   result = json.loads((tmp_path / 'out' / 'volume-phantom-A-0001_ct.json').read_text())
   assert result['threshold'] == 0.5
   assert 'no operating point for step' in caplog.text
+
+
+@pytest.fixture
+def folder(raw_dir, tmp_path):
+  """Ten scans, a to j: one of the cohort, and links to it."""
+  (tmp_path / 'in').mkdir()
+  for name in 'abcdefghij':
+    (tmp_path / 'in' / f'{name}.nii.gz').symlink_to(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  return tmp_path / 'in'
+
+
+def written(*names):
+  return sorted(f'{name}{kind}' for name in names for kind in ('.json', '_mask.nii.gz'))
+
+
+def listed(folder):
+  return sorted(path.name for path in folder.iterdir())
+
+
+def test_reading_computing_and_writing_overlap_in_order(runs, folder, tmp_path, monkeypatch, caplog):
+  """The first mask is not written before the second scan is computed and the fourth read. Four scans live at a time."""
+  caplog.set_level(logging.INFO)
+  run, read, write = predict.Predictor.probabilities, predict.read, ct.write
+  begun, scans, alive, computed = collections.Counter(), [], [], threading.Event()
+  fourth = threading.Event()
+
+  def reading(path, kind):
+    begun[path.name] += 1
+    scan = read(path, kind)
+    if begun[path.name] == 2:  # after the check
+      scans.append(weakref.ref(scan))
+      alive.append(sum(ref() is not None for ref in scans))
+      if path.name == 'd.nii.gz':
+        fourth.set()
+    return scan
+
+  def computing(self, images):
+    found = run(self, images)
+    if computing_counts[0]:
+      computed.set()
+    computing_counts[0] += 1
+    return found
+
+  def writing(path, volume, scan):
+    if path.name == 'a_mask.nii.gz':
+      assert computed.wait(60) and fourth.wait(60)
+    write(path, volume, scan)
+
+  computing_counts = [0]
+  monkeypatch.setattr(predict, 'read', reading)
+  monkeypatch.setattr(predict.Predictor, 'probabilities', computing)
+  monkeypatch.setattr(ct, 'write', writing)
+  predict.predict(runs['seg'], folder, tmp_path / 'out')
+  assert listed(tmp_path / 'out') == written(*'abcdefghij')
+  assert [m.partition('.nii.gz: ')[0] for m in caplog.messages if '.nii.gz: ' in m] == list('abcdefghij')
+  assert set(begun.values()) == {2} and len(scans) == 10
+  assert 2 <= max(alive) <= 4
+
+
+def test_a_scan_that_is_damaged_meanwhile_ends_it_behind_those_before(runs, folder, tmp_path, monkeypatch):
+  """The third, after the check: the first two are whole, and the error is the one that a check would give."""
+  read, damaged = predict.read, folder / 'c.nii.gz'
+  whole = damaged.read_bytes()
+
+  def reading(path, kind):
+    scan = read(path, kind)
+    if path == damaged and path.is_symlink():
+      path.unlink()
+      path.write_bytes(whole[:-100])
+    return scan
+
+  monkeypatch.setattr(predict, 'read', reading)
+  with pytest.raises(UserError, match=r'c.nii.gz: truncated or unreadable'):
+    predict.predict(runs['seg'], folder, tmp_path / 'out')
+  assert listed(tmp_path / 'out') == written('a', 'b')
+
+
+def test_what_cannot_be_written_ends_it_behind_those_before(runs, folder, tmp_path):
+  """Where the third mask should be, there is a folder: nothing of the fourth is begun, and nothing is half-written."""
+  (tmp_path / 'out' / 'c_mask.nii.gz').mkdir(parents=True)
+  with pytest.raises(UserError, match=r'c_mask.nii.gz: cannot be written \(Is a directory\); free space there'):
+    predict.predict(runs['seg'], folder, tmp_path / 'out')
+  assert listed(tmp_path / 'out') == sorted([*written('a', 'b'), 'c_mask.nii.gz'])
+
+
+@pytest.mark.slow
+def test_interrupted_it_ends_at_once_with_whole_files(runs, folder, tmp_path):
+  """Ctrl-C in a folder of two thousand scans: exit code 130, and what is there is whole."""
+  for number in range(2000):
+    (folder / f'more{number}.nii.gz').symlink_to((folder / 'a.nii.gz').resolve())
+  out = tmp_path / 'out'
+  command = ['--mode=predict', f'--workdir={runs["seg"]}', f'--input={folder}', f'--output={out}']
+  process = hosts.start(command, 1, tmp_path / 'log', tmp_path / 'notes')
+  try:
+    until = time.monotonic() + 240
+    while not (out / 'b.json').exists():
+      assert process.poll() is None and time.monotonic() < until, (tmp_path / 'log').read_text()
+      time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+  finally:
+    process.kill()
+    process.wait()
+  assert (tmp_path / 'log').read_text().splitlines()[-1].startswith('interrupted; ')
+  names = listed(out)
+  done = [name.removesuffix('.json') for name in names if name.endswith('.json')]
+  assert 2 <= len(done) < 2000 and names == written(*done)
+  for name in done:
+    assert nib.load(out / f'{name}_mask.nii.gz').get_fdata().shape == nib.load(folder / 'a.nii.gz').shape
