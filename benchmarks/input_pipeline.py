@@ -6,6 +6,7 @@ Compare with `train/slices_per_second` in a run's log.jsonl, and with `train/inp
 loop waited for a batch.
 """
 
+import pathlib
 import time
 
 import jax
@@ -13,32 +14,43 @@ from absl import app, flags
 
 from fusa_jax import input_pipeline, sharding
 
-_DATA_DIR = flags.DEFINE_string('data_dir', None, 'a prepared dataset', required=True)
-_IMAGE_SIZE = flags.DEFINE_integer('image_size', 512, 'side of its slices')
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'slices a batch')
-_STEPS = flags.DEFINE_integer('steps', 60, 'batches timed, after 5 that are not')
+
+def define_flags() -> None:
+  """Not on import: other benchmarks have flags of these names."""
+  flags.DEFINE_string('data_dir', None, 'a prepared dataset', required=True)
+  flags.DEFINE_integer('image_size', 512, 'side of its slices')
+  flags.DEFINE_integer('batch_size', 16, 'slices a batch')
+  flags.DEFINE_integer('steps', 60, 'batches timed, after 5 that are not')
 
 
-def main(_):
-  dataset = input_pipeline.load(_DATA_DIR.value, fold=0, image_size=_IMAGE_SIZE.value)
+def rate(data_dir: str | pathlib.Path, image_size: int, batch_size: int, steps: int) -> float:
+  """Slices a second of a prepared dataset, over so many batches, after 5 that are not timed."""
+  dataset = input_pipeline.load(data_dir, fold=0, image_size=image_size)
   batches = input_pipeline.train_batches(
     dataset.train,
     sharding.create_mesh(),
-    batch_size=_BATCH_SIZE.value,
+    batch_size=batch_size,
     seed=0,
     first_step=0,
-    last_step=_STEPS.value + 5,
+    last_step=steps + 5,
     balanced=True,
   )
   for _ in range(5):
     jax.block_until_ready(next(batches))
   began = time.perf_counter()
-  for _ in range(_STEPS.value):
+  for _ in range(steps):
     jax.block_until_ready(next(batches))
-  rate = _STEPS.value * _BATCH_SIZE.value / (time.perf_counter() - began)
+  seconds = time.perf_counter() - began
   batches.close()
-  print(f'{rate:.0f} slices/s of {_IMAGE_SIZE.value} x {_IMAGE_SIZE.value} on {jax.devices()[0].device_kind}')
+  return steps * batch_size / seconds
+
+
+def main(_):
+  asked = flags.FLAGS
+  found = rate(asked.data_dir, asked.image_size, asked.batch_size, asked.steps)
+  print(f'{found:.0f} slices/s of {asked.image_size} x {asked.image_size} on {jax.devices()[0].device_kind}')
 
 
 if __name__ == '__main__':
+  define_flags()
   app.run(main)

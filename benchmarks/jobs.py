@@ -170,7 +170,7 @@ def _stop(workers):
 def _work(connection, share):
   """A worker's life: does what it is sent; gives (None, value), or (error, None)."""
   share.take()
-  threading.Thread(target=_leave_with_parent, daemon=True).start()
+  threading.Thread(target=leave_with_parent, daemon=True).start()
   launch.start_logging()
   logging.getLogger().setLevel(logging.WARNING)
   logging.captureWarnings(True)
@@ -192,7 +192,7 @@ def _work(connection, share):
     connection.send(answer)
 
 
-def _leave_with_parent():
+def leave_with_parent():
   """What was killed without a word is not worked for."""
   multiprocessing.parent_process().join()
   os._exit(1)

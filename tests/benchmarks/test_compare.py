@@ -1,34 +1,27 @@
 """The benchmark's two sides do the same work; that it runs and writes what it prints."""
 
+import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 torch = pytest.importorskip('torch')
-from benchmarks import compare  # noqa: E402 (needs torch)
+from benchmarks import compare, compare_table, workload  # noqa: E402 (needs torch)
 from fusa_jax import augment, tasks, torch_weights, train  # noqa: E402
+from fusa_jax.errors import UserError  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def settings():
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(['compare'])
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(flags.FLAGS['image_size'], 'value', 32)
-    patch.setattr(flags.FLAGS['batch_size'], 'value', 2)
-    patch.setattr(flags.FLAGS['rounds'], 'value', 1)
-    patch.setattr(flags.FLAGS['steps'], 'value', 1)
-    patch.setattr(flags.FLAGS['torch_compile'], 'value', False)
-    yield
+SETTINGS = workload.Settings(image_size=32, batch_size=2, rounds=1, steps=1)
 
 
 @pytest.mark.slow
 def test_rows_and_json(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(flags.FLAGS['models'], 'value', ['resnet18'])
-  monkeypatch.setattr(flags.FLAGS['json'], 'value', str(tmp_path / 'numbers.json'))
+  asked = types.SimpleNamespace(
+    models=['resnet18'], torch_compile=False, json=str(tmp_path / 'numbers.json'), **dataclasses.asdict(SETTINGS)
+  )
+  monkeypatch.setattr(compare, 'flags', types.SimpleNamespace(FLAGS=asked))
   monkeypatch.setattr(compare.launch, 'start_logging', lambda: None)
   monkeypatch.setattr(compare.launch, 'use_compilation_cache', lambda: None)
   compare.main([])
@@ -40,8 +33,15 @@ def test_rows_and_json(tmp_path, monkeypatch, capsys):
     assert row['train_ratio_to_eager'] == pytest.approx(
       row['train_slices_per_second'] / written['rows'][1]['train_slices_per_second']
     )
-  assert compare.table(written['rows']) in capsys.readouterr().out
+  assert compare_table.table(written['rows']) in capsys.readouterr().out
   assert written['image_size'] == 32
+
+
+def test_what_cannot_be_compared_is_refused():
+  with pytest.raises(UserError, match=r"--models: there is no 'resnet19'; one or more of densenet121, "):
+    compare.ours('resnet19', SETTINGS)
+  with pytest.raises(UserError, match="--width: 8, but PyTorch's resnet50 exists at full width only"):
+    compare.theirs('resnet50', dataclasses.replace(SETTINGS, width=8), compiled=False)
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'linknet'])
@@ -61,12 +61,11 @@ def test_both_sides_compute_the_same_loss(name, monkeypatch):
   weights = {}
   monkeypatch.setattr(compare.torch_reference, 'create', remember)
   # Enough values for each norm, of which the last see 16, to be well conditioned.
-  monkeypatch.setattr(flags.FLAGS['image_size'], 'value', 64)
-  monkeypatch.setattr(flags.FLAGS['batch_size'], 'value', 4)
-  batch = compare.batch_of(64, 4)
-  compare.theirs(name, batch, compiled=False).step()
+  settings = workload.Settings(image_size=64, batch_size=4)
+  batch = workload.batch_of(64, 4)
+  compare.theirs(name, settings, compiled=False).step()
 
-  config = compare.config_of(name)
+  config = workload.config_of(name, settings)
   task = tasks.create(config)
   optimizer, _ = train.make_optimizer(config)
   variables = torch_weights.from_torch(name, weights)
