@@ -5,6 +5,7 @@ reported is the compiler's own account of one device's program; times follow fro
 each is the least that the chip allows, not a measurement.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -19,15 +20,17 @@ from fusa_jax import checkpoint, evaluate, sharding, tasks, tpu, train
 from fusa_jax.errors import DoesNotFitError
 from fusa_jax.files import replacing, write_json
 
+_MOVEMENTS, _SHOWN = 50, 10  # operations in a report, and of these in its table
+
 
 def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
   """Compiles a config's training step for a topology; what it needs, and the times that follow, per device and step.
 
   Sizes are bytes. `bytes_moved` is between memory and core; `bytes_accessed` is XLA's own number, in which what stays
-  in the core counts too. `seconds` has the least time that arithmetic, memory and the network between chips would each
-  allow; `step_seconds` takes the slower of the first two and adds the third, as if nothing were sent while something is
-  computed. `efficiency` is the share of a step that is not spent on that network: throughput per chip against that of
-  one chip on its own share of the batch.
+  in the core counts too; `largest_movements` are the operations that move most. `seconds` has the least time that
+  arithmetic, memory and the network between chips would each allow; `step_seconds` takes the slower of the first two
+  and adds the third, as if nothing were sent while something is computed. `efficiency` is the share of a step that is
+  not spent on that network: throughput per chip against that of one chip on its own share of the batch.
 
   Raises:
     UserError: a config that does not fit the topology; no compiler.
@@ -55,7 +58,8 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   parameters, state = _nbytes(like.variables['params']), _nbytes(like)
   program = compiled.as_text()
-  network, moved = tpu.collectives(program, mesh.devices.size), tpu.hbm_traffic(program)
+  network, movements = tpu.collectives(program, mesh.devices.size), tpu.hbm_movements(program)
+  moved = sum(movement.nbytes for movement in movements)
   chip = topology.chip
   seconds = {
     'compute': cost['flops'] / chip.flops,
@@ -89,6 +93,9 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
     'flops': cost['flops'],
     'bytes_moved': moved,
     'bytes_accessed': cost['bytes accessed'],
+    'largest_movements': [
+      dataclasses.asdict(m) for m in sorted(movements, key=lambda m: m.nbytes, reverse=True)[:_MOVEMENTS]
+    ],
     'collectives': len(network),
     'bytes_all_reduced': sum(c.nbytes for c in network if c.kind == 'all-reduce'),
     'bytes_between_slices': sum(c.nbytes for c in network if c.kind == 'send'),
@@ -167,7 +174,11 @@ def table(result: dict) -> str:
     ('scaling efficiency', f'{result["efficiency"]:.1%}'),
   ]
   width = max(len(name) for name, _ in rows)
-  return '\n'.join(f'{name:{width}}  {value}' for name, value in rows)
+  lines = [f'{name:{width}}  {value}' for name, value in rows]
+  lines.append('most is moved by')
+  for movement in result['largest_movements'][:_SHOWN]:
+    lines.append(f'{movement["nbytes"] / 1e6:>{width},.0f}  MB: {movement["operation"]}, {_layer(movement["source"])}')
+  return '\n'.join(lines)
 
 
 def aot(config: ml_collections.ConfigDict, name: str, topology: tpu.Topology, output: pathlib.Path) -> None:
@@ -261,6 +272,12 @@ is the least that the chip's published rates allow for what the compiler counted
 - **efficiency**: throughput per chip against a chip alone with its share of the batch, so what the interconnect leaves.
   A lower bound: a real step takes longer than the first two, and overlaps part of the third;
 - **compiled in**: on the machine that wrote the report, with whatever else it did."""
+
+
+def _layer(source: str) -> str:
+  """Of the path that JAX gives: in which sweep, of which modules. A path of the update, or none, stays as it is."""
+  found = re.search(r'(transpose\()?jvp\(\w*\)\)?/(.*)', source)
+  return f'{"backward" if found[1] else "forward"} {found[2]}' if found else source or 'made by the compiler'
 
 
 def _mesh(result):

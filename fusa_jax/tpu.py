@@ -158,7 +158,13 @@ class Collective:
 
 def collectives(program: str, devices: int) -> list[Collective]:
   """The exchanges in a program for so many devices, given as the text of its optimised HLO."""
-  return [_parse(line, found, devices) for line in program.splitlines() if (found := _SENDS.search(line))]
+  exchanges = {}
+  for number, line in enumerate(program.splitlines()):
+    if found := _SENDS.search(line):
+      # One that goes on behind several computations is written down in each of them, with the channel that it has.
+      channel = re.search(r'channel_id=(\d+)', line)
+      exchanges.setdefault(channel[1] if channel else -number, _parse(line, found, devices))
+  return list(exchanges.values())
 
 
 def _parse(line, found, devices):
@@ -186,8 +192,23 @@ _OPERATION = re.compile(r'\s+(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>.*?) (?P<ki
 _MOVES_NOTHING = ('bitcast', 'parameter', 'constant', 'after-all', 'optimization-barrier', 'while', 'conditional')
 
 
-def hbm_traffic(program: str) -> int:
-  """Bytes between HBM and the core in one run of a TPU program, given as the text of its optimised HLO.
+@dataclasses.dataclass(frozen=True)
+class Movement:
+  """What one operation of a compiled program moves between HBM and the core.
+
+  Attributes:
+    operation: XLA's name of it.
+    nbytes: read and written.
+    source: the path of modules and the primitive that it was made from, as JAX names them; '' where XLA made it.
+  """
+
+  operation: str
+  nbytes: int
+  source: str
+
+
+def hbm_movements(program: str) -> list[Movement]:
+  """Bytes between HBM and the core in one run of a TPU program, operation by operation, from its optimised HLO's text.
 
   Each operation reads its operands and writes its results, where these lie in HBM; what stays in the core's own memory
   between two operations is not counted, as it is in XLA's "bytes accessed". Bodies of loops are left out: in a training
@@ -195,12 +216,12 @@ def hbm_traffic(program: str) -> int:
   """
   entry = program[program.index('\nENTRY') :]
   entry = re.sub(r'\n\s*(?![\s%]|ROOT)', ' ', entry[: entry.index('\n}')])  # long types go over several lines
-  values, total = {}, 0
+  values, movements = {}, []
   for line in entry.splitlines():
     found = _OPERATION.match(line)
     if not found:
       continue
-    kind, operands = found['kind'], re.findall(r'%([\w.-]+)', found['operands'])
+    kind, operands, moved = found['kind'], re.findall(r'%([\w.-]+)', found['operands']), 0
     result = _arrays(found['type'])
     if kind == 'get-tuple-element':
       result = [values[operands[0]][int(re.search(r'index=(\d+)', line)[1])]]
@@ -209,12 +230,15 @@ def hbm_traffic(program: str) -> int:
     elif kind.endswith('-start'):  # it gives what it takes: where that lies is all that is needed when it is done
       result = [value for operand in operands for value in values[operand]]
     elif kind.endswith('-done'):
-      moved = sum(size for size, _ in result)
-      total += sum(hbm for _, hbm in result) + (moved if any(hbm for _, hbm in values[operands[0]]) else 0)
+      size = sum(size for size, _ in result)
+      moved = sum(hbm for _, hbm in result) + (size if any(hbm for _, hbm in values[operands[0]]) else 0)
     elif kind not in _MOVES_NOTHING and 'ConcatBitcast' not in line:
-      total += sum(hbm for _, hbm in result) + sum(hbm for o in operands for _, hbm in values[o])
+      moved = sum(hbm for _, hbm in result) + sum(hbm for o in operands for _, hbm in values[o])
     values[found['name']] = result
-  return total
+    if moved:
+      source = re.search(r'op_name="([^"]*)"', line)
+      movements.append(Movement(found['name'], moved, source[1] if source else ''))
+  return movements
 
 
 def _group(line: str, devices: int) -> int:

@@ -61,8 +61,12 @@ def test_a_tiny_config_compiles_for_v5e(tmp_path):
   assert report['seconds']['compute'] == pytest.approx(report['flops'] / 197e12)
   assert report['seconds']['memory'] == pytest.approx(report['bytes_moved'] / 819e9)
   assert 3 * 4 * size < report['bytes_moved'] < report['bytes_accessed']  # the state at the least is read
+  largest = [movement['nbytes'] for movement in report['largest_movements']]
+  assert largest == sorted(largest, reverse=True) and len(largest) == 50
+  assert report['bytes_moved'] / 10 < sum(largest) <= report['bytes_moved']
+  assert any('jvp(ResNet)/encoder/stage1_0' in movement['source'] for movement in report['largest_movements'])
   assert 0 < report['efficiency'] < 1
-  for line in ('topology', 'peak memory', 'scaling efficiency', '8 chips, mesh data 8 x space 1'):
+  for line in ('topology', 'peak memory', 'scaling efficiency', '8 chips, mesh data 8 x space 1', 'encoder/stage1_0'):
     assert line in result.stdout
 
 

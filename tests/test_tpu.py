@@ -95,6 +95,12 @@ def test_lines_as_the_tpu_compiler_writes_them(line, expected):
   assert (found.kind, found.nbytes, found.group) == expected
 
 
+def test_an_exchange_behind_several_computations_counts_once():
+  line = '%g.{} = f32[8,2,64]{{2,1,0}} all-gather(%p), channel_id={}, replica_groups=[1,8]<=[8], dimensions={{0}}'
+  program = '\n'.join(line.format(*numbers) for numbers in ((1, 7), (2, 7), (3, 9), (4, 7)))
+  assert [found.nbytes for found in tpu.collectives(program, 8)] == [4096, 4096]
+
+
 def test_what_only_looks_like_a_collective_is_left_out():
   for line in (
     '%d = f32[8] all-reduce-done(%s)',
@@ -126,6 +132,27 @@ def test_the_compiler_is_asked_for_where_it_is_missing(monkeypatch):
     tpu.Topology.parse('v5e:4x4').devices()
 
 
+def test_movements_are_those_of_hbm_with_their_source():
+  """What lies in the core's memory, S(1), costs nothing; a copy that is begun and ended costs once."""
+  program = """HloModule step
+
+ENTRY %main (x: f32[1024]) -> f32[1024] {
+  %x = f32[1024]{0:T(1024)} parameter(0)
+  %a = f32[1024]{0:T(1024)S(1)} fusion(%x), kind=kLoop, calls=%f, metadata={op_name="jit(step)/jvp(Net)/norm1/sub"}
+  %b = bf16[1024]{0:T(1024)} fusion(%a, %x), kind=kLoop, calls=%g, metadata={op_name="jit(step)/jvp(Net)/relu/max"}
+  %c = (bf16[1024]{0:T(1024)S(1)}, bf16[1024]{0:T(1024)}, u32[]{:S(2)}) copy-start(%b)
+  %d = bf16[1024]{0:T(1024)S(1)} copy-done(%c)
+  ROOT %e = f32[1024]{0:T(1024)} fusion(%d), kind=kLoop, calls=%h
+}
+"""
+  assert [(m.operation, m.nbytes, m.source) for m in tpu.hbm_movements(program)] == [
+    ('a', 4096, 'jit(step)/jvp(Net)/norm1/sub'),
+    ('b', 2048 + 4096, 'jit(step)/jvp(Net)/relu/max'),
+    ('d', 2048, ''),
+    ('e', 4096, ''),
+  ]
+
+
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='no TPU compiler: requirements-aot.txt')
 @pytest.mark.slow
 def test_traffic_with_memory_is_what_a_program_must_read_and_write():
@@ -140,4 +167,6 @@ def test_traffic_with_memory_is_what_a_program_must_read_and_write():
     (lambda x, y: jnp.tanh(x @ y) @ y.T, [x, y], 2 * (2 * 2048 * 2048 + 2 * 2048 * 1024)),  # y is read twice
   ):
     text = jax.jit(function).lower(*arguments).compile().as_text()
-    assert tpu.hbm_traffic(text) == pytest.approx(expected, rel=0.01)
+    movements = tpu.hbm_movements(text)
+    assert sum(movement.nbytes for movement in movements) == pytest.approx(expected, rel=0.01)
+    assert any(movement.source.startswith('jit(<lambda>)/') for movement in movements)
