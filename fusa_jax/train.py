@@ -236,7 +236,8 @@ def lower_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Lo
     'label': array(np.int32, count),
     'index': array(np.int32, count),
   }
-  return jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere)).lower(like, batch)
+  with jax.set_mesh(mesh):
+    return jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere)).lower(like, batch)
 
 
 def compile_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Compiled:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from fusa_jax import FUSA
+from fusa_jax import FUSA, sharding, tpu
 
 SHAPES = {'2d': (2, 5, 7, 6), '3d': (2, 3, 4, 5, 6), '1d': (2, 9, 6)}
 
@@ -152,3 +152,47 @@ def test_the_doubled_tensor_is_never_built():
 def test_refuses_input_without_space():
   with pytest.raises(ValueError, match=r'\[batch, \*space, channels\].*\(2, 6\)'):
     FUSA().init(jax.random.key(0), jnp.ones((2, 6)))
+
+
+MESHES = [(8, 1), (4, 2), (2, 4)]
+
+
+def on_mesh(data, space, literal, shape):
+  """(value, gradients, exchanges) of a weighted sum of the output; on one device alone where data is 0."""
+  rng = np.random.default_rng(0)
+  x, weight = jnp.asarray(rng.normal(size=shape)), jnp.asarray(rng.normal(size=shape))
+  module = FUSA(literal=literal)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+  # Small enough that no sigmoid is saturated.
+  variables = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / s.shape[-1]), shapes)
+  run = jax.value_and_grad(lambda v, x: (module.apply(v, x) * weight).sum(), (0, 1))
+  if not data:
+    return *jax.jit(run)(variables, x), []
+  mesh = sharding.create_mesh(data, space)
+  variables = jax.device_put(variables, sharding.replicated(mesh))
+  x, weight = (jax.device_put(a, sharding.batched(mesh, a.ndim)) for a in (x, weight))
+  with jax.set_mesh(mesh):
+    placed = (sharding.replicated(mesh), (sharding.replicated(mesh), sharding.batched(mesh, x.ndim)))
+    compiled = jax.jit(run, out_shardings=placed).lower(variables, x).compile()
+    return *compiled(variables, x), tpu.collectives(compiled.as_text(), mesh.size)
+
+
+@pytest.mark.parametrize('literal', [True, False])
+@pytest.mark.parametrize(('data', 'space'), MESHES)
+def test_a_mesh_changes_nothing(data, space, literal):
+  """Float64; 512 channels, from which on the pooled vectors are put on all devices."""
+  shape = (8, 8, 2, 512)
+  value, gradients, _ = on_mesh(0, 0, literal, shape)
+  found, found_gradients, _ = on_mesh(data, space, literal, shape)
+  np.testing.assert_allclose(found, value, rtol=1e-12)
+  assert difference(found_gradients, gradients) < 1e-12
+
+
+@pytest.mark.parametrize(('data', 'space'), MESHES)
+def test_the_gradients_of_the_dense_kernels_are_not_sent(data, space):
+  """Only vectors are, 3 C to 4 C numbers an image; where they would be no less than a kernel, the kernels' sums are."""
+  channels = 512
+  sent = lambda batch, channels: sum(c.nbytes for c in on_mesh(data, space, False, (batch, 8, 2, channels))[2]) // 8
+  assert 0 < sent(8, channels) < 8 * 6 * channels < channels**2 / 8
+  assert sent(8, 64) >= 3 * 64**2
+  assert sent(264, channels) >= 3 * channels**2

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import SIZE, tiny
 
 from configs import cls
 from data import prepare
-from fusa_jax import augment, checkpoint, input_pipeline, run_config, sharding, tasks, train
+from fusa_jax import augment, checkpoint, input_pipeline, run_config, sharding, tasks, tpu, train
 from fusa_jax.errors import UserError
 
 
@@ -159,6 +160,23 @@ def test_loss_curve_does_not_depend_on_the_devices(data_dir, losses_on_one_devic
   curve = losses(tiny(**{'train.steps': 20}), sharding.create_mesh(data, space), data_dir)
   assert np.ptp(curve) > 0.05
   np.testing.assert_allclose(curve, losses_on_one_device, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_dense_kernels_of_fusa_are_not_summed_over_the_devices():
+  """FUSA-ResNet-18's last stage has 512 channels; all other gradients are summed, as the count of the others shows."""
+  config = tiny(cls, **{'model.width': 64})
+  mesh, task = sharding.create_mesh(8, 1), tasks.create(config)
+  optimizer, _ = train.make_optimizer(config)
+  everywhere = sharding.replicated(mesh)
+  like = checkpoint.shapes(jax.eval_shape(train.compile_init(task, optimizer, config, everywhere)), everywhere)
+  program = train.lower_step(task, optimizer, config, mesh, like).compile().as_text()
+  sent = sum(c.nbytes for c in tpu.collectives(program, 8))
+  leaves = flax.traverse_util.flatten_dict(like.variables['params'], sep='/')
+  kept = sum(p.size for name, p in leaves.items() if '/attention/' in name and p.ndim > 1 and p.shape[-1] == 512)
+  total = sum(p.size for p in leaves.values())
+  assert kept == 2 * 4 * 512**2
+  assert 0.95 < sent / (4 * (total - kept)) < 1.0  # half of each fusion's kernel has one gradient for each column
 
 
 def losses(config, mesh, data_dir):
