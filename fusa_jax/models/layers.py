@@ -19,22 +19,73 @@ kaiming = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 Conv = functools.partial(nn.Conv, conv_general_dilated_cls=lambda: convolve)
 
 
-class BatchNorm(nn.BatchNorm):
-  """Flax's batch norm with PyTorch's running variance.
+class BatchNorm(nn.Module):
+  """Batch norm over all axes but the last, as PyTorch's; variables as those of nn.BatchNorm.
 
-  Both normalise by the batch's own variance, sum / n; PyTorch remembers the unbiased one, sum / (n - 1), and Flax the
+  Normalised by the batch's own variance, sum / n; PyTorch remembers the unbiased one, sum / (n - 1), and Flax the
   former. The two differ most where a norm sees few values: the last stages, at small sizes.
   """
 
+  use_running_average: bool
+  momentum: float
+  epsilon: float
+  scale_init: Callable = nn.initializers.ones
+  dtype: jnp.dtype | None = None
+
+  @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    before = self.get_variable('batch_stats', 'var') if self.has_variable('batch_stats', 'var') else None
-    out = super().__call__(x)
-    if before is not None and not self.use_running_average:
+    shape = x.shape[-1:]
+    mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
+    var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
+    scale = self.param('scale', self.scale_init, shape)
+    bias = self.param('bias', nn.initializers.zeros, shape)
+    dtype = nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+    if self.use_running_average:
+      return _affine(x, mean.value, jax.lax.rsqrt(var.value + self.epsilon), scale, bias).astype(dtype)
+    out, batch_mean, batch_var = batch_norm(x, scale, bias, self.epsilon, dtype)
+    if not self.is_initializing():
       count = x.size // x.shape[-1]
-      kept = self.momentum * before
-      unbiased = (self.get_variable('batch_stats', 'var') - kept) * (count / max(count - 1, 1))
-      self.put_variable('batch_stats', 'var', kept + unbiased)
+      kept = lambda old, new: self.momentum * old + (1 - self.momentum) * new
+      mean.value = kept(mean.value, batch_mean)
+      var.value = kept(var.value, batch_var * (count / max(count - 1, 1)))
     return out
+
+
+def _affine(x, mean, inverse, scale, bias):
+  slope = inverse * scale
+  return wide(x) * slope + (bias - mean * slope)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def batch_norm(x, scale, bias, epsilon, dtype):
+  """(x [..., C] normalised over all other axes, scaled and shifted, in dtype; mean [C]; variance [C]).
+
+  The backward pass (Ioffe & Szegedy 2015, section 3) starts from x as it is stored, behind a barrier. Without, a TPU's
+  compiler keeps x - mean in float32 from the forward pass: docs/models.md. Mean and variance have no gradient.
+  """
+  return _batch_norm_forward(x, scale, bias, epsilon, dtype)[0]
+
+
+def _batch_norm_forward(x, scale, bias, epsilon, dtype):
+  axes = tuple(range(x.ndim - 1))
+  mean = wide(x).mean(axes)
+  var = jnp.maximum(jnp.square(wide(x)).mean(axes) - jnp.square(mean), 0)
+  inverse = jax.lax.rsqrt(var + epsilon)
+  return (_affine(x, mean, inverse, scale, bias).astype(dtype), mean, var), (x, mean, inverse, scale)
+
+
+def _batch_norm_backward(epsilon, dtype, residuals, cotangents):
+  x, mean, inverse, scale = residuals
+  x, g = map(wide, jax.lax.optimization_barrier((x, cotangents[0])))
+  axes = tuple(range(x.ndim - 1))
+  normal = (x - mean) * inverse
+  d_bias, d_scale = g.sum(axes), (g * normal).sum(axes)
+  count = x.size // x.shape[-1]
+  dx = scale * inverse * (g - d_bias / count - normal * (d_scale / count))
+  return dx.astype(residuals[0].dtype), d_scale.astype(scale.dtype), d_bias.astype(scale.dtype)
+
+
+batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
 class Doubling(nn.Module):

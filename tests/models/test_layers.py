@@ -51,6 +51,30 @@ def test_running_variance_is_the_unbiased_one():
   np.testing.assert_allclose(changed['batch_stats']['var'], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-5)
 
 
+def test_the_gradients_of_a_norm_are_those_of_autodiff():
+  """In float64, against the formula differentiated by JAX; values far from zero, where the variance cancels most."""
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=(3, 4, 5, 6))) for _ in range(2))
+    arguments = (x + 10, jnp.asarray(rng.normal(size=6)), jnp.asarray(rng.normal(size=6)))
+
+    def plain(x, scale, bias):
+      axes = (0, 1, 2)
+      return (x - x.mean(axes)) / jnp.sqrt(x.var(axes) + 1e-5) * scale + bias
+
+    ours = lambda *a: layers.batch_norm(*a, 1e-5, x.dtype)[0]
+    np.testing.assert_allclose(ours(*arguments), plain(*arguments), rtol=1e-10, atol=1e-11)
+    gradients = [jax.grad(lambda *a, f=f: (f(*a) * weight).sum(), (0, 1, 2))(*arguments) for f in (ours, plain)]
+    for found, expected in zip(*gradients, strict=True):
+      np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_norm_keeps_its_input_alone_for_the_backward_pass():
+  x = jnp.asarray(images(8, 8), jnp.bfloat16)
+  _, pull = jax.vjp(lambda x: layers.batch_norm(x, jnp.ones(3), jnp.zeros(3), 1e-5, x.dtype)[0], x)
+  assert [leaf.dtype for leaf in jax.tree.leaves(pull) if leaf.size >= x.size] == [jnp.bfloat16]
+
+
 def test_a_single_value_has_no_variance():
   norm = layers.layers(train=True, dtype=None)['norm']()
   x = jnp.ones((1, 1, 1, 2))
