@@ -199,7 +199,8 @@ class Movement:
   Attributes:
     operation: XLA's name of it.
     nbytes: read and written.
-    source: the path of modules and the primitive that it was made from, as JAX names them; '' where XLA made it.
+    source: the path of modules and the primitive that it was made from, as JAX names them; of what XLA put in, such as
+      a copy, that of what it takes.
   """
 
   operation: str
@@ -216,7 +217,7 @@ def hbm_movements(program: str) -> list[Movement]:
   """
   entry = program[program.index('\nENTRY') :]
   entry = re.sub(r'\n\s*(?![\s%]|ROOT)', ' ', entry[: entry.index('\n}')])  # long types go over several lines
-  values, movements = {}, []
+  values, sources, movements = {}, {}, []
   for line in entry.splitlines():
     found = _OPERATION.match(line)
     if not found:
@@ -235,9 +236,10 @@ def hbm_movements(program: str) -> list[Movement]:
     elif kind not in _MOVES_NOTHING and 'ConcatBitcast' not in line:
       moved = sum(hbm for _, hbm in result) + sum(hbm for o in operands for _, hbm in values[o])
     values[found['name']] = result
+    source = re.search(r'op_name="([^"]*)"', line)
+    sources[found['name']] = source[1] if source else sources.get(operands[0], '') if operands else ''
     if moved:
-      source = re.search(r'op_name="([^"]*)"', line)
-      movements.append(Movement(found['name'], moved, source[1] if source else ''))
+      movements.append(Movement(found['name'], moved, sources[found['name']]))
   return movements
 
 

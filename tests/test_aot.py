@@ -64,9 +64,9 @@ def test_a_tiny_config_compiles_for_v5e(tmp_path):
   largest = [movement['nbytes'] for movement in report['largest_movements']]
   assert largest == sorted(largest, reverse=True) and len(largest) == 50
   assert report['bytes_moved'] / 10 < sum(largest) <= report['bytes_moved']
-  assert any('jvp(ResNet)/encoder/stage1_0' in movement['source'] for movement in report['largest_movements'])
+  assert any('params' in movement['source'] for movement in report['largest_movements'])
   assert 0 < report['efficiency'] < 1
-  for line in ('topology', 'peak memory', 'scaling efficiency', '8 chips, mesh data 8 x space 1', 'encoder/stage1_0'):
+  for line in ('topology', 'peak memory', 'scaling efficiency', '8 chips, mesh data 8 x space 1', 'most is moved by'):
     assert line in result.stdout
 
 

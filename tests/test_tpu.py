@@ -148,8 +148,8 @@ ENTRY %main (x: f32[1024]) -> f32[1024] {
   assert [(m.operation, m.nbytes, m.source) for m in tpu.hbm_movements(program)] == [
     ('a', 4096, 'jit(step)/jvp(Net)/norm1/sub'),
     ('b', 2048 + 4096, 'jit(step)/jvp(Net)/relu/max'),
-    ('d', 2048, ''),
-    ('e', 4096, ''),
+    ('d', 2048, 'jit(step)/jvp(Net)/relu/max'),  # made by the compiler: its operand's
+    ('e', 4096, 'jit(step)/jvp(Net)/relu/max'),
   ]
 
 
