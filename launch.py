@@ -12,6 +12,7 @@ On several hosts, the same command on each is one run: docs/pods.md.
 import logging
 import os
 import pathlib
+import re
 import sys
 
 import absl.logging
@@ -22,6 +23,8 @@ from ml_collections import config_flags
 from fusa_jax import exits
 from fusa_jax.errors import UserError
 
+# Where configs/ and data/ lie, too: the repository, or a folder of its own in site-packages.
+HOME = pathlib.Path(__file__).resolve().parent
 MODES = ('train', 'evaluate', 'predict', 'prepare', 'score', 'compare', 'aot')
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/seg.py or configs/cls.py, with :preset or without')
@@ -196,9 +199,11 @@ def resolve_config():
     config.update_from_flattened_dict(overrides)
     name = f'{pathlib.Path(path).stem}-{preset}'
     if sharding.is_main():
+      typed = 'python launch.py' if sys.argv[0].endswith('.py') else 'fusa-jax'
+      shown = config_flags.get_config_filename(flags.FLAGS['config']).removeprefix(f'{HOME}/')
       print(
         'No data named: this is the demo, a small model on synthetic chest phantoms.\n'
-        f'For your own scans: python launch.py --config={config_flags.get_config_filename(flags.FLAGS["config"])} '
+        f'For your own scans: {typed} --config={shown} '
         '--config.data.raw_dir=FOLDER_OF_SCANS',
         flush=True,
       )
@@ -290,7 +295,7 @@ def start_logging() -> None:
 def parse_flags(argv):
   """absl's parsing with the house's errors: a wrong flag or config is one line and exit code 2."""
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS([own_config(argument) for argument in argv])
     if len(rest) > 1:
       raise ValueError(f'arguments: {rest[1]!r} is no flag')
     # A config file that cannot be loaded is reported at the first look into it.
@@ -298,7 +303,14 @@ def parse_flags(argv):
       _CONFIG.value.items()
     return rest
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-    exits.fail(UserError(f'{one_line(error)}; see python launch.py --help'))
+    exits.fail(UserError(f'{one_line(error)}; see --help'))
+
+
+def own_config(argument: str) -> str:
+  """An argument in which `configs/seg.py`, where the current folder has no such file, is the one beside this file."""
+  flag, path, preset = re.fullmatch(r'(?s)((?:--?config=)?)([^:]*)(.*)', argument).groups()
+  is_own = re.fullmatch(r'configs/\w+\.py', path) and not pathlib.Path(path).exists() and (HOME / path).exists()
+  return f'{flag}{HOME / path}{preset}' if is_own else argument
 
 
 def one_line(error: Exception) -> str:
@@ -333,6 +345,12 @@ def start(main) -> None:
   """Runs a main function with the flags above."""
   use_huge_pages()
   exits.start(main, parse_flags)
+
+
+def console() -> None:
+  """The command fusa-jax: as `python launch.py`, it finds what lies beside this file before anything of that name."""
+  sys.path.insert(0, str(HOME))
+  start(main)
 
 
 # By mode: those in which all processes of a run take part, and those that need no more than this one.

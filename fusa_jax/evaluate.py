@@ -198,10 +198,12 @@ def _draw(config, task, variables, dataset, table, point, folder):
 
 
 def commit() -> str | None:
-  """The commit that this code was checked out at; None outside of a repository."""
-  folder = pathlib.Path(__file__).parent
+  """The commit that this code was checked out at; None outside of its repository, as where it was installed."""
+  file = pathlib.Path(__file__)
+  # An environment may lie in the repository of something else.
+  commands = [['git', 'ls-files', '--error-unmatch', file.name], ['git', 'rev-parse', 'HEAD']]
   try:
-    found = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=folder, capture_output=True, text=True, check=True)
+    *_, found = [subprocess.run(c, cwd=file.parent, capture_output=True, text=True, check=True) for c in commands]
   except (OSError, subprocess.CalledProcessError):
     return None
   return found.stdout.strip()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -20,11 +21,13 @@ TINY = [
 ]
 
 
-def launch(*arguments, home=None):
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def launch(*arguments, home=None, folder=ROOT):
   environment = os.environ | ({'HOME': str(home)} if home else {})
-  return subprocess.run(
-    [sys.executable, 'launch.py', *arguments], capture_output=True, text=True, env=environment, timeout=600
-  )
+  command = [sys.executable, str(ROOT / 'launch.py'), *arguments]
+  return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,16 @@ def test_errors_are_one_line_and_exit_code_2(arguments, reason):
   (line,) = [line for line in result.stderr.splitlines() if line]
   assert line.startswith('error: ')
   assert reason in line
+
+
+def test_configs_are_found_from_any_folder(tmp_path):
+  """Those beside launch.py, unless the current folder has its own."""
+  for own, reason in ((False, "configs/seg.py has no preset 'huge'"), (True, 'of my own')):
+    if own:
+      (tmp_path / 'configs').mkdir()
+      (tmp_path / 'configs' / 'seg.py').write_text("raise ValueError('of my own')")
+    result = launch('--config', 'configs/seg.py:huge', folder=tmp_path)
+    assert result.returncode == 2 and reason in result.stderr, result.stderr
 
 
 @pytest.mark.slow
