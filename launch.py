@@ -5,6 +5,7 @@ python launch.py --mode=predict --workdir=RUN --input=SCAN_OR_FOLDER --output=FO
 python launch.py --mode=score --input=PREDICTED_MASKS --truth=TRUE_MASKS --output=FOLDER
 python launch.py --mode=compare --workdir=RUN --against=OTHER_RUN
 python launch.py --mode=aot --config=configs/seg.py --topology=v5e:4x4
+python launch.py --mode=doctor
 
 On several hosts, the same command on each is one run: docs/pods.md.
 """
@@ -25,7 +26,8 @@ from fusa_jax.errors import UserError
 
 # Where configs/ and data/ lie, too: the repository, or a folder of its own in site-packages.
 HOME = pathlib.Path(__file__).resolve().parent
-MODES = ('train', 'evaluate', 'predict', 'prepare', 'score', 'compare', 'aot')
+COMPILED = pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()
+MODES = ('train', 'evaluate', 'predict', 'prepare', 'score', 'compare', 'aot', 'doctor')
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/seg.py or configs/cls.py, with :preset or without')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'train also prepares before and evaluates after')
@@ -168,6 +170,15 @@ def compile_ahead() -> None:
     aot.aot(config, name, topology, pathlib.Path(_OUTPUT.value or 'runs/aot'))
 
 
+def doctor() -> None:
+  """--mode=doctor: what is here, and whether it works."""
+  from data import prepare
+  from fusa_jax import doctor
+
+  caches = {'prepared datasets': prepare.CACHE, 'compiled programs, of these': COMPILED}
+  doctor.doctor(load_config(str(HOME / 'configs/seg.py'), 'demo'), caches)
+
+
 def named_config():
   """(config, name of its file and preset), as asked for.
 
@@ -278,7 +289,7 @@ def use_compilation_cache() -> None:
   """A second run of the same shapes starts in seconds."""
   import jax
 
-  jax.config.update('jax_compilation_cache_dir', str(pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()))
+  jax.config.update('jax_compilation_cache_dir', str(COMPILED))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
 
 
@@ -355,7 +366,7 @@ def console() -> None:
 
 # By mode: those in which all processes of a run take part, and those that need no more than this one.
 TOGETHER = {'train': train, 'evaluate': evaluate, 'predict': predict, 'prepare': prepare}
-ALONE = {'score': score, 'compare': compare, 'aot': compile_ahead}
+ALONE = {'score': score, 'compare': compare, 'aot': compile_ahead, 'doctor': doctor}
 
 if __name__ == '__main__':
   start(main)
