@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -36,12 +37,12 @@ class Grid:
   Attributes:
     shape: slices, rows, columns.
     affine: [4, 4], canonical voxel (x, y, z) = (axis 2, axis 1, axis 0) to world millimetres (RAS+).
-    path: where it was read from.
+    path: where it was read from: a file, or what else has a `name` and, as str, stands at the head of a message.
   """
 
   shape: tuple[int, int, int]
   affine: np.ndarray
-  path: pathlib.Path
+  path: Any
 
   @property
   def spacing(self) -> tuple[float, float, float]:
@@ -99,11 +100,43 @@ def read(path: pathlib.Path, kind: str = 'hu', windowed: bool = False) -> Scan:
     UserError: unreadable or truncated; not 3D; fewer than 2 slices; an affine that maps no volume; NaN or infinite
       values; values of another kind. The message names the file and the reason.
   """
-  values, grid, header = _read_canonical(pathlib.Path(path))
+  path = pathlib.Path(path)
+  return _to_scan(*_read(path), path, kind, windowed)
+
+
+def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, kind: str = 'hu') -> Scan:
+  """A scan that was read by other means, with the checks of `read`.
+
+  Its header has the affine as sform and, where that holds no shear, as qform, both with code 1 (scanner).
+
+  Args:
+    values: numbers [x, y, z].
+    affine: [4, 4], their (x, y, z) to world millimetres (RAS+).
+    source: what messages call it, as Grid's path.
+    kind: one of VALUES, which they have to be.
+
+  Raises:
+    UserError: as `read`.
+  """
+  header = nib.Nifti1Header()
+  header.set_data_shape(values.shape)
+  header.set_xyzt_units('mm')
+  header.set_sform(affine, 1)
+  scan = _to_scan(values, header, source, kind)
+  header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
+  try:
+    header.set_qform(affine, 1, strip_shears=False)
+  except nib.spatialimages.HeaderDataError:  # quaternions hold no shear
+    header['qform_code'] = 0
+  return scan
+
+
+def _to_scan(values, header, path, kind, windowed=False):
+  values, grid = _canonical(values, header, path)
   if kind == 'grey':
-    _check_grey(values, grid.path)
+    _check_grey(values, path)
   else:
-    _check_hu(values, grid.path, windowed)
+    _check_hu(values, path, windowed)
   # The upper bound is int16's; metal goes to a few tens of thousands on extended scales.
   hu = np.clip(values, AIR, np.iinfo(np.int16).max)
   if hu.dtype.kind == 'f':
@@ -123,7 +156,7 @@ def read_mask(path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = (
     UserError: as `read`; also a shape or affine that differs from the scan's, and values other than whole numbers or,
       without labels, than 0 and 1.
   """
-  values, grid, _ = _read_canonical(pathlib.Path(path))
+  values, grid = _read_canonical(pathlib.Path(path))
   check_same_grid(grid, scan, 'scan')
   if not lesion_labels:
     return _binary(values, grid.path, 'name those that are lesion, as in --config.data.lesion_labels="(3,)"')
@@ -138,7 +171,7 @@ def read_labels(path: pathlib.Path) -> Mask:
   Raises:
     UserError: as `read`, but for HU; also values other than 0 and 1.
   """
-  values, grid, _ = _read_canonical(pathlib.Path(path))
+  values, grid = _read_canonical(pathlib.Path(path))
   return Mask(**vars(grid), mask=_binary(values, grid.path, 'save one lesion label as 1'))
 
 
@@ -211,21 +244,29 @@ def resize(slices: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
 
 
 def _read_canonical(path):
-  """Values [S, H, W] on canonical axes, their grid, and the file's header."""
+  """Values [S, H, W] on canonical axes, and their grid."""
+  return _canonical(*_read(path), path)
+
+
+def _read(path):
+  """A file's values [x, y, z] and header."""
   image = _load(path)
-  shape = image.shape
-  if len(shape) != 3:
-    raise UserError(f'{path}: {len(shape)}D array of shape {shape}; save one 3D volume')
+  if len(image.shape) != 3:
+    raise UserError(f'{path}: {len(image.shape)}D array of shape {image.shape}; save one 3D volume')
   try:
-    values = np.asarray(image.dataobj)
+    return np.asarray(image.dataobj), image.header
   except (OSError, ValueError, OverflowError) as error:
     raise UserError(f'{path}: truncated or damaged ({_one_line(error)}); copy it again from its source') from None
+
+
+def _canonical(values, header, path):
+  """Values [x, y, z] as [S, H, W] on canonical axes, and their grid."""
   if values.dtype.kind not in 'iuf':
     raise UserError(f'{path}: voxels are {values.dtype}, not numbers; save Hounsfield units (mask: 0 and 1)')
   if values.dtype.kind == 'f' and not np.isfinite(values).all():
     count = values.size - np.isfinite(values).sum()
     raise UserError(f'{path}: {count} of {values.size} voxels are NaN or infinite; export it again without them')
-  affine = image.header.get_best_affine()
+  affine = header.get_best_affine()
   if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
     raise UserError(f'{path}: its affine maps no volume (zero or undefined spacing); repair the header')
   orientation = orientations.io_orientation(affine)
@@ -235,10 +276,10 @@ def _read_canonical(path):
     raise UserError(f'{path}: its affine maps no volume (its axes are nearly parallel); repair the header')
   to_canonical = orientations.ornt_transform(orientation, _CANONICAL)
   values = orientations.apply_orientation(values, to_canonical).transpose(2, 1, 0)
-  affine = affine @ orientations.inv_ornt_aff(to_canonical, shape)
+  affine = affine @ orientations.inv_ornt_aff(to_canonical, header.get_data_shape())
   if len(values) < 2:
     raise UserError(f'{path}: {len(values)} axial slice; a scan has at least 2')
-  return values, Grid(values.shape, affine, path), image.header
+  return values, Grid(values.shape, affine, path)
 
 
 def _binary(values, path, advice):

@@ -98,6 +98,29 @@ def test_scaling_is_applied(tmp_path, slope, intercept, dtype):
   np.testing.assert_array_equal(ct.read(tmp_path / 'a.nii.gz').values, expected)
 
 
+@pytest.mark.parametrize('shear', [0.0, 0.3])
+def test_a_volume_read_by_other_means_is_the_file_of_it(tmp_path, shear):
+  """The same scan, and the same mask of it; quaternions are written where they hold the affine."""
+  stored = nib.load(save(tmp_path / 'a.nii.gz', chest(), 'RPI', oblique=0.2))
+  affine = stored.affine @ affines.from_matvec([[1, 0, 0], [0, 1, shear], [0, 0, 1]])
+  stored.set_sform(affine, 1)
+  nib.save(stored, tmp_path / 'a.nii.gz')
+  scan, of_file = ct.from_volume(chest(), affine, 'series 3'), ct.read(tmp_path / 'a.nii.gz')
+  np.testing.assert_array_equal(scan.values, of_file.values)
+  np.testing.assert_array_equal(scan.affine, of_file.affine)
+  ct.write(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
+  mask = nib.load(tmp_path / 'mask.nii.gz')
+  np.testing.assert_array_equal(np.asarray(mask.dataobj), chest() > 0)
+  np.testing.assert_allclose(mask.affine, affine, rtol=1e-6)
+  np.testing.assert_allclose(mask.header.get_zooms(), np.linalg.norm(affine[:3, :3], axis=0), rtol=1e-6)
+  quaternions, code = mask.get_qform(coded=True)
+  assert code == (shear == 0)
+  if code:
+    np.testing.assert_allclose(quaternions, affine, atol=1e-4)
+  with pytest.raises(UserError, match=r'^series 3: values 0 to 1 are a mask, not HU'):
+    ct.from_volume((chest() > 0).astype(np.int16), affine, 'series 3')
+
+
 @pytest.mark.parametrize('name', ['a.nii', 'a.nii.gz'])
 @pytest.mark.parametrize('image_class', [nib.Nifti1Image, nib.Nifti2Image])
 def test_both_formats(tmp_path, name, image_class):
