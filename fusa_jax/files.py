@@ -6,6 +6,9 @@ import json
 import math
 import os
 import pathlib
+import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -41,6 +44,32 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
       os.replace(partial, path)
     finally:
       partial.unlink(missing_ok=True)
+
+
+def unpack(archive: pathlib.Path, folder: pathlib.Path) -> None:
+  """Unpacks a .zip into a folder, and nowhere else.
+
+  Raises:
+    UserError: damaged or encrypted; names that lead out of the folder; more than there is room for.
+  """
+  try:
+    with zipfile.ZipFile(archive) as packed:
+      names = [pathlib.PurePosixPath(name.replace('\\', '/')) for name in packed.namelist()]
+      if any(name.is_absolute() or '..' in name.parts for name in names):
+        raise UserError(f'{archive}: has names that lead out of it; unpack it by hand if you trust it')
+      size, free = sum(entry.file_size for entry in packed.infolist()), shutil.disk_usage(folder).free
+      if size > 0.9 * free:
+        raise UserError(
+          f'{archive}: {size / 1e9:.1f} GB unpacked, and {folder} has room for {free / 1e9:.1f}; set TMPDIR to a '
+          'folder with more'
+        )
+      packed.extractall(folder)
+  except RuntimeError:  # of zipfile, where a password is needed
+    raise UserError(f'{archive}: encrypted; unpack it by hand') from None
+  except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, ValueError) as error:
+    if isinstance(error, UserError):
+      raise
+    raise UserError(f'{archive}: cannot be unpacked ({type(error).__name__}); pack or copy it again') from None
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

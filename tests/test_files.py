@@ -2,11 +2,13 @@
 
 import os
 import resource
+import shutil
+import zipfile
 
 import pytest
 
 from fusa_jax.errors import UserError
-from fusa_jax.files import replacing
+from fusa_jax.files import replacing, unpack
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -48,3 +50,41 @@ def test_what_the_system_refuses_is_said_in_one_line(tmp_path):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert os.listdir(tmp_path) == ['file']
+
+
+@pytest.mark.parametrize('name', ['../out.txt', '/tmp/out.txt', 'a/../../out.txt', '..\\out.txt'])
+def test_archives_are_unpacked_into_their_folder_only(tmp_path, name):
+  with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as packed:
+    packed.writestr('inside/a.txt', 'a')
+  (tmp_path / 'to').mkdir()
+  unpack(tmp_path / 'a.zip', tmp_path / 'to')
+  assert (tmp_path / 'to' / 'inside' / 'a.txt').read_text() == 'a'
+  with zipfile.ZipFile(tmp_path / 'a.zip', 'a') as packed:
+    packed.writestr(name, 'b')
+  (tmp_path / 'other').mkdir()
+  with pytest.raises(UserError, match=r'a.zip: has names that lead out of it; unpack it by hand'):
+    unpack(tmp_path / 'a.zip', tmp_path / 'other')
+  assert not list((tmp_path / 'other').iterdir()) and not (tmp_path / 'out.txt').exists()
+
+
+def test_archives_that_cannot_be_unpacked(tmp_path, monkeypatch):
+  path = tmp_path / 'a.zip'
+  with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as packed:
+    packed.writestr('a', bytes(range(256)) * 40)
+  whole = path.read_bytes()
+  path.write_bytes(whole[:60] + bytes(9) + whole[69:])
+  with pytest.raises(UserError, match=r'a.zip: cannot be unpacked \(\w+\); pack or copy it again'):
+    unpack(path, tmp_path)
+  path.write_bytes(whole[:-30])
+  with pytest.raises(UserError, match=r'a.zip: cannot be unpacked \(BadZipFile\)'):
+    unpack(path, tmp_path)
+  encrypted = bytearray(whole)
+  encrypted[6] |= 1
+  encrypted[whole.index(b'PK\1\2') + 8] |= 1
+  path.write_bytes(encrypted)
+  with pytest.raises(UserError, match=r'a.zip: encrypted; unpack it by hand'):
+    unpack(path, tmp_path)
+  path.write_bytes(whole)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(10**6, 10**6, 9000))
+  with pytest.raises(UserError, match=r'a.zip: 0.0 GB unpacked, and .* has room for 0.0; set TMPDIR'):
+    unpack(path, tmp_path)
