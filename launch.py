@@ -32,7 +32,9 @@ MODES = ('train', 'evaluate', 'predict', 'prepare', 'score', 'compare', 'aot', '
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/seg.py or configs/cls.py, with :preset or without')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'train also prepares before and evaluates after')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run; default: runs/ and the name of the config')
-_INPUT = flags.DEFINE_string('input', None, 'predict: a scan, a picture, or a folder of them; score: predicted masks')
+_INPUT = flags.DEFINE_string(
+  'input', None, 'predict: a scan, a picture, or a folder or .zip of them or of DICOM; score: masks'
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'predict, score, aot: a folder for what is written; compare: a file')
 _THRESHOLD = flags.DEFINE_float(
   'threshold', None, "predict: probability of a lesion; default: the run's operating point"

@@ -84,7 +84,7 @@ def main(_):
     scans, workdir, output = pathlib.Path(_INPUT.value or folder / 'scans'), folder / 'run', folder / 'out'
     if _INPUT.value is None:
       phantom.write(scans, patients=_VOLUMES.value, size=_SIZE.value, slices=_SLICES.value)
-    paths, config = predict.find_images(scans, 'hu'), make_run(workdir)
+    paths, config = predict.find_images(scans, 'hu', folder), make_run(workdir)
     _, volumes = make_predictor(config, workdir, 0.5)(predict.read(paths[0], 'hu'))
     threshold = float(np.quantile(volumes.pop('probability')[:, ::8, ::8], 0.99))
     predictor, rounds, peak = make_predictor(config, workdir, threshold), [], None

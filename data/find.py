@@ -21,8 +21,8 @@ from data.cohorts import (
 from fusa_jax import ct
 from fusa_jax.errors import UserError
 
-# In the order in which a folder is tried: what is more particular first. COVID-CT-MD comes as DICOM, which is not read
-# yet; when it is, its file finds the series and gives their slices' labels.
+# In the order in which a folder is tried: what is more particular first. COVID-CT-MD comes as DICOM, which only
+# prediction reads yet; when this does, its file finds the series and gives their slices' labels.
 COHORTS = {
   'covid19_20': covid19_20,
   'zenodo_20': zenodo_20,

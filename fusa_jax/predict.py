@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from concurrent import futures
 
@@ -17,9 +18,9 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from fusa_jax import checkpoint, ct, operating_point, pictures, run_config, sharding, tasks
+from fusa_jax import checkpoint, ct, dicom, operating_point, pictures, run_config, sharding, tasks
 from fusa_jax.errors import UserError
-from fusa_jax.files import write_json
+from fusa_jax.files import unpack, write_json
 
 # Pictures that are read and predicted before the first of them is written.
 _TOGETHER = 64
@@ -37,16 +38,18 @@ def predict(
   threshold: float | None = None,
   mesh=None,
 ) -> None:
-  """Marks the lesions of one scan or picture of a slice, or of all in a folder.
+  """Marks the lesions of one scan or picture of a slice, or of all in a folder or archive.
 
   For `NAME.nii.gz` a segmentation model writes `NAME_mask.nii.gz` (uint8, on the scan's grid, with its affines and
   their codes) and, on request, `NAME_probability.nii.gz` (float32). Every model writes `NAME.json`: positive slices and
   their scores, and the lesion's volume where there is a mask. For a picture, NAME.png or NAME.jpg, which only a model
-  of grey values reads, the mask is a PNG of 0 and 255, in the picture's size, and the probability one of 0 to 255.
+  of grey values reads, the mask is a PNG of 0 and 255, in the picture's size, and the probability one of 0 to 255. The
+  results of a DICOM series are those of a scan, on the series' grid, under `dicom.Series.name`, which names no patient.
 
   Args:
     workdir: of a trained run.
-    source: a .nii, .nii.gz, .png or .jpg file, or a folder of them (`*_seg`, `*_mask`, `*_probability` are left out).
+    source: a .nii, .nii.gz, .png or .jpg file, or a folder or .zip of them and of DICOM series, at any depth and in any
+      mixture (`*_seg`, `*_mask`, `*_probability`, and what begins with a dot, are left out).
     output: a folder; made where it is missing.
     probabilities: write them too.
     threshold: from which probability on something is a lesion; None: the run's own operating point.
@@ -62,7 +65,13 @@ def predict(
   if threshold is not None and not 0 <= threshold <= 1:
     raise UserError(f'--threshold: {threshold} is no probability; give one from 0 to 1')
   kind = config.data['values']
-  paths = find_images(source, kind)
+  with tempfile.TemporaryDirectory(prefix='fusa-jax-') as unpacked:
+    paths = find_images(source, kind, pathlib.Path(unpacked))
+    _predict(config, workdir, paths, output, probabilities, threshold, mesh)
+
+
+def _predict(config, workdir, paths, output, probabilities, threshold, mesh):
+  kind = config.data['values']
   if len(paths) > 1:
     _check(paths, kind)
 
@@ -78,9 +87,9 @@ def predict(
   if threshold is not None:
     point = dataclasses.replace(point, threshold=threshold, chosen_by='--threshold')
   run = Predictor(config, task, mesh, step, variables, point)
-  drawn = [path for path in paths if pictures.is_picture(path)]
+  drawn = [path for path in paths if _is_picture(path)]
   # A scan fills batches of its own; pictures share them.
-  parts = [[path] for path in paths if not pictures.is_picture(path)]
+  parts = [[path] for path in paths if not _is_picture(path)]
   parts += [drawn[start : start + _TOGETHER] for start in range(0, len(drawn), _TOGETHER)]
 
   def read_part(part):
@@ -89,7 +98,7 @@ def predict(
 
   def write_part(read_and_computed):
     part, images, found = read_and_computed
-    of_each = found if pictures.is_picture(part[0]) else [found]
+    of_each = found if _is_picture(part[0]) else [found]
     if sharding.is_main():
       for path, image, probability in zip(part, images, of_each, strict=True):
         _write(output, path, image, *run.result(image, probability), probabilities)
@@ -143,45 +152,65 @@ def _overlapping(pool, function, items, at_once):
     yield begun.popleft().result()
 
 
-def read(path: pathlib.Path, kind: str) -> ct.Scan | np.ndarray:
-  """A scan, or a picture's values [H, W]; raises UserError as `ct.read` and `pictures.read`."""
-  return pictures.read(path) if pictures.is_picture(path) else ct.read(path, kind)
+def read(path: pathlib.Path | dicom.Series, kind: str) -> ct.Scan | np.ndarray:
+  """A scan, or a picture's values [H, W]; raises UserError as `ct.read`, `dicom.read` and `pictures.read`."""
+  if isinstance(path, dicom.Series):
+    return dicom.read(path, kind)
+  return pictures.read(path) if _is_picture(path) else ct.read(path, kind)
 
 
 def _write(output, path, image, result, found, probabilities):
   """Of a scan or a picture: its mask, its probabilities on request, and its numbers last."""
   name = _stem(path)
-  result = {'picture' if pictures.is_picture(path) else 'scan': path.name, **result}
+  result = {'picture' if _is_picture(path) else 'scan': path.name, **result}
   for kind, values in found.items():
     if kind == 'probability' and not probabilities:
       continue
-    if pictures.is_picture(path):
+    if _is_picture(path):
       pictures.write(output / f'{name}_{kind}.png', np.rint(values * 255).astype(np.uint8))
     else:
       ct.write(output / f'{name}_{kind}.nii.gz', values, image)
   write_json(output / f'{name}.json', result)
-  logging.info('%s: %s', path.name, _one_line(result))
+  logging.info('%s: %s', path if isinstance(path, dicom.Series) else path.name, _one_line(result))
+
+
+def _is_picture(path):
+  return isinstance(path, pathlib.Path) and pictures.is_picture(path)
 
 
 def _stem(path):
-  return path.stem if pictures.is_picture(path) else ct.stem(path)
+  if isinstance(path, dicom.Series):
+    return path.name
+  return path.stem if _is_picture(path) else ct.stem(path)
 
 
-def find_images(source: pathlib.Path, kind: str) -> list[pathlib.Path]:
+def find_images(source: pathlib.Path, kind: str, unpacked: pathlib.Path) -> list[pathlib.Path | dicom.Series]:
   """The scans and, for grey values, the pictures that `source` names.
 
+  Args:
+    source: as of `predict`.
+    kind: one of ct.VALUES.
+    unpacked: a folder for what archives hold.
+
   Raises:
-    UserError: there is none; there are only pictures, and the values wanted are HU; two have one name.
+    UserError: there is none; there are only pictures, and the values wanted are HU; two have one name; a damaged
+      archive or DICOM file.
   """
   if not source.exists():
     raise UserError(
-      f'--input: {source} does not exist; give a scan (.nii, .nii.gz; of grey values also .png, .jpg), or a folder'
+      f'--input: {source} does not exist; give a scan (.nii, .nii.gz; of grey values also .png, .jpg), or a folder or '
+      '.zip of scans or DICOM series'
     )
-  paths = [source]
-  if source.is_dir():
-    paths = sorted(path for path in source.iterdir() if ct.is_nifti(path) or pictures.is_picture(path))
-    paths = [path for path in paths if not _stem(path).endswith(('_seg', '_mask', '_probability'))]
-  scans = [path for path in paths if not pictures.is_picture(path)]
+  files = list(_files(source, unpacked))
+  known_by_name = lambda path: ct.is_nifti(path) or pictures.is_picture(path)
+  of_dicom = [path for path in files if not known_by_name(path) and dicom.is_dicom(path)]
+  paths = [
+    path for path in files if known_by_name(path) and not _stem(path).endswith(('_seg', '_mask', '_probability'))
+  ]
+  if files == [source] and not of_dicom:  # a file that was named is read or refused, whatever its name
+    paths = files
+  paths += dicom.find(of_dicom) if of_dicom else []
+  scans = [path for path in paths if not _is_picture(path)]
   if kind == 'hu':
     if paths and not scans:
       raise UserError(
@@ -190,13 +219,36 @@ def find_images(source: pathlib.Path, kind: str) -> list[pathlib.Path]:
       )
     paths = scans
   if not paths:
-    what = 'scan' if kind == 'hu' else 'scan or .png or .jpg picture'
-    raise UserError(f'--input: no .nii or .nii.gz {what} in {source}; give a scan, or a folder of scans')
+    what = 'scan (.nii, .nii.gz, DICOM)' if kind == 'hu' else 'scan (.nii, .nii.gz) or picture (.png, .jpg)'
+    raise UserError(f'--input: no {what} in {source}; give a scan, or a folder of scans')
   known = {}
   for path in paths:
     if known.setdefault(_stem(path), path) != path:
       raise UserError(f'--input: {path} and {known[_stem(path)].name} would be written under one name; rename one')
   return paths
+
+
+def _files(source, unpacked):
+  """The files of a folder or archive, at any depth, sorted; those of archives in a folder, too."""
+  if source.is_file():
+    if source.suffix.lower() == '.zip':
+      inside = unpacked / str(len(list(unpacked.iterdir())))
+      inside.mkdir()
+      unpack(source, inside)
+      yield from _in_folder(inside)
+    else:
+      yield source
+    return
+  for path in _in_folder(source):
+    if path.suffix.lower() == '.zip':
+      yield from _files(path, unpacked)
+    else:
+      yield path
+
+
+def _in_folder(folder):
+  visible = lambda path: not any(part.startswith('.') for part in path.relative_to(folder).parts)
+  return sorted(path for path in folder.rglob('*') if visible(path) and path.is_file())
 
 
 def load_variables(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tuple[int, dict]:

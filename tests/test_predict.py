@@ -1,14 +1,18 @@
 """Masks on each scan's own grid: its shape, affines and codes; the same in the world however the scan is stored."""
 
 import collections
+import gzip
 import json
 import logging
+import pathlib
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import weakref
 
+import dicom_series
 import hosts
 import jax
 import nibabel as nib
@@ -128,7 +132,7 @@ def test_refused_scans_are_all_named_before_anything_is_written(runs, raw_dir, t
   ('source', 'workdir', 'reason'),
   [
     ('nowhere.nii.gz', None, r'--input: .*nowhere.nii.gz does not exist'),
-    ('', None, r'no .nii or .nii.gz scan in'),
+    ('', None, r'no scan \(.nii, .nii.gz, DICOM\) in'),
     ('', 'nowhere', r'no run in it \(config.json is missing\)'),
   ],
 )
@@ -163,6 +167,80 @@ def test_an_operating_point_of_another_checkpoint_is_not_used(runs, raw_dir, tmp
   result = json.loads((tmp_path / 'out' / 'volume-phantom-A-0001_ct.json').read_text())
   assert result['threshold'] == 0.5
   assert 'no operating point for step' in caplog.text
+
+
+@pytest.fixture(scope='module')
+def of_dicom(runs, raw_dir, tmp_path_factory):
+  """(folder of two series of DICOM, a localizer and a NIfTI file; what was predicted of it). All three are one scan."""
+  source, out = tmp_path_factory.mktemp('dicom'), tmp_path_factory.mktemp('of_dicom')
+  image = nib.load(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  for number, syntax in ((3, 'jpeg lossless'), (4, 'jpeg 2000')):
+    made = dicom_series.slices(np.asarray(image.dataobj), image.affine, number)
+    dicom_series.save(source / 'a' / 'mixed', made, syntax, name=f'{number}{{:03d}}')
+  made = dicom_series.slices(np.asarray(image.dataobj), image.affine, 1, ImageType=['ORIGINAL', 'PRIMARY', 'LOCALIZER'])
+  dicom_series.save(source / 'b', made[:1])
+  shutil.copy(raw_dir / 'volume-phantom-A-0001_ct.nii.gz', source / 'b' / 'phantom.nii.gz')
+  (source / 'notes.txt').write_text('no scan')
+  predict.predict(runs['seg'], source, out, probabilities=True)
+  return source, out
+
+
+def test_series_of_dicom_get_the_masks_of_the_same_scan_in_nifti(of_dicom):
+  """In the world, with the scan's affine; and the same numbers."""
+  names = {path.name.removesuffix('.json') for path in of_dicom[1].glob('*.json')}
+  assert sorted(name.partition('_')[0] for name in names) == ['phantom', 'series3', 'series4']
+  assert listed(of_dicom[1]) == sorted(
+    f'{name}{kind}' for name in names for kind in ('.json', '_mask.nii.gz', '_probability.nii.gz')
+  )
+  for name in names - {'phantom'}:
+    for kind in ('mask', 'probability'):
+      found, expected = (
+        nib.as_closest_canonical(nib.load(of_dicom[1] / f'{stem}_{kind}.nii.gz')) for stem in (name, 'phantom')
+      )
+      np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)
+      np.testing.assert_array_equal(found.get_fdata(), expected.get_fdata())
+      assert found.get_fdata().any()
+    result, of_nifti = (json.loads((of_dicom[1] / f'{stem}.json').read_text()) for stem in (name, 'phantom'))
+    assert result.pop('scan') == name and of_nifti.pop('scan') == 'phantom.nii.gz'
+    assert result.pop('lesion_ml') == pytest.approx(of_nifti.pop('lesion_ml'), rel=1e-5)
+    assert result == of_nifti
+
+
+def test_an_archive_is_predicted_as_its_folder(runs, of_dicom, tmp_path):
+  """Alone, and in a folder. Nothing of it stays behind."""
+  source, out = of_dicom
+  (tmp_path / 'in').mkdir()
+  archive = shutil.make_archive(tmp_path / 'in' / 'some', 'zip', source)
+  before = set(pathlib.Path(tempfile.gettempdir()).glob('fusa-jax-*'))
+  for number, given in enumerate((pathlib.Path(archive), tmp_path / 'in')):
+    predict.predict(runs['seg'], given, tmp_path / str(number), probabilities=True)
+    assert listed(tmp_path / str(number)) == listed(out)
+    for path in out.iterdir():
+      assert path.read_bytes() == (tmp_path / str(number) / path.name).read_bytes()
+  assert set(pathlib.Path(tempfile.gettempdir()).glob('fusa-jax-*')) == before
+
+
+def test_nothing_written_or_printed_names_the_patient(runs, of_dicom, tmp_path, caplog, capfd):
+  """Names, numbers and dates of the headers, in whatever is written and said of scans and of refusals."""
+  caplog.set_level(logging.DEBUG)
+  source, _ = of_dicom
+  predict.predict(runs['seg'], source, tmp_path / 'out', probabilities=True)
+  bad = tmp_path / 'bad'
+  shutil.copytree(source, bad)
+  for path in sorted((bad / 'a' / 'mixed').iterdir())[3::16]:
+    path.unlink()
+  with pytest.raises(UserError, match=r'1 slices are missing') as caught:
+    predict.predict(runs['seg'], bad, tmp_path / 'none')
+  written = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+  unpacked = [gzip.decompress(content) for name, content in written.items() if name.endswith('.gz')]
+  printed = capfd.readouterr()
+  texts = [caplog.text, str(caught.value), printed.out, printed.err, ' '.join(written)]
+  everything = b'\n'.join([*written.values(), *unpacked, *(text.encode() for text in texts)]).lower()
+  assert b'series3_' in everything and b'chest 5.0' in everything and b'skipped: 1 localizers' in everything
+  for value in dicom_series.PERSONAL.values():
+    for part in value.lower().split('^'):
+      assert part.encode() not in everything
+  assert any(b'Markername' in path.read_bytes() for path in (source / 'a' / 'mixed').iterdir())
 
 
 @pytest.fixture
