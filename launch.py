@@ -10,6 +10,7 @@ python launch.py --mode=doctor
 On several hosts, the same command on each is one run: docs/pods.md.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -343,15 +344,19 @@ def one_line(error: Exception) -> str:
 
 
 def use_huge_pages() -> None:
-  """Begins the process anew, once, with glibc told to ask the kernel for huge pages, before anything large is imported.
+  """Begins the process anew, once, with glibc told to ask the kernel for huge pages; before JAX is imported.
 
-  XLA takes the memory of each step from malloc and gives it back. In pages of 4 kB, the kernel's work on them is 13 to
+  XLA takes the memory of each step from malloc and gives it back. In pages of 4 kB, the kernel's work on them is 12 to
   35% of a training step on a CPU (docs/benchmarks.md). glibc reads this from the environment, at its start alone;
-  whatever the user has put there stays.
+  whatever is there already, an empty GLIBC_TUNABLES too, stays as it is.
   """
-  if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
-    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
-    os.execv(sys.executable, sys.orig_argv)
+  # Not a script on the standard input, of which nothing would be left, nor what another program runs in itself.
+  ours = sys.argv[0] not in ('', '-') and (sys.argv[0] in sys.orig_argv[1:] or '-m' in sys.orig_argv)
+  tried = os.environ.pop('FUSA_JAX_STARTED_ANEW', None)
+  if sys.platform == 'linux' and ours and not tried and 'GLIBC_TUNABLES' not in os.environ:
+    told = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1', 'FUSA_JAX_STARTED_ANEW': '1'}
+    with contextlib.suppress(OSError):  # then it goes on as it is
+      os.execve(sys.executable, sys.orig_argv, {**os.environ, **told})
 
 
 def start(main) -> None:

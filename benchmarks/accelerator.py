@@ -37,6 +37,7 @@ from fusa_jax.files import write_json
 EVERYWHERE = (
   'clu',
   'grain',
+  'isal',
   'matplotlib',
   'ml_collections',
   'nibabel',

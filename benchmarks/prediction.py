@@ -1,4 +1,4 @@
-"""How long prediction takes for a folder of scans: reading, computing and writing one after the other, and the command.
+"""How long prediction takes for a folder of scans: reading, computing and writing one after the other, and all of it.
 
   python -m benchmarks.prediction --image_size=96 --width=4 --probabilities        (reading and writing weigh most)
   python -m benchmarks.prediction --image_size=256 --width=16 --rounds=1           (computing does, on a CPU)

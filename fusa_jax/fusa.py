@@ -111,8 +111,9 @@ def everywhere(vectors, channels):
   The mesh is that of `jax.set_mesh`. On axes that the caller shards explicitly or by hand nothing is done.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  pays = channels >= max(512, 2 * len(vectors))
-  if mesh.empty or not pays or any(kind != AxisType.Auto for kind in mesh.axis_types):
+  if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    return vectors  # here the batch may be any, of an exported function
+  if channels < max(512, 2 * len(vectors)):
     return vectors
   return jax.lax.with_sharding_constraint(vectors, PartitionSpec())
 

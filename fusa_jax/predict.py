@@ -144,10 +144,16 @@ def _overlapping(pool, function, items, at_once):
   The next one begins only when the first of so many has ended without an error.
   """
   begun = collections.deque()
-  for item in items:
-    if len(begun) == at_once:
-      yield begun.popleft().result()
-    begun.append(pool.submit(function, item))
+  try:
+    for item in items:
+      if len(begun) == at_once:
+        yield begun.popleft().result()
+      begun.append(pool.submit(function, item))
+  except Exception as error:
+    for earlier in begun:  # what was begun before has failed before
+      if earlier.exception() is not None:
+        raise earlier.exception() from error
+    raise
   while begun:
     yield begun.popleft().result()
 
@@ -288,7 +294,7 @@ class Predictor:
 
   def prepare(self, images: Sequence[ct.Scan | np.ndarray]) -> np.ndarray:
     """The slices of one scan, or pictures [H, W] of grey values, as the network sees them: int16 [S, size, size]."""
-    slices = images[0].values if isinstance(images[0], ct.Scan) else images
+    slices = images[0].values if isinstance(images[0], ct.Scan) else images  # a scan is a part of its own
     return ct.network_slices(slices, self._config.data.image_size)
 
   def probabilities(self, images: np.ndarray) -> np.ndarray:

@@ -350,3 +350,18 @@ def test_interrupted_it_ends_at_once_with_whole_files(runs, folder, tmp_path):
   assert 2 <= len(done) < 2000 and names == written(*done)
   for name in done:
     assert nib.load(out / f'{name}_mask.nii.gz').get_fdata().shape == nib.load(folder / 'a.nii.gz').shape
+
+
+def test_what_failed_first_is_said_first():
+  """A disk that is full is not hidden by the damaged file that is read next."""
+
+  def items():
+    yield 'written'
+    raise UserError('damaged')
+
+  def write(item):
+    raise OSError(f'{item}: disk full')
+
+  with predict._readers() as pool, pytest.raises(OSError, match='disk full') as caught:
+    list(predict._overlapping(pool, write, items(), 2))
+  assert str(caught.value.__cause__) == 'damaged'

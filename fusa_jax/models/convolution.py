@@ -227,7 +227,8 @@ def _rows_by_kernel(x, g, kernel_shape, window):
   batch, _, width, channels = x.shape
   _, height, _, outputs = g.shape
   (along, across), (kh, kw) = window.strides, kernel_shape[:2]
-  row_bytes = batch * width * (along * channels + outputs) * x.dtype.itemsize
+  # An exported function may have any batch.
+  row_bytes = (batch if isinstance(batch, int) else 1) * width * (along * channels + outputs) * x.dtype.itemsize
   chunk = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * row_bytes <= _CHUNK_BYTES))
   padded = _padded(x, window, axes=(0,))
   sides = [channels * padding for padding in window.padding[1]]
@@ -235,7 +236,7 @@ def _rows_by_kernel(x, g, kernel_shape, window):
   def part(row):
     rows = lax.dynamic_slice_in_dim(padded, row * along, (chunk - 1) * along + kh, 1)
     by_output = lax.dynamic_slice_in_dim(g, row, chunk, 1)
-    image = rows.transpose(1, 2, 3, 0).reshape(1, -1, width * channels, batch)
+    image = rows.transpose(1, 2, 3, 0).reshape(1, rows.shape[1], width * channels, batch)
     out = lax.conv_general_dilated(
       image,
       by_output.transpose(1, 2, 0, 3),
@@ -258,7 +259,7 @@ class _Form(NamedTuple):
 
   forward: Callable  # (x, kernel, window)
   by_input: Callable  # the same, as the function whose transpose is the gradient by x
-  by_kernel: Callable  # (x, g, kernel, window)
+  by_kernel: Callable  # (x, g, the kernel's shape, window)
 
 
 def _form(image, kernel, window):

@@ -52,8 +52,8 @@ class BatchNorm(nn.Module):
 
 
 def _affine(x, mean, inverse, scale, bias):
-  slope = inverse * scale
-  return wide(x) * slope + (bias - mean * slope)
+  # The mean goes first: where it is large beside the deviation, the rounding of x * slope would be seen.
+  return (wide(x) - mean) * (inverse * scale) + bias
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -61,7 +61,8 @@ def batch_norm(x, scale, bias, epsilon, dtype):
   """(x [..., C] normalised over all other axes, scaled and shifted, in dtype; mean [C]; variance [C]).
 
   The backward pass (Ioffe & Szegedy 2015, section 3) starts from x as it is stored, behind a barrier. Without, a TPU's
-  compiler keeps x - mean in float32 from the forward pass: docs/models.md. Mean and variance have no gradient.
+  compiler keeps x - mean in float32 from the forward pass: docs/models.md. Mean and variance have no gradient; what is
+  normalised has one in reverse only.
   """
   return _batch_norm_forward(x, scale, bias, epsilon, dtype)[0]
 
@@ -116,7 +117,7 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Arra
   """[B, H, W, C] -> the largest value of each size x size window; where several are, the first one gets the gradient.
 
   nn.max_pool, but for its gradient on CPUs: XLA's there is an index of each pixel and a scatter (40 ms for 2 x 2 of
-  4 x 128 x 128 x 64 on two cores; 1.6 in the form below, 0.9 PyTorch's).
+  4 x 128 x 128 x 64 on two cores; 1.6 in the form below, 0.9 PyTorch's). Differentiable in reverse only.
   """
   return _max_pool(x, (size, stride, padding))
 
@@ -150,7 +151,8 @@ def _max_pool_by_comparison(window, x, out, g):
   total, unclaimed = jnp.zeros_like(x), jnp.ones(out.shape, bool)
   for tap in np.ndindex(size, size):
     rows, columns = (slice(at, at + span, stride) for at, span in zip(tap, spans, strict=True))
-    largest = (padded[:, rows, columns] == out) & unclaimed
+    seen = padded[:, rows, columns]
+    largest = ((seen == out) | jnp.isnan(seen)) & unclaimed
     unclaimed &= ~largest
     places = [
       (at - padding, length - (at - padding) - span, stride - 1)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax import lax
 
 from fusa_jax.models import convolution
+
+torch = pytest.importorskip('torch')
 
 # Image, kernel (kh, kw, C / groups, O), and the window where it is not the plain one; each reaches another form.
 CASES = {
