@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -71,6 +72,7 @@ def start(arguments, devices, log, notes, **environment) -> subprocess.Popen:
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
     'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
     'PYTHONUNBUFFERED': '1',
+    'GLIBC_TUNABLES': '',  # or launch.py would begin the process anew, with all that it has imported
   }
   with log.open('a') as output:
     return subprocess.Popen(
@@ -104,6 +106,7 @@ def main():
   import launch
   from fusa_jax import input_pipeline, tasks
 
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores Ctrl-C
   notes, reads = pathlib.Path(sys.argv.pop(1)), {}
   load = input_pipeline.load
 

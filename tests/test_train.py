@@ -176,7 +176,9 @@ def test_dense_kernels_of_fusa_are_not_summed_over_the_devices():
   kept = sum(p.size for name, p in leaves.items() if '/attention/' in name and p.ndim > 1 and p.shape[-1] == 512)
   total = sum(p.size for p in leaves.values())
   assert kept == 2 * 4 * 512**2
-  assert 0.95 < sent / (4 * (total - kept)) < 1.0  # half of each fusion's kernel has one gradient for each column
+  # Half of each fusion's kernel has one gradient for each column; on CPUs the gradient of a strided convolution's is
+  # summed before what its stride leaves over is cut off. With the dense kernels it would be 1.2.
+  assert 0.95 < sent / (4 * (total - kept)) < 1.1
 
 
 def losses(config, mesh, data_dir):
