@@ -52,7 +52,7 @@ def test_what_the_system_refuses_is_said_in_one_line(tmp_path):
   assert os.listdir(tmp_path) == ['file']
 
 
-@pytest.mark.parametrize('name', ['../out.txt', '/tmp/out.txt', 'a/../../out.txt', '..\\out.txt'])
+@pytest.mark.parametrize('name', ['../out.txt', '/elsewhere/out.txt', 'a/../../out.txt', '..\\out.txt'])
 def test_archives_are_unpacked_into_their_folder_only(tmp_path, name):
   with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as packed:
     packed.writestr('inside/a.txt', 'a')

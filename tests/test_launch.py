@@ -110,3 +110,18 @@ def test_masks_and_runs_are_compared(runs, raw_dir, tmp_path):
   compared = launch('--mode=compare', f'--workdir={runs["seg"]}', f'--against={runs["seg"]}', f'--output={output}')
   assert compared.returncode == 0, compared.stderr
   assert json.loads(output.read_text())['per_patient']['p'] == 1
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="glibc's")
+def test_a_process_begins_anew_once_with_its_memory_kept(tmp_path):
+  script = tmp_path / 'script.py'
+  script.write_text("import launch, os\nlaunch.keep_memory()\nprint(os.environ.get('GLIBC_TUNABLES'))\n")
+  outside = {key: value for key, value in os.environ.items() if key != 'GLIBC_TUNABLES'} | {'PYTHONPATH': str(ROOT)}
+
+  def said(command, environment, **options):
+    command = [sys.executable, *command]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, **options).stdout
+
+  assert 'glibc.malloc.hugetlb=1' in said([script], outside)
+  assert said([script], outside | {'GLIBC_TUNABLES': ''}) == '\n'  # the user's own stays
+  assert said(['-'], outside, input=script.read_text()) == 'None\n'  # nothing would be left to begin anew

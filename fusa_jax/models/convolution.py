@@ -47,6 +47,10 @@ class _Window:
     """Of the output."""
     return (length + sum(self.padding[axis]) - self.dilation[axis] * (kernel - 1) - 1) // self.strides[axis] + 1
 
+  def sides(self, image: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of the output, for an image [B, H, W, C] and a kernel [kh, kw, ...], given as shapes."""
+    return tuple(self.side(axis, image[axis + 1], kernel[axis]) for axis in range(2))
+
   def meeting(self, axis: int, length: int, kernel: int, tap: int) -> tuple[slice, slice]:
     """The pixels of the output and of the input, along an axis, that a tap of the kernel joins; none are of padding."""
     stride, first = self.strides[axis], self.dilation[axis] * tap - self.padding[axis][0]
@@ -148,7 +152,7 @@ def _joined(x, kernel_shape, window):
 
 def _taps(x, kernel, window):
   """A matrix product for each tap, of the pixels that it meets; what would be products with padding is not computed."""
-  height, width = (window.side(axis, x.shape[axis + 1], kernel.shape[axis]) for axis in range(2))
+  height, width = window.sides(x.shape, kernel.shape)
   out = jnp.zeros((x.shape[0], height, width, kernel.shape[-1]), x.dtype)
   for tap, (rows, columns), (from_rows, from_columns) in _joined(x, kernel.shape, window):
     part = jnp.einsum('bhwc,co->bhwo', x[:, from_rows, from_columns], kernel[tap])
@@ -177,7 +181,7 @@ def _padded(x, window, axes=(0, 1)):
 def _views(x, kernel_shape, window):
   """What each tap of a kernel sees of an image, padding included, tap after tap: [B, h, w, C] each."""
   (along, across), (dilated_along, dilated_across) = window.strides, window.dilation
-  height, width = (window.side(axis, x.shape[axis + 1], kernel_shape[axis]) for axis in range(2))
+  height, width = window.sides(x.shape, kernel_shape)
   padded = _padded(x, window)
   for i, j in np.ndindex(kernel_shape[:2]):
     top, left = i * dilated_along, j * dilated_across

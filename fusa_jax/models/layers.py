@@ -108,8 +108,8 @@ class Doubling(nn.Module):
     batch, height, width, _ = x.shape
     # lax.conv_transpose lays its kernel down mirrored. Laid out for the product before it, the kernel is what XLA would
     # otherwise transpose in each of the three products of a training step.
-    wide = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)
-    out = jnp.einsum('bhwi,io->bhwo', x, wide).reshape(batch, height, width, 2, 2, self.features) + bias
+    matrix = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)
+    out = jnp.einsum('bhwi,io->bhwo', x, matrix).reshape(batch, height, width, 2, 2, self.features) + bias
     return out.swapaxes(2, 3).reshape(batch, 2 * height, 2 * width, self.features)
 
 
@@ -122,20 +122,22 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Arra
   return _max_pool(x, (size, stride, padding))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _max_pool(x, window):
+def _largest(x, window):
   size, stride, padding = window
   return nn.max_pool(x, (size, size), (stride, stride), ((padding, padding),) * 2)
 
 
+_max_pool = jax.custom_vjp(_largest, nondiff_argnums=(1,))
+
+
 def _max_pool_forward(x, window):
-  out = _max_pool(x, window)
+  out = _largest(x, window)
   return out, (x, out)
 
 
 def _max_pool_backward(window, residuals, g):
   by_comparison = functools.partial(_max_pool_by_comparison, window)
-  as_ever = lambda x, out, g: jax.vjp(lambda x: _max_pool.fun(x, window), x)[1](g)[0]
+  as_ever = lambda x, out, g: jax.vjp(lambda x: _largest(x, window), x)[1](g)[0]
   return (jax.lax.platform_dependent(*residuals, g, cpu=by_comparison, default=as_ever),)
 
 
