@@ -24,6 +24,7 @@ from absl import app, flags, logging
 from configs import seg
 from data.cohorts import phantom
 from fusa_jax import checkpoint, ct, evaluate, operating_point, predict, run_config, sharding, tasks, train
+from fusa_jax.predictor import Predictor, load_variables
 
 _INPUT = flags.DEFINE_string('input', None, 'a folder of scans in HU, instead of phantoms')
 _VOLUMES = flags.DEFINE_integer('volumes', 6, 'phantoms')
@@ -51,13 +52,13 @@ def make_run(workdir: pathlib.Path):
   return run_config.load(workdir)
 
 
-def make_predictor(config, workdir: pathlib.Path, threshold: float) -> predict.Predictor:
+def make_predictor(config, workdir: pathlib.Path, threshold: float) -> Predictor:
   task, mesh = tasks.create(config), sharding.create_mesh()
-  step, variables = predict.load_variables(config, task, workdir, mesh)
-  return predict.Predictor(config, task, mesh, step, variables, operating_point.OperatingPoint(threshold))
+  step, variables = load_variables(config, task, workdir, mesh)
+  return Predictor(config, task, mesh, step, variables, operating_point.OperatingPoint(threshold))
 
 
-def stages(predictor: predict.Predictor, paths: list[pathlib.Path], output: pathlib.Path) -> dict[str, float]:
+def stages(predictor: Predictor, paths: list[pathlib.Path], output: pathlib.Path) -> dict[str, float]:
   """Seconds of each stage, over all scans."""
   took = collections.Counter()
 

@@ -17,7 +17,7 @@ from fusa_jax import (
   histogram,
   input_pipeline,
   operating_point,
-  predict,
+  predictor,
   results,
   run_config,
   score,
@@ -105,7 +105,7 @@ def evaluate(
   sharding.check_divides(mesh, batch_size, config.data.image_size)
   dataset = input_pipeline.load_for(config, data_dir)
   task = tasks.create(config)
-  step, variables = predict.load_variables(config, task, workdir, mesh)
+  step, variables = predictor.load_variables(config, task, workdir, mesh)
   scorer = Scorer(task, mesh, batch_size)
 
   # ---- the operating point: the validation fold's or, on other data than the run's own, the one it has
@@ -131,8 +131,8 @@ def evaluate(
   volumes = None
   scanned = [patient for patient in dict.fromkeys(table['patient'].tolist()) if patient in (scans or {})]
   if scanned and config.task == 'segmentation':
-    predictor = predict.Predictor(config, task, mesh, step, variables, point)
-    volumes = score_volumes(predictor, scans, scanned)
+    run = predictor.Predictor(config, task, mesh, step, variables, point)
+    volumes = score_volumes(run, scans, scanned)
   result = results.numbers(task.kind, table, config.evaluate.get('prevalences', ()))
   result['operating_point'] = point.about() | result['operating_point']
   size = sum(x.size for x in jax.tree.leaves(variables['params']))
@@ -171,12 +171,12 @@ def check_unseen(workdir: pathlib.Path, dataset: input_pipeline.Dataset) -> dict
   return split
 
 
-def score_volumes(predictor: predict.Predictor, scans, patients: list[str]) -> list[dict]:
-  """A row of `score.volume` for each patient: the predictor's mask against the released one."""
+def score_volumes(run: predictor.Predictor, scans, patients: list[str]) -> list[dict]:
+  """A row of `score.volume` for each patient: the run's mask against the released one."""
   rows = []
   for patient in tqdm.tqdm(patients, desc='Scoring volumes', unit='scan', leave=False):
     scan, truth = scans[patient]()
-    mask = predictor(scan)[1]['mask']
+    mask = run(scan)[1]['mask']
     rows.append({'case': patient, **score.volume(mask, truth, scan.spacing, scan.voxel_ml)})
   return rows
 

@@ -21,6 +21,7 @@ from fusa_jax import (
   input_pipeline,
   operating_point,
   predict,
+  predictor,
   results,
   run_config,
   sharding,
@@ -57,7 +58,7 @@ def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
   """Recomputed from probabilities of one slice at a time, with scikit-learn, next to nothing of ours in between."""
   config = tiny()
   task = tasks.create(config)
-  _, variables = predict.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  _, variables = predictor.load_variables(config, task, runs['seg'], sharding.create_mesh())
   test = input_pipeline.load(data_dir, 0, SIZE).test
   run = jax.jit(task.probabilities)
   examples = [test.source[i] for i in range(len(test))]
@@ -91,7 +92,7 @@ def test_the_table_does_not_depend_on_batch_or_devices(runs, data_dir, batch_siz
   config = tiny(cls)
   task = tasks.create(config)
   mesh = sharding.create_mesh(data, space, jax.devices()[: data * space])
-  _, variables = predict.load_variables(config, task, runs['cls'], mesh)
+  _, variables = predictor.load_variables(config, task, runs['cls'], mesh)
   split = input_pipeline.load(data_dir, 0, SIZE).test
   table = evaluate.Scorer(task, mesh, batch_size).table(variables, split)
   rows, _ = read(runs['cls'])
@@ -134,7 +135,7 @@ def test_numbers_at_the_operating_point_are_those_of_its_threshold(runs, data_di
   """Recomputed with scikit-learn from probabilities and the threshold in metrics.json."""
   config, (_, result) = tiny(), read(runs['seg'])
   task = tasks.create(config)
-  _, variables = predict.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  _, variables = predictor.load_variables(config, task, runs['seg'], sharding.create_mesh())
   test = input_pipeline.load(data_dir, 0, SIZE).test
   examples = [test.source[i] for i in range(len(test))]
   probability = np.asarray(jax.jit(task.probabilities)(variables, np.stack([e['image'] for e in examples])))
@@ -226,7 +227,7 @@ def test_a_run_of_before_has_no_split_and_no_new_options(runs, data_dir, tmp_pat
 def test_logits_that_are_not_finite_are_an_error(runs, data_dir):
   config = tiny(cls)
   task, mesh = tasks.create(config), sharding.create_mesh()
-  _, variables = predict.load_variables(config, task, runs['cls'], mesh)
+  _, variables = predictor.load_variables(config, task, runs['cls'], mesh)
   broken = jax.tree.map(lambda x: x * np.nan, variables)
   split = input_pipeline.load(data_dir, 0, SIZE).test
   with pytest.raises(UserError, match='the model gives 32 of 32 slices a logit that is not finite'):
