@@ -32,14 +32,19 @@ MODES = ('train', 'evaluate', 'predict', 'prepare', 'score', 'compare', 'aot', '
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/seg.py or configs/cls.py, with :preset or without')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'train also prepares before and evaluates after')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run; default: runs/ and the name of the config')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'folder of the run, by default runs/ and the name of the config; predict: of several, A,B,C'
+)
 _INPUT = flags.DEFINE_string(
   'input', None, 'predict: a scan, a picture, or a folder or .zip of them or of DICOM; score: masks'
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'predict, score, aot: a folder for what is written; compare: a file')
 _THRESHOLD = flags.DEFINE_float(
-  'threshold', None, "predict: probability of a lesion; default: the run's operating point"
+  'threshold', None, "predict: probability of a lesion; default, here and below: the run's operating point"
 )
+_TTA = flags.DEFINE_bool('tta', None, 'predict: the mean of slices as they are and mirrored left and right')
+_LUNGS = flags.DEFINE_bool('lungs', None, 'predict: masks are limited to the lungs, found by their HU')
+_SMALLEST_ML = flags.DEFINE_float('smallest_ml', None, 'predict: leave out lesions of a scan below so many mL; 0: none')
 _TRUTH = flags.DEFINE_string('truth', None, 'score: the true masks, in a folder or a file')
 _AGAINST = flags.DEFINE_string('against', None, 'compare: the workdir of another run, evaluated on the same patients')
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:4x4', 'aot: the TPU slice to compile for')
@@ -128,12 +133,19 @@ def write_report(config, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
 
 def predict() -> None:
   """--mode=predict: masks and numbers of new scans."""
-  from fusa_jax import predict, sharding
+  from fusa_jax import predict, predictor, sharding
 
   use_compilation_cache()
   workdir, source, output = (path_flag(flag) for flag in (_WORKDIR, _INPUT, _OUTPUT))
-  mesh = sharding.create_mesh(**_CONFIG.value.mesh) if _CONFIG.value is not None else None
-  predict.predict(workdir, source, output, _PROBABILITIES.value, _THRESHOLD.value, mesh)
+  run = predictor.load(
+    [workdir] if workdir.exists() else [pathlib.Path(part) for part in str(workdir).split(',')],
+    sharding.create_mesh(**_CONFIG.value.mesh) if _CONFIG.value is not None else None,
+    threshold=_THRESHOLD.value,
+    flips=_TTA.value,
+    lungs=_LUNGS.value,
+    smallest_ml=_SMALLEST_ML.value,
+  )
+  predict.predict(run, source, output, _PROBABILITIES.value)
 
 
 def prepare() -> None:

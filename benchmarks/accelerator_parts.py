@@ -21,7 +21,7 @@ from benchmarks.accelerator import Asked
 from benchmarks.accelerator_report import mfu, peak_tflops
 from data import prepare
 from data.cohorts import phantom
-from fusa_jax import FUSA, checkpoint, ct, evaluate, models, predict, run_config
+from fusa_jax import FUSA, checkpoint, ct, evaluate, models, predict, predictor, run_config
 from fusa_jax.errors import UserError
 
 _VOLUME = 300  # slices
@@ -187,7 +187,7 @@ def prediction(asked: Asked) -> Iterator[dict]:
   found = {'model': name, 'slices': _VOLUME, 'reading_seconds': time.perf_counter() - began}
   for key in ('first_seconds', 'seconds'):
     began = time.perf_counter()
-    predict.predict(folder / 'run', folder / 'volume.nii.gz', folder / 'masks', threshold=1.0)
+    predict.predict(predictor.load(folder / 'run', threshold=1.0), folder / 'volume.nii.gz', folder / 'masks')
     found[key] = time.perf_counter() - began
     yield found | {'slices_per_second': _VOLUME / found[key]}
 

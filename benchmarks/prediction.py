@@ -23,8 +23,8 @@ from absl import app, flags, logging
 
 from configs import seg
 from data.cohorts import phantom
-from fusa_jax import checkpoint, ct, evaluate, operating_point, predict, run_config, sharding, tasks, train
-from fusa_jax.predictor import Predictor, load_variables
+from fusa_jax import checkpoint, ct, evaluate, predict, run_config, sharding, tasks, train
+from fusa_jax.predictor import Predictor, load, read
 
 _INPUT = flags.DEFINE_string('input', None, 'a folder of scans in HU, instead of phantoms')
 _VOLUMES = flags.DEFINE_integer('volumes', 6, 'phantoms')
@@ -52,13 +52,7 @@ def make_run(workdir: pathlib.Path):
   return run_config.load(workdir)
 
 
-def make_predictor(config, workdir: pathlib.Path, threshold: float) -> Predictor:
-  task, mesh = tasks.create(config), sharding.create_mesh()
-  step, variables = load_variables(config, task, workdir, mesh)
-  return Predictor(config, task, mesh, step, variables, operating_point.OperatingPoint(threshold))
-
-
-def stages(predictor: Predictor, paths: list[pathlib.Path], output: pathlib.Path) -> dict[str, float]:
+def stages(run: Predictor, paths: list[pathlib.Path], output: pathlib.Path) -> dict[str, float]:
   """Seconds of each stage, over all scans."""
   took = collections.Counter()
 
@@ -69,11 +63,10 @@ def stages(predictor: Predictor, paths: list[pathlib.Path], output: pathlib.Path
     return value
 
   for path in paths:
-    scan = timed('read', predict.read, path, 'hu')
-    _, volumes = timed('compute', predictor, scan)
-    for kind, volume in volumes.items():
-      if kind == 'mask' or _PROBABILITIES.value:
-        timed('write', ct.write, output / f'{ct.stem(path)}_{kind}.nii.gz', volume, scan)
+    scan = timed('read', read, path, 'hu')
+    found = timed('compute', run, scan)
+    for kind in ('mask', 'probability') if _PROBABILITIES.value else ('mask',):
+      timed('write', ct.write, output / f'{ct.stem(path)}_{kind}.nii.gz', getattr(found, kind), scan)
   return took
 
 
@@ -86,16 +79,15 @@ def main(_):
     if _INPUT.value is None:
       phantom.write(scans, patients=_VOLUMES.value, size=_SIZE.value, slices=_SLICES.value)
     paths, config = predict.find_images(scans, 'hu', folder), make_run(workdir)
-    _, volumes = make_predictor(config, workdir, 0.5)(predict.read(paths[0], 'hu'))
-    threshold = float(np.quantile(volumes.pop('probability')[:, ::8, ::8], 0.99))
-    predictor, rounds, peak = make_predictor(config, workdir, threshold), [], None
-    predictor(predict.read(paths[0], 'hu'))  # compiles
+    threshold = float(np.quantile(load(workdir)(paths[0]).probability[:, ::8, ::8], 0.99))
+    run, rounds, peak = load(workdir, threshold=threshold), [], None
+    run(paths[0])  # compiles
     for _ in range(_ROUNDS.value):
       began = time.perf_counter()
-      predict.predict(workdir, scans, output, _PROBABILITIES.value, threshold)
+      predict.predict(load(workdir, threshold=threshold), scans, output, _PROBABILITIES.value)
       whole = time.perf_counter() - began
       peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-      rounds.append({**stages(predictor, paths, output), 'predict': whole})
+      rounds.append({**stages(run, paths, output), 'predict': whole})
   least = {stage: min(each[stage] for each in rounds) for stage in rounds[0]}
   print(f'| {" | ".join(least)} | peak MB |\n|{" ---: |" * (len(least) + 1)}')
   print(f'| {" | ".join(f"{seconds:.2f}" for seconds in least.values())} | {peak:.0f} |')

@@ -64,6 +64,9 @@ def paper() -> ml_collections.ConfigDict:
   # one that finds that share of the lesion pixels (classification: of the slices with lesion).
   config.evaluate.target_sensitivity = config_dict.placeholder(float)
   config.evaluate.fit_temperature = False  # calibrates probabilities on the validation fold; no ranking changes
+  config.evaluate.flips = False  # the mean of slices as they are and mirrored left and right
+  config.evaluate.lungs = False  # masks are limited to the lungs, found in the scan by their HU
+  config.evaluate.fit_smallest = False  # lesions that are too small to be believed are left out, as validation says
   config.evaluate.prevalences = (0.01, 0.05, 0.1, 0.3, 0.5)  # shares of positive slices to give PPV and NPV for
 
   config.mesh = ml_collections.ConfigDict()

@@ -1,12 +1,16 @@
 """Full scale attention (FUSA) for lesions on CT slices, in JAX and Flax."""
 
-__all__ = ['FUSA']
+__all__ = ['FUSA', 'load']
 
 
 def __getattr__(name):
   # What reads flags or refuses a command should not wait two seconds for JAX (PEP 562).
-  if name in __all__:
+  if name == 'FUSA':
     from fusa_jax.fusa import FUSA
 
     return FUSA
+  if name == 'load':
+    from fusa_jax.predictor import load
+
+    return load
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import ml_collections
 import numpy as np
 
-from fusa_jax import evaluate, input_pipeline, results, run_config, score, sharding, tasks, train
+from fusa_jax import evaluate, input_pipeline, operating_point, results, run_config, score, sharding, tasks, train
 from fusa_jax.errors import UserError
 
 
@@ -87,9 +87,7 @@ def _pool(config, workdir, data_dir):
   result = results.numbers(kind, table, config.evaluate.get('prevalences', ()))
   points = [one['operating_point'] for one in tests]
   result['operating_point'] = {
-    'threshold': [point['threshold'] for point in points],
-    'temperature': [point['temperature'] for point in points],
-    'chosen_by': [point['chosen_by'] for point in points],
+    name: [point[name] for point in points] for name in operating_point.OperatingPoint().about()
   } | result['operating_point']
   result |= {
     'folds': [

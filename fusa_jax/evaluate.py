@@ -17,12 +17,14 @@ from fusa_jax import (
   histogram,
   input_pipeline,
   operating_point,
+  postprocessing,
   predictor,
   results,
   run_config,
   score,
   sharding,
   tasks,
+  trained,
   window,
 )
 from fusa_jax.errors import UserError
@@ -31,11 +33,11 @@ from fusa_jax.errors import UserError
 class Scorer:
   """Scores the slices of a split on a mesh, in batches of any size; compiled once."""
 
-  def __init__(self, task: tasks.Task, mesh: jax.sharding.Mesh, batch_size: int):
+  def __init__(self, task: tasks.Task, mesh: jax.sharding.Mesh, batch_size: int, flips: bool = False):
     self._mesh, self._batch_size = mesh, sharding.fitting_batch(mesh, batch_size)
 
     def run(variables, batch, temperature):
-      logits = task.logits(variables, batch['image'])
+      logits = task.logits(variables, batch['image'], flips)
       highest = logits.reshape(len(logits), -1).max(axis=1)
       counts = histogram.count(logits, task.kind.truth(batch), temperature)
       score = jax.nn.sigmoid(highest / temperature)
@@ -99,19 +101,25 @@ def evaluate(
     UserError: a config that does not fit the data or the devices; no checkpoint, or none that is whole; patients to be
       tested whom the run was trained or validated on; logits that are not finite.
   """
-  operating_point.check(config.evaluate)
+  operating_point.check(config)
+  if config.evaluate.get('fit_smallest') and not scans:
+    raise UserError(
+      'evaluate.fit_smallest: needs the scans and masks as released, on one host; name them with data.raw_dir'
+    )
   mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
   batch_size = sharding.fitting_batch(mesh, config.train.batch_size)
   sharding.check_divides(mesh, batch_size, config.data.image_size)
   dataset = input_pipeline.load_for(config, data_dir)
   task = tasks.create(config)
-  step, variables = predictor.load_variables(config, task, workdir, mesh)
-  scorer = Scorer(task, mesh, batch_size)
+  step, variables = trained.load_variables(config, task, workdir, mesh)
+  flips, lungs = (config.evaluate.get(key, False) for key in ('flips', 'lungs'))
+  scorer = Scorer(task, mesh, batch_size, flips)
 
   # ---- the operating point: the validation fold's or, on other data than the run's own, the one it has
   split, point = check_unseen(workdir, dataset), operating_point.load(workdir)
   if point.step != step:
     point = operating_point.OperatingPoint(step=step)
+  point = point.changed(flips=flips, lungs=lungs)
   if split is None or split['validation'] == dataset.patients()['validation']:
     if dataset.validation is not None:
       point = operating_point.choose(
@@ -120,7 +128,15 @@ def evaluate(
         score=task.kind.OVERLAP,
         target_sensitivity=config.evaluate.get('target_sensitivity'),
         fit_temperature=config.evaluate.get('fit_temperature', False),
+        flips=flips,
+        lungs=lungs,
       )
+      if config.evaluate.get('fit_smallest'):
+        validated = _scanned(dataset.validation, scans)
+        if not validated:
+          raise UserError('evaluate.fit_smallest: the patients validated on have no scans, only slices; leave it out')
+        run = _predictor(config, step, variables, point, mesh)
+        point = operating_point.choose_smallest(point, [_true_volumes(run, scans[name]) for name in validated])
     if sharding.is_main():
       point.save(workdir)
 
@@ -129,10 +145,9 @@ def evaluate(
   chosen = histogram.counts_at(table['histogram'], point.bin)
   table |= {f'{key}_chosen': values for key, values in chosen.items()}
   volumes = None
-  scanned = [patient for patient in dict.fromkeys(table['patient'].tolist()) if patient in (scans or {})]
+  scanned = _scanned(dataset.test, scans or {})
   if scanned and config.task == 'segmentation':
-    run = predictor.Predictor(config, task, mesh, step, variables, point)
-    volumes = score_volumes(run, scans, scanned)
+    volumes = score_volumes(_predictor(config, step, variables, point, mesh), scans, scanned)
   result = results.numbers(task.kind, table, config.evaluate.get('prevalences', ()))
   result['operating_point'] = point.about() | result['operating_point']
   size = sum(x.size for x in jax.tree.leaves(variables['params']))
@@ -152,6 +167,16 @@ def evaluate(
     results.write(workdir / 'test', table, result, volumes)
     logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.kind, result))
   return result
+
+
+def _predictor(config, step, variables, point, mesh):
+  network = trained.Network(config, step, variables, point.temperature)
+  return predictor.Predictor(trained.create([network], point.flips), point, mesh)
+
+
+def _scanned(split, scans):
+  """The patients of a split whose scans are at hand, in its order; pictures and loose slices are no scans."""
+  return [patient for patient in dict.fromkeys(split.patient.tolist()) if patient in scans]
 
 
 def check_unseen(workdir: pathlib.Path, dataset: input_pipeline.Dataset) -> dict[str, list[str]] | None:
@@ -176,15 +201,20 @@ def score_volumes(run: predictor.Predictor, scans, patients: list[str]) -> list[
   rows = []
   for patient in tqdm.tqdm(patients, desc='Scoring volumes', unit='scan', leave=False):
     scan, truth = scans[patient]()
-    mask = run(scan)[1]['mask']
-    rows.append({'case': patient, **score.volume(mask, truth, scan.spacing, scan.voxel_ml)})
+    rows.append({'case': patient, **score.volume(run(scan).mask, truth, scan.spacing, scan.voxel_ml)})
   return rows
+
+
+def _true_volumes(run, read):
+  scan, truth = read()
+  return postprocessing.true_volumes(run(scan).mask, truth, scan.voxel_ml)
 
 
 def _draw(config, task, variables, dataset, table, point, folder):
   """Overlays of some slices, computed on one device of this process alone."""
   variables = jax.tree.map(lambda x: x.addressable_data(0), variables)
-  probabilities = jax.jit(lambda variables, slices: task.probabilities(variables, slices, point.temperature))
+  how = point.temperature, point.flips
+  probabilities = jax.jit(lambda variables, slices: task.probabilities(variables, slices, *how))
   shown = window.black_and_white(config.data['values'], config.data.window)
   for row in tqdm.tqdm(figures.telling_slices(table, config.evaluate.num_overlays), desc='Drawing', leave=False):
     example = dataset.test.source[row]

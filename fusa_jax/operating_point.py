@@ -1,8 +1,12 @@
-"""The threshold and temperature of a run: chosen on its validation fold, never on its test fold, and kept beside it."""
+"""From probabilities to masks: threshold, temperature and all else that a run is used with.
+
+What can be chosen is chosen on the run's validation fold, never on its test fold, and kept beside it.
+"""
 
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
@@ -14,6 +18,8 @@ from fusa_jax.files import write_json
 from fusa_jax.statistics import defined, ratio
 
 FILE = 'operating_point.json'
+# Round numbers, so that a validation fold of a few patients does not decide on a digit.
+SMALLEST_ML = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +29,11 @@ class OperatingPoint:
   Attributes:
     threshold: of the probability, after the temperature.
     bin: the first of the histograms' bins (fusa_jax.histogram) that is called a lesion, which it stands for.
-    temperature: what logits are divided by; 1 leaves them as the network gives them.
+    temperature: what logits are divided by; 1 leaves them as the network gives them. Of an ensemble, those of its
+      members.
+    flips: whether probabilities are the mean of slices as they are and mirrored left and right.
+    lungs: whether masks are limited to the lungs (fusa_jax.lungs).
+    smallest_ml: lesions of a scan's mask below so many mL are left out.
     chosen_by: how and on what it was chosen, in words.
     step: of the checkpoint that it is for; None where that is none.
     validation: Dice, sensitivity, specificity and precision there, at this threshold and at 0.5.
@@ -32,7 +42,10 @@ class OperatingPoint:
 
   threshold: float = 0.5
   bin: int = histogram.HALF
-  temperature: float = 1.0
+  temperature: float | tuple[float, ...] = 1.0
+  flips: bool = False
+  lungs: bool = False
+  smallest_ml: float = 0.0
   chosen_by: str = 'default: nothing to choose on'
   step: int | None = None
   validation: dict = dataclasses.field(default_factory=dict)
@@ -40,7 +53,28 @@ class OperatingPoint:
 
   def about(self) -> dict:
     """What every JSON says of it."""
-    return {'threshold': self.threshold, 'temperature': self.temperature, 'chosen_by': self.chosen_by}
+    said = ('threshold', 'temperature', 'flips', 'lungs', 'smallest_ml', 'chosen_by')
+    return {name: getattr(self, name) for name in said}
+
+  def changed(
+    self,
+    threshold: float | None = None,
+    flips: bool | None = None,
+    lungs: bool | None = None,
+    smallest_ml: float | None = None,
+  ) -> 'OperatingPoint':
+    """The same but for what is given.
+
+    Raises:
+      UserError: a threshold that is no probability; a volume below zero.
+    """
+    if threshold is not None and not 0 <= threshold <= 1:
+      raise UserError(f'--threshold: {threshold} is no probability; give one from 0 to 1')
+    if smallest_ml is not None and not smallest_ml >= 0:
+      raise UserError(f'--smallest_ml: {smallest_ml} is no volume; give mL, 0 for all lesions')
+    given = {'threshold': threshold, 'flips': flips, 'lungs': lungs, 'smallest_ml': smallest_ml}
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(self, **given, **({'chosen_by': '--threshold'} if 'threshold' in given else {}))
 
   def save(self, workdir: pathlib.Path) -> None:
     write_json(workdir / FILE, dataclasses.asdict(self))
@@ -61,8 +95,37 @@ def load(workdir: pathlib.Path) -> OperatingPoint:
     raise UserError(f'{path}: damaged ({error}); make it anew with --mode=evaluate --workdir={workdir}') from None
 
 
-def check(options: ml_collections.ConfigDict) -> None:
-  """Raises a UserError where config.evaluate asks for a sensitivity or a prevalence that is no share."""
+def mean(points: Sequence[OperatingPoint]) -> OperatingPoint:
+  """The one of the mean of several runs' probabilities: their mean threshold and smallest lesion.
+
+  There are no patients left to choose it on: those that one fold's run was validated on, others were trained on.
+
+  Raises:
+    UserError: only some of them are used with flips, or limited to the lungs.
+  """
+  if len(points) == 1:
+    return points[0]
+  for name, flag in (('flips', 'tta'), ('lungs', 'lungs')):
+    if len({getattr(point, name) for point in points}) > 1:
+      raise UserError(f'--workdir: the runs differ in evaluate.{name}; say --{flag} or --no{flag}')
+  return OperatingPoint(
+    threshold=float(np.mean([point.threshold for point in points])),
+    temperature=tuple(point.temperature for point in points),
+    flips=points[0].flips,
+    lungs=points[0].lungs,
+    smallest_ml=float(np.mean([point.smallest_ml for point in points])),
+    chosen_by=f'mean of {len(points)} runs',
+  )
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises a UserError where config.evaluate asks for a share that is none, or for what the task or values lack."""
+  options = config.evaluate
+  masks = [key for key in ('lungs', 'fit_smallest') if options.get(key)]
+  if masks and config.task != 'segmentation':
+    raise UserError(f'evaluate.{masks[0]}: is about masks, and {config.task} gives none; leave it out')
+  if options.get('lungs') and config.data['values'] != 'hu':
+    raise UserError('evaluate.lungs: lungs are found by their HU, and these are grey values; leave it out')
   target = options.get('target_sensitivity')
   if target is not None and not 0 < target <= 1:
     raise UserError(f'evaluate.target_sensitivity: {target} is no share; give one above 0, up to 1')
@@ -78,6 +141,8 @@ def choose(
   score: str = 'Dice',
   target_sensitivity: float | None = None,
   fit_temperature: bool = False,
+  flips: bool = False,
+  lungs: bool = False,
 ) -> OperatingPoint:
   """The operating point by a validation fold's table of slices.
 
@@ -89,13 +154,15 @@ def choose(
       slices of a classifier); None takes the one with the best Dice (of slices: F1).
     fit_temperature: divide logits by what makes them most likely on that fold (Guo et al. 2017, section 4.2). No
       ranking changes, nor what is marked at 0.5 or at the operating point.
+    flips, lungs: of the point; with flips, the table is of them.
   """
   pooled = table['histogram'].sum(axis=0, dtype=np.int64)
   counts = histogram.counts_from(pooled)
   tp, fp, fn, tn = (counts[key] for key in metrics.COUNTS)
   temperature = temperature_of(pooled) if fit_temperature else 1.0
   if not tp[0] or not fp[0]:
-    return OperatingPoint(chosen_by='default: the validation fold has lesions only, or none', step=step)
+    how = 'default: the validation fold has lesions only, or none'
+    return OperatingPoint(flips=flips, lungs=lungs, chosen_by=how, step=step)
   curve = {
     'threshold': special.expit(histogram.edges() / temperature),
     'dice': metrics.dice(tp, fp, fn),
@@ -116,11 +183,33 @@ def choose(
     threshold=float(curve['threshold'][chosen]),
     bin=chosen,
     temperature=temperature,
+    flips=flips,
+    lungs=lungs,
     chosen_by=how,
     step=step,
     validation={'chosen': at(chosen), 'half': at(middle)},
     curve={name: [defined(v) for v in values] for name, values in curve.items()},
   )
+
+
+def choose_smallest(point: OperatingPoint, volumes: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> OperatingPoint:
+  """The point with the smallest lesion that gives a validation fold's masks the best Dice, of all their mL pooled.
+
+  Args:
+    point: with a threshold, by which the masks were made, and without a smallest lesion.
+    volumes: of each scan the mL of its mask's lesions, how many of each are true, and the true ones in all.
+  """
+  sizes, rightly = (np.concatenate([of_scan[k] for of_scan in volumes]) for k in (0, 1))
+  truth = sum(of_scan[2] for of_scan in volumes)
+  found = {}
+  for smallest in SMALLEST_ML:
+    kept = sizes >= smallest
+    right, marked = rightly[kept].sum(), sizes[kept].sum()
+    found[smallest] = defined(metrics.dice(right, marked - right, truth - right))
+  # The least of equals: what nothing speaks against stays.
+  best = max(SMALLEST_ML, key=lambda smallest: (found[smallest] or 0, -smallest))
+  curve = {'smallest_ml': list(found), 'dice_of_volumes': list(found.values())}
+  return dataclasses.replace(point, smallest_ml=best, validation=point.validation | curve)
 
 
 def temperature_of(pooled: np.ndarray) -> float:

@@ -5,7 +5,6 @@ Threads read ahead of the devices and one writes behind them: gzip, NumPy and Pi
 
 import collections
 import contextlib
-import dataclasses
 import logging
 import os
 import pathlib
@@ -15,10 +14,10 @@ from concurrent import futures
 import numpy as np
 import tqdm
 
-from fusa_jax import ct, dicom, operating_point, pictures, run_config, sharding, tasks
+from fusa_jax import ct, dicom, pictures, sharding
 from fusa_jax.errors import UserError
 from fusa_jax.files import unpack, write_json
-from fusa_jax.predictor import Predictor, load_variables, read
+from fusa_jax.predictor import Predictor, read
 
 # Pictures that are read and predicted before the first of them is written.
 _TOGETHER = 64
@@ -28,14 +27,7 @@ _READERS = min(os.cpu_count() or 1, 4)
 _AHEAD = 2
 
 
-def predict(
-  workdir: pathlib.Path,
-  source: pathlib.Path,
-  output: pathlib.Path,
-  probabilities: bool = False,
-  threshold: float | None = None,
-  mesh=None,
-) -> None:
+def predict(run: Predictor, source: pathlib.Path, output: pathlib.Path, probabilities: bool = False) -> None:
   """Marks the lesions of one scan or picture of a slice, or of all in a folder or archive.
 
   For `NAME.nii.gz` a segmentation model writes `NAME_mask.nii.gz` (uint8, on the scan's grid, with its affines and
@@ -45,46 +37,24 @@ def predict(
   results of a DICOM series are those of a scan, on the series' grid, under `dicom.Series.name`, which names no patient.
 
   Args:
-    workdir: of a trained run.
+    run: what predicts.
     source: a .nii, .nii.gz, .png or .jpg file, or a folder or .zip of them and of DICOM series, at any depth and in any
       mixture (`*_seg`, `*_mask`, `*_probability`, and what begins with a dot, are left out).
     output: a folder; made where it is missing.
     probabilities: write them too.
-    threshold: from which probability on something is a lesion; None: the run's own operating point.
-    mesh: to predict on; None: all devices there are, however many it was trained on, each with slices of its own.
 
   Raises:
-    UserError: no run; a threshold that is no probability; a mesh that cannot share its images; no scans, or scans that
-      are refused, as of the other kind of values (all of them named before the first one is predicted).
+    UserError: no scans, or scans that are refused, as of the other kind of values (all of them named before the first
+      one is predicted).
   """
-  config = run_config.load(workdir)
-  if config.data.fold == 'all':
-    raise UserError(f'--workdir: {workdir} is a cross-validation; name the folder of one fold, {workdir / "fold0"}')
-  if threshold is not None and not 0 <= threshold <= 1:
-    raise UserError(f'--threshold: {threshold} is no probability; give one from 0 to 1')
-  kind = config.data['values']
   with tempfile.TemporaryDirectory(prefix='fusa-jax-') as unpacked:
-    paths = find_images(source, kind, pathlib.Path(unpacked))
-    _predict(config, workdir, paths, output, probabilities, threshold, mesh)
+    _predict(run, find_images(source, run.model.values, pathlib.Path(unpacked)), output, probabilities)
 
 
-def _predict(config, workdir, paths, output, probabilities, threshold, mesh):
-  kind = config.data['values']
+def _predict(run, paths, output, probabilities):
+  kind = run.model.values
   if len(paths) > 1:
     _check(paths, kind)
-
-  task, mesh = tasks.create(config), mesh or sharding.create_mesh()
-  step, variables = load_variables(config, task, workdir, mesh)
-  point = operating_point.load(workdir)
-  if point.step != step:
-    point = operating_point.OperatingPoint()
-    if threshold is None:
-      logging.warning(
-        '%s: no operating point for step %d, so the threshold is 0.5; --mode=evaluate chooses one', workdir, step
-      )
-  if threshold is not None:
-    point = dataclasses.replace(point, threshold=threshold, chosen_by='--threshold')
-  run = Predictor(config, task, mesh, step, variables, point)
   drawn = [path for path in paths if _is_picture(path)]
   # A scan fills batches of its own; pictures share them.
   parts = [[path] for path in paths if not _is_picture(path)]
@@ -99,7 +69,7 @@ def _predict(config, workdir, paths, output, probabilities, threshold, mesh):
     of_each = found if _is_picture(part[0]) else [found]
     if sharding.is_main():
       for path, image, probability in zip(part, images, of_each, strict=True):
-        _write(output, path, image, *run.result(image, probability), probabilities)
+        _write(output, path, image, run.result(image, probability), probabilities)
     return len(part)
 
   # A write that has begun is waited for, whatever happens: nothing is half-written.
@@ -156,19 +126,20 @@ def _overlapping(pool, function, items, at_once):
     yield begun.popleft().result()
 
 
-def _write(output, path, image, result, found, probabilities):
+def _write(output, path, image, found, probabilities):
   """Of a scan or a picture: its mask, its probabilities on request, and its numbers last."""
-  name = _stem(path)
-  result = {'picture' if _is_picture(path) else 'scan': path.name, **result}
-  for kind, values in found.items():
-    if kind == 'probability' and not probabilities:
+  name, drawn = _stem(path), _is_picture(path)
+  volumes = {'mask': found.mask, 'probability': found.probability if probabilities else None}
+  for kind, values in volumes.items():
+    if values is None:
       continue
-    if _is_picture(path):
+    if drawn:
       pictures.write(output / f'{name}_{kind}.png', np.rint(values * 255).astype(np.uint8))
     else:
       ct.write(output / f'{name}_{kind}.nii.gz', values, image)
-  write_json(output / f'{name}.json', result)
-  logging.info('%s: %s', path if isinstance(path, dicom.Series) else path.name, _one_line(result))
+  numbers = {'picture' if drawn else 'scan': path.name, **found.numbers}
+  write_json(output / f'{name}.json', numbers)
+  logging.info('%s: %s', path if isinstance(path, dicom.Series) else path.name, _one_line(numbers))
 
 
 def _is_picture(path):

@@ -2,12 +2,16 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 
-from fusa_jax import checkpoint, ct, dicom, operating_point, pictures, sharding, tasks
+from fusa_jax import ct, dicom, operating_point, pictures, postprocessing, sharding, trained
+from fusa_jax.errors import UserError
+
+# Signs of canonical axes (column, row, slice) in NIfTI's world: to the left, the back and the head.
+_CANONICAL = (-1, -1, 1)
 
 
 def read(path: pathlib.Path | dicom.Series, kind: str) -> ct.Scan | np.ndarray:
@@ -17,45 +21,95 @@ def read(path: pathlib.Path | dicom.Series, kind: str) -> ct.Scan | np.ndarray:
   return pictures.read(path) if isinstance(path, pathlib.Path) and pictures.is_picture(path) else ct.read(path, kind)
 
 
-def load_variables(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tuple[int, dict]:
-  """The best checkpoint's step and variables, on all devices of the mesh.
+def load(
+  workdir: str | pathlib.Path | Sequence[str | pathlib.Path],
+  mesh=None,
+  *,
+  threshold: float | None = None,
+  flips: bool | None = None,
+  lungs: bool | None = None,
+  smallest_ml: float | None = None,
+) -> 'Predictor':
+  """A trained run, ready for scans: `load('runs/mine')('scan.nii.gz').mask`.
+
+  Args:
+    workdir: of a run; of a cross-validation or several runs, of which the mean probability is taken.
+    mesh: to compute on; None: all devices there are, however many it was trained on, each with slices of its own.
+    threshold: from which probability on something is a lesion; None here and below: as the run's operating point says.
+    flips: whether slices are also taken mirrored, and the mean of both.
+    lungs: whether masks are limited to the lungs, which their HU tell.
+    smallest_ml: lesions of a scan below so many mL are left out.
 
   Raises:
-    UserError: the run has no checkpoint.
+    UserError: as `trained.load`; values that are none; a mesh that cannot share the run's images; `lungs` of grey
+      values; `lungs` or `smallest_ml` of a model without masks.
   """
-  init = lambda: task.init(jax.random.key(0), config.data.image_size)
-  like = checkpoint.shapes(jax.eval_shape(init), sharding.replicated(mesh))
-  with checkpoint.Checkpoints(workdir) as checkpoints:
-    step = checkpoints.best()
-    return step, checkpoints.restore(step, variables=like)['variables']
+  mesh = mesh or sharding.create_mesh()
+  folders = [workdir] if isinstance(workdir, (str, pathlib.Path)) else workdir
+  model, point = trained.load([pathlib.Path(folder) for folder in folders], mesh, flips)
+  if model.task != 'segmentation' and (lungs or smallest_ml):
+    raise UserError(f'--{"lungs" if lungs else "smallest_ml"}: is about masks, and this model gives none; leave it out')
+  if model.values != 'hu' and lungs:
+    raise UserError('--lungs: lungs are found by their HU, and this model takes grey values; leave it out')
+  return Predictor(model, point.changed(threshold=threshold, lungs=lungs, smallest_ml=smallest_ml), mesh)
+
+
+class Prediction(NamedTuple):
+  """What was found in a scan or a picture.
+
+  Attributes:
+    numbers: what NAME.json holds of it.
+    mask: uint8 {0, 1}, in the image's shape; None of a model that gives none.
+    probability: float32, likewise.
+  """
+
+  numbers: dict
+  mask: np.ndarray | None = None
+  probability: np.ndarray | None = None
 
 
 class Predictor:
-  """A checkpoint at an operating point, as a function of one scan, or of pictures."""
+  """A model at an operating point, as a function of one scan, or of pictures.
 
-  def __init__(
-    self,
-    config: ml_collections.ConfigDict,
-    task: tasks.Task,
-    mesh,
-    step: int,
-    variables: dict,
-    point: operating_point.OperatingPoint,
-  ):
-    self._config, self._mesh, self._step, self._variables, self._point = config, mesh, step, variables, point
-    self._batch_size = sharding.fitting_batch(mesh, config.train.batch_size)
-    sharding.check_divides(mesh, self._batch_size, config.data.image_size)
-    run = lambda variables, slices: task.probabilities(variables, slices, point.temperature)
-    self._probabilities = sharding.compiled_together(jax.jit(run, out_shardings=sharding.replicated(mesh)))
+  Attributes:
+    model: what computes the probabilities.
+    point: what makes masks of them.
+  """
 
-  def __call__(self, scan: ct.Scan) -> tuple[dict, dict[str, np.ndarray]]:
-    """What `result` gives of a scan and its probabilities."""
-    return self.result(scan, self.probabilities(self.prepare([scan])))
+  def __init__(self, model: trained.Model, point: operating_point.OperatingPoint, mesh):
+    self.model, self.point, self._mesh = model, point, mesh
+    self._batch_size = sharding.fitting_batch(mesh, model.batch_size)
+    sharding.check_divides(mesh, self._batch_size, model.image_size)
+    run = jax.jit(model.function, out_shardings=sharding.replicated(mesh))
+    self._probabilities = sharding.compiled_together(run)
+
+  def __call__(
+    self, image: str | pathlib.Path | ct.Scan | np.ndarray, spacing: tuple[float, float, float] | None = None
+  ) -> Prediction:
+    """What is found in one scan or picture.
+
+    Args:
+      image: a file; a scan; an array of HU or grey values, whichever the model takes, on the canonical axes of
+        `ct.Scan` [S, H, W]; or a picture of grey values [H, W].
+      spacing: of an array [S, H, W], mm between slices, rows and columns. Without it a voxel counts as 1 mm³.
+
+    Raises:
+      UserError: as `read` and `ct.from_volume`; lesions to be left out, or limited to the lungs, in an array without
+        spacing.
+    """
+    if isinstance(image, (str, pathlib.Path)):
+      image = read(pathlib.Path(image), self.model.values)
+    elif isinstance(image, np.ndarray) and image.ndim == 3:
+      if spacing is None and (self.point.smallest_ml or self.point.lungs):
+        raise UserError('spacing: missing; this model leaves out what is too small, or outside of the lungs; give mm')
+      affine = np.diag([*np.array(_CANONICAL) * (spacing or (1, 1, 1))[::-1], 1.0])
+      image = ct.from_volume(image.transpose(2, 1, 0), affine, 'array', self.model.values)
+    return self.result(image, self.probabilities(self.prepare([image])))
 
   def prepare(self, images: Sequence[ct.Scan | np.ndarray]) -> np.ndarray:
     """The slices of one scan, or pictures [H, W] of grey values, as the network sees them: int16 [S, size, size]."""
     slices = images[0].values if isinstance(images[0], ct.Scan) else images  # a scan is a part of its own
-    return ct.network_slices(slices, self._config.data.image_size)
+    return ct.network_slices(slices, self.model.image_size)
 
   def probabilities(self, images: np.ndarray) -> np.ndarray:
     """Of what `prepare` gives: float32 [S], or [S, size, size]. All processes of a run call it in the same order."""
@@ -66,43 +120,44 @@ class Predictor:
       batch = np.zeros((size, *part.shape[1:]), part.dtype)
       batch[: len(part)] = part
       put = sharding.to_devices(self._mesh, size, rows, batch[rows])
-      out.append(self._probabilities(self._variables, put))
+      out.append(self._probabilities(self.model.variables, put))
       if len(out) > 1:  # fetched while the devices work on the next batch
         out[-2] = np.asarray(out[-2])
     return np.concatenate(out)[: len(images)]
 
-  def result(self, image: ct.Scan | np.ndarray, probability: np.ndarray) -> tuple[dict, dict[str, np.ndarray]]:
-    """What NAME.json holds of a scan or picture, and 'mask' and 'probability' in its shape (none for classification).
+  def result(self, image: ct.Scan | np.ndarray, probability: np.ndarray) -> Prediction:
+    """What follows from the probabilities of a scan or picture.
 
     Args:
       image: a scan, or a picture [H, W].
       probability: its own of `probabilities`: of each slice of a scan, of the one of a picture.
     """
-    about = {'model': self._config.model.name, 'step': self._step, **self._point.about()}
+    about = {'model': self.model.name, 'step': self.model.step, **self.point.about()}
     of_kind = self._of_scan if isinstance(image, ct.Scan) else self._of_picture
-    result, volumes = of_kind(image, probability)
-    return about | result, volumes
+    found = of_kind(image, probability)
+    return found._replace(numbers=about | found.numbers)
 
   def _of_scan(self, scan, probability):
-    result, volumes = {'num_slices': len(scan.values)}, {}
+    numbers, mask = {'num_slices': len(scan.values)}, None
     if probability.ndim == 1:
-      positive, scores = probability >= self._point.threshold, probability
+      positive, scores, probability = probability >= self.point.threshold, probability, None
     else:
       probability = ct.resize(probability, scan.values.shape[1:])
-      mask = (probability >= self._point.threshold).astype(np.uint8)
-      volumes = {'mask': mask, 'probability': probability}
+      mask = postprocessing.refine(
+        (probability >= self.point.threshold).astype(np.uint8), scan, self.point.lungs, self.point.smallest_ml
+      )
       positive, scores = mask.any(axis=(1, 2)), probability.max(axis=(1, 2))
-      result['lesion_ml'] = float(mask.sum(dtype=np.int64) * scan.voxel_ml)
+      numbers['lesion_ml'] = float(mask.sum(dtype=np.int64) * scan.voxel_ml)
     # 0 is the most inferior slice, however the file is stored.
-    result['positive_slices'] = [int(index) for index in np.flatnonzero(positive)]
-    result['slice_scores'] = [round(float(score), 4) for score in scores]
-    return result, volumes
+    numbers['positive_slices'] = [int(index) for index in np.flatnonzero(positive)]
+    numbers['slice_scores'] = [round(float(score), 4) for score in scores]
+    return Prediction(numbers, mask, probability)
 
   def _of_picture(self, image, probability):
-    masks, lesion = {}, {}
-    if probability.ndim:
-      (probability,) = ct.resize([probability], image.shape)
-      mask = (probability >= self._point.threshold).astype(np.uint8)
-      masks, lesion = {'mask': mask, 'probability': probability}, {'lesion_pixels': int(mask.sum())}
     score = float(probability.max())
-    return {**lesion, 'positive': score >= self._point.threshold, 'score': round(score, 4)}, masks
+    said = {'positive': score >= self.point.threshold, 'score': round(score, 4)}
+    if not probability.ndim:
+      return Prediction(said)
+    (probability,) = ct.resize([probability], image.shape)
+    mask = (probability >= self.point.threshold).astype(np.uint8)
+    return Prediction({'lesion_pixels': int(mask.sum()), **said}, mask, probability)

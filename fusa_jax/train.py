@@ -54,7 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
     Terminated: by SIGTERM, after the state was saved.
   """
   # ---- what is trained on what
-  operating_point.check(config.evaluate)
+  operating_point.check(config)
   mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
   sharding.check_divides(mesh, config.train.batch_size, config.data.image_size)
   dataset = input_pipeline.load_for(config, data_dir)

@@ -64,3 +64,11 @@ def runs(raw_dir, data_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
     train.train(config, workdirs[name], data_dir)
     evaluate.evaluate(config, workdirs[name], data_dir, prepare.scans(raw_dir))
   return workdirs
+
+
+@pytest.fixture(scope='session')
+def predictors(runs):
+  """The runs as functions of scans, each compiled once."""
+  from fusa_jax import predictor
+
+  return {name: predictor.load(workdir) for name, workdir in runs.items()}

@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 
 from configs import cls
 from data import prepare
-from fusa_jax import cross_validation, evaluate, input_pipeline, predict, report, results, train
+from fusa_jax import cross_validation, ct, evaluate, input_pipeline, predictor, report, results, run_config, train
 from fusa_jax.errors import UserError
 
 
@@ -114,9 +114,22 @@ def test_evaluated_again_and_reported(made, data_dir):
 
 
 @pytest.mark.slow
-def test_prediction_wants_one_fold(made, raw_dir, tmp_path):
-  with pytest.raises(UserError, match=r'is a cross-validation; name the folder of one fold, .*fold0'):
-    predict.predict(made, raw_dir, tmp_path / 'out')
+def test_it_predicts_the_mean_of_its_folds(made, raw_dir):
+  """As NumPy averages what each fold gives alone; threshold and all else are the folds' means."""
+  scan = ct.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  scores = lambda run: run.probabilities(run.prepare([scan]))
+  folds, together = [predictor.load(made / f'fold{fold}') for fold in range(5)], predictor.load(made)
+  each = [scores(fold) for fold in folds]
+  assert all(np.abs(one - each[0]).max() > 1e-3 for one in each[1:])
+  np.testing.assert_allclose(scores(together), np.mean(each, axis=0, dtype=np.float64), atol=2e-6)
+  assert together.point.threshold == pytest.approx(np.mean([fold.point.threshold for fold in folds]))
+  assert together(scan).numbers['step'] == [fold.model.step for fold in folds]
+
+
+def test_prediction_wants_it_finished(tmp_path):
+  run_config.save(tmp_path, protocol())
+  with pytest.raises(UserError, match=r'is a cross-validation that is not finished; .*, .*fold0'):
+    predictor.load(tmp_path)
 
 
 @pytest.mark.parametrize('fold', ['one', 5, -1, 1.5])

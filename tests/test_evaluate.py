@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 from conftest import SIZE, SLICES, tiny
 from PIL import Image
+from scipy import ndimage
 from sklearn import metrics as sk
 
 from configs import cls, seg
+from data import prepare
 from fusa_jax import (
   ct,
   evaluate,
   figures,
   input_pipeline,
+  lungs,
   operating_point,
   predict,
   predictor,
@@ -28,6 +31,7 @@ from fusa_jax import (
   statistics,
   tasks,
   train,
+  trained,
 )
 from fusa_jax.errors import UserError
 
@@ -58,7 +62,7 @@ def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
   """Recomputed from probabilities of one slice at a time, with scikit-learn, next to nothing of ours in between."""
   config = tiny()
   task = tasks.create(config)
-  _, variables = predictor.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  _, variables = trained.load_variables(config, task, runs['seg'], sharding.create_mesh())
   test = input_pipeline.load(data_dir, 0, SIZE).test
   run = jax.jit(task.probabilities)
   examples = [test.source[i] for i in range(len(test))]
@@ -92,7 +96,7 @@ def test_the_table_does_not_depend_on_batch_or_devices(runs, data_dir, batch_siz
   config = tiny(cls)
   task = tasks.create(config)
   mesh = sharding.create_mesh(data, space, jax.devices()[: data * space])
-  _, variables = predictor.load_variables(config, task, runs['cls'], mesh)
+  _, variables = trained.load_variables(config, task, runs['cls'], mesh)
   split = input_pipeline.load(data_dir, 0, SIZE).test
   table = evaluate.Scorer(task, mesh, batch_size).table(variables, split)
   rows, _ = read(runs['cls'])
@@ -117,7 +121,7 @@ def test_every_number_has_an_interval_or_none(runs):
     point, half = result['operating_point'], result['intervals']
     for block, others in (
       (result, {'threshold'}),
-      (point, {'threshold', 'temperature'}),
+      (point, {'threshold', 'temperature', 'smallest_ml'}),
       (point['slices'], set()),
       (point['slices']['at_prevalence'][0], {'prevalence'}),
     ):
@@ -135,7 +139,7 @@ def test_numbers_at_the_operating_point_are_those_of_its_threshold(runs, data_di
   """Recomputed with scikit-learn from probabilities and the threshold in metrics.json."""
   config, (_, result) = tiny(), read(runs['seg'])
   task = tasks.create(config)
-  _, variables = predictor.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  _, variables = trained.load_variables(config, task, runs['seg'], sharding.create_mesh())
   test = input_pipeline.load(data_dir, 0, SIZE).test
   examples = [test.source[i] for i in range(len(test))]
   probability = np.asarray(jax.jit(task.probabilities)(variables, np.stack([e['image'] for e in examples])))
@@ -227,7 +231,7 @@ def test_a_run_of_before_has_no_split_and_no_new_options(runs, data_dir, tmp_pat
 def test_logits_that_are_not_finite_are_an_error(runs, data_dir):
   config = tiny(cls)
   task, mesh = tasks.create(config), sharding.create_mesh()
-  _, variables = predictor.load_variables(config, task, runs['cls'], mesh)
+  _, variables = trained.load_variables(config, task, runs['cls'], mesh)
   broken = jax.tree.map(lambda x: x * np.nan, variables)
   split = input_pipeline.load(data_dir, 0, SIZE).test
   with pytest.raises(UserError, match='the model gives 32 of 32 slices a logit that is not finite'):
@@ -254,7 +258,7 @@ def test_volumes_are_those_of_prediction(runs, raw_dir, tmp_path):
   assert sorted(row['case'] for row in rows) == patients
   for row in rows:
     name = row['case']
-    predict.predict(runs['seg'], raw_dir / f'{name}_ct.nii.gz', tmp_path)
+    predict.predict(predictor.load(runs['seg']), raw_dir / f'{name}_ct.nii.gz', tmp_path)
     scan = ct.read(raw_dir / f'{name}_ct.nii.gz')
     truth = ct.read_mask(raw_dir / f'{name}_seg.nii.gz', scan)
     mask = ct.read_mask(tmp_path / f'{name}_ct_mask.nii.gz', scan)
@@ -263,6 +267,44 @@ def test_volumes_are_those_of_prediction(runs, raw_dir, tmp_path):
     assert float(row['predicted_ml']) == pytest.approx(mask.sum() * scan.voxel_ml)
   assert read(runs['seg'])[1]['volumes']['num_volumes'] == len(rows)
   assert 'volumes' not in read(runs['cls'])[1]
+
+
+@pytest.mark.slow
+def test_flips_lungs_and_the_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
+  """Scores are the mean of both flips; masks are their own runs' masks, cut to the lungs, without what is too small."""
+  shutil.copytree(runs['seg'], tmp_path / 'run')
+  asked = {f'evaluate.{key}': True for key in ('flips', 'lungs', 'fit_smallest')}
+  config, scans = tiny(**asked), prepare.scans(raw_dir)
+  result = evaluate.evaluate(config, tmp_path / 'run', data_dir, scans)
+  point = operating_point.load(tmp_path / 'run')
+  assert point.flips and point.lungs and len(point.validation['dice_of_volumes']) == len(operating_point.SMALLEST_ML)
+  assert result['operating_point']['smallest_ml'] == point.smallest_ml
+
+  task = tasks.create(config)
+  _, variables = trained.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  test, probabilities = input_pipeline.load(data_dir, 0, SIZE).test, jax.jit(task.probabilities)
+  images = np.stack([test.source[i]['image'] for i in range(len(test))])
+  both = [probabilities(variables, images), probabilities(variables, images[:, :, ::-1])[:, :, ::-1]]
+  scores = np.array([float(row['score']) for row in read(tmp_path / 'run')[0]])
+  np.testing.assert_allclose(scores, np.mean(both, axis=0).max(axis=(1, 2)), atol=2e-5)
+  assert np.abs(scores - both[0].max(axis=(1, 2))).max() > 1e-4
+
+  # A threshold under which much is marked, so that there is something to take away.
+  whole = predictor.load(tmp_path / 'run', threshold=float(np.median(both[0])), lungs=False, smallest_ml=0)
+  (name,) = list(scans)[:1]
+  scan, _ = scans[name]()
+  marked, field = whole(scan).mask, lungs.field(scan)
+  whole.point = whole.point.changed(lungs=True, smallest_ml=20)
+  labels, count = ndimage.label(marked & field, np.ones((3, 3, 3)))
+  sizes = ndimage.sum_labels(np.full(labels.shape, scan.voxel_ml), labels, np.arange(1, count + 1))
+  kept = np.isin(labels, 1 + np.flatnonzero(sizes >= 20))
+  assert marked.sum() > (marked & field).sum() > kept.sum() > 0
+  np.testing.assert_array_equal(whole(scan).mask, kept)
+
+
+def test_the_smallest_lesion_wants_scans(runs, data_dir):
+  with pytest.raises(UserError, match=r'evaluate.fit_smallest: needs the scans and masks as released'):
+    evaluate.evaluate(tiny(**{'evaluate.fit_smallest': True}), runs['seg'], data_dir)
 
 
 def test_pictures(runs):

@@ -6,6 +6,7 @@ from conftest import tiny
 from scipy import optimize, special
 from sklearn import metrics as sk
 
+from configs import cls, seg
 from fusa_jax import histogram, operating_point, train
 from fusa_jax.errors import UserError
 
@@ -35,6 +36,9 @@ def test_best_dice(validation):
   assert point.about() == {
     'threshold': point.threshold,
     'temperature': 1.0,
+    'flips': False,
+    'lungs': False,
+    'smallest_ml': 0.0,
     'chosen_by': 'best Dice on the validation fold',
   }
 
@@ -105,3 +109,54 @@ def test_what_is_no_share_is_refused_before_anything_is_trained(data_dir, tmp_pa
   with pytest.raises(UserError, match=reason):
     train.train(tiny(**{f'evaluate.{option}': value}), tmp_path / 'run', data_dir)
   assert not (tmp_path / 'run').exists()
+
+
+def test_the_smallest_lesion_is_the_one_that_voxels_speak_for():
+  """Voxels of 0.01 mL in rows, a lesion each: scikit-learn's Dice of all volumes at every size that may be chosen."""
+  rng = np.random.default_rng(0)
+  sizes = [rng.choice([1, 3, 8, 30, 150], 12, p=[0.3, 0.3, 0.2, 0.1, 0.1]) for _ in range(2)]
+  # The larger a lesion is, the more of it is true.
+  right = [np.array([rng.binomial(n, min(0.9, n / 60)) for n in of_scan]) for of_scan in sizes]
+  missed = [40, 25]
+  volumes = [(n * 0.01, k * 0.01, (k.sum() + m) * 0.01) for n, k, m in zip(sizes, right, missed, strict=True)]
+
+  def dice(smallest):
+    truth, marked = [], []
+    for n, k, m in zip(sizes, right, missed, strict=True):
+      for size, true in zip(n, k, strict=True):
+        truth += [1] * true + [0] * (size - true)
+        marked += [size * 0.01 >= smallest - 1e-9] * size
+      truth, marked = truth + [1] * m, marked + [False] * m
+    return sk.f1_score(truth, marked)
+
+  point = operating_point.choose_smallest(operating_point.OperatingPoint(threshold=0.3), volumes)
+  every = {smallest: dice(smallest) for smallest in operating_point.SMALLEST_ML}
+  assert point.validation['dice_of_volumes'] == pytest.approx(list(every.values()))
+  assert point.smallest_ml == max(every, key=every.get) > 0 and point.threshold == 0.3
+  nothing_found = operating_point.choose_smallest(operating_point.OperatingPoint(), [(np.zeros(0), np.zeros(0), 0.0)])
+  assert nothing_found.smallest_ml == 0
+
+
+def test_points_of_several_runs():
+  points = [
+    operating_point.OperatingPoint(threshold=t, smallest_ml=s, temperature=1 + t) for t, s in ((0.2, 0), (0.6, 1))
+  ]
+  mean = operating_point.mean(points)
+  assert (mean.threshold, mean.smallest_ml, mean.temperature) == (pytest.approx(0.4), 0.5, (1.2, 1.6))
+  with pytest.raises(UserError, match=r'--workdir: the runs differ in evaluate.lungs; say --lungs or --nolungs'):
+    operating_point.mean([points[0], points[1].changed(lungs=True)])
+
+
+@pytest.mark.parametrize(
+  ('task', 'values', 'asked', 'reason'),
+  [
+    ('cls', 'hu', 'lungs', r'evaluate.lungs: is about masks, and classification gives none'),
+    ('cls', 'hu', 'fit_smallest', r'evaluate.fit_smallest: is about masks'),
+    ('seg', 'grey', 'lungs', r'evaluate.lungs: lungs are found by their HU'),
+  ],
+)
+def test_what_a_task_or_its_values_lack_is_refused(task, values, asked, reason):
+  config = tiny({'cls': cls, 'seg': seg}[task], **{f'evaluate.{asked}': True})
+  config.data['values'] = values
+  with pytest.raises(UserError, match=reason):
+    operating_point.check(config)

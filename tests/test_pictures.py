@@ -14,7 +14,7 @@ from PIL import Image
 from configs import seg
 from data import prepare
 from data.cohorts import Wanted
-from fusa_jax import ct, evaluate, pictures, predict, train
+from fusa_jax import ct, evaluate, pictures, predict, predictor, train
 from fusa_jax.errors import UserError
 
 
@@ -48,7 +48,7 @@ def run(folder, tmp_path_factory):
 def test_predictions_are_the_evaluations(folder, run, tmp_path):
   images = tmp_path / 'images'
   shutil.copytree(folder / 'images', images)
-  predict.predict(run, images, images, probabilities=True)
+  predict.predict(predictor.load(run), images, images, probabilities=True)
   with (run / 'test' / 'slices.csv').open() as file:
     rows = list(csv.DictReader(file))
   point = json.loads((run / 'operating_point.json').read_text())
@@ -69,12 +69,12 @@ def test_predictions_are_the_evaluations(folder, run, tmp_path):
     np.testing.assert_array_equal((mask > 0)[clear], (probability / 255 >= point['threshold'])[clear])
   # A second time, masks and probabilities lie beside the pictures: they are none.
   before = sorted(path.name for path in images.iterdir())
-  predict.predict(run, images / '0001_00.png', tmp_path / 'one')
+  predict.predict(predictor.load(run), images / '0001_00.png', tmp_path / 'one')
   assert sorted(p.name for p in (tmp_path / 'one').iterdir()) == ['0001_00.json', '0001_00_mask.png']
   assert json.loads((tmp_path / 'one' / '0001_00.json').read_text()) == json.loads(
     (images / '0001_00.json').read_text()
   )
-  predict.predict(run, images, images)
+  predict.predict(predictor.load(run), images, images)
   assert sorted(path.name for path in images.iterdir()) == before
 
 
@@ -82,7 +82,7 @@ def test_a_grey_scan_is_predicted_on_its_own_grid(run, raw_dir, tmp_path):
   scan = ct.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   grey = np.rint(np.clip((scan.values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)
   ct.write(tmp_path / 'in' / 'a.nii.gz', grey, scan)
-  predict.predict(run, tmp_path / 'in', tmp_path / 'out')
+  predict.predict(predictor.load(run), tmp_path / 'in', tmp_path / 'out')
   mask = nib.load(tmp_path / 'out' / 'a_mask.nii.gz')
   assert mask.shape == nib.load(scan.path).shape
   np.testing.assert_array_equal(mask.affine, nib.load(scan.path).affine)
@@ -109,7 +109,7 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
     ),
   ):
     with pytest.raises(UserError) as caught:
-      predict.predict(workdir, source, tmp_path / 'out')
+      predict.predict(predictor.load(workdir), source, tmp_path / 'out')
     assert str(caught.value) == line
     assert not (tmp_path / 'out').exists()
   # An 8-bit scan, to a run of HU and to a cohort of HU.
@@ -118,7 +118,7 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
   ct.write(tmp_path / 'grey' / 'a.nii.gz', grey.astype(np.uint8), image)
   shutil.copy(scan.with_name('volume-phantom-A-0001_seg.nii.gz'), tmp_path / 'grey' / 'a_mask.nii.gz')
   for attempt in (
-    lambda: predict.predict(runs['seg'], tmp_path / 'grey' / 'a.nii.gz', tmp_path / 'out'),
+    lambda: predict.predict(predictor.load(runs['seg']), tmp_path / 'grey' / 'a.nii.gz', tmp_path / 'out'),
     lambda: prepare.prepare(str(tmp_path / 'grey'), str(tmp_path / 'data'), SIZE),
   ):
     with pytest.raises(UserError) as caught:
@@ -131,10 +131,10 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
   # A folder of both, for a run of either: pictures are not for HU, and the scan is not for grey.
   shutil.copy(scan, tmp_path / 'grey' / 'b.nii.gz')
   with pytest.raises(UserError, match=r'b.nii.gz: values .* are Hounsfield units or the like'):
-    predict.predict(run, tmp_path / 'grey', tmp_path / 'out')
+    predict.predict(predictor.load(run), tmp_path / 'grey', tmp_path / 'out')
   shutil.copy(folder / 'images' / '0001_00.png', tmp_path / 'grey' / 'b.png')
   with pytest.raises(UserError, match=r'b.png and b.nii.gz would be written under one name; rename one'):
-    predict.predict(run, tmp_path / 'grey', tmp_path / 'out')
+    predict.predict(predictor.load(run), tmp_path / 'grey', tmp_path / 'out')
 
 
 def test_pictures_are_read_as_they_are_seen(tmp_path):

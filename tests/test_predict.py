@@ -21,12 +21,12 @@ import pytest
 from conftest import SLICES
 from nibabel import orientations
 
-from fusa_jax import ct, predict, sharding
+from fusa_jax import ct, predict, predictor, sharding
 from fusa_jax.errors import UserError
 
 
 @pytest.fixture(scope='module')
-def predictions(runs, raw_dir, tmp_path_factory):
+def predictions(predictors, raw_dir, tmp_path_factory):
   """One scan, stored three ways, predicted with probabilities: (folder of scans, folder of results)."""
   scans, out = tmp_path_factory.mktemp('scans'), tmp_path_factory.mktemp('out')
   image = nib.load(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
@@ -34,7 +34,7 @@ def predictions(runs, raw_dir, tmp_path_factory):
     turn = orientations.ornt_transform(orientations.io_orientation(image.affine), orientations.axcodes2ornt(codes))
     nib.save(image.as_reoriented(turn), scans / f'{codes}_ct.nii.gz')
   shutil.copy(raw_dir / 'volume-phantom-A-0001_seg.nii.gz', scans / 'LPS_seg.nii.gz')
-  predict.predict(runs['seg'], scans, out, probabilities=True)
+  predict.predict(predictors['seg'], scans, out, probabilities=True)
   return scans, out
 
 
@@ -80,18 +80,18 @@ def test_numbers_follow_from_the_mask(predictions):
   assert all(other['positive_slices'] == result['positive_slices'] for other in others)
 
 
-def test_predictions_are_the_evaluations(runs, raw_dir, data_dir, tmp_path):
+def test_predictions_are_the_evaluations(predictors, runs, raw_dir, data_dir, tmp_path):
   """The highest probability of each slice of a test patient is what slices.csv has for it."""
   lines = (runs['seg'] / 'test' / 'slices.csv').read_text().splitlines()[1:]
   patient = lines[0].split(',')[0]
-  predict.predict(runs['seg'], raw_dir / f'{patient}_ct.nii.gz', tmp_path)
+  predict.predict(predictors['seg'], raw_dir / f'{patient}_ct.nii.gz', tmp_path)
   result = json.loads((tmp_path / f'{patient}_ct.json').read_text())
   expected = [float(line.split(',')[3]) for line in lines if line.startswith(patient)]
   np.testing.assert_allclose(result['slice_scores'], expected, atol=1e-3)
 
 
-def test_classification_writes_numbers_only(runs, raw_dir, tmp_path):
-  predict.predict(runs['cls'], raw_dir / 'volume-phantom-A-0002_ct.nii.gz', tmp_path)
+def test_classification_writes_numbers_only(predictors, raw_dir, tmp_path):
+  predict.predict(predictors['cls'], raw_dir / 'volume-phantom-A-0002_ct.nii.gz', tmp_path)
   (path,) = tmp_path.iterdir()
   result = json.loads(path.read_text())
   assert result['positive_slices'] == [i for i, s in enumerate(result['slice_scores']) if s >= result['threshold']]
@@ -101,16 +101,16 @@ def test_classification_writes_numbers_only(runs, raw_dir, tmp_path):
 def test_images_may_be_shared_between_devices(runs, predictions, tmp_path):
   """Two devices for each image: the same scores. Three cannot share 32 rows."""
   scans, out = predictions
-  predict.predict(runs['seg'], scans / 'LPS_ct.nii.gz', tmp_path, mesh=sharding.create_mesh(4, 2))
+  predict.predict(predictor.load(runs['seg'], sharding.create_mesh(4, 2)), scans / 'LPS_ct.nii.gz', tmp_path)
   shared, alone = (json.loads((folder / 'LPS_ct.json').read_text()) for folder in (tmp_path, out))
   np.testing.assert_allclose(shared['slice_scores'], alone['slice_scores'], atol=2e-4)
   three = sharding.create_mesh(1, 3, jax.devices()[:3])
   with pytest.raises(UserError, match=r'data.image_size: 32 does not divide over mesh.space=3; 30 or 33 does'):
-    predict.predict(runs['seg'], scans / 'LPS_ct.nii.gz', tmp_path / 'none', mesh=three)
+    predict.predict(predictor.load(runs['seg'], three), scans / 'LPS_ct.nii.gz', tmp_path / 'none')
   assert not (tmp_path / 'none').exists()
 
 
-def test_refused_scans_are_all_named_before_anything_is_written(runs, raw_dir, tmp_path):
+def test_refused_scans_are_all_named_before_anything_is_written(predictors, raw_dir, tmp_path):
   folder = tmp_path / 'in'
   folder.mkdir()
   good = ct.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
@@ -121,7 +121,7 @@ def test_refused_scans_are_all_named_before_anything_is_written(runs, raw_dir, t
   ):
     ct.write(folder / f'{name}.nii.gz', values.astype(np.int16), good)
   with pytest.raises(UserError) as caught:
-    predict.predict(runs['seg'], folder, tmp_path / 'out')
+    predict.predict(predictors['seg'], folder, tmp_path / 'out')
   lines = str(caught.value).splitlines()
   assert [line.split(': ')[0] for line in lines] == [str(folder / 'b.nii.gz'), str(folder / 'c.nii.gz')]
   assert all('HU' in line for line in lines)
@@ -138,14 +138,14 @@ def test_refused_scans_are_all_named_before_anything_is_written(runs, raw_dir, t
 )
 def test_missing_inputs(runs, tmp_path, source, workdir, reason):
   with pytest.raises(UserError, match=reason):
-    predict.predict(tmp_path / workdir if workdir else runs['seg'], tmp_path / source, tmp_path / 'out')
+    predict.predict(predictor.load(tmp_path / workdir if workdir else runs['seg']), tmp_path / source, tmp_path / 'out')
 
 
-def test_the_threshold_is_the_runs_own_unless_another_is_given(runs, raw_dir, tmp_path):
+def test_the_threshold_is_the_runs_own_unless_another_is_given(predictors, runs, raw_dir, tmp_path):
   scan = raw_dir / 'volume-phantom-A-0001_ct.nii.gz'
   own = json.loads((runs['seg'] / 'operating_point.json').read_text())
-  predict.predict(runs['seg'], scan, tmp_path / 'own')
-  predict.predict(runs['seg'], scan, tmp_path / 'given', probabilities=True, threshold=0.25)
+  predict.predict(predictors['seg'], scan, tmp_path / 'own')
+  predict.predict(predictor.load(runs['seg'], threshold=0.25), scan, tmp_path / 'given', probabilities=True)
   results = {k: json.loads((tmp_path / k / 'volume-phantom-A-0001_ct.json').read_text()) for k in ('own', 'given')}
   assert (results['own']['threshold'], results['own']['chosen_by']) == (own['threshold'], own['chosen_by'])
   assert (results['given']['threshold'], results['given']['chosen_by']) == (0.25, '--threshold')
@@ -155,7 +155,7 @@ def test_the_threshold_is_the_runs_own_unless_another_is_given(runs, raw_dir, tm
   )
   np.testing.assert_array_equal(mask, probability >= 0.25)
   with pytest.raises(UserError, match=r'--threshold: 50.0 is no probability; give one from 0 to 1'):
-    predict.predict(runs['seg'], scan, tmp_path / 'none', threshold=50.0)
+    predict.predict(predictor.load(runs['seg'], threshold=50.0), scan, tmp_path / 'none')
 
 
 def test_an_operating_point_of_another_checkpoint_is_not_used(runs, raw_dir, tmp_path, caplog):
@@ -163,14 +163,14 @@ def test_an_operating_point_of_another_checkpoint_is_not_used(runs, raw_dir, tmp
   shutil.copytree(runs['cls'], workdir)
   point = json.loads((workdir / 'operating_point.json').read_text())
   (workdir / 'operating_point.json').write_text(json.dumps(point | {'step': 1}))
-  predict.predict(workdir, raw_dir / 'volume-phantom-A-0001_ct.nii.gz', tmp_path / 'out')
+  predict.predict(predictor.load(workdir), raw_dir / 'volume-phantom-A-0001_ct.nii.gz', tmp_path / 'out')
   result = json.loads((tmp_path / 'out' / 'volume-phantom-A-0001_ct.json').read_text())
   assert result['threshold'] == 0.5
   assert 'no operating point for step' in caplog.text
 
 
 @pytest.fixture(scope='module')
-def of_dicom(runs, raw_dir, tmp_path_factory):
+def of_dicom(predictors, raw_dir, tmp_path_factory):
   """(folder of two series of DICOM, a localizer and a NIfTI file; what was predicted of it). All three are one scan."""
   source, out = tmp_path_factory.mktemp('dicom'), tmp_path_factory.mktemp('of_dicom')
   image = nib.load(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
@@ -181,7 +181,7 @@ def of_dicom(runs, raw_dir, tmp_path_factory):
   dicom_series.save(source / 'b', made[:1])
   shutil.copy(raw_dir / 'volume-phantom-A-0001_ct.nii.gz', source / 'b' / 'phantom.nii.gz')
   (source / 'notes.txt').write_text('no scan')
-  predict.predict(runs['seg'], source, out, probabilities=True)
+  predict.predict(predictors['seg'], source, out, probabilities=True)
   return source, out
 
 
@@ -206,31 +206,31 @@ def test_series_of_dicom_get_the_masks_of_the_same_scan_in_nifti(of_dicom):
     assert result == of_nifti
 
 
-def test_an_archive_is_predicted_as_its_folder(runs, of_dicom, tmp_path):
+def test_an_archive_is_predicted_as_its_folder(predictors, of_dicom, tmp_path):
   """Alone, and in a folder. Nothing of it stays behind."""
   source, out = of_dicom
   (tmp_path / 'in').mkdir()
   archive = shutil.make_archive(tmp_path / 'in' / 'some', 'zip', source)
   before = set(pathlib.Path(tempfile.gettempdir()).glob('fusa-jax-*'))
   for number, given in enumerate((pathlib.Path(archive), tmp_path / 'in')):
-    predict.predict(runs['seg'], given, tmp_path / str(number), probabilities=True)
+    predict.predict(predictors['seg'], given, tmp_path / str(number), probabilities=True)
     assert listed(tmp_path / str(number)) == listed(out)
     for path in out.iterdir():
       assert path.read_bytes() == (tmp_path / str(number) / path.name).read_bytes()
   assert set(pathlib.Path(tempfile.gettempdir()).glob('fusa-jax-*')) == before
 
 
-def test_nothing_written_or_printed_names_the_patient(runs, of_dicom, tmp_path, caplog, capfd):
+def test_nothing_written_or_printed_names_the_patient(predictors, of_dicom, tmp_path, caplog, capfd):
   """Names, numbers and dates of the headers, in whatever is written and said of scans and of refusals."""
   caplog.set_level(logging.DEBUG)
   source, _ = of_dicom
-  predict.predict(runs['seg'], source, tmp_path / 'out', probabilities=True)
+  predict.predict(predictors['seg'], source, tmp_path / 'out', probabilities=True)
   bad = tmp_path / 'bad'
   shutil.copytree(source, bad)
   for path in sorted((bad / 'a' / 'mixed').iterdir())[3::16]:
     path.unlink()
   with pytest.raises(UserError, match=r'1 slices are missing') as caught:
-    predict.predict(runs['seg'], bad, tmp_path / 'none')
+    predict.predict(predictors['seg'], bad, tmp_path / 'none')
   written = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
   unpacked = [gzip.decompress(content) for name, content in written.items() if name.endswith('.gz')]
   printed = capfd.readouterr()
@@ -260,10 +260,10 @@ def listed(folder):
   return sorted(path.name for path in folder.iterdir())
 
 
-def test_reading_computing_and_writing_overlap_in_order(runs, folder, tmp_path, monkeypatch, caplog):
+def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_path, monkeypatch, caplog):
   """The first mask is not written before the second scan is computed and the fourth read. Four scans live at a time."""
   caplog.set_level(logging.INFO)
-  run, read, write = predict.Predictor.probabilities, predict.read, ct.write
+  run, read, write = predictor.Predictor.probabilities, predict.read, ct.write
   begun, scans, alive, computed = collections.Counter(), [], [], threading.Event()
   fourth = threading.Event()
 
@@ -291,16 +291,16 @@ def test_reading_computing_and_writing_overlap_in_order(runs, folder, tmp_path, 
 
   computing_counts = [0]
   monkeypatch.setattr(predict, 'read', reading)
-  monkeypatch.setattr(predict.Predictor, 'probabilities', computing)
+  monkeypatch.setattr(predictor.Predictor, 'probabilities', computing)
   monkeypatch.setattr(ct, 'write', writing)
-  predict.predict(runs['seg'], folder, tmp_path / 'out')
+  predict.predict(predictors['seg'], folder, tmp_path / 'out')
   assert listed(tmp_path / 'out') == written(*'abcdefghij')
   assert [m.partition('.nii.gz: ')[0] for m in caplog.messages if '.nii.gz: ' in m] == list('abcdefghij')
   assert set(begun.values()) == {2} and len(scans) == 10
   assert 2 <= max(alive) <= 4
 
 
-def test_a_scan_that_is_damaged_meanwhile_ends_it_behind_those_before(runs, folder, tmp_path, monkeypatch):
+def test_a_scan_that_is_damaged_meanwhile_ends_it_behind_those_before(predictors, folder, tmp_path, monkeypatch):
   """The third, after the check: the first two are whole, and the error is the one that a check would give."""
   read, damaged = predict.read, folder / 'c.nii.gz'
   whole = damaged.read_bytes()
@@ -314,15 +314,15 @@ def test_a_scan_that_is_damaged_meanwhile_ends_it_behind_those_before(runs, fold
 
   monkeypatch.setattr(predict, 'read', reading)
   with pytest.raises(UserError, match=r'c.nii.gz: truncated or unreadable'):
-    predict.predict(runs['seg'], folder, tmp_path / 'out')
+    predict.predict(predictors['seg'], folder, tmp_path / 'out')
   assert listed(tmp_path / 'out') == written('a', 'b')
 
 
-def test_what_cannot_be_written_ends_it_behind_those_before(runs, folder, tmp_path):
+def test_what_cannot_be_written_ends_it_behind_those_before(predictors, folder, tmp_path):
   """Where the third mask should be, there is a folder: nothing of the fourth is begun, and nothing is half-written."""
   (tmp_path / 'out' / 'c_mask.nii.gz').mkdir(parents=True)
   with pytest.raises(UserError, match=r'c_mask.nii.gz: cannot be written \(Is a directory\); free space there'):
-    predict.predict(runs['seg'], folder, tmp_path / 'out')
+    predict.predict(predictors['seg'], folder, tmp_path / 'out')
   assert listed(tmp_path / 'out') == sorted([*written('a', 'b'), 'c_mask.nii.gz'])
 
 

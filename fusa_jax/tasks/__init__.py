@@ -48,13 +48,30 @@ class Task:
     )
     return logits, changed['batch_stats']
 
-  def logits(self, variables: dict, slices: jax.Array) -> jax.Array:
-    """Slices [B, H, W] -> logit of lesion, per slice [B] or per pixel [B, H, W]; float32, running statistics."""
-    return self.model.apply(variables, self.inputs(slices), train=False)[..., 0]
+  def logits(self, variables: dict, slices: jax.Array, flips: bool = False) -> jax.Array:
+    """Slices [B, H, W] -> logit of lesion, per slice [B] or per pixel [B, H, W]; float32, running statistics.
 
-  def probabilities(self, variables: dict, slices: jax.Array, temperature: float = 1.0) -> jax.Array:
+    With `flips`, that of the mean probability of the slices as they are and mirrored left and right, the one flip of
+    training's augmentation (test-time augmentation).
+    """
+    logits = lambda slices: self.model.apply(variables, self.inputs(slices), train=False)[..., 0]
+    if not flips:
+      return logits(slices)
+    plain, mirrored = jax.lax.map(logits, jnp.stack([slices, slices[..., ::-1]]))
+    return mean_logits(plain, mirrored[..., ::-1] if mirrored.ndim == 3 else mirrored)
+
+  def probabilities(
+    self, variables: dict, slices: jax.Array, temperature: float = 1.0, flips: bool = False
+  ) -> jax.Array:
     """Slices [B, H, W] -> probability of lesion, per slice [B] or per pixel [B, H, W]: sigmoid(logit / temperature)."""
-    return nn.sigmoid(self.logits(variables, slices) / temperature)
+    return nn.sigmoid(self.logits(variables, slices, flips) / temperature)
+
+
+def mean_logits(*logits: jax.Array) -> jax.Array:
+  """The logit of the mean of their probabilities; exact where these would round to 0 or 1."""
+  stacked = jnp.stack(logits)
+  lesion, none = (jax.nn.logsumexp(jax.nn.log_sigmoid(sign * stacked), axis=0) for sign in (1, -1))
+  return lesion - none
 
 
 def create(config: ml_collections.ConfigDict) -> Task:
