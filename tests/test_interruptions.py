@@ -200,8 +200,7 @@ def test_a_full_disk_ends_the_run_in_one_line(data_dir, tmp_path):
   wait_until(lambda: (log := tmp_path / 'run' / 'log.jsonl').exists() and last_step(log) >= 2, process)
   process.send_signal(signal.SIGTERM)  # it saves now
   assert process.wait(60) == 2
-  last = (tmp_path / 'log').read_text().splitlines()[-1]
-  assert last.startswith(
-    f'error: {tmp_path / "run" / "checkpoints"}: a checkpoint could not be saved (File too large);'
-  )
+  # TensorStore's threads may still be printing what nobody waits for any more.
+  line = f'error: {tmp_path / "run" / "checkpoints"}: a checkpoint could not be saved (File too large);'
+  assert line in (tmp_path / 'log').read_text().splitlines()[-1]
   assert saved(tmp_path / 'run') == []
