@@ -22,15 +22,17 @@ from fusa_jax.errors import UserError
 
 _INSTALL = 'pip install -r requirements-dicom.txt'
 _DIRECTORY = '1.2.840.10008.1.3.10'
+_CT = '1.2.840.10008.5.1.4.1.1.2'
 _SECONDARY_CAPTURE = '1.2.840.10008.5.1.4.1.1.7'
-# These have pixels, and are made from images.
-_DERIVED = ('SEG', 'RTDOSE')
 _HEADER = [
   'SpecificCharacterSet',
   'SOPClassUID',
+  'SOPInstanceUID',
   'ImageType',
   'Modality',
+  'StudyInstanceUID',
   'SeriesInstanceUID',
+  'FrameOfReferenceUID',
   'SeriesNumber',
   'SeriesDescription',
   'Rows',
@@ -171,7 +173,7 @@ def is_dicom(path: pathlib.Path) -> bool:
 
 
 def find(paths: Iterable[pathlib.Path]) -> list[Series]:
-  """The series that DICOM files hold, by number; says what is left out: localizers, dose sheets, what is no image.
+  """The CT series that DICOM files hold, by number; says what is left out: localizers, dose sheets, what is no CT.
 
   Raises:
     UserError: pydicom is not installed; files that are damaged, a line each.
@@ -184,18 +186,21 @@ def find(paths: Iterable[pathlib.Path]) -> list[Series]:
       collections.deque(header, 0)  # values are decoded when they are looked at: damaged ones, here
       if header.file_meta.get('MediaStorageSOPClassUID') == _DIRECTORY:
         continue  # the files that it names lie beside it
+      if header.file_meta.get('MediaStorageSOPClassUID') == _CT and 'Rows' not in header:
+        raise ValueError('cut before its image')
       left_out = _left_out(header)
       if left_out:
         skipped[left_out] += 1
       else:
         headers[str(header.get('SeriesInstanceUID', ''))].append(header)
     except Exception as error:  # pydicom lets errors of many types through
-      problems.append(f'--input: a DICOM file, {path.name}, is damaged ({_reason(error)}); copy it again')
+      problems.append(f'{path.name}: a damaged DICOM file ({_reason(error)}); copy it again')
   if problems:
     raise UserError('\n'.join(problems))
   for uid, of_series in list(headers.items()):
-    if of_series[0].get('Modality') == 'CT' and not any(map(_has_place, of_series)):
-      skipped['images without a position (dose sheets and the like)'] += len(headers.pop(uid))
+    no_volume = _no_volume(of_series)
+    if no_volume:
+      skipped[no_volume] += len(headers.pop(uid))
   if skipped:
     logging.info('skipped: %s', ', '.join(f'{count} {kind}' for kind, count in sorted(skipped.items())))
   series = [Series(uid, of_series) for uid, of_series in headers.items()]
@@ -249,13 +254,25 @@ def _has_decoder(syntax):
 
 def _left_out(header):
   """What an object is that is no slice of a scan, in words; None where it may be one."""
-  modality = header.get('Modality', '')
-  if 'Rows' not in header or modality in _DERIVED:
-    return f'{modality} objects'.strip()
+  modality = header.get('Modality') or ''
   if str(header.get('SOPClassUID', '')).startswith(_SECONDARY_CAPTURE):
     return 'secondary captures (dose sheets and the like)'
+  if 'Rows' not in header or modality not in ('CT', ''):
+    return f'{modality} objects'.strip()
   if 'LOCALIZER' in (header.get('ImageType') or ()):
     return 'localizers'
+  return None
+
+
+def _no_volume(headers):
+  """What the images of one series are that lie nowhere or all at one place, in words; None where they may be a scan."""
+  if any(_frames(header) > 1 for header in headers):
+    return None
+  if not any(header.get('ImagePositionPatient') for header in headers):
+    return 'images without a position (dose sheets and the like)'
+  places = [_numbers(header, 'ImagePositionPatient', 3) for header in headers]
+  if all(place is not None for place in places) and np.ptp(places, axis=0).max() < _ROUNDING:
+    return 'images at one place (the start of a contrast bolus and the like)'
   return None
 
 
@@ -266,10 +283,6 @@ def _size(header):
 
 def _frames(header):
   return int(header.get('NumberOfFrames') or 1)
-
-
-def _has_place(header):
-  return bool(header.get('ImagePositionPatient')) or _frames(header) > 1
 
 
 def _directions(header):
@@ -300,7 +313,7 @@ def _pydicom():
     import pydicom
     import pydicom.pixels
   except ImportError:
-    raise UserError(f'--input: holds DICOM, and pydicom is not installed; {_INSTALL}') from None
+    raise UserError(f'DICOM: pydicom, which reads it, is not installed; {_INSTALL}') from None
   # Its warnings quote the values that they are about, as of a name that is too long.
   pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
   return pydicom

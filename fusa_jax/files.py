@@ -72,6 +72,38 @@ def unpack(archive: pathlib.Path, folder: pathlib.Path) -> None:
     raise UserError(f'{archive}: cannot be unpacked ({type(error).__name__}); pack or copy it again') from None
 
 
+def within(source: pathlib.Path, unpacked: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A file itself, or the files of a folder or .zip, at any depth, sorted; those of archives in a folder, too.
+
+  Args:
+    source: a file or a folder; what begins with a dot in it is left out.
+    unpacked: a folder for what archives hold.
+
+  Raises:
+    UserError: as `unpack`.
+  """
+  if source.is_file():
+    if source.suffix.lower() == '.zip':
+      inside = unpacked / str(len(list(unpacked.iterdir())))
+      inside.mkdir()
+      unpack(source, inside)
+      yield from in_folder(inside)
+    else:
+      yield source
+    return
+  for path in in_folder(source):
+    if path.suffix.lower() == '.zip':
+      yield from within(path, unpacked)
+    else:
+      yield path
+
+
+def in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files of a folder at any depth, sorted, without those that begin with a dot or lie in such a folder."""
+  visible = lambda path: not any(part.startswith('.') for part in path.relative_to(folder).parts)
+  return sorted(path for path in folder.rglob('*') if visible(path) and path.is_file())
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Anything that JSON can hold, for programs and for eyes.
 

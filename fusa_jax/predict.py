@@ -16,7 +16,7 @@ import tqdm
 
 from fusa_jax import ct, dicom, pictures, sharding
 from fusa_jax.errors import UserError
-from fusa_jax.files import unpack, write_json
+from fusa_jax.files import within, write_json
 from fusa_jax.predictor import Predictor, read
 
 # Pictures that are read and predicted before the first of them is written.
@@ -169,7 +169,7 @@ def find_images(source: pathlib.Path, kind: str, unpacked: pathlib.Path) -> list
       f'--input: {source} does not exist; give a scan (.nii, .nii.gz; of grey values also .png, .jpg), or a folder or '
       '.zip of scans or DICOM series'
     )
-  files = list(_files(source, unpacked))
+  files = list(within(source, unpacked))
   known_by_name = lambda path: ct.is_nifti(path) or pictures.is_picture(path)
   of_dicom = [path for path in files if not known_by_name(path) and dicom.is_dicom(path)]
   paths = [
@@ -194,29 +194,6 @@ def find_images(source: pathlib.Path, kind: str, unpacked: pathlib.Path) -> list
     if known.setdefault(_stem(path), path) != path:
       raise UserError(f'--input: {path} and {known[_stem(path)].name} would be written under one name; rename one')
   return paths
-
-
-def _files(source, unpacked):
-  """The files of a folder or archive, at any depth, sorted; those of archives in a folder, too."""
-  if source.is_file():
-    if source.suffix.lower() == '.zip':
-      inside = unpacked / str(len(list(unpacked.iterdir())))
-      inside.mkdir()
-      unpack(source, inside)
-      yield from _in_folder(inside)
-    else:
-      yield source
-    return
-  for path in _in_folder(source):
-    if path.suffix.lower() == '.zip':
-      yield from _files(path, unpacked)
-    else:
-      yield path
-
-
-def _in_folder(folder):
-  visible = lambda path: not any(part.startswith('.') for part in path.relative_to(folder).parts)
-  return sorted(path for path in folder.rglob('*') if visible(path) and path.is_file())
 
 
 def _one_line(result):

@@ -188,10 +188,9 @@ REFUSALS = {
   'no spacing': (all_changed(PixelSpacing=None), r'5 of 5 slices lack position, orientation, spacing or size'),
   'a slice without position': (one_changed(ImagePositionPatient=None), r'1 of 5 slices lack position'),
   'no volume': (all_changed(PixelSpacing=[0, 0]), r'its affine maps no volume'),
-  'MR': (all_changed(Modality='MR'), r'its modality is MR, not CT; take it out of the input'),
+  'no modality': (all_changed(Modality=''), r'its modality is not given, not CT; take it out of the input'),
   'colour': (in_colour, r'images in colour'),
   'multi-frame': (frames, r'several frames in one file \(enhanced CT\); export it with a file for each slice'),
-  'one slice': (lambda made: made[:1], r'1 axial slice; a scan has at least 2'),
   'cut': (cut, r'a slice cannot be decoded \(.*\); copy it again from its source'),
   'no HU': (all_changed(RescaleIntercept='0'), r'raw scanner values, not HU'),
 }
@@ -221,7 +220,8 @@ def test_positions_that_were_rounded_are_even(tmp_path):
 
 
 def test_what_is_no_scan_is_skipped_and_said(tmp_path, caplog):
-  """A localizer, a dose sheet with and without a class of its own, a report, a segmentation, and a DICOMDIR."""
+  """A localizer, dose sheets with and without a class of their own, a report, a segmentation, MR, waiting for contrast,
+  and a DICOMDIR."""
   caplog.set_level(logging.INFO)
   make = lambda number, **elements: dicom_series.slices(chest(), affine_of('LPS'), number, **elements)
   dicom_series.save(tmp_path / 'in' / '3', make(3))
@@ -229,6 +229,9 @@ def test_what_is_no_scan_is_skipped_and_said(tmp_path, caplog):
   dicom_series.save(tmp_path / 'in' / '9', make(9, SOPClassUID=uid.SecondaryCaptureImageStorage)[:1])
   dicom_series.save(tmp_path / 'in' / '8', make(8, ImagePositionPatient=None)[:1])
   dicom_series.save(tmp_path / 'in' / '7', make(7, Modality='SEG', SOPClassUID=uid.SegmentationStorage)[:1])
+  dicom_series.save(tmp_path / 'in' / '5', make(5, Modality='MR', SOPClassUID=uid.MRImageStorage))
+  dicom_series.save(tmp_path / 'in' / '4', make(4, ImagePositionPatient=[0, 0, 310]))
+  dicom_series.save(tmp_path / 'in' / '2', make(2)[:1])
   (report,) = make(6, Modality='SR', SOPClassUID=uid.XRayRadiationDoseSRStorage)[:1]
   for key in ('PixelData', 'Rows', 'Columns'):
     delattr(report, key)
@@ -240,8 +243,9 @@ def test_what_is_no_scan_is_skipped_and_said(tmp_path, caplog):
   (series,) = find(tmp_path / 'in')
   assert series.number == 3
   assert caplog.messages == [
-    'skipped: 1 SEG objects, 1 SR objects, 1 images without a position (dose sheets and the like), 2 localizers, '
-    '1 secondary captures (dose sheets and the like)'
+    'skipped: 5 MR objects, 1 SEG objects, 1 SR objects, 6 images at one place (the start of a contrast bolus and the '
+    'like), 1 images without a position (dose sheets and the like), 2 localizers, 1 secondary captures (dose '
+    'sheets and the like)'
   ]
 
 
@@ -274,7 +278,7 @@ def test_without_pydicom_the_line_says_what_to_install(tmp_path, monkeypatch):
 
   dicom._pydicom.cache_clear()
   monkeypatch.setattr(builtins, '__import__', without)
-  with pytest.raises(UserError, match=r'^--input: holds DICOM, .* pip install -r requirements-dicom.txt$'):
+  with pytest.raises(UserError, match=r'^DICOM: pydicom, .* pip install -r requirements-dicom.txt$'):
     find(folder)
 
 
@@ -307,7 +311,7 @@ def test_damaged_files_are_refused_or_read_and_nothing_else(tmp_path):
       message = 'read'
     except UserError as error:
       message = str(error)
-    assert message.startswith(('read', 'series', '--input: a DICOM file, IM000002, ')) and '\n' not in message
+    assert message.startswith(('read', 'series', 'IM000002: a damaged DICOM file ')) and '\n' not in message
     assert 'arker' not in message
     outcomes.add(message == 'read')
   assert outcomes == {True, False}
