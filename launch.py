@@ -58,6 +58,7 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
   'heartbeat_timeout', 100, 'several hosts: seconds of silence after which a process counts as dead and all others end'
 )
 _PROBABILITIES = flags.DEFINE_bool('probabilities', False, 'predict: write probability volumes too')
+_DICOM = flags.DEFINE_bool('dicom', False, 'predict: write the masks of DICOM series as DICOM SEG too')
 
 
 def main(_):
@@ -145,7 +146,7 @@ def predict() -> None:
     lungs=_LUNGS.value,
     smallest_ml=_SMALLEST_ML.value,
   )
-  predict.predict(run, source, output, _PROBABILITIES.value)
+  predict.predict(run, source, output, _PROBABILITIES.value, _DICOM.value)
 
 
 def prepare() -> None:

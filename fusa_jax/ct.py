@@ -206,9 +206,7 @@ def write(path: pathlib.Path, volume: np.ndarray, scan: Scan) -> None:
   The dtype on disk is that of `volume`. Nothing else of the scan's header is copied: its text fields and extensions
   may name the patient.
   """
-  original = orientations.io_orientation(scan.header.get_best_affine())
-  back = orientations.ornt_transform(_CANONICAL, original)
-  data = orientations.apply_orientation(volume.transpose(2, 1, 0), back)
+  data = to_own_axes(volume, scan)
   header = type(scan.header)()
   header.set_data_shape(scan.header.get_data_shape())
   header.set_data_dtype(volume.dtype)
@@ -223,6 +221,18 @@ def write(path: pathlib.Path, volume: np.ndarray, scan: Scan) -> None:
     stream = igzip.IGzipFile('', 'wb', fileobj=file, mtime=0) if path.suffix == '.gz' else file
     with stream:
       image.to_stream(stream)
+
+
+def to_own_axes(volume: np.ndarray, scan: Scan) -> np.ndarray:
+  """A volume on canonical axes [S, H, W] on those that the scan was read on, [x, y, z]."""
+  back = orientations.ornt_transform(_CANONICAL, orientations.io_orientation(scan.header.get_best_affine()))
+  return orientations.apply_orientation(volume.transpose(2, 1, 0), back)
+
+
+def to_canonical_axes(volume: np.ndarray, scan: Scan) -> np.ndarray:
+  """The way back from `to_own_axes`."""
+  there = orientations.ornt_transform(orientations.io_orientation(scan.header.get_best_affine()), _CANONICAL)
+  return orientations.apply_orientation(volume, there).transpose(2, 1, 0)
 
 
 def network_slices(slices: Sequence[np.ndarray], size: int) -> np.ndarray:

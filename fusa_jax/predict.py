@@ -14,7 +14,7 @@ from concurrent import futures
 import numpy as np
 import tqdm
 
-from fusa_jax import ct, dicom, pictures, sharding
+from fusa_jax import ct, dicom, dicom_seg, pictures, sharding
 from fusa_jax.errors import UserError
 from fusa_jax.files import within, write_json
 from fusa_jax.predictor import Predictor, read
@@ -27,14 +27,17 @@ _READERS = min(os.cpu_count() or 1, 4)
 _AHEAD = 2
 
 
-def predict(run: Predictor, source: pathlib.Path, output: pathlib.Path, probabilities: bool = False) -> None:
+def predict(
+  run: Predictor, source: pathlib.Path, output: pathlib.Path, probabilities: bool = False, as_dicom: bool = False
+) -> None:
   """Marks the lesions of one scan or picture of a slice, or of all in a folder or archive.
 
   For `NAME.nii.gz` a segmentation model writes `NAME_mask.nii.gz` (uint8, on the scan's grid, with its affines and
   their codes) and, on request, `NAME_probability.nii.gz` (float32). Every model writes `NAME.json`: positive slices and
   their scores, and the lesion's volume where there is a mask. For a picture, NAME.png or NAME.jpg, which only a model
   of grey values reads, the mask is a PNG of 0 and 255, in the picture's size, and the probability one of 0 to 255. The
-  results of a DICOM series are those of a scan, on the series' grid, under `dicom.Series.name`, which names no patient.
+  results of a DICOM series are those of a scan, on the series' grid, under `dicom.Series.name`, which names no patient;
+  on request its mask is also written as a DICOM SEG, `NAME_mask.dcm`, which is the patient's and names them.
 
   Args:
     run: what predicts.
@@ -42,16 +45,29 @@ def predict(run: Predictor, source: pathlib.Path, output: pathlib.Path, probabil
       mixture (`*_seg`, `*_mask`, `*_probability`, and what begins with a dot, are left out).
     output: a folder; made where it is missing.
     probabilities: write them too.
+    as_dicom: write masks as DICOM SEG, too.
 
   Raises:
     UserError: no scans, or scans that are refused, as of the other kind of values (all of them named before the first
-      one is predicted).
+      one is predicted); DICOM SEG is wanted of a model without masks, or of anything but DICOM series.
   """
   with tempfile.TemporaryDirectory(prefix='fusa-jax-') as unpacked:
-    _predict(run, find_images(source, run.model.values, pathlib.Path(unpacked)), output, probabilities)
+    paths = find_images(source, run.model.values, pathlib.Path(unpacked))
+    if as_dicom:
+      _check_for_dicom(run, paths)
+    _predict(run, paths, output, probabilities, as_dicom)
 
 
-def _predict(run, paths, output, probabilities):
+def _check_for_dicom(run, paths):
+  if run.model.task != 'segmentation':
+    raise UserError('--dicom: is about masks, and this model gives none; leave it out')
+  others = [path.name for path in paths if not isinstance(path, dicom.Series)]
+  if others:
+    raise UserError(f'--dicom: {others[0]} is no DICOM series; give such alone, or leave it out')
+  dicom_seg.check(paths)
+
+
+def _predict(run, paths, output, probabilities, as_dicom):
   kind = run.model.values
   if len(paths) > 1:
     _check(paths, kind)
@@ -69,7 +85,7 @@ def _predict(run, paths, output, probabilities):
     of_each = found if _is_picture(part[0]) else [found]
     if sharding.is_main():
       for path, image, probability in zip(part, images, of_each, strict=True):
-        _write(output, path, image, run.result(image, probability), probabilities)
+        _write(output, path, image, run.result(image, probability), probabilities, as_dicom)
     return len(part)
 
   # A write that has begun is waited for, whatever happens: nothing is half-written.
@@ -126,7 +142,7 @@ def _overlapping(pool, function, items, at_once):
     yield begun.popleft().result()
 
 
-def _write(output, path, image, found, probabilities):
+def _write(output, path, image, found, probabilities, as_dicom):
   """Of a scan or a picture: its mask, its probabilities on request, and its numbers last."""
   name, drawn = _stem(path), _is_picture(path)
   volumes = {'mask': found.mask, 'probability': found.probability if probabilities else None}
@@ -137,6 +153,9 @@ def _write(output, path, image, found, probabilities):
       pictures.write(output / f'{name}_{kind}.png', np.rint(values * 255).astype(np.uint8))
     else:
       ct.write(output / f'{name}_{kind}.nii.gz', values, image)
+  if as_dicom:
+    about = {key: found.numbers[key] for key in ('model', 'step', 'threshold')}
+    dicom_seg.write(output / f'{name}_mask.dcm', found.mask, image, about)
   numbers = {'picture' if drawn else 'scan': path.name, **found.numbers}
   write_json(output / f'{name}.json', numbers)
   logging.info('%s: %s', path if isinstance(path, dicom.Series) else path.name, _one_line(numbers))

@@ -43,12 +43,12 @@ def slices(hu, affine, number=3, slope=1.0, intercept=-8192.0, **elements) -> li
   """
   affine = np.diag([-1, -1, 1, 1]) @ affine
   spacing = np.linalg.norm(affine[:3, :2], axis=0)
-  series, study = uid.generate_uid(entropy_srcs=[str(number), 'series']), uid.generate_uid(entropy_srcs=['study'])
+  series, study, frame = (uid.generate_uid(entropy_srcs=[str(number), what]) for what in ('series', 'study', 'frame'))
   made = []
   for index in range(hu.shape[2]):
     one = pydicom.Dataset()
     one.SOPClassUID, one.SOPInstanceUID = uid.CTImageStorage, uid.generate_uid()
-    one.StudyInstanceUID, one.SeriesInstanceUID, one.FrameOfReferenceUID = study, series, study
+    one.StudyInstanceUID, one.SeriesInstanceUID, one.FrameOfReferenceUID = study, series, frame
     one.Modality, one.ImageType, one.SeriesNumber, one.InstanceNumber = (
       'CT',
       ['ORIGINAL', 'PRIMARY', 'AXIAL'],

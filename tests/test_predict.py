@@ -17,6 +17,7 @@ import hosts
 import jax
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from conftest import SLICES
 from nibabel import orientations
@@ -220,27 +221,55 @@ def test_an_archive_is_predicted_as_its_folder(predictors, of_dicom, tmp_path):
   assert set(pathlib.Path(tempfile.gettempdir()).glob('fusa-jax-*')) == before
 
 
-def test_nothing_written_or_printed_names_the_patient(predictors, of_dicom, tmp_path, caplog, capfd):
+@pytest.fixture(scope='module')
+def dicom_only(of_dicom, tmp_path_factory):
+  """The same folder without the NIfTI file."""
+  folder = tmp_path_factory.mktemp('dicom_only') / 'in'
+  shutil.copytree(of_dicom[0], folder, ignore=shutil.ignore_patterns('*.nii.gz'))
+  return folder
+
+
+def test_dicom_seg_beside_the_mask_and_nothing_else_names_the_patient(
+  predictors, dicom_only, of_dicom, tmp_path, caplog, capfd
+):
   """Names, numbers and dates of the headers, in whatever is written and said of scans and of refusals."""
   caplog.set_level(logging.DEBUG)
-  source, _ = of_dicom
-  predict.predict(predictors['seg'], source, tmp_path / 'out', probabilities=True)
+  predict.predict(predictors['seg'], dicom_only, tmp_path / 'out', probabilities=True, as_dicom=True)
   bad = tmp_path / 'bad'
-  shutil.copytree(source, bad)
+  shutil.copytree(dicom_only, bad)
   for path in sorted((bad / 'a' / 'mixed').iterdir())[3::16]:
     path.unlink()
   with pytest.raises(UserError, match=r'1 slices are missing') as caught:
-    predict.predict(predictors['seg'], bad, tmp_path / 'none')
+    predict.predict(predictors['seg'], bad, tmp_path / 'none', as_dicom=True)
   written = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+  names = ' '.join(written)
+  segs = [written.pop(name) for name in list(written) if name.endswith('.dcm')]
   unpacked = [gzip.decompress(content) for name, content in written.items() if name.endswith('.gz')]
   printed = capfd.readouterr()
-  texts = [caplog.text, str(caught.value), printed.out, printed.err, ' '.join(written)]
+  texts = [caplog.text, str(caught.value), printed.out, printed.err, names]
   everything = b'\n'.join([*written.values(), *unpacked, *(text.encode() for text in texts)]).lower()
   assert b'series3_' in everything and b'chest 5.0' in everything and b'skipped: 1 localizers' in everything
   for value in dicom_series.PERSONAL.values():
     for part in value.lower().split('^'):
       assert part.encode() not in everything
-  assert any(b'Markername' in path.read_bytes() for path in (source / 'a' / 'mixed').iterdir())
+  assert len(segs) == 2 and all(b'Markername' in seg and b'MARKERID-4711' in seg for seg in segs)
+  for path in (tmp_path / 'out').glob('*_mask.dcm'):
+    seg, nifti = pydicom.dcmread(path), path.with_suffix('.nii.gz')
+    assert nifti.read_bytes() == (of_dicom[1] / nifti.name).read_bytes()
+    assert seg.pixel_array.sum() == nib.load(nifti).get_fdata().sum() > 0
+    result = json.loads(path.with_name(path.name.replace('_mask.dcm', '.json')).read_text())
+    parameters = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters
+    assert all(f'{key}={result[key]}' in parameters for key in ('model', 'step', 'threshold'))
+
+
+def test_dicom_seg_of_what_has_none_is_refused_before_anything_is_predicted(predictors, of_dicom, dicom_only, tmp_path):
+  for run, source, reason in (
+    ('seg', of_dicom[0], r'^--dicom: phantom.nii.gz is no DICOM series; give such alone, or leave it out$'),
+    ('cls', dicom_only, r'^--dicom: is about masks, and this model gives none; leave it out$'),
+  ):
+    with pytest.raises(UserError, match=reason):
+      predict.predict(predictors[run], source, tmp_path / 'out', as_dicom=True)
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.fixture
