@@ -10,6 +10,7 @@ from data.cohorts import (
   Wanted,
   covid19_20,
   decathlon,
+  dicom_pairs,
   medseg,
   mosmed,
   nnunet,
@@ -21,8 +22,7 @@ from data.cohorts import (
 from fusa_jax import ct
 from fusa_jax.errors import UserError
 
-# In the order in which a folder is tried: what is more particular first. COVID-CT-MD comes as DICOM, which only
-# prediction reads yet; when this does, its file finds the series and gives their slices' labels.
+# In the order in which a folder is tried: what is more particular first.
 COHORTS = {
   'covid19_20': covid19_20,
   'zenodo_20': zenodo_20,
@@ -30,6 +30,7 @@ COHORTS = {
   'medseg': medseg,
   'decathlon': decathlon,
   'nnunet': nnunet,
+  'dicom_pairs': dicom_pairs,
   'pairs': pairs,
   'slices': slices,
 }
@@ -65,9 +66,9 @@ def find(raw_dir: str | pathlib.Path, wanted: Wanted = AS_RELEASED) -> tuple[str
         cases = [case._replace(lesion_labels=tuple(wanted.lesion_labels)) for case in cases]
       return name, sorted(cases, key=lambda case: case.patient)
   raise UserError(
-    f'{folder}: no scans with masks in a naming that is known (X_ct.nii.gz beside X_seg.nii.gz, X.nii.gz beside '
-    'X_mask.nii.gz, imagesTr and labelsTr, dataset.json, pictures in images and masks or in a folder a class, ...: '
-    'docs/data.md); give that folder, or rename the files'
+    f'{folder}: no scans with masks in a naming that is known (X_ct.nii.gz beside X_seg.nii.gz, X.nii.gz or a folder X '
+    'of DICOM beside X_mask.nii.gz, imagesTr and labelsTr, dataset.json, pictures in images and masks or in a folder a '
+    'class, ...: docs/data.md); give that folder, or rename the files'
   )
 
 

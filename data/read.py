@@ -1,13 +1,17 @@
 """A case's files -> its slices: scans and pictures alike from here on."""
 
 import functools
+import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from data.cohorts import Case
-from fusa_jax import ct, pictures
+from fusa_jax import ct, dicom, dicom_seg, pictures
+from fusa_jax.errors import UserError
+from fusa_jax.files import within
 
 
 class Slices(NamedTuple):
@@ -32,12 +36,44 @@ def volume(case: Case) -> tuple[ct.Scan, np.ndarray]:
   """A case's scan, and its mask: uint8 {0, 1}, on the scan's axes.
 
   Raises:
-    UserError: as `ct.read` and `ct.read_mask`.
+    UserError: as `ct.read` and `ct.read_mask`; of DICOM as `dicom.read` and `dicom_seg.read`, also where there is not
+      one series, or no mask.
   """
+  if case.ct.is_dir() or case.ct.suffix.lower() == '.zip':
+    return _volume_of_dicom(case)
   scan = ct.read(case.ct, case.values or 'hu', case.windowed)
   if case.mask is None:
     return scan, np.zeros(scan.values.shape, np.uint8)
   return scan, ct.read_mask(case.mask, scan, case.lesion_labels)
+
+
+def _volume_of_dicom(case):
+  with tempfile.TemporaryDirectory(prefix='fusa-jax-') as unpacked:
+    paths = [path for path in within(case.ct, pathlib.Path(unpacked)) if dicom.is_dicom(path)]
+    try:
+      series = dicom.find(paths)
+      drawn = _segmentation(paths) if case.mask == case.ct else None
+      if drawn:
+        series = [one for one in series if one.uid == dicom_seg.series_uid(drawn)]
+      if len(series) != 1:
+        found = ', '.join(map(str, series)) or 'none'
+        asked = f'CT series that {drawn.name} refers to' if drawn else 'CT series, the one that the mask was drawn on'
+        raise UserError(f'there must be one {asked}, and there is {found}; add it, or take the others out')
+      scan = dicom.read(series[0], case.values or 'hu')
+      if drawn:
+        return scan, dicom_seg.read(drawn, scan, case.lesion_labels)
+    except UserError as error:  # which does not say in which folder
+      raise UserError('\n'.join(f'{case.ct}: {line}' for line in str(error).splitlines())) from None
+  return scan, ct.read_mask(case.mask, scan, case.lesion_labels)
+
+
+def _segmentation(paths):
+  found = dicom_seg.find(paths)
+  if len(found) == 1:
+    return found[0]
+  if found:
+    raise UserError(f'{len(found)} DICOM SEGs ({", ".join(path.name for path in found)}); take all but one out')
+  raise UserError('its mask is missing; add NAME_seg.nii.gz beside it or a DICOM SEG in it, or take it out')
 
 
 def slices(case: Case) -> Slices:

@@ -3,6 +3,7 @@ patients dealt into folds."""
 
 import dataclasses
 import hashlib
+import json
 import logging
 import pathlib
 from collections import defaultdict
@@ -17,6 +18,7 @@ from data.cohorts import Case
 from data.workers import pool, silent
 from fusa_jax import ct
 from fusa_jax.errors import UserError
+from fusa_jax.files import in_folder
 
 NUM_FOLDS = 5
 
@@ -176,4 +178,13 @@ def fingerprint(cases: Sequence[Case]) -> list[list]:
   what is said of them elsewhere than in images and masks."""
   paths = dict.fromkeys(path for case in cases for path in case.files)
   said = [[case.patient, case.owner, len(case.files), list(case.labels or ()), case.slice] for case in cases]
-  return said + [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+  return said + [_state(path) for path in paths]
+
+
+def _state(path):
+  """Of a file its name, size and time of change; of a folder of DICOM, how many files it has and a hash of theirs."""
+  if not path.is_dir():
+    return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+  inside = in_folder(path)
+  states = [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in inside]
+  return [path.name, len(inside), hashlib.sha256(json.dumps(states).encode()).hexdigest()]

@@ -4,12 +4,13 @@ import json
 import pathlib
 import shutil
 
+import dicom_series
 import nibabel as nib
 import numpy as np
 from conftest import SIZE
 from PIL import Image
 
-from fusa_jax import ct
+from fusa_jax import ct, dicom, dicom_seg
 
 
 def files(raw_dir):
@@ -57,6 +58,25 @@ def decathlon(raw_dir, out):
 def pairs(raw_dir, out):
   for number, (scan, mask) in enumerate(files(raw_dir)):
     copy(scan, out / f'patient{number}.nii.gz'), copy(mask, out / f'patient{number}_mask.nii.gz')
+
+
+def dicom_pairs(raw_dir, out):
+  """Folders named by patient, one as an archive; masks beside them as NIfTI, or in them as DICOM SEG."""
+  for number, (scan, mask) in enumerate(files(raw_dir)):
+    name, image = ct.stem(scan).removesuffix('_ct'), nib.load(scan)
+    made = dicom_series.slices(np.asarray(image.dataobj), image.affine, number)
+    syntax = ('uncompressed', 'jpeg lossless', 'jpeg 2000', 'uncompressed', 'uncompressed')[number % 5]
+    folder = dicom_series.save(out / name / 'study' / 'series', made, syntax)
+    if number % 5 == 4:  # those of which some have no lesion
+      (series,) = dicom.find(folder.iterdir())
+      of_series = dicom.read(series)
+      about = {'model': 'none', 'step': 0, 'threshold': 0.5}
+      dicom_seg.write(out / name / 'SEG', ct.read_mask(mask, of_series), of_series, about)
+    else:
+      copy(mask, out / f'{name}_{"seg" if number % 2 else "mask"}.nii.gz')
+    if number == 3:
+      shutil.make_archive(out / name, 'zip', out / name)
+      shutil.rmtree(out / name)
 
 
 # As released: case, study and series. 10 and 29 have two scans each.
@@ -136,7 +156,9 @@ def classes(raw_dir, out):
     Image.fromarray(grey).resize(size).convert('RGBA').save(folder / f'{len(list(folder.iterdir()))}.png')
 
 
-LAYOUTS = {f.__name__: f for f in (covid19_20, nnunet, decathlon, pairs, zenodo_20, mosmed, medseg, slices)}
+LAYOUTS = {
+  f.__name__: f for f in (covid19_20, nnunet, decathlon, dicom_pairs, pairs, zenodo_20, mosmed, medseg, slices)
+}
 
 
 def write_all(raw_dir, tmp_path_factory) -> dict[str, pathlib.Path]:

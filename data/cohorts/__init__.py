@@ -16,10 +16,11 @@ class Case(NamedTuple):
 
   Attributes:
     patient: a name, of this case alone.
-    ct: the scan; or the pictures, in the order in which slices are counted.
-    mask: on the grid of the scan, or one for each picture; None where there is none: the release says that there is no
-      lesion or, with `labels`, only on which slices.
-    lesion_labels: values of the mask that are lesion; () where it holds 0 and 1 (pictures: 0 and 255) only.
+    ct: the scan, a file, or a folder or .zip of DICOM; or the pictures, in the order in which slices are counted.
+    mask: on the grid of the scan, or one for each picture; `ct` itself where that holds a DICOM SEG, too; None where
+      there is none: the release says that there is no lesion or, with `labels`, only on which slices.
+    lesion_labels: values of the mask, or segments, that are lesion; () where it holds 0 and 1 (pictures: 0 and 255), or
+      one segment, only.
     values: 'hu' or 'grey', where the release says which; None: what the user says (`Wanted`) is tried.
     named: False where nobody knows whose slice it is, and `patient` is only the slice's name.
     labels: of each picture, 1 with lesion or 0 without; None where masks say so.

@@ -1,0 +1,62 @@
+"""A folder or .zip of DICOM for each patient, `X/` with a CT series at any depth, and its mask.
+
+The mask is `X_seg.nii.gz` or `X_mask.nii.gz` beside it, or a DICOM SEG in it that refers to the series, as a viewer or
+`--mode=predict --dicom` has saved it.
+"""
+
+import pathlib
+
+from data.cohorts import Case, by_name, refuse_lonely
+from fusa_jax import ct, dicom, files, pictures
+from fusa_jax.errors import UserError
+
+
+def recognises(folder: pathlib.Path) -> bool:
+  patients = _patients(folder)
+  # One folder may be all that an archive held: then its own patients are looked at.
+  alone = sum(not path.name.startswith('.') for path in folder.iterdir()) == 1
+  beside_mask = patients.keys() & {name for masks in _masks(folder) for name in masks}
+  return bool(beside_mask) or (not alone and any(path.is_dir() for path in patients.values()))
+
+
+def find(folder: pathlib.Path) -> list[Case]:
+  """A case for each folder that holds DICOM, and for each archive; what is in them is seen when they are read.
+
+  Raises:
+    UserError: masks without their folder, or two of one name, a line each.
+  """
+  patients, (of_seg, of_mask) = _patients(folder), _masks(folder)
+  twice = sorted(of_seg.keys() & of_mask.keys())
+  if twice:
+    raise UserError(
+      '\n'.join(f'{of_mask[name]}: beside {of_seg[name].name}; take one of the two out' for name in twice)
+    )
+  masks = of_seg | of_mask
+  refuse_lonely(masks, patients, lambda name: f'its folder of DICOM, {name}, is missing; add it, or take the mask out')
+  return [Case(name, path, masks.get(name, path), values='hu') for name, path in sorted(patients.items())]
+
+
+def _patients(folder):
+  """By name, what may hold a series: folders in which there is DICOM, and archives.
+
+  Raises:
+    UserError: a folder and an archive of one name.
+  """
+  found = {}
+  for path in sorted(folder.iterdir()):
+    is_archive = path.is_file() and path.suffix.lower() == '.zip'
+    if not path.name.startswith('.') and (is_archive or (path.is_dir() and _holds_dicom(path))):
+      name = path.stem if is_archive else path.name
+      if name in found:
+        raise UserError(f'{path}: beside {found[name].name}; take one of the two out')
+      found[name] = path
+  return found
+
+
+def _masks(folder):
+  return [by_name(folder, ending) for ending in ('_seg', '_mask')]
+
+
+def _holds_dicom(folder):
+  known_by_name = lambda path: ct.is_nifti(path) or pictures.is_picture(path)
+  return any(not known_by_name(path) and dicom.is_dicom(path) for path in files.in_folder(folder))
