@@ -65,10 +65,12 @@ def _off_the_edge(air):
 
 def _closed(lungs, spacing):
   """Closed with a ball, widened by the margin, and without holes in any slice."""
-  # Beyond its ends the scan goes on as it ends: a ball does not bite into the first and the last slice.
-  pad = int(np.ceil((_CLOSED + _MARGIN) / spacing[0]))
-  padded = np.pad(lungs, ((pad, pad), (0, 0), (0, 0)), mode='edge')
+  # Beyond its ends the scan goes on as it ends: a ball does not bite into the first and the last slice. Beyond the
+  # edges of slices there is room for it.
+  ends, rows, columns = (int(np.ceil((_CLOSED + _MARGIN) / mm)) for mm in spacing)
+  padded = np.pad(lungs, ((ends, ends), (0, 0), (0, 0)), mode='edge')
+  padded = np.pad(padded, ((0, 0), (rows, rows), (columns, columns)))
   wide = ndimage.distance_transform_edt(~padded, spacing) <= _CLOSED + _MARGIN
   wide = np.stack([ndimage.binary_fill_holes(one) for one in wide])
   closed = ndimage.distance_transform_edt(wide, spacing) > _CLOSED
-  return closed[pad:-pad]
+  return closed[ends:-ends, rows:-rows, columns:-columns]

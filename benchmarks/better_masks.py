@@ -1,0 +1,131 @@
+"""What flips, lungs, the smallest lesion and ensembles bring, patient by patient, with intervals.
+
+  python launch.py --config=configs/seg.py --config.data.fold=all --workdir=RUNS
+  python -m benchmarks.better_masks --workdir=RUNS --out=FILE.md
+
+Of a finished cross-validation, each fold is evaluated again with each option alone and with all of them, its operating
+point chosen anew on its own validation patients. New phantoms, which none of the folds has seen, tell what the mean of
+the folds brings over a single one. What is finished is kept: the command may be stopped and given again.
+"""
+
+import datetime
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+
+import launch
+from data import prepare
+from fusa_jax import cross_validation, evaluate, predictor, results, run_config, statistics
+from fusa_jax.files import replacing
+
+_OUT = flags.DEFINE_string('out', None, 'where the tables go; default: better_masks.md in the workdir')
+_NEW = flags.DEFINE_integer('new', 40, 'phantoms that no fold has seen')
+_SEED = flags.DEFINE_integer('seed', 8, 'of these')
+
+PLAIN, ALL = 'as they are', 'all three'
+VARIANTS = {
+  PLAIN: (),
+  'flips': ('flips',),
+  'lungs': ('lungs',),
+  'smallest lesion': ('fit_smallest',),
+  ALL: ('flips', 'lungs', 'fit_smallest'),
+}
+# Of a patient's row in volumes.csv: what is shown, its digits, and of which patients it is.
+MEASURES = {
+  'Dice': ('dice', 4, lambda row: True),
+  'HD95, mm': ('hd95_mm', 1, lambda row: True),
+  'lesions found': ('lesion_sensitivity', 3, lambda row: True),
+  'false lesions': ('false_positives', 2, lambda row: True),
+  'mL where there is no lesion': ('predicted_ml', 2, lambda row: row['true_ml'] == 0),
+}
+
+
+def main(_):
+  launch.start_logging()
+  launch.use_compilation_cache()
+  workdir = launch.path_flag(flags.FLAGS['workdir'])
+  config = run_config.load(workdir)
+  data_dir, scans = launch.prepared(config), launch.scans(config)
+  tested, folders = {}, {}
+  for name, options in VARIANTS.items():
+    folders[name] = [
+      evaluated(run, one, workdir / 'better_masks' / name.replace(' ', '_'), options, data_dir, scans)
+      for run, one in cross_validation.runs(config, workdir, data_dir).items()
+    ]
+    tested[name] = [row for folder in folders[name] for row in results.read_volumes(folder)]
+  phantoms = dict(config.data.phantom) | {'patients': _NEW.value, 'seed': _SEED.value}
+  new = prepare.scans(prepare.draw_phantoms(config.data.image_size, **phantoms))
+  each = [scored(predictor.load(folder), new) for folder in folders[PLAIN]]
+  single = [
+    {key: value if key == 'case' else np.mean([row[key] for row in rows]) for key, value in rows[0].items()}
+    for rows in zip(*each, strict=True)
+  ]
+  unseen = {'one fold, their mean': single} | {
+    f'mean of the folds{"" if name == PLAIN else ", " + name}': scored(predictor.load(folders[name]), new)
+    for name in (PLAIN, 'flips', ALL)
+  }
+  chosen = {name: [predictor.load(folder).point.smallest_ml for folder in folders[name]] for name in VARIANTS}
+  text = '\n'.join(
+    [
+      f'{len(scans)} patients, each tested by the fold that has not seen it:\n',
+      table(tested),
+      f'\n{len(new)} new phantoms (seed {_SEED.value}), unseen by all {len(each)} folds:\n',
+      table(unseen),
+      '\nBelow the first row: the difference from it. In brackets 95% intervals over patients. Pairs of which one is '
+      'undefined, as Dice of two empty masks, are left out.',
+      f'Smallest lesions chosen by the folds, mL: {chosen["smallest lesion"]}; with all three: {chosen[ALL]}.',
+      f'{config.model.name} of width {config.model.width} at {config.data.image_size} x {config.data.image_size}, '
+      f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {datetime.date.today()}, commit {evaluate.commit()}',
+    ]
+  )
+  print(text)
+  with replacing(pathlib.Path(_OUT.value or workdir / 'better_masks.md')) as partial:
+    partial.write_text(text + '\n')
+
+
+def evaluated(run: pathlib.Path, config, folder: pathlib.Path, options, data_dir, scans) -> pathlib.Path:
+  """A run's checkpoints in a folder of their own, evaluated with the options."""
+  copy = folder / run.name
+  for key in ('flips', 'lungs', 'fit_smallest'):
+    config.evaluate[key] = key in options
+  config.evaluate.num_overlays = 0
+  if not results.is_complete(copy):
+    run_config.save(copy, config)
+    if not (copy / 'checkpoints').exists():
+      (copy / 'checkpoints').symlink_to((run / 'checkpoints').resolve())
+    evaluate.evaluate(config, copy, data_dir, scans)
+  return copy
+
+
+def scored(run: predictor.Predictor, scans) -> list[dict]:
+  return evaluate.score_volumes(run, scans, list(scans))
+
+
+def table(rows_of: dict[str, list[dict]]) -> str:
+  """Means over patients of the first, and of the others' differences from it, patient by patient."""
+  (first, base), *others = rows_of.items()
+  lines = [f'| | {" | ".join(MEASURES)} |', f'| --- |{" --- |" * len(MEASURES)}']
+  for name, rows in [(first, base), *others]:
+    assert [row['case'] for row in rows] == [row['case'] for row in base]
+    cells = []
+    for key, digits, wanted in MEASURES.values():
+      kept = [number for number, row in enumerate(base) if wanted(row)]
+      values = np.array([rows[k][key] - (0 if rows is base else base[k][key]) for k in kept], float)
+      cells.append(shown(values, digits, signed=rows is not base))
+    lines.append(f'| {name} | {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
+def shown(values: np.ndarray, digits: int, signed: bool) -> str:
+  """The mean of values [patients] with its interval."""
+  statistic = lambda weights: {'mean': statistics.mean(values, weights)}
+  (mean,) = statistics.estimates(statistic, len(values)).values()
+  (interval,) = statistics.intervals(statistic, len(values)).values()
+  number = f'{{:{"+" if signed else ""}.{digits}f}}'.format
+  return f'{number(mean)} [{number(interval[0])}, {number(interval[1])}]'
+
+
+if __name__ == '__main__':
+  launch.start(main)
