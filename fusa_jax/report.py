@@ -9,12 +9,10 @@ import json
 import pathlib
 
 import jax
-import jinja2
 import numpy as np
 from PIL import Image
 
-from fusa_jax import figures, input_pipeline, metrics, operating_point, results, run_config, tasks, window
-from fusa_jax.files import replacing
+from fusa_jax import figures, input_pipeline, metrics, operating_point, pages, results, run_config, tasks, window
 
 _OVERLAYS = 6
 _LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'scipy')
@@ -39,15 +37,10 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
   charts = {name: figures.svg(figure) for name, figure in figures.charts(table, result).items()}
   curves = figures.learning_curves({run.name: _log(run) for run in runs}, kind.SELECTION)
   points = {run.name: operating_point.load(run) for run in runs}
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-  )
-  environment.filters |= {'number': _number, 'interval': _interval}
-  text = environment.get_template('report.html').render(
+  path = workdir / 'test' / 'report.html'
+  pages.write(
+    path,
+    'report.html',
     config=config,
     result=result,
     kind=kind,
@@ -68,9 +61,6 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
     device=jax.devices()[0].device_kind,
     today=datetime.date.today(),
   )
-  path = workdir / 'test' / 'report.html'
-  with replacing(path) as partial:
-    partial.write_text(text)
   return path
 
 
@@ -117,13 +107,3 @@ def _overlays(kind, table, runs):
 def _log(run):
   path = run / 'log.jsonl'
   return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _number(value, digits=4):
-  if value is None or (isinstance(value, float) and np.isnan(value)):
-    return 'undefined'
-  return f'{value:,}' if isinstance(value, int | np.integer) else f'{value:.{digits}f}'
-
-
-def _interval(pair, digits=4):
-  return '[{:.{d}f}, {:.{d}f}]'.format(*pair, d=digits) if pair else 'none'
