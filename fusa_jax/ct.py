@@ -6,11 +6,12 @@ Hounsfield units or, of scans that were windowed and saved as 8-bit images, grey
 processes import this file, and they should start quickly.
 """
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -120,15 +121,31 @@ def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, kind: str =
   """
   header = nib.Nifti1Header()
   header.set_data_shape(values.shape)
+  header.set_sform(affine, 1)
+  scan = _to_scan(values, header, source, kind)  # refuses an affine that no whole header can be made of
+  return dataclasses.replace(scan, header=_header(values.shape, affine))
+
+
+def on_canonical_axes(scan: Scan) -> Scan:
+  """The scan as of a file that stores canonical axes, in the order of L, P, S, and has one affine, `scan.affine`.
+
+  Of a header with two affines, or with none, programs do not all take the same.
+  """
+  return dataclasses.replace(scan, header=_header(scan.shape[::-1], scan.affine))
+
+
+def _header(shape, affine):
+  """Of a volume [x, y, z] that lies at an affine."""
+  header = nib.Nifti1Header()
+  header.set_data_shape(shape)
   header.set_xyzt_units('mm')
   header.set_sform(affine, 1)
-  scan = _to_scan(values, header, source, kind)
   header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
   try:
     header.set_qform(affine, 1, strip_shears=False)
   except nib.spatialimages.HeaderDataError:  # quaternions hold no shear
     header['qform_code'] = 0
-  return scan
+  return header
 
 
 def _to_scan(values, header, path, kind, windowed=False):
@@ -206,6 +223,12 @@ def write(path: pathlib.Path, volume: np.ndarray, scan: Scan) -> None:
   The dtype on disk is that of `volume`. Nothing else of the scan's header is copied: its text fields and extensions
   may name the patient.
   """
+  with replacing(path) as partial, partial.open('wb') as file:
+    write_to(file, volume, scan, compressed=path.suffix == '.gz')
+
+
+def write_to(file: BinaryIO, volume: np.ndarray, scan: Scan, compressed: bool) -> None:
+  """As `write`, into an open file."""
   data = to_own_axes(volume, scan)
   header = type(scan.header)()
   header.set_data_shape(scan.header.get_data_shape())
@@ -216,11 +239,9 @@ def write(path: pathlib.Path, volume: np.ndarray, scan: Scan) -> None:
     header[field] = scan.header[field]
   # affine=None keeps both affines of the header as they are; anything else would rewrite one of them.
   image = _image_class(scan.header)(data, None, header)
-  with replacing(path) as partial, partial.open('wb') as file:
-    # With neither name nor time in it, the same volume is the same file.
-    stream = igzip.IGzipFile('', 'wb', fileobj=file, mtime=0) if path.suffix == '.gz' else file
-    with stream:
-      image.to_stream(stream)
+  # With neither name nor time in it, the same volume is the same file.
+  with igzip.IGzipFile('', 'wb', fileobj=file, mtime=0) if compressed else contextlib.nullcontext(file) as stream:
+    image.to_stream(stream)
 
 
 def to_own_axes(volume: np.ndarray, scan: Scan) -> np.ndarray:
