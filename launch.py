@@ -2,6 +2,7 @@
 
 python launch.py --config=configs/seg.py --config.data.raw_dir=FOLDER_OF_SCANS
 python launch.py --mode=predict --workdir=RUN --input=SCAN_OR_FOLDER --output=FOLDER
+python launch.py --mode=view --input=SCAN_OR_FOLDER --output=FOLDER_OF_PREDICT
 python launch.py --mode=score --input=PREDICTED_MASKS --truth=TRUE_MASKS --output=FOLDER
 python launch.py --mode=compare --workdir=RUN --against=OTHER_RUN
 python launch.py --mode=aot --config=configs/seg.py --topology=v5e:4x4
@@ -28,7 +29,7 @@ from fusa_jax.errors import UserError
 # Where configs/ and data/ lie, too: the repository, or a folder of its own in site-packages.
 HOME = pathlib.Path(__file__).resolve().parent
 COMPILED = pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()
-MODES = ('train', 'evaluate', 'predict', 'prepare', 'score', 'compare', 'aot', 'doctor')
+MODES = ('train', 'evaluate', 'predict', 'prepare', 'view', 'score', 'compare', 'aot', 'doctor')
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/seg.py or configs/cls.py, with :preset or without')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'train also prepares before and evaluates after')
@@ -36,9 +37,11 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'folder of the run, by default runs/ and the name of the config; predict: of several, A,B,C'
 )
 _INPUT = flags.DEFINE_string(
-  'input', None, 'predict: a scan, a picture, or a folder or .zip of them or of DICOM; score: masks'
+  'input', None, 'predict: a scan, a picture, or a folder or .zip of them or of DICOM; view: the same; score: masks'
 )
-_OUTPUT = flags.DEFINE_string('output', None, 'predict, score, aot: a folder for what is written; compare: a file')
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'predict, score, aot: a folder for what is written; view: the folder of predict; compare: a file'
+)
 _THRESHOLD = flags.DEFINE_float(
   'threshold', None, "predict: probability of a lesion; default, here and below: the run's operating point"
 )
@@ -184,6 +187,13 @@ def compile_ahead() -> None:
     aot.sweep(config, name, topology.kind, pathlib.Path('docs/scaling.md'))
   else:
     aot.aot(config, name, topology, pathlib.Path(_OUTPUT.value or 'runs/aot'))
+
+
+def view() -> None:
+  """--mode=view: pages for a browser, of scans and of what predict wrote for them."""
+  from fusa_jax import viewer
+
+  viewer.view(path_flag(_INPUT), path_flag(_OUTPUT))
 
 
 def doctor() -> None:
@@ -389,7 +399,7 @@ def console() -> None:
 
 # By mode: those in which all processes of a run take part, and those that need no more than this one.
 TOGETHER = {'train': train, 'evaluate': evaluate, 'predict': predict, 'prepare': prepare}
-ALONE = {'score': score, 'compare': compare, 'aot': compile_ahead, 'doctor': doctor}
+ALONE = {'view': view, 'score': score, 'compare': compare, 'aot': compile_ahead, 'doctor': doctor}
 
 if __name__ == '__main__':
   start(main)

@@ -144,7 +144,7 @@ def _overlapping(pool, function, items, at_once):
 
 def _write(output, path, image, found, probabilities, as_dicom):
   """Of a scan or a picture: its mask, its probabilities on request, and its numbers last."""
-  name, drawn = _stem(path), _is_picture(path)
+  name, drawn = stem(path), _is_picture(path)
   volumes = {'mask': found.mask, 'probability': found.probability if probabilities else None}
   for kind, values in volumes.items():
     if values is None:
@@ -165,7 +165,8 @@ def _is_picture(path):
   return isinstance(path, pathlib.Path) and pictures.is_picture(path)
 
 
-def _stem(path):
+def stem(path: pathlib.Path | dicom.Series) -> str:
+  """What the names of the results begin with."""
   if isinstance(path, dicom.Series):
     return path.name
   return path.stem if _is_picture(path) else ct.stem(path)
@@ -191,9 +192,7 @@ def find_images(source: pathlib.Path, kind: str, unpacked: pathlib.Path) -> list
   files = list(within(source, unpacked))
   known_by_name = lambda path: ct.is_nifti(path) or pictures.is_picture(path)
   of_dicom = [path for path in files if not known_by_name(path) and dicom.is_dicom(path)]
-  paths = [
-    path for path in files if known_by_name(path) and not _stem(path).endswith(('_seg', '_mask', '_probability'))
-  ]
+  paths = [path for path in files if known_by_name(path) and not stem(path).endswith(('_seg', '_mask', '_probability'))]
   if files == [source] and not of_dicom:  # a file that was named is read or refused, whatever its name
     paths = files
   paths += dicom.find(of_dicom) if of_dicom else []
@@ -210,8 +209,8 @@ def find_images(source: pathlib.Path, kind: str, unpacked: pathlib.Path) -> list
     raise UserError(f'--input: no {what} in {source}; give a scan, or a folder of scans')
   known = {}
   for path in paths:
-    if known.setdefault(_stem(path), path) != path:
-      raise UserError(f'--input: {path} and {known[_stem(path)].name} would be written under one name; rename one')
+    if known.setdefault(stem(path), path) != path:
+      raise UserError(f'--input: {path} and {known[stem(path)].name} would be written under one name; rename one')
   return paths
 
 

@@ -132,7 +132,7 @@ class Predictor:
       image: a scan, or a picture [H, W].
       probability: its own of `probabilities`: of each slice of a scan, of the one of a picture.
     """
-    about = {'model': self.model.name, 'step': self.model.step, **self.point.about()}
+    about = {'model': self.model.name, 'step': self.model.step, 'values': self.model.values, **self.point.about()}
     of_kind = self._of_scan if isinstance(image, ct.Scan) else self._of_picture
     found = of_kind(image, probability)
     return found._replace(numbers=about | found.numbers)

@@ -22,7 +22,7 @@ import pytest
 from conftest import SLICES
 from nibabel import orientations
 
-from fusa_jax import ct, predict, predictor, sharding
+from fusa_jax import ct, predict, predictor, sharding, viewer
 from fusa_jax.errors import UserError
 
 
@@ -97,6 +97,15 @@ def test_classification_writes_numbers_only(predictors, raw_dir, tmp_path):
   result = json.loads(path.read_text())
   assert result['positive_slices'] == [i for i, s in enumerate(result['slice_scores']) if s >= result['threshold']]
   assert 'lesion_ml' not in result
+  assert viewer.view(raw_dir / 'volume-phantom-A-0002_ct.nii.gz', tmp_path)
+
+
+def test_what_is_written_can_be_viewed(predictions, tmp_path):
+  scans, out = predictions
+  for path in [*out.glob('*.json'), *out.glob('*_mask.nii.gz')]:
+    shutil.copy(path, tmp_path)
+  pages = [f'{codes}_ct.html' for codes in ('IPL', 'LPS', 'RAS')]
+  assert [path.name for path in viewer.view(scans, tmp_path)] == ['view.html', *pages]
 
 
 def test_images_may_be_shared_between_devices(runs, predictions, tmp_path):
