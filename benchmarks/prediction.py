@@ -23,8 +23,8 @@ from absl import app, flags, logging
 
 from configs import seg
 from data.cohorts import phantom
-from fusa_jax import checkpoint, ct, evaluate, predict, run_config, sharding, tasks, train
-from fusa_jax.predictor import Predictor, load, read
+from fusa_jax import checkpoint, ct, evaluate, predict, run_config, sharding, sources, tasks, train
+from fusa_jax.predictor import Predictor, load
 
 _INPUT = flags.DEFINE_string('input', None, 'a folder of scans in HU, instead of phantoms')
 _VOLUMES = flags.DEFINE_integer('volumes', 6, 'phantoms')
@@ -63,7 +63,7 @@ def stages(run: Predictor, paths: list[pathlib.Path], output: pathlib.Path) -> d
     return value
 
   for path in paths:
-    scan = timed('read', read, path, 'hu')
+    scan = timed('read', sources.read, path, 'hu')
     found = timed('compute', run, scan)
     for kind in ('mask', 'probability') if _PROBABILITIES.value else ('mask',):
       timed('write', ct.write, output / f'{ct.stem(path)}_{kind}.nii.gz', getattr(found, kind), scan)
@@ -78,7 +78,7 @@ def main(_):
     scans, workdir, output = pathlib.Path(_INPUT.value or folder / 'scans'), folder / 'run', folder / 'out'
     if _INPUT.value is None:
       phantom.write(scans, patients=_VOLUMES.value, size=_SIZE.value, slices=_SLICES.value)
-    paths, config = predict.find_images(scans, 'hu', folder), make_run(workdir)
+    paths, config = sources.find(scans, 'hu', folder), make_run(workdir)
     threshold = float(np.quantile(load(workdir)(paths[0]).probability[:, ::8, ::8], 0.99))
     run, rounds, peak = load(workdir, threshold=threshold), [], None
     run(paths[0])  # compiles

@@ -14,10 +14,10 @@ from concurrent import futures
 import numpy as np
 import tqdm
 
-from fusa_jax import ct, dicom, dicom_seg, pictures, sharding
+from fusa_jax import ct, dicom, dicom_seg, pictures, sharding, sources
 from fusa_jax.errors import UserError
-from fusa_jax.files import within, write_json
-from fusa_jax.predictor import Predictor, read
+from fusa_jax.files import write_json
+from fusa_jax.predictor import Predictor
 
 # Pictures that are read and predicted before the first of them is written.
 _TOGETHER = 64
@@ -52,7 +52,7 @@ def predict(
       one is predicted); DICOM SEG is wanted of a model without masks, or of anything but DICOM series.
   """
   with tempfile.TemporaryDirectory(prefix='fusa-jax-') as unpacked:
-    paths = find_images(source, run.model.values, pathlib.Path(unpacked))
+    paths = sources.find(source, run.model.values, pathlib.Path(unpacked))
     if as_dicom:
       _check_for_dicom(run, paths)
     _predict(run, paths, output, probabilities, as_dicom)
@@ -71,18 +71,18 @@ def _predict(run, paths, output, probabilities, as_dicom):
   kind = run.model.values
   if len(paths) > 1:
     _check(paths, kind)
-  drawn = [path for path in paths if _is_picture(path)]
+  drawn = [path for path in paths if sources.is_picture(path)]
   # A scan fills batches of its own; pictures share them.
-  parts = [[path] for path in paths if not _is_picture(path)]
+  parts = [[path] for path in paths if not sources.is_picture(path)]
   parts += [drawn[start : start + _TOGETHER] for start in range(0, len(drawn), _TOGETHER)]
 
   def read_part(part):
-    images = [read(path, kind) for path in part]
+    images = [sources.read(path, kind) for path in part]
     return part, images, run.prepare(images)
 
   def write_part(read_and_computed):
     part, images, found = read_and_computed
-    of_each = found if _is_picture(part[0]) else [found]
+    of_each = found if sources.is_picture(part[0]) else [found]
     if sharding.is_main():
       for path, image, probability in zip(part, images, of_each, strict=True):
         _write(output, path, image, run.result(image, probability), probabilities, as_dicom)
@@ -102,7 +102,7 @@ def _check(paths, kind):
 
   def problem(path):
     try:
-      read(path, kind)
+      sources.read(path, kind)
     except UserError as error:
       return str(error)
 
@@ -144,7 +144,7 @@ def _overlapping(pool, function, items, at_once):
 
 def _write(output, path, image, found, probabilities, as_dicom):
   """Of a scan or a picture: its mask, its probabilities on request, and its numbers last."""
-  name, drawn = stem(path), _is_picture(path)
+  name, drawn = sources.stem(path), sources.is_picture(path)
   volumes = {'mask': found.mask, 'probability': found.probability if probabilities else None}
   for kind, values in volumes.items():
     if values is None:
@@ -159,59 +159,6 @@ def _write(output, path, image, found, probabilities, as_dicom):
   numbers = {'picture' if drawn else 'scan': path.name, **found.numbers}
   write_json(output / f'{name}.json', numbers)
   logging.info('%s: %s', path if isinstance(path, dicom.Series) else path.name, _one_line(numbers))
-
-
-def _is_picture(path):
-  return isinstance(path, pathlib.Path) and pictures.is_picture(path)
-
-
-def stem(path: pathlib.Path | dicom.Series) -> str:
-  """What the names of the results begin with."""
-  if isinstance(path, dicom.Series):
-    return path.name
-  return path.stem if _is_picture(path) else ct.stem(path)
-
-
-def find_images(source: pathlib.Path, kind: str, unpacked: pathlib.Path) -> list[pathlib.Path | dicom.Series]:
-  """The scans and, for grey values, the pictures that `source` names.
-
-  Args:
-    source: as of `predict`.
-    kind: one of ct.VALUES.
-    unpacked: a folder for what archives hold.
-
-  Raises:
-    UserError: there is none; there are only pictures, and the values wanted are HU; two have one name; a damaged
-      archive or DICOM file.
-  """
-  if not source.exists():
-    raise UserError(
-      f'--input: {source} does not exist; give a scan (.nii, .nii.gz; of grey values also .png, .jpg), or a folder or '
-      '.zip of scans or DICOM series'
-    )
-  files = list(within(source, unpacked))
-  known_by_name = lambda path: ct.is_nifti(path) or pictures.is_picture(path)
-  of_dicom = [path for path in files if not known_by_name(path) and dicom.is_dicom(path)]
-  paths = [path for path in files if known_by_name(path) and not stem(path).endswith(('_seg', '_mask', '_probability'))]
-  if files == [source] and not of_dicom:  # a file that was named is read or refused, whatever its name
-    paths = files
-  paths += dicom.find(of_dicom) if of_dicom else []
-  scans = [path for path in paths if not _is_picture(path)]
-  if kind == 'hu':
-    if paths and not scans:
-      raise UserError(
-        f'--input: {paths[0]} is a picture of grey values, and this run was trained on HU; give scans in HU, or a run '
-        'trained with data.values=grey'
-      )
-    paths = scans
-  if not paths:
-    what = 'scan (.nii, .nii.gz, DICOM)' if kind == 'hu' else 'scan (.nii, .nii.gz) or picture (.png, .jpg)'
-    raise UserError(f'--input: no {what} in {source}; give a scan, or a folder of scans')
-  known = {}
-  for path in paths:
-    if known.setdefault(stem(path), path) != path:
-      raise UserError(f'--input: {path} and {known[stem(path)].name} would be written under one name; rename one')
-  return paths
 
 
 def _one_line(result):

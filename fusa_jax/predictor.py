@@ -7,18 +7,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fusa_jax import ct, dicom, operating_point, pictures, postprocessing, sharding, trained
+from fusa_jax import ct, operating_point, postprocessing, sharding, sources, trained
 from fusa_jax.errors import UserError
 
 # Signs of canonical axes (column, row, slice) in NIfTI's world: to the left, the back and the head.
 _CANONICAL = (-1, -1, 1)
-
-
-def read(path: pathlib.Path | dicom.Series, kind: str) -> ct.Scan | np.ndarray:
-  """A scan, or a picture's values [H, W]; raises UserError as `ct.read`, `dicom.read` and `pictures.read`."""
-  if isinstance(path, dicom.Series):
-    return dicom.read(path, kind)
-  return pictures.read(path) if isinstance(path, pathlib.Path) and pictures.is_picture(path) else ct.read(path, kind)
 
 
 def load(
@@ -98,7 +91,7 @@ class Predictor:
         spacing.
     """
     if isinstance(image, (str, pathlib.Path)):
-      image = read(pathlib.Path(image), self.model.values)
+      image = sources.read(pathlib.Path(image), self.model.values)
     elif isinstance(image, np.ndarray) and image.ndim == 3:
       if spacing is None and (self.point.smallest_ml or self.point.lungs):
         raise UserError('spacing: missing; this model leaves out what is too small, or outside of the lungs; give mm')

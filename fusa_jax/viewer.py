@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from fusa_jax import ct, pages, pictures, predict, predictor
+from fusa_jax import ct, pages, sources
 from fusa_jax.errors import UserError
 
 # Of all pages where there are several.
@@ -49,14 +49,14 @@ def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
       written); a scan that is refused, or whose mask is or lies on another grid (after the pages of those before it).
   """
   with tempfile.TemporaryDirectory(prefix='fusa-jax-') as unpacked:
-    found = predict.find_images(source, 'grey', pathlib.Path(unpacked))  # which asks for scans of either kind
-    scans = [one for one in found if not _is_picture(one)]
+    found = sources.find(source, 'grey', pathlib.Path(unpacked))  # which asks for scans of either kind
+    scans = [one for one in found if not sources.is_picture(one)]
     if not scans:
       raise UserError(f'--input: {found[0]} is a picture, and --mode=view shows scans; open it beside its mask')
     results, problems = {}, []
     for path in scans:
       try:
-        results[predict.stem(path)] = _result(masks, predict.stem(path))
+        results[sources.stem(path)] = _result(masks, sources.stem(path))
       except UserError as error:
         problems.append(str(error))
     if problems:
@@ -65,17 +65,13 @@ def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
       raise UserError(f'--input: the page of {_INDEX} would be that of all scans; rename the scan, or give it alone')
     written = []
     for path in tqdm.tqdm(scans, desc='Writing pages', disable=len(scans) == 1):
-      name = predict.stem(path)
+      name = sources.stem(path)
       written.append(_write_page(masks, name, path, results[name]))
   if len(scans) > 1:
     pages.write(masks / _INDEX, 'viewer_index.html', results=dict(sorted(results.items())))
     written.insert(0, masks / _INDEX)
   logging.info('%s: open it in a browser', written[0])
   return written
-
-
-def _is_picture(path):
-  return isinstance(path, pathlib.Path) and pictures.is_picture(path)
 
 
 def _result(masks, name) -> dict[str, Any]:
@@ -111,7 +107,7 @@ def _mask(masks, name):
 
 
 def _write_page(masks, name, path, result):
-  scan = ct.on_canonical_axes(predictor.read(path, result['values']))
+  scan = ct.on_canonical_axes(sources.read(path, result['values']))
   if len(scan.values) != result['num_slices']:
     raise UserError(
       f'{masks / name}.json: of {result["num_slices"]} slices, and the scan {scan.path.name} has {len(scan.values)}; '

@@ -22,7 +22,7 @@ import pytest
 from conftest import SLICES
 from nibabel import orientations
 
-from fusa_jax import ct, predict, predictor, sharding, viewer
+from fusa_jax import ct, predict, predictor, sharding, sources, viewer
 from fusa_jax.errors import UserError
 
 
@@ -301,7 +301,7 @@ def listed(folder):
 def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_path, monkeypatch, caplog):
   """The first mask is not written before the second scan is computed and the fourth read. Four scans live at a time."""
   caplog.set_level(logging.INFO)
-  run, read, write = predictor.Predictor.probabilities, predict.read, ct.write
+  run, read, write = predictor.Predictor.probabilities, sources.read, ct.write
   begun, scans, alive, computed = collections.Counter(), [], [], threading.Event()
   fourth = threading.Event()
 
@@ -328,7 +328,7 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
     write(path, volume, scan)
 
   computing_counts = [0]
-  monkeypatch.setattr(predict, 'read', reading)
+  monkeypatch.setattr(sources, 'read', reading)
   monkeypatch.setattr(predictor.Predictor, 'probabilities', computing)
   monkeypatch.setattr(ct, 'write', writing)
   predict.predict(predictors['seg'], folder, tmp_path / 'out')
@@ -340,7 +340,7 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
 
 def test_a_scan_that_is_damaged_meanwhile_ends_it_behind_those_before(predictors, folder, tmp_path, monkeypatch):
   """The third, after the check: the first two are whole, and the error is the one that a check would give."""
-  read, damaged = predict.read, folder / 'c.nii.gz'
+  read, damaged = sources.read, folder / 'c.nii.gz'
   whole = damaged.read_bytes()
 
   def reading(path, kind):
@@ -350,7 +350,7 @@ def test_a_scan_that_is_damaged_meanwhile_ends_it_behind_those_before(predictors
       path.write_bytes(whole[:-100])
     return scan
 
-  monkeypatch.setattr(predict, 'read', reading)
+  monkeypatch.setattr(sources, 'read', reading)
   with pytest.raises(UserError, match=r'c.nii.gz: truncated or unreadable'):
     predict.predict(predictors['seg'], folder, tmp_path / 'out')
   assert listed(tmp_path / 'out') == written('a', 'b')
