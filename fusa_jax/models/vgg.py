@@ -36,7 +36,7 @@ class VGG16(nn.Module):
         x = nn.relu(kinds['norm'](name=f'norm{stage}_{index}')(x))
       x = max_pool(x, 2, 2)
     x = adaptive_mean(x, 7)
-    x = x.reshape(len(x), -1)
+    x = x.reshape(x.shape[0], -1)  # not len: an exported function may have any batch
     for name in ('dense1', 'dense2'):
       x = nn.relu(nn.Dense(64 * self.width, kernel_init=_small, dtype=self.dtype, name=name)(x))
       x = nn.Dropout(self.dropout, deterministic=not train)(x)
