@@ -18,7 +18,8 @@ from fusa_jax.files import write_json
 from fusa_jax.statistics import defined, ratio
 
 FILE = 'operating_point.json'
-# Round numbers, so that a validation fold of a few patients does not decide on a digit.
+# Round numbers, so that a validation fold of a few patients does not decide on a digit. 2 mL is a ball of 16 mm: what
+# is larger should be looked at, whatever the fold says.
 SMALLEST_ML = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
