@@ -2,6 +2,7 @@
 
 python launch.py --config=configs/seg.py --config.data.raw_dir=FOLDER_OF_SCANS
 python launch.py --mode=predict --workdir=RUN --input=SCAN_OR_FOLDER --output=FOLDER
+python launch.py --mode=export --workdir=RUN --output=BUNDLE
 python launch.py --mode=view --input=SCAN_OR_FOLDER --output=FOLDER_OF_PREDICT
 python launch.py --mode=score --input=PREDICTED_MASKS --truth=TRUE_MASKS --output=FOLDER
 python launch.py --mode=compare --workdir=RUN --against=OTHER_RUN
@@ -29,25 +30,33 @@ from fusa_jax.errors import UserError
 # Where configs/ and data/ lie, too: the repository, or a folder of its own in site-packages.
 HOME = pathlib.Path(__file__).resolve().parent
 COMPILED = pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()
-MODES = ('train', 'evaluate', 'predict', 'prepare', 'view', 'score', 'compare', 'aot', 'doctor')
+MODES = ('train', 'evaluate', 'predict', 'export', 'prepare', 'view', 'score', 'compare', 'aot', 'doctor')
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/seg.py or configs/cls.py, with :preset or without')
 _MODE = flags.DEFINE_enum('mode', 'train', MODES, 'train also prepares before and evaluates after')
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'folder of the run, by default runs/ and the name of the config; predict: of several, A,B,C'
+  'workdir',
+  None,
+  'folder of the run, by default runs/ and the name of the config; predict, export: of several, A,B,C; predict: of a '
+  'bundle',
 )
 _INPUT = flags.DEFINE_string(
   'input', None, 'predict: a scan, a picture, or a folder or .zip of them or of DICOM; view: the same; score: masks'
 )
 _OUTPUT = flags.DEFINE_string(
-  'output', None, 'predict, score, aot: a folder for what is written; view: the folder of predict; compare: a file'
+  'output',
+  None,
+  'predict, export, score, aot: a folder for what is written; view: the folder of predict; compare: a file',
 )
 _THRESHOLD = flags.DEFINE_float(
-  'threshold', None, "predict: probability of a lesion; default, here and below: the run's operating point"
+  'threshold', None, "predict, export: probability of a lesion; default, here and below: the run's operating point"
 )
-_TTA = flags.DEFINE_bool('tta', None, 'predict: the mean of slices as they are and mirrored left and right')
-_LUNGS = flags.DEFINE_bool('lungs', None, 'predict: masks are limited to the lungs, found by their HU')
-_SMALLEST_ML = flags.DEFINE_float('smallest_ml', None, 'predict: leave out lesions of a scan below so many mL; 0: none')
+_TTA = flags.DEFINE_bool('tta', None, 'predict, export: the mean of slices as they are and mirrored left and right')
+_LUNGS = flags.DEFINE_bool('lungs', None, 'predict, export: masks are limited to the lungs, found by their HU')
+_SMALLEST_ML = flags.DEFINE_float(
+  'smallest_ml', None, 'predict, export: leave out lesions of a scan below so many mL; 0: none'
+)
+_LICENSE = flags.DEFINE_string('license', None, "export: the bundle's licence, for its card")
 _TRUTH = flags.DEFINE_string('truth', None, 'score: the true masks, in a folder or a file')
 _AGAINST = flags.DEFINE_string('against', None, 'compare: the workdir of another run, evaluated on the same patients')
 _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:4x4', 'aot: the TPU slice to compile for')
@@ -140,16 +149,39 @@ def predict() -> None:
   from fusa_jax import predict, predictor, sharding
 
   use_compilation_cache()
-  workdir, source, output = (path_flag(flag) for flag in (_WORKDIR, _INPUT, _OUTPUT))
+  folders, source, output = workdirs(), path_flag(_INPUT), path_flag(_OUTPUT)
   run = predictor.load(
-    [workdir] if workdir.exists() else [pathlib.Path(part) for part in str(workdir).split(',')],
+    folders,
     sharding.create_mesh(**_CONFIG.value.mesh) if _CONFIG.value is not None else None,
-    threshold=_THRESHOLD.value,
-    flips=_TTA.value,
-    lungs=_LUNGS.value,
-    smallest_ml=_SMALLEST_ML.value,
+    **asked_point(),
   )
   predict.predict(run, source, output, _PROBABILITIES.value, _DICOM.value)
+
+
+def export() -> None:
+  """--mode=export: a run, or the mean of several, as a bundle to pass on."""
+  from fusa_jax import evaluate, export
+
+  folders, output = workdirs(), path_flag(_OUTPUT)
+  licence = _LICENSE.value or export.NO_LICENCE
+  export.write(folders, output, **asked_point(), licence=licence, commit=evaluate.commit())
+  logging.info('exported: %s', output)
+
+
+def workdirs() -> list[pathlib.Path]:
+  """--workdir, which may name several; raises UserError where it is missing."""
+  workdir = path_flag(_WORKDIR)
+  return [workdir] if workdir.exists() else [pathlib.Path(part) for part in str(workdir).split(',')]
+
+
+def asked_point() -> dict:
+  """What the flags want of the operating point; None: as the run says."""
+  return {
+    'threshold': _THRESHOLD.value,
+    'flips': _TTA.value,
+    'lungs': _LUNGS.value,
+    'smallest_ml': _SMALLEST_ML.value,
+  }
 
 
 def prepare() -> None:
@@ -399,7 +431,14 @@ def console() -> None:
 
 # By mode: those in which all processes of a run take part, and those that need no more than this one.
 TOGETHER = {'train': train, 'evaluate': evaluate, 'predict': predict, 'prepare': prepare}
-ALONE = {'view': view, 'score': score, 'compare': compare, 'aot': compile_ahead, 'doctor': doctor}
+ALONE = {
+  'export': export,
+  'view': view,
+  'score': score,
+  'compare': compare,
+  'aot': compile_ahead,
+  'doctor': doctor,
+}
 
 if __name__ == '__main__':
   start(main)

@@ -2,6 +2,7 @@
 
   python -m benchmarks.prediction --image_size=96 --width=4 --probabilities        (reading and writing weigh most)
   python -m benchmarks.prediction --image_size=256 --width=16 --rounds=1           (computing does, on a CPU)
+  python -m benchmarks.prediction --image_size=256 --width=16 --rounds=1 --bundle  (exported before)
 
 Phantoms are drawn in a temporary folder (`--input` names scans that are there), and a network is initialised, not
 trained; so that its masks are of lesions' size, the threshold is the 99th percentile of the first scan's probabilities.
@@ -23,7 +24,7 @@ from absl import app, flags, logging
 
 from configs import seg
 from data.cohorts import phantom
-from fusa_jax import checkpoint, ct, evaluate, predict, run_config, sharding, sources, tasks, train
+from fusa_jax import checkpoint, ct, evaluate, export, predict, run_config, sharding, sources, tasks, train, trained
 from fusa_jax.predictor import Predictor, load
 
 _INPUT = flags.DEFINE_string('input', None, 'a folder of scans in HU, instead of phantoms')
@@ -35,6 +36,7 @@ _WIDTH = flags.DEFINE_integer('width', 4, 'its first channels')
 _IMAGE_SIZE = flags.DEFINE_integer('image_size', 96, 'side of the slices that the network sees')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'slices a batch')
 _DTYPE = flags.DEFINE_string('dtype', 'auto', 'of activations')
+_BUNDLE = flags.DEFINE_bool('bundle', False, 'export the run, and predict by the bundle; of both, seconds and sizes')
 _PROBABILITIES = flags.DEFINE_bool('probabilities', False, 'write probability volumes too')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'of which the least times are given')
 
@@ -50,6 +52,24 @@ def make_run(workdir: pathlib.Path):
   with checkpoint.Checkpoints(workdir) as checkpoints:
     checkpoints.save(0, state.variables, state.opt_state, None)
   return run_config.load(workdir)
+
+
+def make_bundle(workdir: pathlib.Path) -> pathlib.Path:
+  """The folder of the run's bundle, of which time and sizes are printed."""
+  folder = workdir.with_name('bundle')
+  began = time.perf_counter()
+  export.write([workdir], folder)
+  exported = time.perf_counter()
+  trained.load([workdir], sharding.create_mesh())
+  loaded = time.perf_counter()
+  export.load(folder, sharding.create_mesh())
+  sizes = ', '.join(f'{path.name} {path.stat().st_size / 1e6:.3f} MB' for path in sorted(folder.iterdir()))
+  print(
+    f'exported in {exported - began:.1f} s: {sizes}; loading the run {loaded - exported:.1f} s, the bundle '
+    f'{time.perf_counter() - loaded:.1f} s',
+    flush=True,
+  )
+  return folder
 
 
 def stages(run: Predictor, paths: list[pathlib.Path], output: pathlib.Path) -> dict[str, float]:
@@ -79,6 +99,8 @@ def main(_):
     if _INPUT.value is None:
       phantom.write(scans, patients=_VOLUMES.value, size=_SIZE.value, slices=_SLICES.value)
     paths, config = sources.find(scans, 'hu', folder), make_run(workdir)
+    if _BUNDLE.value:
+      workdir = make_bundle(workdir)
     threshold = float(np.quantile(load(workdir)(paths[0]).probability[:, ::8, ::8], 0.99))
     run, rounds, peak = load(workdir, threshold=threshold), [], None
     run(paths[0])  # compiles

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import json
 import math
 import os
@@ -44,6 +45,30 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
       os.replace(partial, path)
     finally:
       partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a folder to fill; on leaving, it becomes `path` in one step. On an error nothing is left.
+
+  Raises:
+    UserError: there is something already; the system refuses to write there.
+  """
+  path = pathlib.Path(path).absolute()
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise UserError(f'{path}: is there already; name a new folder, or delete this one')
+  partial = path.with_name(f'.{os.getpid()}.{path.name}')
+  with writing(path):
+    try:
+      partial.mkdir(parents=True)
+      yield partial
+      os.replace(partial, path)
+    finally:
+      shutil.rmtree(partial, ignore_errors=True)
+
+
+def sha256(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
 
 
 def unpack(archive: pathlib.Path, folder: pathlib.Path) -> None:

@@ -77,6 +77,19 @@ class OperatingPoint:
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(self, **given, **({'chosen_by': '--threshold'} if 'threshold' in given else {}))
 
+  def asked(self, task: str, values: str, lungs: bool | None = None, smallest_ml: float | None = None, **given):
+    """As `changed`, for a model of a task and of a kind of values.
+
+    Raises:
+      UserError: as `changed`; `lungs` of grey values; `lungs` or `smallest_ml` of a model without masks.
+    """
+    if task != 'segmentation' and (lungs or smallest_ml):
+      flag = 'lungs' if lungs else 'smallest_ml'
+      raise UserError(f'--{flag}: is about masks, and this model gives none; leave it out')
+    if values != 'hu' and lungs:
+      raise UserError('--lungs: lungs are found by their HU, and this model takes grey values; leave it out')
+    return self.changed(lungs=lungs, smallest_ml=smallest_ml, **given)
+
   def save(self, workdir: pathlib.Path) -> None:
     write_json(workdir / FILE, dataclasses.asdict(self))
 

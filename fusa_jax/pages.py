@@ -1,4 +1,4 @@
-"""Pages of one file each, which need nothing beside it: Jinja's templates in this folder, in one style."""
+"""Pages of one file each, which need nothing beside it: Jinja's templates in this folder, HTML in one style."""
 
 import pathlib
 from typing import Any
@@ -17,7 +17,8 @@ def write(path: pathlib.Path, template: str, **values: Any) -> None:
   """
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
+    autoescape=jinja2.select_autoescape(['html']),
+    keep_trailing_newline=True,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fusa_jax import ct, operating_point, postprocessing, sharding, sources, trained
+from fusa_jax import ct, export, operating_point, postprocessing, sharding, sources, trained
 from fusa_jax.errors import UserError
 
 # Signs of canonical axes (column, row, slice) in NIfTI's world: to the left, the back and the head.
@@ -26,7 +26,8 @@ def load(
   """A trained run, ready for scans: `load('runs/mine')('scan.nii.gz').mask`.
 
   Args:
-    workdir: of a run; of a cross-validation or several runs, of which the mean probability is taken.
+    workdir: of a run; of a cross-validation or several runs, of which the mean probability is taken; or a bundle that
+      they were exported as.
     mesh: to compute on; None: all devices there are, however many it was trained on, each with slices of its own.
     threshold: from which probability on something is a lesion; None here and below: as the run's operating point says.
     flips: whether slices are also taken mirrored, and the mean of both.
@@ -34,17 +35,20 @@ def load(
     smallest_ml: lesions of a scan below so many mL are left out.
 
   Raises:
-    UserError: as `trained.load`; values that are none; a mesh that cannot share the run's images; `lungs` of grey
-      values; `lungs` or `smallest_ml` of a model without masks.
+    UserError: as `trained.load`, `export.load` and `OperatingPoint.asked`; a bundle among several; a mesh that cannot
+      share the run's images.
   """
   mesh = mesh or sharding.create_mesh()
   folders = [workdir] if isinstance(workdir, (str, pathlib.Path)) else workdir
-  model, point = trained.load([pathlib.Path(folder) for folder in folders], mesh, flips)
-  if model.task != 'segmentation' and (lungs or smallest_ml):
-    raise UserError(f'--{"lungs" if lungs else "smallest_ml"}: is about masks, and this model gives none; leave it out')
-  if model.values != 'hu' and lungs:
-    raise UserError('--lungs: lungs are found by their HU, and this model takes grey values; leave it out')
-  return Predictor(model, point.changed(threshold=threshold, lungs=lungs, smallest_ml=smallest_ml), mesh)
+  folders = [pathlib.Path(folder) for folder in folders]
+  bundles = [folder for folder in folders if export.is_bundle(folder)]
+  if bundles and len(folders) > 1:
+    raise UserError(
+      f'--workdir: {bundles[0]} is a bundle, and stands alone; for the mean of several runs export them together'
+    )
+  model, point = export.load(bundles[0], mesh, flips) if bundles else trained.load(folders, mesh, flips)
+  point = point.asked(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
+  return Predictor(model, point, mesh)
 
 
 class Prediction(NamedTuple):

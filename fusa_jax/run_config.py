@@ -91,6 +91,8 @@ def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   config = _read(workdir / 'config.json')
   if config is None:
     raise UserError(f'{workdir}: no run in it (config.json is missing); give --workdir of a trained run')
+  if 'data' not in config:
+    raise UserError(f'{workdir}: no run in it (config.json is of something else, as a bundle); give --workdir of a run')
   config['data'] = _BEFORE | config['data']
   return ml_collections.ConfigDict(config)
 

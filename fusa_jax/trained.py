@@ -61,9 +61,24 @@ def load(
     flips: whether probabilities are those of flips; None: as the runs' operating points were chosen.
 
   Raises:
+    UserError: as `load_networks`.
+  """
+  networks, point = load_networks(workdirs, mesh, flips)
+  return create(networks, point.flips), point
+
+
+def load_networks(
+  workdirs: Sequence[pathlib.Path], mesh, flips: bool | None = None
+) -> tuple[list[Network], operating_point.OperatingPoint]:
+  """The networks of one or several runs, and the point that the mean of their probabilities is used at.
+
+  Args:
+    workdirs, mesh, flips: as `load` has them.
+
+  Raises:
     UserError: no run; a cross-validation that is not finished; no checkpoint; runs of other tasks, values or sizes.
   """
-  folders = [run for workdir in workdirs for run in _runs(workdir)]
+  folders = [run for workdir in workdirs for run in runs(workdir)]
   configs = [run_config.load(folder) for folder in folders]
   _check_alike(folders, configs)
   networks, points = [], []
@@ -83,10 +98,10 @@ def load(
   point = operating_point.mean(points)
   if point.flips and not all(network.config.augment.flip for network in networks):
     logging.warning('%s: trained without flips (augment.flip), of which it may know nothing', folders[0])
-  return create(networks, point.flips), point
+  return networks, point
 
 
-def _runs(workdir):
+def runs(workdir):
   """The folder of a run; of a cross-validation, those of its folds."""
   if run_config.load(workdir).data.fold != 'all':
     return [workdir]

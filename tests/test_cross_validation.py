@@ -11,7 +11,18 @@ from sklearn import metrics as sk
 
 from configs import cls
 from data import prepare
-from fusa_jax import cross_validation, ct, evaluate, input_pipeline, predictor, report, results, run_config, train
+from fusa_jax import (
+  cross_validation,
+  ct,
+  evaluate,
+  export,
+  input_pipeline,
+  predictor,
+  report,
+  results,
+  run_config,
+  train,
+)
 from fusa_jax.errors import UserError
 
 
@@ -124,6 +135,19 @@ def test_it_predicts_the_mean_of_its_folds(made, raw_dir):
   np.testing.assert_allclose(scores(together), np.mean(each, axis=0, dtype=np.float64), atol=1e-6)
   assert together.point.threshold == pytest.approx(np.mean([fold.point.threshold for fold in folds]))
   assert together(scan).numbers['step'] == [fold.model.step for fold in folds]
+
+
+@pytest.mark.slow
+def test_its_bundle_is_the_mean_and_says_whose_numbers_it_has(made, raw_dir, tmp_path):
+  export.write([made], tmp_path / 'bundle')
+  scan = ct.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  bundle, together = predictor.load(tmp_path / 'bundle'), predictor.load(made)
+  found, expected = (run.probabilities(run.prepare([scan])) for run in (bundle, together))
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert bundle(scan).numbers['step'] == together(scan).numbers['step']
+  card, result = (tmp_path / 'bundle' / 'README.md').read_text(), result_of(made)
+  assert f'| 0 to 4, each patient by the one that had not seen it | {result["num_patients"]} |' in card
+  assert f'| {result["accuracy"]:.4f} [' in card and 'not of their mean' in card
 
 
 def test_prediction_wants_it_finished(tmp_path):

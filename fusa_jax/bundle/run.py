@@ -1,0 +1,28 @@
+"""python run.py SLICES.npy PROBABILITY.npy: what this bundle finds, with jax and NumPy; README.md has the arrays."""
+
+import hashlib
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from jax import export
+
+bundle = json.loads((pathlib.Path(__file__).parent / 'bundle.json').read_text())
+files = {name: (pathlib.Path(__file__).parent / name).read_bytes() for name in bundle['sha256']}
+for name, content in files.items():
+  if hashlib.sha256(content).hexdigest() != bundle['sha256'][name]:
+    sys.exit(f'error: {name} is not as it was exported; copy the bundle again')
+# safetensors: the length of a header in 8 bytes, the header in JSON, and the arrays, little-endian.
+start = 8 + int.from_bytes(files['weights.safetensors'][:8], 'little')
+header, arrays = json.loads(files['weights.safetensors'][8:start]), files['weights.safetensors'][start:]
+array = lambda about: np.frombuffer(arrays[slice(*about['data_offsets'])], '<f4').reshape(about['shape'])
+weights = jax.device_put({name: array(about) for name, about in header.items()})
+probability = jax.jit(export.deserialize(bytearray(files['model.stablehlo'])).call)
+slices, size, found = np.rint(np.load(sys.argv[1])).astype(np.int16), bundle['batch_size'], []
+for begin in range(0, len(slices), size):
+  part = slices[begin : begin + size]
+  filled = np.concatenate([part, part[:1].repeat(size - len(part), axis=0)])  # of one shape, so compiled once
+  found.append(np.asarray(probability(weights, filled))[: len(part)])
+np.save(sys.argv[2], np.concatenate(found))
