@@ -101,7 +101,7 @@ def load_networks(
   return networks, point
 
 
-def runs(workdir):
+def runs(workdir: pathlib.Path) -> list[pathlib.Path]:
   """The folder of a run; of a cross-validation, those of its folds."""
   if run_config.load(workdir).data.fold != 'all':
     return [workdir]
