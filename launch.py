@@ -76,6 +76,7 @@ _DICOM = flags.DEFINE_bool('dicom', False, 'predict: write the masks of DICOM se
 def main(_):
   """Dispatches on --mode. Modules are imported where they are needed: worker processes import this file too."""
   start_logging()
+  check_flags()
   if _MODE.value in ALONE:
     ALONE[_MODE.value]()
     return
@@ -94,6 +95,13 @@ def main(_):
   sharding.disconnect()
 
 
+def check_flags() -> None:
+  """Raises a UserError where a flag was given that the mode leaves aside, and another name of it is meant."""
+  for flag, (modes, instead) in OF_MODES.items():
+    if flags.FLAGS[flag].present and _MODE.value not in modes:
+      raise UserError(f'--{flag}: is of --mode={" and ".join(modes)}, not of {_MODE.value}; {instead}')
+
+
 def train() -> None:
   """--mode=train: prepares what is missing, trains or resumes, evaluates, reports."""
   from fusa_jax import cross_validation, evaluate, train
@@ -101,12 +109,13 @@ def train() -> None:
   config, name = resolve_config()
   data_dir = prepared(config)
   use_compilation_cache()
-  workdir = pathlib.Path(_WORKDIR.value or f'runs/{name}')
+  workdir, known = pathlib.Path(_WORKDIR.value or f'runs/{name}'), scans(config)
+  evaluate.check_scans(config, known)
   if config.data.fold == 'all':
-    cross_validation.cross_validate(config, workdir, data_dir, scans(config))
+    cross_validation.cross_validate(config, workdir, data_dir, known)
   else:
     train.train(config, workdir, data_dir)
-    evaluate.evaluate(config, workdir, data_dir, scans(config))
+    evaluate.evaluate(config, workdir, data_dir, known)
   write_report(config, workdir, data_dir)
 
 
@@ -429,6 +438,16 @@ def console() -> None:
   start(main)
 
 
+# Flags of some modes alone, which others might be thought to have: of which, and what to do there.
+_AS_KEY = 'there it is --config.evaluate.'
+OF_MODES = {
+  'threshold': (('predict', 'export'), f'{_AS_KEY}target_sensitivity that chooses it'),
+  'tta': (('predict', 'export'), f'{_AS_KEY}flips'),
+  'lungs': (('predict', 'export'), f'{_AS_KEY}lungs'),
+  'smallest_ml': (('predict', 'export'), f'{_AS_KEY}fit_smallest that chooses it'),
+  'probabilities': (('predict',), 'leave it out'),
+  'dicom': (('predict',), 'leave it out'),
+}
 # By mode: those in which all processes of a run take part, and those that need no more than this one.
 TOGETHER = {'train': train, 'evaluate': evaluate, 'predict': predict, 'prepare': prepare}
 ALONE = {

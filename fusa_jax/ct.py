@@ -151,7 +151,7 @@ def _header(shape, affine):
 def _to_scan(values, header, path, kind, windowed=False):
   values, grid = _canonical(values, header, path)
   if kind == 'grey':
-    _check_grey(values, path)
+    check_grey(values, path)
   else:
     _check_hu(values, path, windowed)
   # The upper bound is int16's; metal goes to a few tens of thousands on extended scales.
@@ -354,7 +354,7 @@ def _corner_distance(affine, other, shape):
   return np.linalg.norm((affine - other)[:3, :3] @ corners + (affine - other)[:3, 3:], axis=0).max()
 
 
-def _check_grey(values, path):
+def check_grey(values: np.ndarray, path: Any) -> None:
   """Refuses values that are no image of 0 to 255: HU, masks, normalised data, 16-bit images."""
   low, high = values.min(), values.max()
   if low < 0 or high > 255 or high <= 1:

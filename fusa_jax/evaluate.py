@@ -4,7 +4,7 @@ import logging
 import math
 import pathlib
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import ml_collections
@@ -102,25 +102,22 @@ def evaluate(
       tested whom the run was trained or validated on; logits that are not finite.
   """
   operating_point.check(config)
-  if config.evaluate.get('fit_smallest') and not scans:
-    raise UserError(
-      'evaluate.fit_smallest: needs the scans and masks as released, on one host; name them with data.raw_dir'
-    )
   mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
   batch_size = sharding.fitting_batch(mesh, config.train.batch_size)
   sharding.check_divides(mesh, batch_size, config.data.image_size)
   dataset = input_pipeline.load_for(config, data_dir)
   task = tasks.create(config)
   step, variables = trained.load_variables(config, task, workdir, mesh)
-  flips, lungs = (config.evaluate.get(key, False) for key in ('flips', 'lungs'))
-  scorer = Scorer(task, mesh, batch_size, flips)
 
   # ---- the operating point: the validation fold's or, on other data than the run's own, the one it has
   split, point = check_unseen(workdir, dataset), operating_point.load(workdir)
   if point.step != step:
     point = operating_point.OperatingPoint(step=step)
-  point = point.changed(flips=flips, lungs=lungs)
-  if split is None or split['validation'] == dataset.patients()['validation']:
+  own = split is None or split['validation'] == dataset.patients()['validation']
+  flips, lungs = (config.evaluate.get(key, False) if own else getattr(point, key) for key in ('flips', 'lungs'))
+  scorer = Scorer(task, mesh, batch_size, flips)
+  if own:
+    point = point.changed(flips=flips, lungs=lungs)
     if dataset.validation is not None:
       point = operating_point.choose(
         scorer.table(variables, dataset.validation, progress=sharding.is_main()),
@@ -132,9 +129,8 @@ def evaluate(
         lungs=lungs,
       )
       if config.evaluate.get('fit_smallest'):
-        validated = _scanned(dataset.validation, scans)
-        if not validated:
-          raise UserError('evaluate.fit_smallest: the patients validated on have no scans, only slices; leave it out')
+        validated = _scanned(dataset.validation, scans or {})
+        check_scans(config, validated)
         run = _predictor(config, step, variables, point, mesh)
         point = operating_point.choose_smallest(point, [_true_volumes(run, scans[name]) for name in validated])
     if sharding.is_main():
@@ -177,6 +173,15 @@ def _predictor(config, step, variables, point, mesh):
 def _scanned(split, scans):
   """The patients of a split whose scans are at hand, in its order; pictures and loose slices are no scans."""
   return [patient for patient in dict.fromkeys(split.patient.tolist()) if patient in scans]
+
+
+def check_scans(config: ml_collections.ConfigDict, scans: Collection[str] | None) -> None:
+  """Raises a UserError where config.evaluate asks for what needs scans, and there are none."""
+  if config.evaluate.get('fit_smallest') and not scans:
+    raise UserError(
+      'evaluate.fit_smallest: needs the scans and masks as released, on one host, and volumes, no slices; name them '
+      'with data.raw_dir, or leave it out'
+    )
 
 
 def check_unseen(workdir: pathlib.Path, dataset: input_pipeline.Dataset) -> dict[str, list[str]] | None:

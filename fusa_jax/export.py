@@ -65,7 +65,7 @@ def write(
     if is_bundle(workdir):
       raise UserError(f'--workdir: {workdir} is a bundle already; copy it, or export the run it was made of')
   with new_folder(folder) as partial:
-    networks, point = trained.load_networks(workdirs, sharding.create_mesh(), flips)
+    networks, point = trained.load_networks(workdirs, sharding.create_mesh(), flips, lungs)
     model = trained.create(networks, point.flips)
     point = point.asked(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
     exported = program(networks, point.flips)

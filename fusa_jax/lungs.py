@@ -48,8 +48,7 @@ def field(scan: ct.Scan) -> np.ndarray:
 def _lungs(hu, voxel_ml):
   """The largest air inside of the body; None where there is too little of it."""
   air = hu < THRESHOLD
-  # What reaches the edge of its slice lies around the body.
-  inside = np.stack([_off_the_edge(one) for one in air])
+  inside = air & ~_around(air)
   labels, count = ndimage.label(inside)
   sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:] * voxel_ml
   if not count or sizes.max() < _LEAST_ML:
@@ -57,10 +56,21 @@ def _lungs(hu, voxel_ml):
   return np.append(False, sizes >= _SHARE * sizes.max())[labels]
 
 
-def _off_the_edge(air):
+def _around(air):
+  """The air around the body: what reaches the edge of its slice and, through others, a corner of one.
+
+  A lung at the edge of a narrow field of view reaches no corner. Slice by slice first, since air in the throat leads
+  from the lungs out of the mouth.
+  """
+  at_edge = np.stack([_at_edge(one) for one in air])
+  labels, _ = ndimage.label(at_edge)
+  return at_edge & np.isin(labels, labels[:, [0, 0, -1, -1], [0, -1, 0, -1]])
+
+
+def _at_edge(air):
   labels, _ = ndimage.label(air)
   edge = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-  return air & ~np.isin(labels, edge)
+  return air & np.isin(labels, edge)
 
 
 def _closed(lungs, spacing):

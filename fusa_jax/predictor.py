@@ -1,6 +1,7 @@
 """A trained run as a function of one scan, or of pictures: probabilities, mask and numbers."""
 
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def load(
     raise UserError(
       f'--workdir: {bundles[0]} is a bundle, and stands alone; for the mean of several runs export them together'
     )
-  model, point = export.load(bundles[0], mesh, flips) if bundles else trained.load(folders, mesh, flips)
+  model, point = export.load(bundles[0], mesh, flips) if bundles else trained.load(folders, mesh, flips, lungs)
   point = point.asked(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
   return Predictor(model, point, mesh)
 
@@ -81,27 +82,44 @@ class Predictor:
     self._probabilities = sharding.compiled_together(run)
 
   def __call__(
-    self, image: str | pathlib.Path | ct.Scan | np.ndarray, spacing: tuple[float, float, float] | None = None
+    self, image: str | pathlib.Path | ct.Scan | np.ndarray, spacing: Sequence[float] | None = None
   ) -> Prediction:
     """What is found in one scan or picture.
 
     Args:
-      image: a file; a scan; an array of HU or grey values, whichever the model takes, on the canonical axes of
-        `ct.Scan` [S, H, W]; or a picture of grey values [H, W].
+      image: a file, or a folder or .zip that holds one scan, as a DICOM series; a scan; an array of HU or grey values,
+        whichever the model takes, on the canonical axes of `ct.Scan` [S, H, W]; or a picture of grey values [H, W].
       spacing: of an array [S, H, W], mm between slices, rows and columns. Without it a voxel counts as 1 mm³.
 
     Raises:
-      UserError: as `read` and `ct.from_volume`; lesions to be left out, or limited to the lungs, in an array without
-        spacing.
+      UserError: as `sources.find`, `sources.read` and `ct.from_volume`; several scans; an array of other dimensions;
+        lesions to be left out, or limited to the lungs, in an array without spacing.
     """
     if isinstance(image, (str, pathlib.Path)):
-      image = sources.read(pathlib.Path(image), self.model.values)
-    elif isinstance(image, np.ndarray) and image.ndim == 3:
-      if spacing is None and (self.point.smallest_ml or self.point.lungs):
-        raise UserError('spacing: missing; this model leaves out what is too small, or outside of the lungs; give mm')
-      affine = np.diag([*np.array(_CANONICAL) * (spacing or (1, 1, 1))[::-1], 1.0])
-      image = ct.from_volume(image.transpose(2, 1, 0), affine, 'array', self.model.values)
-    return self.result(image, self.probabilities(self.prepare([image])))
+      image = self._read(pathlib.Path(image))
+    elif isinstance(image, np.ndarray):
+      image = self._from_array(image, spacing)
+    found = self.probabilities(self.prepare([image]))
+    return self.result(image, found if isinstance(image, ct.Scan) else found[0])
+
+  def _read(self, path):
+    with tempfile.TemporaryDirectory(prefix='fusa-jax-') as unpacked:
+      paths = sources.find(path, self.model.values, pathlib.Path(unpacked))
+      if len(paths) > 1:
+        raise UserError(f'{path}: holds {len(paths)} scans or pictures; give one, or all to --mode=predict')
+      return sources.read(paths[0], self.model.values)
+
+  def _from_array(self, array, spacing):
+    if array.ndim == 2 and self.model.values == 'grey':
+      ct.check_grey(array, 'array')
+      return array
+    if array.ndim != 3:
+      pictures = ', or a picture [H, W]' if self.model.values == 'grey' else ''
+      raise UserError(f'array: of {array.ndim} dimensions; give slices [S, H, W]{pictures}')
+    if spacing is None and (self.point.smallest_ml or self.point.lungs):
+      raise UserError('spacing: missing; this model leaves out what is too small, or outside of the lungs; give mm')
+    affine = np.diag([*np.multiply(_CANONICAL, (1, 1, 1) if spacing is None else spacing[::-1]), 1.0])
+    return ct.from_volume(array.transpose(2, 1, 0), affine, 'array', self.model.values)
 
   def prepare(self, images: Sequence[ct.Scan | np.ndarray]) -> np.ndarray:
     """The slices of one scan, or pictures [H, W] of grey values, as the network sees them: int16 [S, size, size]."""
@@ -130,8 +148,11 @@ class Predictor:
       probability: its own of `probabilities`: of each slice of a scan, of the one of a picture.
     """
     about = {'model': self.model.name, 'step': self.model.step, 'values': self.model.values, **self.point.about()}
-    of_kind = self._of_scan if isinstance(image, ct.Scan) else self._of_picture
-    found = of_kind(image, probability)
+    if isinstance(image, ct.Scan):
+      found = self._of_scan(image, probability)
+    else:
+      found = self._of_picture(image, probability)
+      del about['lungs'], about['smallest_ml']  # which are about volumes
     return found._replace(numbers=about | found.numbers)
 
   def _of_scan(self, scan, probability):

@@ -9,13 +9,13 @@ from fusa_jax.errors import UserError
 from fusa_jax.files import within
 
 
-def find(source: pathlib.Path, kind: str, unpacked: pathlib.Path) -> list[pathlib.Path | dicom.Series]:
+def find(source: pathlib.Path, kind: str | None, unpacked: pathlib.Path) -> list[pathlib.Path | dicom.Series]:
   """The scans and, for grey values, the pictures that `source` names.
 
   Args:
     source: a file, or a folder or .zip of them and of DICOM series, at any depth and in any mixture; what names end in
       `_seg`, `_mask` or `_probability`, and what begins with a dot, is left out.
-    kind: one of ct.VALUES.
+    kind: one of ct.VALUES; None: scans of either.
     unpacked: a folder for what archives hold.
 
   Raises:
@@ -35,15 +35,15 @@ def find(source: pathlib.Path, kind: str, unpacked: pathlib.Path) -> list[pathli
     paths = files
   paths += dicom.find(of_dicom) if of_dicom else []
   scans = [path for path in paths if not is_picture(path)]
-  if kind == 'hu':
+  if kind != 'grey':
     if paths and not scans:
-      raise UserError(
-        f'--input: {paths[0]} is a picture of grey values, and this run was trained on HU; give scans in HU, or a run '
-        'trained with data.values=grey'
-      )
+      advice = 'give scans'
+      if kind == 'hu':
+        advice = 'and this run was trained on HU; give scans in HU, or a run trained with data.values=grey'
+      raise UserError(f'--input: {paths[0]} is a picture of grey values, {advice}')
     paths = scans
   if not paths:
-    what = 'scan (.nii, .nii.gz, DICOM)' if kind == 'hu' else 'scan (.nii, .nii.gz) or picture (.png, .jpg)'
+    what = 'scan (.nii, .nii.gz, DICOM)' if kind != 'grey' else 'scan (.nii, .nii.gz) or picture (.png, .jpg)'
     raise UserError(f'--input: no {what} in {source}; give a scan, or a folder of scans')
   known = {}
   for path in paths:

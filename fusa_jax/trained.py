@@ -51,7 +51,7 @@ class Network(NamedTuple):
 
 
 def load(
-  workdirs: Sequence[pathlib.Path], mesh, flips: bool | None = None
+  workdirs: Sequence[pathlib.Path], mesh, flips: bool | None = None, lungs: bool | None = None
 ) -> tuple[Model, operating_point.OperatingPoint]:
   """The model of one or several runs, and the point that they are used at.
 
@@ -59,21 +59,22 @@ def load(
     workdirs: of trained runs; of a cross-validation, for all of its folds.
     mesh: for the variables.
     flips: whether probabilities are those of flips; None: as the runs' operating points were chosen.
+    lungs: whether masks are limited to the lungs; None: likewise.
 
   Raises:
     UserError: as `load_networks`.
   """
-  networks, point = load_networks(workdirs, mesh, flips)
+  networks, point = load_networks(workdirs, mesh, flips, lungs)
   return create(networks, point.flips), point
 
 
 def load_networks(
-  workdirs: Sequence[pathlib.Path], mesh, flips: bool | None = None
+  workdirs: Sequence[pathlib.Path], mesh, flips: bool | None = None, lungs: bool | None = None
 ) -> tuple[list[Network], operating_point.OperatingPoint]:
   """The networks of one or several runs, and the point that the mean of their probabilities is used at.
 
   Args:
-    workdirs, mesh, flips: as `load` has them.
+    workdirs, mesh, flips, lungs: as `load` has them.
 
   Raises:
     UserError: no run; a cross-validation that is not finished; no checkpoint; runs of other tasks, values or sizes.
@@ -92,7 +93,7 @@ def load_networks(
       )
     if flips not in (None, point.flips):
       logging.warning('%s: its threshold was chosen %s flips', folder, 'with' if point.flips else 'without')
-      point = point.changed(flips=flips)
+    point = point.changed(flips=flips, lungs=lungs)
     networks.append(Network(config, step, variables, point.temperature))
     points.append(point)
   point = operating_point.mean(points)

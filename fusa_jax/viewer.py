@@ -49,10 +49,7 @@ def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
       written); a scan that is refused, or whose mask is or lies on another grid (after the pages of those before it).
   """
   with tempfile.TemporaryDirectory(prefix='fusa-jax-') as unpacked:
-    found = sources.find(source, 'grey', pathlib.Path(unpacked))  # which asks for scans of either kind
-    scans = [one for one in found if not sources.is_picture(one)]
-    if not scans:
-      raise UserError(f'--input: {found[0]} is a picture, and --mode=view shows scans; open it beside its mask')
+    scans = sources.find(source, None, pathlib.Path(unpacked))
     results, problems = {}, []
     for path in scans:
       try:

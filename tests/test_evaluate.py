@@ -209,10 +209,13 @@ def test_on_another_cohort_the_run_keeps_its_own_operating_point(runs, data_dir,
   (workdir / 'split.json').write_text(json.dumps(other))
   before = operating_point.load(workdir)
   (workdir / 'operating_point.json').write_text(
-    json.dumps(dataclasses.asdict(before) | {'threshold': 0.75, 'bin': 273})
+    json.dumps(dataclasses.asdict(before) | {'threshold': 0.75, 'bin': 273, 'flips': True})
   )
   result = evaluate.evaluate(tiny(), workdir, data_dir)
-  assert result['operating_point']['threshold'] == operating_point.load(workdir).threshold == 0.75
+  kept = operating_point.load(workdir)
+  assert result['operating_point']['threshold'] == kept.threshold == 0.75
+  assert result['operating_point']['flips'] and kept.flips
+  assert result['brier'] != read(runs['seg'])[1]['brier']  # with flips
 
 
 def test_a_run_of_before_has_no_split_and_no_new_options(runs, data_dir, tmp_path):
@@ -303,8 +306,10 @@ def test_flips_lungs_and_the_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
 
 
 def test_the_smallest_lesion_wants_scans(runs, data_dir):
-  with pytest.raises(UserError, match=r'evaluate.fit_smallest: needs the scans and masks as released'):
-    evaluate.evaluate(tiny(**{'evaluate.fit_smallest': True}), runs['seg'], data_dir)
+  evaluate.check_scans(tiny(), None)
+  for scans in (None, {}):
+    with pytest.raises(UserError, match=r'evaluate.fit_smallest: needs the scans and masks as released'):
+      evaluate.check_scans(tiny(**{'evaluate.fit_smallest': True}), scans)
 
 
 def test_pictures(runs):

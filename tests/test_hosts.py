@@ -107,12 +107,13 @@ def test_hosts_without_a_slice_of_their_own(data_dir, one_host, tmp_path):
 
 @pytest.mark.slow
 def test_prediction_on_two_hosts(raw_dir, one_host, tmp_path):
-  """Both compute, process 0 writes; the mask is that of one process."""
+  """Both compute, process 0 writes; the mask is that of one process, also of the mean of two runs that are one."""
   scan = raw_dir / 'volume-phantom-A-0001_ct.nii.gz'
   masks = {}
   for processes, devices in ((1, 1), (2, 2)):
     out = tmp_path / str(processes)
-    run = ['--mode=predict', f'--workdir={one_host[0]}', f'--input={scan}', f'--output={out}']
+    workdirs = ','.join([str(one_host[0])] * processes)
+    run = ['--mode=predict', f'--workdir={workdirs}', f'--input={scan}', f'--output={out}']
     with hosts.Hosts(processes, devices, run, tmp_path / f'logs{processes}') as several:
       assert several.wait() == [0] * processes, several.log(0)
     assert {path.name for path in out.iterdir()} == {f'{scan.name[:-7]}.json', f'{scan.name[:-7]}_mask.nii.gz'}

@@ -55,6 +55,10 @@ def launch(*arguments, home=None, folder=ROOT):
     (['--mode=predict'], '--workdir: missing; --mode=predict needs it'),
     (['--mode=predict', '--workdir=nowhere', '--input=x', '--output=y'], 'nowhere: no run in it'),
     (['--mode=evaluate', '--workdir=nowhere'], 'nowhere: no run in it'),
+    (
+      ['--mode=evaluate', '--workdir=nowhere', '--tta'],
+      'error: --tta: is of --mode=predict and export, not of evaluate; there it is --config.evaluate.flips',
+    ),
     (['--mode=export', '--workdir=nowhere', '--output=y'], 'nowhere: no run in it'),
     (['--mode=compare', '--workdir=nowhere', '--against=here'], 'nowhere: no run in it'),
     (['--mode=score', '--input=nowhere', '--output=y'], '--truth: missing; --mode=score needs it'),

@@ -30,6 +30,16 @@ def test_they_are_those_that_were_drawn(number):
   assert not field[outside].any()
 
 
+def test_a_lung_at_the_edge_of_a_narrow_field_of_view_is_one():
+  """The same patient cut through a lung: where the whole scan has lungs, the rest has them too."""
+  hu, _, drawn = phantom.patient(8, 5, size=64, slices=32)
+  spacing = phantom.spacing(8, 5, size=64, slices=32)
+  first = np.flatnonzero(drawn.any(axis=(0, 1)))[0] + 3
+  assert drawn[:, :, first].any()
+  cut = lungs.field(scan_of(hu[:, :, first:], spacing))
+  assert cut[drawn[:, :, first:] > 0].mean() > 0.97
+
+
 def test_they_do_not_depend_on_the_size_of_a_voxel():
   hu, _, _ = phantom.patient(8, 3, size=64, slices=32)
   spacing = phantom.spacing(8, 3, size=64, slices=32)

@@ -78,6 +78,25 @@ def test_predictions_are_the_evaluations(folder, run, tmp_path):
   assert sorted(path.name for path in images.iterdir()) == before
 
 
+def test_in_code_a_picture_is_predicted_as_its_file(folder, run, tmp_path):
+  path, function = folder / 'images' / '0001_00.png', predictor.load(run, threshold=0.3, smallest_ml=1)
+  predict.predict(function, path, tmp_path)
+  expected = np.asarray(Image.open(tmp_path / '0001_00_mask.png')) == 255
+  assert expected.any()
+  for image in (path, str(path), np.asarray(Image.open(path))):
+    found = function(image)
+    np.testing.assert_array_equal(found.mask, expected)
+    assert {'picture': path.name, **found.numbers} == json.loads((tmp_path / '0001_00.json').read_text())
+    assert 'smallest_ml' not in found.numbers  # which is of volumes
+  for wrong, reason in (
+    (np.zeros((4, 4)), r'array: values 0 to 0 are a mask, not grey'),
+    (np.zeros((1, 2, 3, 4)), r'array: of 4 dimensions; give slices \[S, H, W\], or a picture'),
+    (folder / 'images', r'images: holds \d+ scans or pictures; give one'),
+  ):
+    with pytest.raises(UserError, match=reason):
+      function(wrong)
+
+
 def test_a_grey_scan_is_predicted_on_its_own_grid(run, raw_dir, tmp_path):
   scan = ct.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   grey = np.rint(np.clip((scan.values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)

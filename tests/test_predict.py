@@ -403,3 +403,31 @@ def test_what_failed_first_is_said_first():
   with predict._readers() as pool, pytest.raises(OSError, match='disk full') as caught:
     list(predict._overlapping(pool, write, items(), 2))
   assert str(caught.value.__cause__) == 'damaged'
+
+
+def test_runs_that_differ_are_taken_as_is_asked(runs, tmp_path):
+  other = tmp_path / 'other'
+  shutil.copytree(runs['seg'], other)
+  point = json.loads((other / 'operating_point.json').read_text())
+  (other / 'operating_point.json').write_text(json.dumps(point | {'lungs': True}))
+  both = [runs['seg'], other]
+  assert predictor.load(both, lungs=True).point.lungs and not predictor.load(both, lungs=False).point.lungs
+  with pytest.raises(UserError, match=r'--workdir: the runs differ in evaluate.lungs; say --lungs or --nolungs'):
+    predictor.load(both)
+
+
+def test_in_code_a_scan_is_predicted_as_its_file(predictors, raw_dir, tmp_path):
+  """By path, as DICOM in a folder, and as an array, whose mL need its spacing."""
+  path, run = raw_dir / 'volume-phantom-A-0001_ct.nii.gz', predictors['seg']
+  scan = ct.read(path)
+  expected = run(scan)
+  image = nib.load(path)
+  dicom_series.save(tmp_path / 'series', dicom_series.slices(np.asarray(image.dataobj), image.affine, 3))
+  for given, spacing in ((str(path), None), (tmp_path / 'series', None), (scan.values, np.array(scan.spacing))):
+    found = run(given, spacing)
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    np.testing.assert_array_equal(found.probability, expected.probability)
+    assert found.numbers['lesion_ml'] == pytest.approx(expected.numbers['lesion_ml'], rel=1e-4)
+  assert run(scan.values).numbers['lesion_ml'] == pytest.approx(expected.mask.sum() / 1000)
+  with pytest.raises(UserError, match=r'array: of 2 dimensions; give slices \[S, H, W\]$'):
+    run(scan.values[0])

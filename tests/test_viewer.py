@@ -248,9 +248,10 @@ def test_a_result_of_another_scan_is_refused(tmp_path):
 
 def test_pictures_are_left_out_or_refused(tmp_path):
   source, masks = case(tmp_path)
-  Image.new('L', (8, 8)).save(source / 'p.png')
+  for name in ('a', 'p'):  # of which one is named as the scan is
+    Image.new('L', (8, 8)).save(source / f'{name}.png')
   assert [path.name for path in viewer.view(source, masks)] == ['a.html']
-  with pytest.raises(UserError, match=r'--input: .*p\.png is a picture, and --mode=view shows scans'):
+  with pytest.raises(UserError, match=r'--input: .*p\.png is a picture of grey values, give scans'):
     viewer.view(source / 'p.png', masks)
 
 
