@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import nibabel as nib
@@ -91,12 +92,15 @@ def test_one_patient_is_not_enough():
     survey.deal([patient('p', 1.0)])
 
 
-def test_a_finished_dataset_is_reused_and_another_cohort_is_refused(raw_dir, tmp_path):
-  out = tmp_path / 'out'
+def test_a_finished_dataset_is_reused_and_another_cohort_is_refused(raw_dir, tmp_path, monkeypatch):
+  out, temporary = tmp_path / 'out', tmp_path / 'temporary'
+  temporary.mkdir()
+  monkeypatch.setattr(tempfile, 'tempdir', str(temporary))
   first = prepare.prepare(str(raw_dir), str(out), SIZE)
   before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
   assert prepare.prepare(str(raw_dir), str(out), SIZE) == first
   assert before == {path: path.stat().st_mtime_ns for path in first.iterdir()}
+  assert not list(temporary.iterdir())
   other = tmp_path / 'raw'
   shutil.copytree(raw_dir, other)
   for path in other.glob('*0006*'):
