@@ -3,8 +3,6 @@
 import json
 import pathlib
 
-import tensorboardX
-
 from fusa_jax import sharding
 from fusa_jax.files import replacing, writing
 
@@ -22,6 +20,8 @@ class MetricLog:
       with replacing(self._path) as partial:
         partial.write_text(''.join(kept))
     self._file = self._path.open('a')
+    import tensorboardX  # with it comes PyTorch, where that is installed: more than a second, for this alone
+
     folder = pathlib.Path(workdir) / 'tensorboard'
     self._board = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1 if folder.exists() else None)
 

@@ -189,9 +189,15 @@ def compile_init(task: tasks.Task, optimizer: optax.GradientTransformation, conf
     variables = task.init(jax.random.key(config.seed), config.data.image_size)
     return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables['params']))
 
-  # It runs once. On a CPU, optimising the code of a random draw for each parameter takes most of a minute.
-  options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-  return jax.jit(init, out_shardings=sharding, compiler_options=options)
+  return jax.jit(init, out_shardings=sharding, compiler_options=options_to_run_once())
+
+
+def options_to_run_once() -> dict | None:
+  """The compiler's, for what takes longer to compile than to run.
+
+  On a CPU, optimising the code of a random draw for each parameter takes most of a minute.
+  """
+  return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
 
 
 def train_step(

@@ -3,6 +3,7 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 from test_launch import launch
 
@@ -73,3 +74,11 @@ def test_a_wrong_fusa_is_found(monkeypatch, capsys):
   assert machine.startswith('machine: ZeroDivisionError: division by zero; ')
   assert check.startswith('self-check: FUSA differs from its literal form by ')
   assert 'nothing wrong' not in capsys.readouterr().out
+
+
+def test_a_gradient_that_is_not_a_number_is_found(monkeypatch):
+  """In one leaf, with all values right."""
+  right = fusa.gate
+  monkeypatch.setattr(fusa, 'gate', lambda x, *arguments: right(x, *arguments) + 0 * jnp.sqrt(0 * arguments[-1].sum()))
+  _, problem = next(doctor.self_check(seg.get_config('demo')))
+  assert problem.startswith('FUSA differs from its literal form by nan; ')
