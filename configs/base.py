@@ -23,6 +23,10 @@ def paper() -> ml_collections.ConfigDict:
   config.model = ml_collections.ConfigDict()
   config.model.width = config_dict.placeholder(int)  # channels of the first level; None: the architecture's own
   config.model.encoder = config_dict.placeholder(str)  # of linknet, pspnet, deeplabv3: resnet18, resnet34, resnet50
+  # Shallower than the architecture's own (None): of resunet the channels of each level over `width`, as (1, 2, 4) for
+  # three levels; of resnet the blocks of each stage, as (2, 2) for two stages.
+  config.model.multiples = config_dict.placeholder(tuple)
+  config.model.stage_sizes = config_dict.placeholder(tuple)
   config.model.init_from = ''  # PyTorch weights to start from: .safetensors, .pth
   config.model.dtype = 'auto'  # of activations: bfloat16 on accelerators, float32 on CPU
 

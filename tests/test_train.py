@@ -137,7 +137,10 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
     ({'task': 'detection'}, "there is no 'detection'"),
     ({'data.window': (100.0, 100.0)}, 'data.window: 100.0 is not below 100.0'),
     ({'mesh.data': 3}, 'is not the 8 devices'),
-    ({'data.image_size': 40}, 'multiples of 16: 40 is not, 48 is'),
+    ({'data.image_size': 40, 'model.multiples': None}, 'multiples of 16: 40 is not, 48 is'),
+    ({'model.multiples': ()}, r'model.multiples: \(\) is no list of whole numbers from 1 on; give'),
+    ({'model.multiples': (1, 0)}, r'model.multiples: \(1, 0\) is no list'),
+    ({'model.stage_sizes': (1,)}, r'fusa_resunet cannot take .*stage_sizes'),
   ],
 )
 def test_bad_configs_are_refused_before_anything_is_written(raw_dir, data_dir, tmp_path, overrides, reason):
@@ -165,7 +168,7 @@ def test_loss_curve_does_not_depend_on_the_devices(data_dir, losses_on_one_devic
 @pytest.mark.slow
 def test_dense_kernels_of_fusa_are_not_summed_over_the_devices():
   """FUSA-ResNet-18's last stage has 512 channels; all other gradients are summed, as the count of the others shows."""
-  config = tiny(cls, **{'model.width': 64})
+  config = tiny(cls, **{'model.width': 64, 'model.stage_sizes': None})
   mesh, task = sharding.create_mesh(8, 1), tasks.create(config)
   optimizer, _ = train.make_optimizer(config)
   everywhere = sharding.replicated(mesh)

@@ -20,6 +20,7 @@ from fusa_jax.errors import UserError
 from fusa_jax.tasks import classification, segmentation
 from fusa_jax.window import grey_input, network_input
 
+_DEPTHS = {'multiples', 'stage_sizes'}
 KINDS = {'segmentation': segmentation, 'classification': classification}
 
 
@@ -94,7 +95,11 @@ def create(config: ml_collections.ConfigDict) -> Task:
   dtype = config.model.dtype
   if dtype == 'auto':
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  options = {key: config.model.get(key) for key in ('width', 'encoder')}
+  options = {key: config.model.get(key) for key in ('width', 'encoder', *_DEPTHS)}
   options = {key: value for key, value in options.items() if value is not None}
+  for key in _DEPTHS & options.keys():
+    if not options[key] or min(options[key]) < 1:
+      raise UserError(f'model.{key}: {options[key]} is no list of whole numbers from 1 on; give (1, 2), for example')
+    options[key] = tuple(options[key])  # from a run's folder it comes as a list
   model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(dtype), **options)
   return Task(KINDS[config.task], model, inputs)
