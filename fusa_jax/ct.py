@@ -282,7 +282,7 @@ def _read_canonical(path):
 def _read(path):
   """A file's values [x, y, z] and header."""
   image = _load(path)
-  if len(image.shape) != 3:
+  if len(image.shape) != 3 or 0 in image.shape:
     raise UserError(f'{path}: {len(image.shape)}D array of shape {image.shape}; save one 3D volume')
   try:
     return np.asarray(image.dataobj), image.header

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 import pathlib
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -307,7 +308,6 @@ def _reason(error):
   return ' '.join(text.split())[:120] or type(error).__name__
 
 
-@functools.cache
 def _pydicom():
   try:
     import pydicom
@@ -316,4 +316,8 @@ def _pydicom():
     raise UserError(f'DICOM: pydicom, which reads it, is not installed; {_INSTALL}') from None
   # Its warnings quote the values that they are about, as of a name that is too long.
   pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+  # What it says of a damaged file besides, with the file's path and its decoders' tracebacks, is part of the error
+  # raised here.
+  logging.getLogger('pydicom').setLevel(logging.CRITICAL)
+  warnings.filterwarnings('ignore', module=r'pydicom\.')
   return pydicom

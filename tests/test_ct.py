@@ -174,6 +174,8 @@ def bad(kind, path):
     nib.save(nib.Nifti1Image(np.stack([data, data], -1), np.eye(4)), path)
   elif kind == '2d':
     nib.save(nib.Nifti1Image(data[..., 0], np.eye(4)), path)
+  elif kind == 'no voxels':
+    save(path, data[:0])
   elif kind in ('nan', 'inf'):
     data = data.astype(np.float32)
     data[1, 2, 3] = float(kind)
@@ -219,6 +221,7 @@ REFUSALS = {
   'truncated': 'truncated or damaged',
   '4d': '4D array of shape',
   '2d': '2D array of shape',
+  'no voxels': r'3D array of shape \(0, 6, 5\); save one 3D volume',
   'nan': '1 of 210 voxels are NaN or infinite',
   'inf': '1 of 210 voxels are NaN or infinite',
   'colour': 'not numbers',
@@ -303,26 +306,6 @@ def test_resize_keeps_means_and_positions():
   same = ct.resize(ramp, (16, 16))
   np.testing.assert_array_equal(same, ramp)
   assert ct.resize(ramp, (24, 32)).shape == (2, 24, 32)
-
-
-def test_damaged_files_are_refused_or_read_and_nothing_else(tmp_path):
-  """Two thousand random corruptions of a small uncompressed file, most of them in its header."""
-  path = tmp_path / 'a.nii'
-  save(path, chest())
-  whole, rng, outcomes = path.read_bytes(), np.random.default_rng(0), set()
-  for _ in range(2000):
-    raw = bytearray(whole)
-    for position in rng.integers(0, 352 if rng.random() < 0.8 else len(raw), rng.integers(1, 9)):
-      raw[position] = rng.integers(256)
-    path.write_bytes(raw[: rng.integers(len(raw)) if rng.random() < 0.05 else None])
-    try:
-      ct.read(path)
-      message = 'read'
-    except UserError as error:
-      message = str(error)
-    assert message == 'read' or (message.startswith(f'{path}: ') and '\n' not in message)
-    outcomes.add(message == 'read')
-  assert outcomes == {True, False}
 
 
 def test_damaged_gzip_is_refused_where_python_refuses_it(tmp_path):

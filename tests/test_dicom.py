@@ -276,7 +276,6 @@ def test_without_pydicom_the_line_says_what_to_install(tmp_path, monkeypatch):
       raise ImportError(name)
     return real(name, *rest)
 
-  dicom._pydicom.cache_clear()
   monkeypatch.setattr(builtins, '__import__', without)
   with pytest.raises(UserError, match=r'^DICOM: pydicom, .* pip install -r requirements-dicom.txt$'):
     find(folder)
@@ -293,28 +292,6 @@ def test_without_a_decoder_the_line_names_the_syntax(tmp_path):
     UserError, match=r'^series3_\w+ \(Chest 5.0\): compressed as MPEG2 .*, without a decoder here; pip'
   ):
     read(folder)
-
-
-def test_damaged_files_are_refused_or_read_and_nothing_else(tmp_path):
-  """Random corruptions of one slice of four: one line for each, or a scan."""
-  folder = dicom_series.save(tmp_path / 'in', dicom_series.slices(chest((7, 6, 4)), affine_of('LPS')))
-  path, rng, outcomes = folder / 'IM000002', np.random.default_rng(0), set()
-  whole = path.read_bytes()
-  for _ in range(400):
-    raw = bytearray(whole)
-    for position in rng.integers(132, len(raw), rng.integers(1, 9)):
-      raw[position] = rng.integers(256)
-    path.write_bytes(raw[: rng.integers(132, len(raw)) if rng.random() < 0.1 else None])
-    try:
-      for series in find(folder):
-        dicom.read(series)
-      message = 'read'
-    except UserError as error:
-      message = str(error)
-    assert message.startswith(('read', 'series', 'IM000002: a damaged DICOM file ')) and '\n' not in message
-    assert 'arker' not in message
-    outcomes.add(message == 'read')
-  assert outcomes == {True, False}
 
 
 @pytest.mark.slow

@@ -1,0 +1,129 @@
+"""Random damage to what prediction reads: each file is read cleanly or refused in one line, whatever it holds.
+
+As a script, for more files than the tests can afford: python tests/fuzz.py --files=10000 [--kinds=nifti,png]
+"""
+
+import argparse
+import collections
+import pathlib
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+
+import dicom_series  # noqa: E402 (beside this file)
+from test_ct import chest, save  # noqa: E402
+from test_dicom import affine_of  # noqa: E402
+
+from fusa_jax import sources  # noqa: E402
+from fusa_jax.errors import UserError  # noqa: E402
+
+
+def nifti(folder, ending='.nii'):
+  return save(folder / f'a{ending}', chest())
+
+
+def dicom(folder, syntax):
+  """Four slices, of which one will be damaged."""
+  dicom_series.save(folder, dicom_series.slices(chest((17, 16, 4)), affine_of('LPS')), syntax)
+  return folder / 'IM000002'
+
+
+def picture(folder, ending):
+  image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 17), np.uint8))
+  image.save(folder / f'a{ending}')
+  return folder / f'a{ending}'
+
+
+def archive(folder):
+  with zipfile.ZipFile(folder / 'a.zip', 'w', zipfile.ZIP_DEFLATED) as file, tempfile.TemporaryDirectory() as inside:
+    file.write(nifti(pathlib.Path(inside)), 'a.nii')
+  return folder / 'a.zip'
+
+
+# By kind: what writes a sound input into an empty folder, and gives the file that is damaged; of which values it is;
+# and which of its bytes four in five files are damaged in, as what they say matters most.
+KINDS = {
+  'nifti': (nifti, 'hu', (0, 352)),
+  'nifti.gz': (lambda folder: nifti(folder, '.nii.gz'), 'hu', (0, None)),
+  'dicom': (lambda folder: dicom(folder, 'uncompressed'), 'hu', (132, -600)),
+  'dicom, jpeg lossless': (lambda folder: dicom(folder, 'jpeg lossless'), 'hu', (132, None)),
+  'dicom, jpeg 2000': (lambda folder: dicom(folder, 'jpeg 2000'), 'hu', (132, None)),
+  'zip': (archive, 'hu', (0, None)),
+  'png': (lambda folder: picture(folder, '.png'), 'grey', (0, None)),
+  'jpg': (lambda folder: picture(folder, '.jpg'), 'grey', (0, None)),
+}
+
+
+def damaged(whole: bytes, part: tuple[int, int | None], rng) -> bytes:
+  """One to eight bytes changed, of four in five files in the given part; one file in twenty cut short."""
+  raw, places = bytearray(whole), np.arange(len(whole))
+  places = places[slice(*part)] if rng.random() < 0.8 else places
+  for position in rng.choice(places, rng.integers(1, 9)):
+    raw[position] = rng.integers(256)
+  return bytes(raw[: rng.integers(len(raw)) if rng.random() < 0.05 else None])
+
+
+def outcome(folder: pathlib.Path, values: str, file: pathlib.Path) -> str:
+  """'read', 'refused', or what else came of a folder, of which one file is damaged."""
+  try:
+    with tempfile.TemporaryDirectory() as unpacked, warnings.catch_warnings():
+      warnings.simplefilter('error')
+      for one in sources.find(folder, values, pathlib.Path(unpacked)):
+        sources.read(one, values)
+  except UserError as error:
+    named = str(error).startswith((f'{file}: ', f'{file.name}: ', 'series', '--input: ', unpacked))
+    personal = any(part in str(error) for part in ('Marker', 'MARKER', '19030714'))
+    return 'refused' if named and not personal and '\n' not in str(error) else f'refused as {error}'
+  except Exception as error:
+    return f'{type(error).__name__}: {error}'
+  return 'read'
+
+
+def outcomes(kind: str, files: int, folder: pathlib.Path, seed: int = 0) -> collections.Counter:
+  """How often what came of `files` damaged ones. The file of anything but the two stays in `folder`, as NUMBER.KIND."""
+  make, values, part = KINDS[kind]
+  (folder / 'input').mkdir()
+  file, found = make(folder / 'input'), collections.Counter()
+  whole, rng = file.read_bytes(), np.random.default_rng(seed)
+  for number in range(files):
+    raw = damaged(whole, part, rng)
+    file.write_bytes(raw)
+    came = outcome(folder / 'input', values, file)
+    found[came] += 1
+    if came not in ('read', 'refused'):
+      (folder / f'{number}{file.suffix}').write_bytes(raw)
+  return found
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--files', type=int, default=10_000, help='of each kind')
+  parser.add_argument('--kinds', default=';'.join(KINDS), help='some of these, with ; between them')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--output', type=pathlib.Path, default=pathlib.Path('runs/fuzz'), help='for files that broke it')
+  asked = parser.parse_args()
+  for kind in asked.kinds.split(';'):
+    folder = asked.output / kind.replace(', ', '_').replace(' ', '_')
+    folder.mkdir(parents=True)
+    began = time.perf_counter()
+    found = outcomes(kind, asked.files, folder, asked.seed)
+    read, refused = (found.pop(name, 0) for name in ('read', 'refused'))
+    print(
+      f'{kind}: {asked.files} files, {read} read, {refused} refused, {found.total()} anything else; '
+      f'{time.perf_counter() - began:.0f} s',
+      flush=True,
+    )
+    for came, count in found.most_common(20):
+      print(f'  {count}: {came[:300]}', flush=True)
+
+
+if __name__ == '__main__':
+  main()
