@@ -357,7 +357,7 @@ def use_compilation_cache() -> None:
   import jax
 
   jax.config.update('jax_compilation_cache_dir', str(COMPILED))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 def start_logging() -> None:

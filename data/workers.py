@@ -1,10 +1,10 @@
 """All cores of the machine, for work that is done a scan at a time."""
 
-import concurrent.futures
 import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 
 def silent(items: Iterable, **_) -> Iterable:
@@ -17,7 +17,7 @@ def pool(tasks: int) -> Iterator[Callable]:
   """A `map` over worker processes, in order of the items, on all cores that this process may use."""
   cores = min(tasks, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
   # Spawned, not forked: a fork of a process in which JAX or gRPC has started threads can deadlock.
-  executor = concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context('spawn'))
+  executor = ProcessPoolExecutor(cores, multiprocessing.get_context('spawn'))
   try:
     yield executor.map
   finally:

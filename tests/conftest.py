@@ -3,6 +3,7 @@
 The tests see eight CPU devices, so that what must not depend on their number can be tried on one and on eight.
 """
 
+import concurrent.futures
 import os
 import pathlib
 
@@ -10,20 +11,21 @@ import pathlib
 _FLAGS = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 os.environ['XLA_FLAGS'] = f'{_FLAGS} {os.environ.get("XLA_FLAGS", "")}'
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['GLIBC_TUNABLES'] = ''  # or each command that a test starts would begin anew, with all that it has imported
 
 import jax
 import ml_collections
 import pytest
 
 from configs import cls, seg
-from data import prepare
+from data import prepare, workers
 from data.cohorts import phantom
 
 SIZE, SLICES, PATIENTS = 32, 16, 10
 
 # A second run of the suite, and the second of two workers, read what was compiled before.
 jax.config.update('jax_compilation_cache_dir', str(pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 def tiny(module=seg, **overrides) -> ml_collections.ConfigDict:
@@ -34,8 +36,20 @@ def tiny(module=seg, **overrides) -> ml_collections.ConfigDict:
   config.train.update(steps=4, batch_size=8, warmup_steps=1, log_every=1, evaluate_every=2)
   config.evaluate.num_overlays = 2
   config.mesh.data = 8
+  # Two levels, or one stage: the time of most tests goes by how many layers are traced and compiled.
+  name = overrides.get('model.name', config.model.name).removeprefix('fusa_')
+  config.model.update({'resunet': {'multiples': (1, 2)}, 'resnet18': {'stage_sizes': (1,)}}.get(name, {}))
   config.update_from_flattened_dict(overrides)
   return config
+
+
+@pytest.fixture(scope='session', autouse=True)
+def processes():
+  """The data path's pool of processes, for tests of it. All others have a thread: processes take seconds to start."""
+  with pytest.MonkeyPatch.context() as patch:
+    real = workers.ProcessPoolExecutor
+    patch.setattr(workers, 'ProcessPoolExecutor', lambda *_: concurrent.futures.ThreadPoolExecutor(1))
+    yield real
 
 
 @pytest.fixture(scope='session')

@@ -7,6 +7,7 @@ As a script: python tests/hosts.py NOTES.json, and launch.py's own arguments.
 """
 
 import atexit
+import importlib.abc
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
   '--config=configs/seg.py:demo',
   '--config.model.width=4',
+  '--config.model.multiples=(1,2)',
   f'--config.data.image_size={SIZE}',
   '--config.train.batch_size=8',
   '--config.train.warmup_steps=1',
@@ -72,7 +74,6 @@ def start(arguments, devices, log, notes, **environment) -> subprocess.Popen:
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
     'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
     'PYTHONUNBUFFERED': '1',
-    'GLIBC_TUNABLES': '',  # or launch.py would begin the process anew, with all that it has imported
   }
   with log.open('a') as output:
     return subprocess.Popen(
@@ -98,7 +99,16 @@ class _Noting:
     return self._source[index]
 
 
+class _WithoutTorch(importlib.abc.MetaPathFinder):
+  """As where PyTorch is not installed: tensorboardX would import it, for longer than a run of the tests trains."""
+
+  def find_spec(self, name, *_):
+    if name == 'torch':
+      raise ModuleNotFoundError(name)
+
+
 def main():
+  sys.meta_path.insert(0, _WithoutTorch())
   import dataclasses
 
   import jax

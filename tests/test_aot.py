@@ -44,6 +44,7 @@ def launch(*arguments):
 def test_a_tiny_config_compiles_for_v5e(tmp_path):
   """As a user types it; the report against the model's own numbers."""
   arguments = ['--config=configs/cls.py:demo', '--config.data.image_size=32', '--config.model.width=4']
+  arguments += ['--config.model.stage_sizes=(1,)']
   result = launch(*arguments, '--topology=v5e:2x4', f'--output={tmp_path}')
   assert result.returncode == 0, result.stderr
   report = json.loads((tmp_path / 'cls-demo-v5e_2x4.json').read_text())

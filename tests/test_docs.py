@@ -54,6 +54,7 @@ def harmonic(p, r):
   return 2 * p * r / (p + r)
 
 
+@pytest.mark.slow
 def test_model_table_is_the_computed_one():
   assert model_table.table() in pathlib.Path('docs/models.md').read_text()
 

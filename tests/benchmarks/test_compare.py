@@ -44,6 +44,7 @@ def test_what_cannot_be_compared_is_refused():
     compare.theirs('resnet50', dataclasses.replace(SETTINGS, width=8), compiled=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet18', 'linknet'])
 def test_both_sides_compute_the_same_loss(name, monkeypatch):
   """From the same weights: the loss that PyTorch's side goes back from is the one of our loop's step."""

@@ -16,7 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import PATIENTS, SIZE, SLICES
 
-from data import prepare, survey
+from data import prepare, survey, workers
 from data.cohorts import Case, covid19_20
 from data.find import find
 from fusa_jax import ct
@@ -60,6 +60,17 @@ def test_other_sizes_are_resized(raw_dir, tmp_path):
   assert example['image'].shape == example['mask'].shape == (16, 16)
   scan = ct.read(raw_dir / f'{example["patient"].decode()}_ct.nii.gz')
   np.testing.assert_array_equal(example['image'], ct.network_slices(scan.values, 16)[SLICES // 2])
+
+
+def test_processes_write_what_a_thread_does(raw_dir, data_dir, processes, tmp_path, monkeypatch):
+  monkeypatch.setattr(workers, 'ProcessPoolExecutor', processes)
+  written = prepare.prepare(str(raw_dir), str(tmp_path), SIZE)
+  assert sorted(path.name for path in written.iterdir()) == sorted(path.name for path in data_dir.iterdir())
+  sources = [tfds.builder_from_directory(folder).as_data_source() for folder in (written, data_dir)]
+  examples = [[source[fold][i] for fold in sorted(source) for i in range(len(source[fold]))] for source in sources]
+  assert len(examples[0]) == PATIENTS * SLICES
+  for a, b in zip(*examples, strict=True):
+    assert all(np.array_equal(a[key], b[key]) for key in a.keys() | b.keys())
 
 
 def patient(name, load):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from data import workers
 from data.cohorts import phantom
 from fusa_jax import ct
 
@@ -87,7 +88,8 @@ def test_files_hold_the_patient_in_either_orientation(folder, number):
     np.testing.assert_array_equal(np.asarray(image.dataobj).transpose(2, 1, 0), expected)
 
 
-def test_a_file_does_not_depend_on_the_cohort_or_the_pool(folder, tmp_path):
+def test_a_file_does_not_depend_on_the_cohort_or_the_pool(folder, processes, tmp_path, monkeypatch):
+  monkeypatch.setattr(workers, 'ProcessPoolExecutor', processes)
   seen = []
   phantom.write(tmp_path, patients=1, seed=3, progress=lambda jobs, **_: map(seen.append, jobs), **SMALL)
   assert len(seen) == 1
