@@ -97,6 +97,11 @@ def unpack(archive: pathlib.Path, folder: pathlib.Path) -> None:
     raise UserError(f'{archive}: cannot be unpacked ({type(error).__name__}); pack or copy it again') from None
 
 
+def is_archive(path: pathlib.Path) -> bool:
+  """Whether it is a .zip, by its name."""
+  return path.suffix.lower() == '.zip' and path.is_file()
+
+
 def within(source: pathlib.Path, unpacked: pathlib.Path) -> Iterator[pathlib.Path]:
   """A file itself, or the files of a folder or .zip, at any depth, sorted; those of archives in a folder, too.
 

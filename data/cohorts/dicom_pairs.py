@@ -12,11 +12,15 @@ from fusa_jax.errors import UserError
 
 
 def recognises(folder: pathlib.Path) -> bool:
-  patients = _patients(folder)
+  patients, (of_seg, of_mask) = _patients(folder), _masks(folder)
+  beside_mask = patients.keys() & (of_seg | of_mask).keys()
+  # Pairs of NIfTI, with what they were converted from or anything else beside them: as long as none has DICOM alone.
+  in_nifti = of_mask.keys() & by_name(folder).keys()
+  if in_nifti and beside_mask <= in_nifti:
+    return False
   # One folder may be all that an archive held: then its own patients are looked at.
   alone = sum(not path.name.startswith('.') for path in folder.iterdir()) == 1
-  beside_mask = patients.keys() & {name for masks in _masks(folder) for name in masks}
-  return bool(beside_mask) or (not alone and any(path.is_dir() for path in patients.values()))
+  return bool(beside_mask) or (not alone and any(path.is_dir() and _holds_dicom(path) for path in patients.values()))
 
 
 def find(folder: pathlib.Path) -> list[Case]:
@@ -37,15 +41,15 @@ def find(folder: pathlib.Path) -> list[Case]:
 
 
 def _patients(folder):
-  """By name, what may hold a series: folders in which there is DICOM, and archives.
+  """By name, what may hold a series: folders in which there is DICOM or an archive, and archives.
 
   Raises:
     UserError: a folder and an archive of one name.
   """
   found = {}
   for path in sorted(folder.iterdir()):
-    is_archive = path.is_file() and path.suffix.lower() == '.zip'
-    if not path.name.startswith('.') and (is_archive or (path.is_dir() and _holds_dicom(path))):
+    is_archive = files.is_archive(path)
+    if not path.name.startswith('.') and (is_archive or (path.is_dir() and _may_hold_dicom(path))):
       name = path.stem if is_archive else path.name
       if name in found:
         raise UserError(f'{path}: beside {found[name].name}; take one of the two out')
@@ -55,6 +59,10 @@ def _patients(folder):
 
 def _masks(folder):
   return [by_name(folder, ending) for ending in ('_seg', '_mask')]
+
+
+def _may_hold_dicom(folder):
+  return any(files.is_archive(path) for path in files.in_folder(folder)) or _holds_dicom(folder)
 
 
 def _holds_dicom(folder):

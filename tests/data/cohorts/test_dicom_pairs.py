@@ -12,8 +12,9 @@ import pytest
 from conftest import SIZE
 from layouts import copy, dicom_pairs, files
 
-from data import prepare, survey
+from data import prepare, read, survey
 from data.cohorts import Wanted
+from data.cohorts import dicom_pairs as cohort
 from data.find import find
 from fusa_jax import ct, dicom, input_pipeline
 from fusa_jax.errors import UserError
@@ -146,3 +147,34 @@ def test_as_it_was_unpacked_and_not_as_grey(laid, tmp_path):
   assert name == 'dicom_pairs' and len(cases) == 10
   with pytest.raises(UserError, match=r'holds Hounsfield units, not grey values'):
     find(laid, Wanted(values='grey'))
+
+
+def test_pairs_of_nifti_stay_pairs_whatever_lies_beside_them(laid, raw_dir, tmp_path):
+  """Their originals in one folder or one each, an archive of a scan's name; but not where a mask has DICOM alone."""
+  for scan, mask in files(raw_dir)[:2]:
+    name = ct.stem(scan).removesuffix('_ct')
+    copy(scan, tmp_path / f'{name}.nii.gz'), copy(mask, tmp_path / f'{name}_mask.nii.gz')
+  one = tmp_path / 'volume-phantom-A-0001'
+  original = next((laid / one.name).rglob('IM*'))
+  for beside in (tmp_path / 'originals' / 'IM1', one / 'IM1', tmp_path / 'volume-phantom-A-0002.zip'):
+    copy(original, beside)
+    name, cases = find(tmp_path)
+    assert name == 'pairs' and [case.ct.name for case in cases] == [f'{one.name}.nii.gz', f'{one.name[:-1]}2.nii.gz']
+  beside.unlink()
+  one.with_name(f'{one.name}.nii.gz').unlink()
+  with pytest.raises(UserError, match=r'0002_mask.nii.gz: its folder of DICOM, .*, is missing'):
+    find(tmp_path)
+
+
+def test_a_patients_folder_may_hold_archives_alone(laid, tmp_path):
+  """With its mask beside it; pictures in folders are no DICOM because there is an archive of them."""
+  name = 'volume-phantom-A-0001'
+  (tmp_path / name).mkdir()
+  shutil.make_archive(tmp_path / name / 'export', 'zip', laid / name)
+  copy(laid / f'{name}_mask.nii.gz', tmp_path / f'{name}_mask.nii.gz')
+  found, (case,) = find(tmp_path)
+  assert (found, case.patient, case.ct) == ('dicom_pairs', name, tmp_path / name)
+  assert read.volume(case)[1].any()
+  (tmp_path / f'{name}_mask.nii.gz').unlink()
+  (tmp_path / 'other').mkdir()
+  assert not cohort.recognises(tmp_path)
