@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 import pathlib
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -79,9 +80,12 @@ class Series:
     """Its name and description, for messages; without a description that has a part of the patient's data in it."""
     header = self.headers[0]
     description = ' '.join(str(header.get('SeriesDescription') or '').split())
-    personal = [str(header.get(key) or '') for key in ('PatientName', 'PatientID', 'PatientBirthDate')]
-    parts = ' '.join(personal).replace('^', ' ').replace('=', ' ').lower().split()
-    if not description or any(len(part) > 2 and part in description.lower() for part in parts):
+    personal = ' '.join(str(header.get(key) or '') for key in ('PatientName', 'PatientID', 'PatientBirthDate')).lower()
+    parts = {*re.split(r'[\s^=]+', personal), *re.split(r'[\W_]+', personal)} - {''}
+    words = re.split(r'[\W_]+', description.lower())
+    # One or two letters are in many words, but for scripts in which they are a name's length and words run together.
+    shown_in = lambda part: words if len(part) <= 2 and part.isascii() else description.lower()
+    if not description or any(part in shown_in(part) for part in parts):
       return self.name
     return f'{self.name} ({description})'
 
@@ -193,6 +197,7 @@ def find(paths: Iterable[pathlib.Path]) -> list[Series]:
       if left_out:
         skipped[left_out] += 1
       else:
+        _frames(header)  # is a number
         headers[str(header.get('SeriesInstanceUID', ''))].append(header)
     except Exception as error:  # pydicom lets errors of many types through
       problems.append(f'{path.name}: a damaged DICOM file ({_reason(error)}); copy it again')

@@ -99,7 +99,8 @@ def read(path: pathlib.Path, scan: ct.Scan, lesion_labels: Sequence[int] = ()) -
     lesion_labels: the numbers of the segments that are lesion; () where it has one only.
 
   Raises:
-    UserError: damaged; not binary; several segments and no labels; frames that lie on no slice, pixel by pixel.
+    UserError: damaged; not binary; several segments and no labels, or labels of none of them; frames that lie on no
+      slice, pixel by pixel.
   """
   import pydicom
 
@@ -119,6 +120,12 @@ def _read(seg, name, scan, lesion_labels):
     raise UserError(
       f'{name}: a DICOM SEG with the segments {", ".join(map(str, numbers))}; name those that are lesion, as in '
       f'--config.data.lesion_labels="({numbers[0]},)"'
+    )
+  if lesion_labels and not set(numbers) & set(lesion_labels):
+    raise UserError(
+      f'{name}: a DICOM SEG with the segments {", ".join(map(str, numbers))}, none of which data.lesion_labels '
+      f'({", ".join(map(str, lesion_labels))}) names; add those that are lesion, or save it with one of them, empty '
+      'where there is no lesion'
     )
   headers, _ = scan.path.grid
   slices = np.stack([_corners(header, header, header, header) for header in headers])

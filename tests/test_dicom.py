@@ -267,6 +267,28 @@ def test_a_description_that_names_the_patient_is_not_shown(tmp_path, description
   assert str(series) == series.name
 
 
+@pytest.mark.parametrize(
+  ('name', 'description', 'shown'),
+  [
+    ('WU^LI', 'WU LI chest', False),
+    ('Wu, Li', 'chest_wu', False),
+    ('WU^LI', 'Liver 3.0 Wuhan', True),
+    ('Wang^XiaoDong=王^小東', '王小東胸部', False),
+  ],
+)
+def test_names_of_two_letters_are_not_shown_either(tmp_path, name, description, shown):
+  elements = {'SpecificCharacterSet': 'ISO_IR 192', 'PatientName': name, 'SeriesDescription': description}
+  made = dicom_series.slices(chest(), affine_of('LPS'), **elements)
+  (series,) = find(dicom_series.save(tmp_path / 'in', made))
+  assert str(series) == (f'{series.name} ({description})' if shown else series.name)
+
+
+def test_a_number_of_frames_that_is_none(tmp_path):
+  made = one_changed(NumberOfFrames=['1', '1'])(dicom_series.slices(chest(), affine_of('LPS')))
+  with pytest.raises(UserError, match=r'^IM00000\d: a damaged DICOM file \(.*\); copy it again$'):
+    find(dicom_series.save(tmp_path / 'in', made))
+
+
 def test_without_pydicom_the_line_says_what_to_install(tmp_path, monkeypatch):
   folder = dicom_series.save(tmp_path / 'in', dicom_series.slices(chest(), affine_of('LPS')))
   real = builtins.__import__

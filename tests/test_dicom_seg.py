@@ -127,23 +127,23 @@ def test_no_lesion_is_a_seg_of_empty_frames(tmp_path, series):
   assert not dicom_seg.read(tmp_path / 'a.dcm', scan).any()
 
 
-def test_headers_as_they_come(tmp_path, caplog, capfd):
+def test_headers_as_they_come(tmp_path, monkeypatch, caplog, capfd):
   """Values that the standard forbids go through as they are, and no warning quotes them; rounded orientations."""
   caplog.set_level(logging.DEBUG)
-  pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
   odd = {
     'PatientName': 'Märkername',
     'PatientID': 'MARKERID' * 9,
     'PatientBirthDate': 'MARKERDATE',
     'PatientSex': 'MARKER',
   }
-  made = dicom_series.slices(chest(), AFFINES['oblique'], None, SpecificCharacterSet='ISO_IR 100', **odd)
-  for one, rounding in zip(made, (0, 1e-5, -1e-5, 2e-5, 0), strict=True):
-    one.ImageOrientationPatient = [float(value) + rounding for value in one.ImageOrientationPatient]
-    del one.SliceThickness, one.StudyDate
-  made[0].StudyTime = 'MARKERTIME'
-  folder = dicom_series.save(tmp_path / 'in', made)
-  pydicom.config.settings.writing_validation_mode = None
+  with monkeypatch.context() as patched:
+    patched.setattr(pydicom.config.settings, 'writing_validation_mode', pydicom.config.IGNORE)
+    made = dicom_series.slices(chest(), AFFINES['oblique'], None, SpecificCharacterSet='ISO_IR 100', **odd)
+    for one, rounding in zip(made, (0, 1e-5, -1e-5, 2e-5, 0), strict=True):
+      one.ImageOrientationPatient = [float(value) + rounding for value in one.ImageOrientationPatient]
+      del one.SliceThickness, one.StudyDate
+    made[0].StudyTime = 'MARKERTIME'
+    folder = dicom_series.save(tmp_path / 'in', made)
   scan = read(folder)
   with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter('always')
@@ -245,6 +245,7 @@ def test_segs_of_others(tmp_path, series):
 
   refused(r'with the segments 1, 2; name those that are lesion, as in --config.data.lesion_labels="\(1,\)"$', labels=())
   refused(r'of another type than binary; save it as a binary one$', segmentation_type='FRACTIONAL')
+  refused(r'with the segments 1, 2, none of which data.lesion_labels \(3\) names; add those that are', labels=(3,))
   other_grid = (
     r'whose frames lie on no slices of series3_\w+ \(Chest 5.0\), pixel by pixel; save it on the grid of that'
   )
