@@ -45,6 +45,7 @@ def save(state, path):
   return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', models.NAMES)
 def test_a_tensor_too_few_too_many_or_of_another_shape_is_refused_by_name(name, state_dicts):
   """Each way with tensors from both ends of the model and its middle."""
@@ -224,9 +225,8 @@ def test_training_starts_from_the_file_and_resuming_does_not_read_it(data_dir, t
   """Without a learning rate to speak of, the parameters after training are those that it started from."""
   state = state_dicts('resunet', num_classes=1, width=4)
   path = save(state, tmp_path / 'resunet.pth')
-  config = tiny(
-    seg, **{'model.name': 'resunet', 'train.learning_rate': 1e-12, 'train.steps': 2, 'model.init_from': str(path)}
-  )
+  settings = {'model.name': 'resunet', 'model.multiples': None, 'model.init_from': str(path)}
+  config = tiny(seg, **settings, **{'train.learning_rate': 1e-12, 'train.steps': 2})
   with caplog.at_level(logging.INFO):
     train.train(config, tmp_path / 'run', data_dir)
   assert f'weights from {path}' in caplog.text

@@ -16,6 +16,8 @@ torch = pytest.importorskip('torch')
 from benchmarks import torch_reference  # noqa: E402 (needs torch)
 
 DROPOUT = ('vgg16', 'mobilenet_v2', 'pspnet', 'deeplabv3', 'fusa_pspnet', 'fusa_deeplabv3')
+# Each takes from 5 to 10 s.
+LARGE = ('densenet121', 'fusa_deeplabv3', 'fusa_resnet50')
 CLASSES, CHANNELS = 2, 3
 
 
@@ -48,7 +50,9 @@ def distance(ours, theirs, floor=0.0):
   return np.linalg.norm(np.asarray(ours) - theirs) / max(np.linalg.norm(theirs), floor)
 
 
-@pytest.mark.parametrize('name', models.NAMES)
+@pytest.mark.parametrize(
+  'name', [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in models.NAMES]
+)
 def test_logits(name):
   theirs, module = original(name).eval(), models.create(name, num_classes=CLASSES)
   variables = from_torch(name, theirs.state_dict())
