@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fusa_jax import ct
+from fusa_jax import ct, decoder
 from fusa_jax.errors import UserError
 
 _INSTALL = 'pip install -r requirements-dicom.txt'
@@ -220,35 +220,50 @@ def read(series: Series, kind: str = 'hu') -> ct.Scan:
     UserError: as `Series.grid` and `ct.read`; also slices that cannot be decoded.
   """
   headers, affine = series.grid
-  values, bounds = None, np.iinfo(np.int16)
+  values = None
   for index, header in enumerate(headers):
-    image = _decoded(series, header)
+    try:
+      job = decoded, header.filename, _size(header)
+      image = decoder.apart(*job) if _is_compressed(header) else decoded(*job[1:])
+    except UserError as error:
+      raise UserError(f'{series}: {error}') from None
     if values is None:  # what a damaged header says of the size may not fit into any memory
       values = np.empty((len(headers), *image.shape), np.int16)
-    np.rint(np.clip(image, bounds.min, bounds.max), out=values[index], casting='unsafe')
+    values[index] = image
   return ct.from_volume(values.transpose(2, 1, 0), affine, series, kind)
 
 
-def _decoded(series, header):
-  """float64 [H, W], rescaled."""
-  pydicom = _pydicom()
+def decoded(path: str, size: tuple[int, int]) -> np.ndarray:
+  """A file's slice, rescaled: int16 [H, W].
+
+  Raises:
+    UserError: without the series' name: it cannot be decoded, or is of another size.
+  """
+  pydicom, bounds = _pydicom(), np.iinfo(np.int16)
   try:
-    image = pydicom.dcmread(header.filename)
+    image = pydicom.dcmread(path)
     syntax = image.file_meta.TransferSyntaxUID
     if syntax.is_encapsulated and not _has_decoder(syntax):
-      raise UserError(f'{series}: compressed as {syntax.name}, without a decoder here; {_INSTALL}, or decompress it')
+      raise UserError(f'compressed as {syntax.name}, without a decoder here; {_INSTALL}, or decompress it')
     stored = image.pixel_array
-    if stored.shape != _size(header):
+    if stored.shape != size:
       raise ValueError(f'{stored.shape} pixels')
     # Some converters leave these out where they are 1 and 0; what is no HU then, ct refuses.
     slope, intercept = (
       float(image.get(key, default)) for key, default in (('RescaleSlope', 1), ('RescaleIntercept', 0))
     )
-    return stored * slope + intercept
+    return np.rint(np.clip(stored * slope + intercept, bounds.min, bounds.max)).astype(np.int16)
   except UserError:
     raise
   except Exception as error:  # pydicom and the decoders let errors of many types through
-    raise UserError(f'{series}: a slice cannot be decoded ({_reason(error)}); copy it again from its source') from None
+    raise UserError(f'a slice cannot be decoded ({_reason(error)}); copy it again from its source') from None
+
+
+def _is_compressed(header):
+  try:
+    return header.file_meta.TransferSyntaxUID.is_encapsulated
+  except (AttributeError, ValueError):  # none, or none that is known: `decoded` says so
+    return False
 
 
 def _has_decoder(syntax):

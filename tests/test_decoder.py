@@ -1,0 +1,18 @@
+"""What breaks the process of the decoder breaks neither this one nor the next file."""
+
+import os
+
+import pytest
+
+from fusa_jax import decoder, dicom
+from fusa_jax.errors import UserError
+
+
+def test_a_process_that_ends_is_one_line_and_the_next_file_has_another(tmp_path):
+  first = decoder.apart(os.getpid)
+  assert decoder.apart(os.getpid) == first != os.getpid()
+  with pytest.raises(UserError, match=r'^a slice cannot be decoded \(its decoder broke down\); copy it again'):
+    decoder.apart(os.abort)
+  assert decoder.apart(os.getpid) not in (first, os.getpid())
+  with pytest.raises(UserError, match=r'^a slice cannot be decoded \(No such file or directory\); copy it again'):
+    decoder.apart(dicom.decoded, str(tmp_path / 'none'), (4, 4))
