@@ -4,8 +4,10 @@ A SEG belongs to its patient: by DICOM's rules name, ID and dates are those of t
 there.
 """
 
+import contextlib
 import functools
 import importlib.metadata
+import io
 import logging
 import pathlib
 import warnings
@@ -21,7 +23,7 @@ from fusa_jax.files import replacing
 _SEGMENTATION, _LABELMAP = '1.2.840.10008.5.1.4.1.1.66.4', '1.2.840.10008.5.1.4.1.1.66.7'
 # What a SEG says of the slices that it was made on; their study and frame of reference are also its own.
 _REFERRED = ('StudyInstanceUID', 'SeriesInstanceUID', 'FrameOfReferenceUID', 'SOPClassUID', 'SOPInstanceUID')
-_OF_SLICE = (*_REFERRED, 'Modality', 'Rows', 'Columns', 'PixelSpacing', 'ImagePositionPatient')
+_OF_SLICE = (*_REFERRED, 'Modality', 'PixelSpacing', 'ImagePositionPatient')
 # What highdicom asks of a source, and prints where it does not like it: copied when nobody looks at it any more.
 _OF_PATIENT = ('PatientID', 'PatientName', 'PatientBirthDate', 'PatientSex')
 _OF_STUDY = ('AccessionNumber', 'StudyID', 'StudyDate', 'StudyTime')
@@ -30,15 +32,28 @@ _NUMBER = 1000
 
 
 def check(series: Iterable[dicom.Series]) -> None:
-  """Raises a UserError, a line for each series whose slices cannot be referred to, or where highdicom is missing."""
+  """Raises a UserError, a line for each series of which no SEG can be made, or where highdicom is missing."""
   _highdicom()
   problems = []
   for one in series:
     lacking = [key for key in _REFERRED if not all(header.get(key) for header in one.headers)]
     if lacking:
       problems.append(f'{one}: its slices lack {", ".join(lacking)}, which a SEG refers to; leave out --dicom')
+      continue
+    try:
+      _check(one)
+    except UserError as error:
+      problems.append(str(error))
   if problems:
     raise UserError('\n'.join(problems))
+
+
+def _check(series):
+  """Makes a SEG in memory, as if slices had one pixel: only highdicom can tell which headers it takes."""
+  frames = np.zeros((len(series.grid[0]), 1, 1), np.uint8)
+  frames[0] = 1  # where there is any, slices without have no frame
+  with _without_values(series):
+    _segmentation(series, frames, {'model': 'none', 'threshold': 0.5}).save_as(io.BytesIO(), enforce_file_format=True)
 
 
 def write(path: pathlib.Path, mask: np.ndarray, scan: ct.Scan, about: Mapping[str, Any]) -> None:
@@ -51,18 +66,24 @@ def write(path: pathlib.Path, mask: np.ndarray, scan: ct.Scan, about: Mapping[st
     path: of the file, .dcm.
     mask: uint8 {0, 1} [S, H, W] on canonical axes.
     scan: as `dicom.read` gave it, of a series that `check` let through.
-    about: what made it: 'model', 'step', 'threshold'.
+    about: what made it, all of which its parameters say: 'model', 'threshold'; 'lungs', 'smallest_ml' and others.
 
   Raises:
     UserError: headers of the series of which highdicom makes no SEG; the system refuses to write there.
   """
-  series = scan.path
+  with _without_values(scan.path):
+    made = _segmentation(scan.path, ct.to_own_axes(mask, scan).transpose(2, 1, 0), about)
+    with replacing(path) as partial:
+      made.save_as(partial, enforce_file_format=True)
+
+
+@contextlib.contextmanager
+def _without_values(series):
+  """Around what uses a series' headers: warnings and errors quote the values that they are about."""
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter('ignore')  # they quote the values that they are about
-      made = _segmentation(series, ct.to_own_axes(mask, scan).transpose(2, 1, 0), about)
-      with replacing(path) as partial:
-        made.save_as(partial, enforce_file_format=True)
+      warnings.simplefilter('ignore')
+      yield
   except UserError:
     raise
   except Exception as error:  # of many types, with values of the patient's in their texts
@@ -166,7 +187,8 @@ def _segmentation(series, frames, about):
   headers, affine = series.grid
   whole = pydicom.dcmread(headers[0].filename, stop_before_pixels=True)
   spacing = abs(np.linalg.det(affine[:3, :3])) / np.prod(np.linalg.norm(affine[:3, :2], axis=0))
-  sources = [_source(header, headers[0], whole.get('SliceThickness'), spacing) for header in headers]
+  thickness = whole.get('SliceThickness') or f'{spacing:.8g}'
+  sources = [_source(header, headers[0], frames.shape[1:], thickness, f'{spacing:.8g}') for header in headers]
   version = _version()
   by_us = highdicom.AlgorithmIdentificationSequence(
     'fusa_jax', codes.DCM.ArtificialIntelligence, version, parameters={key: str(about[key]) for key in sorted(about)}
@@ -195,7 +217,7 @@ def _segmentation(series, frames, about):
     series_description='Lesions by fusa_jax, for research only',
     content_label='LESION',
     content_creator_name='',  # required, and nobody
-    content_description=f'Lesions, probability {about["threshold"]:.3g} or more',
+    content_description=_description(about),
   )
   for key in (*_OF_PATIENT, *_OF_STUDY, 'SpecificCharacterSet', 'LossyImageCompression'):
     if key in whole:
@@ -204,7 +226,14 @@ def _segmentation(series, frames, about):
   return made
 
 
-def _source(header, first, thickness, spacing):
+def _description(about):
+  """In 64 characters, which is what there is room for."""
+  limits = ', in lungs' if about.get('lungs') else ''
+  limits += f', from {about["smallest_ml"]:.3g} mL' if about.get('smallest_ml') else ''
+  return f'Lesions, probability from {about["threshold"]:.3g}{limits}'
+
+
+def _source(header, first, size, thickness, spacing):
   """A slice as highdicom wants it, of one orientation and without the patient."""
   import pydicom
 
@@ -212,7 +241,8 @@ def _source(header, first, thickness, spacing):
   for key in _OF_SLICE:
     source.add(header[key])
   source.add(first['ImageOrientationPatient'])  # they may differ by rounding
-  source.SliceThickness, source.SpacingBetweenSlices = thickness or f'{spacing:.8g}', f'{spacing:.8g}'
+  source.Rows, source.Columns = size
+  source.SliceThickness, source.SpacingBetweenSlices = thickness, spacing
   for key in (*_OF_PATIENT, *_OF_STUDY):
     setattr(source, key, '')
   return source

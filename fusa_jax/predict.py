@@ -25,6 +25,8 @@ _TOGETHER = 64
 _READERS = min(os.cpu_count() or 1, 4)
 # Scans, or parts of pictures, that are read while one is computed and one written: four in memory at most.
 _AHEAD = 2
+# What a DICOM SEG says of how its mask was made.
+_ABOUT = ('model', 'step', 'threshold', 'temperature', 'flips', 'lungs', 'smallest_ml')
 
 
 def predict(
@@ -154,8 +156,7 @@ def _write(output, path, image, found, probabilities, as_dicom):
     else:
       ct.write(output / f'{name}_{kind}.nii.gz', values, image)
   if as_dicom:
-    about = {key: found.numbers[key] for key in ('model', 'step', 'threshold')}
-    dicom_seg.write(output / f'{name}_mask.dcm', found.mask, image, about)
+    dicom_seg.write(output / f'{name}_mask.dcm', found.mask, image, {key: found.numbers[key] for key in _ABOUT})
   numbers = {'picture' if drawn else 'scan': path.name, **found.numbers}
   write_json(output / f'{name}.json', numbers)
   logging.info('%s: %s', path if isinstance(path, dicom.Series) else path.name, _one_line(numbers))

@@ -120,6 +120,16 @@ def test_what_the_seg_says(tmp_path, series):
   assert seg.ContentCreatorName == ''
 
 
+def test_what_limits_the_mask_is_said(tmp_path, series):
+  about = ABOUT | {'temperature': (1.25, 0.8), 'flips': True, 'lungs': True, 'smallest_ml': 0.05, 'threshold': 0.4375}
+  dicom_seg.write(tmp_path / 'a.dcm', series[1], series[0], about)
+  seg = pydicom.dcmread(tmp_path / 'a.dcm')
+  assert seg.ContentDescription == 'Lesions, probability from 0.438, in lungs, from 0.05 mL'
+  parameters = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters
+  for said in ('temperature=(1.25, 0.8)', 'flips=True', 'lungs=True', 'smallest_ml=0.05'):
+    assert said in parameters
+
+
 def test_no_lesion_is_a_seg_of_empty_frames(tmp_path, series):
   scan, mask = series
   seg = saved(tmp_path / 'a.dcm', scan, 0 * mask)
@@ -159,6 +169,11 @@ def test_series_that_cannot_be_referred_to_are_refused(tmp_path, monkeypatch):
   made = all_changed(FrameOfReferenceUID='')(dicom_series.slices(chest(), AFFINES['axial']))
   folder = dicom_series.save(tmp_path / 'in', made)
   with pytest.raises(UserError, match=r'\(Chest 5.0\): its slices lack FrameOfReferenceUID, which a SEG refers to; l'):
+    read(folder)
+  made = dicom_series.slices(chest(), AFFINES['axial'])
+  made[1].StudyInstanceUID = uid.generate_uid()
+  folder = dicom_series.save(tmp_path / 'of two studies', made)
+  with pytest.raises(UserError, match=r'^series3_\w+ \(Chest 5.0\): its headers make no DICOM SEG \(\w+\); predict it'):
     read(folder)
   real = builtins.__import__
 

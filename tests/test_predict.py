@@ -268,7 +268,7 @@ def test_dicom_seg_beside_the_mask_and_nothing_else_names_the_patient(
     assert seg.pixel_array.sum() == nib.load(nifti).get_fdata().sum() > 0
     result = json.loads(path.with_name(path.name.replace('_mask.dcm', '.json')).read_text())
     parameters = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters
-    assert all(f'{key}={result[key]}' in parameters for key in ('model', 'step', 'threshold'))
+    assert all(f'{key}={result[key]}' in parameters for key in ('model', 'step', 'threshold', 'flips', 'smallest_ml'))
 
 
 def test_dicom_seg_of_what_has_none_is_refused_before_anything_is_predicted(predictors, of_dicom, dicom_only, tmp_path):
