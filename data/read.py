@@ -1,8 +1,6 @@
 """A case's files -> its slices: scans and pictures alike from here on."""
 
 import functools
-import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +9,7 @@ import numpy as np
 from data.cohorts import Case
 from fusa_jax import ct, dicom, dicom_seg, pictures
 from fusa_jax.errors import UserError
-from fusa_jax.files import within
+from fusa_jax.files import unpacking, within
 
 
 class Slices(NamedTuple):
@@ -48,9 +46,9 @@ def volume(case: Case) -> tuple[ct.Scan, np.ndarray]:
 
 
 def _volume_of_dicom(case):
-  with tempfile.TemporaryDirectory(prefix='fusa-jax-') as unpacked:
-    paths = [path for path in within(case.ct, pathlib.Path(unpacked)) if dicom.is_dicom(path)]
+  with unpacking() as unpacked:
     try:
+      paths = [path for path in within(case.ct, unpacked) if dicom.is_dicom(path)]
       series = dicom.find(paths)
       drawn = _segmentation(paths) if case.mask == case.ct else None
       if drawn:
@@ -62,8 +60,9 @@ def _volume_of_dicom(case):
       scan = dicom.read(series[0], case.values or 'hu')
       if drawn:
         return scan, dicom_seg.read(drawn, scan, case.lesion_labels)
-    except UserError as error:  # which does not say in which folder
-      raise UserError('\n'.join(f'{case.ct}: {line}' for line in str(error).splitlines())) from None
+    except UserError as error:  # which does not say in which folder, but of the archive that is all
+      lines = str(error).removeprefix(f'{case.ct}: ').splitlines()
+      raise UserError('\n'.join(f'{case.ct}: {line}' for line in lines)) from None
   return scan, ct.read_mask(case.mask, scan, case.lesion_labels)
 
 

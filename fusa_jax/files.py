@@ -7,13 +7,20 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fusa_jax.errors import UserError
+
+# Archives in archives, counted from the outermost.
+_DEPTH = 4
+# Folders of `unpacking`.
+_in_use = set()
 
 
 @contextlib.contextmanager
@@ -71,30 +78,50 @@ def sha256(content: bytes) -> str:
   return hashlib.sha256(content).hexdigest()
 
 
-def unpack(archive: pathlib.Path, folder: pathlib.Path) -> None:
-  """Unpacks a .zip into a folder, and nowhere else.
+@contextlib.contextmanager
+def unpacking() -> Iterator[pathlib.Path]:
+  """Gives a folder for what archives hold (`within`), gone afterwards; a UserError names files as ARCHIVE.zip/FILE."""
+  with tempfile.TemporaryDirectory(prefix='fusa-jax-') as folder:
+    _in_use.add(folder)
+    try:
+      yield pathlib.Path(folder)
+    except UserError as error:
+      raise UserError(re.sub(re.escape(folder) + r'/\d+/', '', str(error))) from None
+    finally:
+      _in_use.discard(folder)
+
+
+def remove_unpacked() -> None:
+  """For a process that ends without leaving `unpacking`: scans name their patients."""
+  for folder in list(_in_use):
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def unpack(archive: pathlib.Path, folder: pathlib.Path, called: str = '') -> None:
+  """Unpacks a .zip into a folder, and nowhere else; errors call it `called`, or by its path.
 
   Raises:
     UserError: damaged or encrypted; names that lead out of the folder; more than there is room for.
   """
+  called = called or str(archive)
   try:
     with zipfile.ZipFile(archive) as packed:
       names = [pathlib.PurePosixPath(name.replace('\\', '/')) for name in packed.namelist()]
       if any(name.is_absolute() or '..' in name.parts for name in names):
-        raise UserError(f'{archive}: has names that lead out of it; unpack it by hand if you trust it')
+        raise UserError(f'{called}: has names that lead out of it; unpack it by hand if you trust it')
       size, free = sum(entry.file_size for entry in packed.infolist()), shutil.disk_usage(folder).free
       if size > 0.9 * free:
         raise UserError(
-          f'{archive}: {size / 1e9:.1f} GB unpacked, and {folder} has room for {free / 1e9:.1f}; set TMPDIR to a '
+          f'{called}: {size / 1e9:.1f} GB unpacked, and {folder} has room for {free / 1e9:.1f}; set TMPDIR to a '
           'folder with more'
         )
       packed.extractall(folder)
   except RuntimeError:  # of zipfile, where a password is needed
-    raise UserError(f'{archive}: encrypted; unpack it by hand') from None
+    raise UserError(f'{called}: encrypted; unpack it by hand') from None
   except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, ValueError) as error:
     if isinstance(error, UserError):
       raise
-    raise UserError(f'{archive}: cannot be unpacked ({type(error).__name__}); pack or copy it again') from None
+    raise UserError(f'{called}: cannot be unpacked ({type(error).__name__}); pack or copy it again') from None
 
 
 def is_archive(path: pathlib.Path) -> bool:
@@ -103,29 +130,33 @@ def is_archive(path: pathlib.Path) -> bool:
 
 
 def within(source: pathlib.Path, unpacked: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A file itself, or the files of a folder or .zip, at any depth, sorted; those of archives in a folder, too.
+  """A file itself, or the files of a folder or .zip, at any depth, sorted; those of archives in these, too.
 
   Args:
     source: a file or a folder; what begins with a dot in it is left out.
-    unpacked: a folder for what archives hold.
+    unpacked: a folder for what archives hold, as `unpacking` gives it.
 
   Raises:
-    UserError: as `unpack`.
+    UserError: as `unpack`, where archives in a folder are called by their own names: exports name folders by patient;
+      archives in archives, and so on.
   """
-  if source.is_file():
-    if source.suffix.lower() == '.zip':
-      inside = unpacked / str(len(list(unpacked.iterdir())))
-      inside.mkdir()
-      unpack(source, inside)
-      yield from in_folder(inside)
-    else:
-      yield source
-    return
-  for path in in_folder(source):
-    if path.suffix.lower() == '.zip':
-      yield from within(path, unpacked)
-    else:
-      yield path
+  if source.is_dir():
+    for path in in_folder(source):
+      yield from _unpacked(path, unpacked, path.name) if is_archive(path) else (path,)
+  elif is_archive(source):
+    yield from _unpacked(source, unpacked, str(source))
+  else:
+    yield source
+
+
+def _unpacked(archive, folder, called, depth=1):
+  if depth > _DEPTH:  # there is one that holds itself
+    raise UserError(f'{called}: archives in archives, {depth} deep; unpack it by hand')
+  inside = folder / str(len(list(folder.iterdir()))) / archive.name
+  inside.mkdir(parents=True)
+  unpack(archive, inside, called)
+  for path in in_folder(inside):
+    yield from _unpacked(path, folder, path.name, depth + 1) if is_archive(path) else (path,)
 
 
 def in_folder(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import pathlib
-import tempfile
 from concurrent import futures
 
 import numpy as np
@@ -16,7 +15,7 @@ import tqdm
 
 from fusa_jax import ct, dicom, dicom_seg, pictures, sharding, sources
 from fusa_jax.errors import UserError
-from fusa_jax.files import write_json
+from fusa_jax.files import unpacking, write_json
 from fusa_jax.predictor import Predictor
 
 # Pictures that are read and predicted before the first of them is written.
@@ -53,8 +52,8 @@ def predict(
     UserError: no scans, or scans that are refused, as of the other kind of values (all of them named before the first
       one is predicted); DICOM SEG is wanted of a model without masks, or of anything but DICOM series.
   """
-  with tempfile.TemporaryDirectory(prefix='fusa-jax-') as unpacked:
-    paths = sources.find(source, run.model.values, pathlib.Path(unpacked))
+  with unpacking() as unpacked:
+    paths = sources.find(source, run.model.values, unpacked)
     if as_dicom:
       _check_for_dicom(run, paths)
     _predict(run, paths, output, probabilities, as_dicom)

@@ -19,6 +19,7 @@ from jax._src import distributed
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fusa_jax import files
 from fusa_jax.errors import UserError
 
 # Keys of JAX's store that all processes share (its client has no public name; Orbax reaches for it in the same way).
@@ -186,6 +187,7 @@ def _watch():
         for line in message.splitlines():
           print(f'error: {line}', file=sys.stderr)
         sys.stderr.flush()
+        files.remove_unpacked()
         client.key_value_set(f'{_ENDED}{number}', '')
         os._exit(code)
     except jax.errors.JaxRuntimeError:

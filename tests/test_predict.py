@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import weakref
+import zipfile
 
 import dicom_series
 import hosts
@@ -216,18 +217,23 @@ def test_series_of_dicom_get_the_masks_of_the_same_scan_in_nifti(of_dicom):
     assert result == of_nifti
 
 
-def test_an_archive_is_predicted_as_its_folder(predictors, of_dicom, tmp_path):
+def test_an_archive_is_predicted_as_its_folder(predictors, of_dicom, tmp_path, monkeypatch):
   """Alone, and in a folder. Nothing of it stays behind."""
   source, out = of_dicom
   (tmp_path / 'in').mkdir()
   archive = shutil.make_archive(tmp_path / 'in' / 'some', 'zip', source)
-  before = set(pathlib.Path(tempfile.gettempdir()).glob('fusa-jax-*'))
+  (tmp_path / 'tmp').mkdir()
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'tmp'))
   for number, given in enumerate((pathlib.Path(archive), tmp_path / 'in')):
     predict.predict(predictors['seg'], given, tmp_path / str(number), probabilities=True)
     assert listed(tmp_path / str(number)) == listed(out)
     for path in out.iterdir():
       assert path.read_bytes() == (tmp_path / str(number) / path.name).read_bytes()
-  assert set(pathlib.Path(tempfile.gettempdir()).glob('fusa-jax-*')) == before
+  with zipfile.ZipFile(tmp_path / 'broken.zip', 'w') as packed:
+    packed.writestr('bad.nii.gz', 'no scan')
+  with pytest.raises(UserError, match=r'^broken.zip/bad.nii.gz: '):
+    predict.predict(predictors['seg'], tmp_path / 'broken.zip', tmp_path / 'none')
+  assert not list((tmp_path / 'tmp').glob('fusa-jax-*'))
 
 
 @pytest.fixture(scope='module')

@@ -1,7 +1,9 @@
+import os
+
 import numpy as np
 import pytest
 
-from fusa_jax import sharding
+from fusa_jax import files, sharding
 from fusa_jax.errors import UserError
 
 
@@ -60,3 +62,26 @@ def test_a_host_reads_only_the_rows_of_its_devices(monkeypatch):
 
   monkeypatch.setattr(sharding, 'batched', lambda *_: Here())
   np.testing.assert_array_equal(sharding.local_rows(mesh, 16), [0, 1, 2, 3, 8, 9, 10, 11])
+
+
+def test_what_was_unpacked_is_gone_when_another_process_has_failed(monkeypatch):
+  """The process ends without unwinding, in the midst of its work."""
+
+  class Store:
+    def key_value_dir_get(self, _):
+      return [('', '[2, "scan.nii.gz: bad"]')]
+
+    def key_value_set(self, *_):
+      pass
+
+  def end(code):
+    raise SystemExit(code)
+
+  monkeypatch.setattr(sharding, '_client', Store)
+  monkeypatch.setattr(sharding._leaving, 'wait', lambda _: False)
+  monkeypatch.setattr(os, '_exit', end)
+  with files.unpacking() as folder:
+    (folder / 'scan').write_text('of somebody')
+    with pytest.raises(SystemExit, match='2'):
+      sharding._watch()
+    assert not folder.exists()

@@ -27,11 +27,13 @@ def laid(raw_dir, tmp_path_factory):
   return folder
 
 
-def test_the_dataset_is_that_of_the_same_volumes_in_nifti(laid, data_dir, tmp_path):
+def test_the_dataset_is_that_of_the_same_volumes_in_nifti(laid, data_dir, tmp_path, monkeypatch):
   """Compressed or not, in folders and an archive, with masks of both kinds. Nothing that was unpacked stays behind."""
-  before = set(pathlib.Path(tempfile.gettempdir()).glob('fusa-jax-*'))
-  prepared = prepare.prepare(str(laid), str(tmp_path), SIZE)
-  assert set(pathlib.Path(tempfile.gettempdir()).glob('fusa-jax-*')) == before
+  (tmp_path / 'tmp').mkdir()
+  monkeypatch.setenv('TMPDIR', str(tmp_path / 'tmp'))  # of the processes that read
+  monkeypatch.setattr(tempfile, 'tempdir', None)  # and of this one
+  prepared = prepare.prepare(str(laid), str(tmp_path / 'out'), SIZE)
+  assert not list((tmp_path / 'tmp').glob('fusa-jax-*'))
   lesions = 0
   for part in ('train', 'validation', 'test'):
     ours, of_nifti = (getattr(input_pipeline.load(each, 0, SIZE), part) for each in (prepared, data_dir))
