@@ -49,12 +49,12 @@ def _volume_of_dicom(case):
   with unpacking() as unpacked:
     try:
       paths = [path for path in within(case.ct, unpacked) if dicom.is_dicom(path)]
-      series = dicom.find(paths)
+      series, left_out = dicom.sort(paths)
       drawn = _segmentation(paths) if case.mask == case.ct else None
       if drawn:
         series = [one for one in series if one.uid == dicom_seg.series_uid(drawn)]
       if len(series) != 1:
-        found = ', '.join(map(str, series)) or 'none'
+        found = (', '.join(map(str, series)) or 'none') + (f' (left out: {left_out})' if left_out and not drawn else '')
         asked = f'CT series that {drawn.name} refers to' if drawn else 'CT series, the one that the mask was drawn on'
         raise UserError(f'there must be one {asked}, and there is {found}; add it, or take the others out')
       scan = dicom.read(series[0], case.values or 'hu')

@@ -178,7 +178,15 @@ def is_dicom(path: pathlib.Path) -> bool:
 
 
 def find(paths: Iterable[pathlib.Path]) -> list[Series]:
-  """The CT series that DICOM files hold, by number; says what is left out: localizers, dose sheets, what is no CT.
+  """The CT series that DICOM files hold, as `sort` gives them; says what is left out."""
+  series, left_out = sort(paths)
+  if left_out:
+    logging.info('skipped: %s', left_out)
+  return series
+
+
+def sort(paths: Iterable[pathlib.Path]) -> tuple[list[Series], str]:
+  """The CT series that DICOM files hold, by number; and, counted in words, localizers, dose sheets, what is no CT.
 
   Raises:
     UserError: pydicom is not installed; files that are damaged, a line each.
@@ -207,10 +215,11 @@ def find(paths: Iterable[pathlib.Path]) -> list[Series]:
     no_volume = _no_volume(of_series)
     if no_volume:
       skipped[no_volume] += len(headers.pop(uid))
-  if skipped:
-    logging.info('skipped: %s', ', '.join(f'{count} {kind}' for kind, count in sorted(skipped.items())))
   series = [Series(uid, of_series) for uid, of_series in headers.items()]
-  return sorted(series, key=lambda one: (one.number is None, one.number, one.uid))
+  return (
+    sorted(series, key=lambda one: (one.number is None, one.number, one.uid)),
+    ', '.join(f'{count} {kind}' for kind, count in sorted(skipped.items())),
+  )
 
 
 def read(series: Series, kind: str = 'hu') -> ct.Scan:

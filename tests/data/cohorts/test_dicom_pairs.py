@@ -1,5 +1,6 @@
 """A cohort of DICOM: the dataset of the same volumes in NIfTI, and what is wrong with series and masks by name."""
 
+import logging
 import pathlib
 import shutil
 import tempfile
@@ -52,8 +53,9 @@ def test_the_dataset_is_that_of_the_same_volumes_in_nifti(laid, data_dir, tmp_pa
   assert b'volume-phantom-a-0001' in metadata and b'marker' not in metadata
 
 
-def test_masks_are_scored_as_volumes(laid, raw_dir):
-  """What evaluation reads: the scan and the mask of each patient, on the series' own grid."""
+def test_masks_are_scored_as_volumes(laid, raw_dir, caplog):
+  """What evaluation reads: the scan and the mask of each patient, on the series' own grid; no line for each."""
+  caplog.set_level(logging.INFO)
   scans = prepare.scans(laid)
   assert len(scans) == 10
   for path, mask in files(raw_dir)[3:5]:  # an archive, and a folder with a SEG
@@ -62,6 +64,7 @@ def test_masks_are_scored_as_volumes(laid, raw_dir):
     np.testing.assert_array_equal(scan.values, expected.values)
     np.testing.assert_allclose(scan.affine, expected.affine, atol=1e-3)
     np.testing.assert_array_equal(read, ct.read_mask(mask, expected))
+  assert not caplog.messages
 
 
 def test_a_file_more_is_another_cohort(laid, tmp_path):
@@ -118,7 +121,10 @@ def test_what_is_wrong_is_named(laid, raw_dir, tmp_path):
   )
   assert lines[5] == '06: its mask is missing; add NAME_seg.nii.gz beside it or a DICOM SEG in it, or take it out'
   assert lines[6] == '07: IM000002: a damaged DICOM file (cut before its image); copy it again'
-  assert lines[7].startswith('08: there must be one CT series, the one that the mask was drawn on, and there is none;')
+  assert lines[7] == (
+    '08: there must be one CT series, the one that the mask was drawn on, and there is none (left out: '
+    f'{image.shape[2]} MR objects); add it, or take the others out'
+  )
   assert lines[8] == '10: 2 DICOM SEGs (SEG, corrected); take all but one out'
 
 
