@@ -1,7 +1,6 @@
 """A trained run as a function of one scan, or of pictures: probabilities, mask and numbers."""
 
 import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from fusa_jax import ct, export, operating_point, postprocessing, sharding, sources, trained
 from fusa_jax.errors import UserError
+from fusa_jax.files import unpacking
 
 # Signs of canonical axes (column, row, slice) in NIfTI's world: to the left, the back and the head.
 _CANONICAL = (-1, -1, 1)
@@ -103,8 +103,8 @@ class Predictor:
     return self.result(image, found if isinstance(image, ct.Scan) else found[0])
 
   def _read(self, path):
-    with tempfile.TemporaryDirectory(prefix='fusa-jax-') as unpacked:
-      paths = sources.find(path, self.model.values, pathlib.Path(unpacked))
+    with unpacking() as unpacked:
+      paths = sources.find(path, self.model.values, unpacked)
       if len(paths) > 1:
         raise UserError(f'{path}: holds {len(paths)} scans or pictures; give one, or all to --mode=predict')
       return sources.read(paths[0], self.model.values)

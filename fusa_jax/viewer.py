@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import pathlib
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import tqdm
 
 from fusa_jax import ct, pages, sources
 from fusa_jax.errors import UserError
+from fusa_jax.files import unpacking
 
 # Of all pages where there are several.
 _INDEX = 'view.html'
@@ -48,8 +48,8 @@ def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
     UserError: no scan; scans without a result, or with one that is damaged (all of them named before the first page is
       written); a scan that is refused, or whose mask is or lies on another grid (after the pages of those before it).
   """
-  with tempfile.TemporaryDirectory(prefix='fusa-jax-') as unpacked:
-    scans = sources.find(source, None, pathlib.Path(unpacked))
+  with unpacking() as unpacked:
+    scans = sources.find(source, None, unpacked)
     results, problems = {}, []
     for path in scans:
       try:
