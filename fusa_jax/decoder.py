@@ -18,13 +18,15 @@ class _Apart:
   """The process: `self(function, *arguments)` is what it gives there; None where the process ended over it."""
 
   def __init__(self):
+    self.owner = os.getpid()
     self._process = subprocess.Popen(
-      [sys.executable, '-m', 'fusa_jax.decoder'],
+      # With this process' path of modules, and nothing that lies in the current folder.
+      [sys.executable, '-P', '-m', 'fusa_jax.decoder'],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
-      pipesize=2**20,  # a slice of 512 x 512 at once
       stderr=subprocess.DEVNULL,  # decoders written in C print to it, beside what they give back
       env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+      start_new_session=True,  # Ctrl-C is for this process; that one ends when nothing can be asked of it any more
     )
 
   def __call__(self, function, *arguments):
@@ -36,8 +38,9 @@ class _Apart:
       return None
 
   def __del__(self):
-    self._process.kill()
-    self._process.communicate()
+    if hasattr(self, '_process') and self.owner == os.getpid():
+      self._process.kill()
+      self._process.communicate()
 
 
 _of_thread = threading.local()
@@ -47,14 +50,20 @@ def apart(function: Callable, *arguments):
   """function(*arguments), of a module's own function and of what can be pickled; computed in the thread's process.
 
   Raises:
-    UserError: as the function; or the process ended, without more to say.
+    UserError: as the function; or the process ended, without more to say; or the system gives none.
   """
-  if not hasattr(_of_thread, 'process'):
-    _of_thread.process = _Apart()
-  found = _of_thread.process(function, *arguments)
+  process = getattr(_of_thread, 'process', None)
+  if process is None or process.owner != os.getpid():  # after a fork it answers another one
+    try:
+      process = _Apart()
+    except OSError as error:
+      raise UserError(f'no process to decode it in ({error.strerror}); close others, and start again') from None
+  # Until it has answered it is nobody's: an answer that was not waited for would be taken for the next file's.
+  _of_thread.process = None
+  found = process(function, *arguments)
   if found is None:
-    del _of_thread.process
     raise UserError('a slice cannot be decoded (its decoder broke down); copy it again from its source')
+  _of_thread.process = process
   if isinstance(found, UserError):
     raise found
   return found

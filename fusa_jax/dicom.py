@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import math
+import os
 import pathlib
 import re
 import warnings
@@ -232,7 +233,8 @@ def read(series: Series, kind: str = 'hu') -> ct.Scan:
   values = None
   for index, header in enumerate(headers):
     try:
-      job = decoded, header.filename, _size(header)
+      # The other process may have begun in another folder.
+      job = decoded, os.path.abspath(header.filename), _size(header)
       image = decoder.apart(*job) if _is_compressed(header) else decoded(*job[1:])
     except UserError as error:
       raise UserError(f'{series}: {error}') from None

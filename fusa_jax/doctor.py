@@ -17,11 +17,15 @@ import time
 import ml_collections
 from packaging.requirements import Requirement
 
+from fusa_jax import decoder
 from fusa_jax.errors import UserError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Brought by the packages in requirements.txt, or there on request.
-_OTHERS = ('jaxlib', 'tensorstore', 'torch', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin')
+_OTHERS = (
+  *('jaxlib', 'tensorstore', 'torch', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin'),
+  *('pydicom', 'python-gdcm', 'highdicom'),
+)
 _VARIABLES = (
   'JAX_',
   'XLA_',
@@ -57,8 +61,8 @@ def doctor(config: ml_collections.ConfigDict, caches: dict[str, pathlib.Path]) -
     print(f'{title}:', flush=True)
     try:
       for line, problem in part():
-        print(f'  {line}'.replace(str(pathlib.Path.home()), '~'), flush=True)
-        wrong += [f'{title}: {problem}'] if problem else []
+        print(f'  {_without_home(line)}', flush=True)
+        wrong += [f'{title}: {_without_home(problem)}'] if problem else []
     except Exception as error:  # whatever it is, it is what was looked for
       text = ' '.join(str(error).split())[:300]
       wrong.append(
@@ -93,6 +97,14 @@ def versions():
   for name in _OTHERS:
     if version := _version(name):
       yield f'{name} {version}', None
+  if _version('pydicom'):
+    # Which is where compressed DICOM is decoded.
+    yield f'decoding in a process of its own: {decoder.apart(os.path.basename, "it/works")}', None
+
+
+def _without_home(text):
+  home = str(pathlib.Path.home())
+  return text if home == '/' else text.replace(home, '~')
 
 
 def _version(name):

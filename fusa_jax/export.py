@@ -64,36 +64,37 @@ def write(
   for workdir in workdirs:
     if is_bundle(workdir):
       raise UserError(f'--workdir: {workdir} is a bundle already; copy it, or export the run it was made of')
+  networks, point = trained.load_networks(workdirs, sharding.create_mesh(), flips, lungs)
+  model = trained.create(networks, point.flips)
+  point = point.asked(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
+  exported = program(networks, point.flips)
+  about = {
+    'format': FORMAT,
+    'version': VERSION,
+    **{key: getattr(model, key) for key in _OF_MODEL},
+    'operating_point': point.about(),
+    'dtype': 'float32',
+    'inputs': {
+      'weights': f'{_WEIGHTS}: a dict of its arrays by their names',
+      'slices': f'int16 [batch, height, width], {_VALUES[model.values]}; rows from the front of the chest to the '
+      "back, columns from the patient's right to the left; any batch, height and width",
+    },
+    'output': 'float32 probability of lesion, ' + _OUTPUTS[model.task],
+    'platforms': list(exported.platforms),
+    'calling_convention_version': exported.calling_convention_version,
+    'jax': jax.__version__,
+    'fusa_jax': _version(),
+    'commit': commit,
+    'licence': licence,
+  }
+  card = _card(about, workdirs, networks)
   with new_folder(folder) as partial:
-    networks, point = trained.load_networks(workdirs, sharding.create_mesh(), flips, lungs)
-    model = trained.create(networks, point.flips)
-    point = point.asked(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
-    exported = program(networks, point.flips)
-    about = {
-      'format': FORMAT,
-      'version': VERSION,
-      **{key: getattr(model, key) for key in _OF_MODEL},
-      'operating_point': point.about(),
-      'dtype': 'float32',
-      'inputs': {
-        'weights': f'{_WEIGHTS}: a dict of its arrays by their names',
-        'slices': f'int16 [batch, height, width], {_VALUES[model.values]}; rows from the front of the chest to the '
-        "back, columns from the patient's right to the left; any batch, height and width",
-      },
-      'output': 'float32 probability of lesion, ' + _OUTPUTS[model.task],
-      'platforms': list(exported.platforms),
-      'calling_convention_version': exported.calling_convention_version,
-      'jax': jax.__version__,
-      'fusa_jax': _version(),
-      'commit': commit,
-      'licence': licence,
-    }
     (partial / _PROGRAM).write_bytes(exported.serialize())
     (partial / _WEIGHTS).write_bytes(safetensors.numpy.save(weights_of(networks)))
     write_json(partial / 'config.json', [_without_places(network.config) for network in networks])
     script = (_TEXTS / 'run.py').read_text()
     (partial / 'run.py').write_text(script)
-    pages.write(partial / 'README.md', 'bundle/card.md', **_card(about, workdirs, networks), script=script)
+    pages.write(partial / 'README.md', 'bundle/card.md', **card, script=script)
     digests = {name: sha256((partial / name).read_bytes()) for name in _FILES}
     write_json(partial / _ABOUT, about | {'sha256': digests})
 
@@ -253,7 +254,7 @@ def load(folder: pathlib.Path, mesh, flips: bool | None = None) -> tuple[trained
   """
   about = _about(folder)
   content = {name: _content(folder / name, about['sha256'][name]) for name in _FILES}
-  point = operating_point.OperatingPoint(**about['operating_point'])
+  point = about['operating_point']
   if flips not in (None, point.flips):
     raise UserError(
       f'--{"tta" if flips else "notta"}: {folder} was exported {"with" if point.flips else "without"} flips, which '
@@ -298,10 +299,14 @@ def _about(folder):
     found = None
   if not found or found[0] != FORMAT:
     raise UserError(f'{path}: not of a bundle of fusa_jax; give the folder that --mode=export wrote')
-  if found[1] > VERSION:
+  if isinstance(found[1], int) and found[1] > VERSION:
     raise UserError(f'{path}: of format {found[1]}, and this fusa_jax knows {VERSION}; install a newer one')
-  if _NEEDED - about.keys() or set(_FILES) - about['sha256'].keys():
-    raise UserError(f'{path}: damaged (parts of it are missing); copy the bundle again from its source')
+  try:
+    if found[1] != VERSION or _NEEDED - about.keys() or set(_FILES) - about['sha256'].keys():
+      raise ValueError('parts of it are missing')
+    about['operating_point'] = operating_point.OperatingPoint(**about['operating_point'])
+  except (AttributeError, TypeError, ValueError) as error:
+    raise UserError(f'{path}: damaged ({error}); copy the bundle again from its source') from None
   return about
 
 

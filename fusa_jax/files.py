@@ -4,6 +4,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import lzma
 import math
 import os
 import pathlib
@@ -94,7 +95,11 @@ def unpacking() -> Iterator[pathlib.Path]:
 def remove_unpacked() -> None:
   """For a process that ends without leaving `unpacking`: scans name their patients."""
   for folder in list(_in_use):
-    shutil.rmtree(folder, ignore_errors=True)
+    # Out of the way of threads that may still be writing to it.
+    gone = f'{folder}.gone'
+    with contextlib.suppress(OSError):
+      os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def unpack(archive: pathlib.Path, folder: pathlib.Path, called: str = '') -> None:
@@ -112,13 +117,15 @@ def unpack(archive: pathlib.Path, folder: pathlib.Path, called: str = '') -> Non
       size, free = sum(entry.file_size for entry in packed.infolist()), shutil.disk_usage(folder).free
       if size > 0.9 * free:
         raise UserError(
-          f'{called}: {size / 1e9:.1f} GB unpacked, and {folder} has room for {free / 1e9:.1f}; set TMPDIR to a '
-          'folder with more'
+          f'{called}: {size / 1e9:.1f} GB unpacked, and {tempfile.gettempdir()} has room for {free / 1e9:.1f}; set '
+          'TMPDIR to a folder with more'
         )
       packed.extractall(folder)
+  except NotImplementedError as error:
+    raise UserError(f'{called}: packed in a way that is not known here ({error}); unpack it by hand') from None
   except RuntimeError:  # of zipfile, where a password is needed
     raise UserError(f'{called}: encrypted; unpack it by hand') from None
-  except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, ValueError) as error:
+  except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
     if isinstance(error, UserError):
       raise
     raise UserError(f'{called}: cannot be unpacked ({type(error).__name__}); pack or copy it again') from None

@@ -38,7 +38,7 @@ def field(scan: ct.Scan) -> np.ndarray:
   spacing = (thickness, *(n * mm / m for n, mm, m in zip(shape, pixel, coarse, strict=True)))
   lungs = _lungs(small, float(np.prod(spacing)) / 1000)
   if lungs is None:
-    logging.warning('%s: no lungs found, so its mask is not limited to them', scan.path)
+    logging.warning('%s: no lungs found, so its mask is not limited to them', scan.path.name)
     return np.ones(scan.values.shape, bool)
   lungs = _closed(lungs, spacing)
   rows, columns = (np.minimum(np.arange(n) * m // n, m - 1) for n, m in zip(shape, coarse, strict=True))

@@ -119,7 +119,7 @@ class Predictor:
     if spacing is None and (self.point.smallest_ml or self.point.lungs):
       raise UserError('spacing: missing; this model leaves out what is too small, or outside of the lungs; give mm')
     affine = np.diag([*np.multiply(_CANONICAL, (1, 1, 1) if spacing is None else spacing[::-1]), 1.0])
-    return ct.from_volume(array.transpose(2, 1, 0), affine, 'array', self.model.values)
+    return ct.from_volume(array.transpose(2, 1, 0), affine, pathlib.Path('array'), self.model.values)
 
   def prepare(self, images: Sequence[ct.Scan | np.ndarray]) -> np.ndarray:
     """The slices of one scan, or pictures [H, W] of grey values, as the network sees them: int16 [S, size, size]."""

@@ -187,8 +187,8 @@ def _watch():
         for line in message.splitlines():
           print(f'error: {line}', file=sys.stderr)
         sys.stderr.flush()
-        files.remove_unpacked()
         client.key_value_set(f'{_ENDED}{number}', '')
+        files.remove_unpacked()
         os._exit(code)
     except jax.errors.JaxRuntimeError:
       return  # process 0 is gone; JAX ends this one

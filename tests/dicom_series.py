@@ -47,7 +47,8 @@ def slices(hu, affine, number=3, slope=1.0, intercept=-8192.0, **elements) -> li
   made = []
   for index in range(hu.shape[2]):
     one = pydicom.Dataset()
-    one.SOPClassUID, one.SOPInstanceUID = uid.CTImageStorage, uid.generate_uid()
+    own = [str(number), str(index), repr(affine.tolist())]
+    one.SOPClassUID, one.SOPInstanceUID = uid.CTImageStorage, uid.generate_uid(entropy_srcs=own)
     one.StudyInstanceUID, one.SeriesInstanceUID, one.FrameOfReferenceUID = study, series, frame
     one.Modality, one.ImageType, one.SeriesNumber, one.InstanceNumber = (
       'CT',

@@ -6,6 +6,7 @@ As a script, for more files than the tests can afford: python tests/fuzz.py --fi
 import argparse
 import collections
 import pathlib
+import shutil
 import sys
 import tempfile
 import time
@@ -90,6 +91,7 @@ def outcome(folder: pathlib.Path, values: str, file: pathlib.Path) -> str:
 def outcomes(kind: str, files: int, folder: pathlib.Path, seed: int = 0) -> collections.Counter:
   """How often what came of `files` damaged ones. The file of anything but the two stays in `folder`, as NUMBER.KIND."""
   make, values, part = KINDS[kind]
+  shutil.rmtree(folder / 'input', ignore_errors=True)
   (folder / 'input').mkdir()
   file, found = make(folder / 'input'), collections.Counter()
   whole, rng = file.read_bytes(), np.random.default_rng(seed)
@@ -112,7 +114,7 @@ def main():
   asked = parser.parse_args()
   for kind in asked.kinds.split(';'):
     folder = asked.output / kind.replace(', ', '_').replace(' ', '_')
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     found = outcomes(kind, asked.files, folder, asked.seed)
     read, refused = (found.pop(name, 0) for name in ('read', 'refused'))

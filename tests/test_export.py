@@ -185,6 +185,9 @@ def change(path, **values):
     (lambda b: (b / 'bundle.json').write_text('[1]'), r'b/bundle.json: not of a bundle of fusa_jax'),
     (lambda b: change(b / 'bundle.json', format='other'), r'b/bundle.json: not of a bundle of fusa_jax'),
     (lambda b: change(b / 'bundle.json', version=2), r'b/bundle.json: of format 2, and this fusa_jax knows 1'),
+    (lambda b: change(b / 'bundle.json', operating_point={'curve': 1, 'new': 2}), r'b/bundle.json: damaged \(.*new'),
+    (lambda b: change(b / 'bundle.json', sha256=['a']), r'b/bundle.json: damaged \('),
+    (lambda b: change(b / 'bundle.json', version='1'), r'b/bundle.json: damaged \(parts'),
     (lambda b: change(b / 'bundle.json', sha256={}), r'b/bundle.json: damaged \(parts of it are missing\)'),
     (
       lambda b: change(b / 'bundle.json', calling_convention_version=99, jax='9.9'),

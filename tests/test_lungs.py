@@ -1,5 +1,7 @@
 """The lungs that HU tell, against those that phantoms were drawn with."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,9 @@ from fusa_jax import ct, lungs, postprocessing
 
 
 def scan_of(hu, spacing):
-  return ct.from_volume(hu.transpose(2, 1, 0), np.diag([-spacing[2], -spacing[1], spacing[0], 1.0]), 'a scan')
+  return ct.from_volume(
+    hu.transpose(2, 1, 0), np.diag([-spacing[2], -spacing[1], spacing[0], 1.0]), pathlib.Path('a scan')
+  )
 
 
 @pytest.mark.parametrize('number', [2, 5])

@@ -1,5 +1,7 @@
 """Lesions of known sizes: those that are too small go, whole ones stay as they are."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from fusa_jax import ct, postprocessing
 def scan():
   """Voxels of 2 x 1 x 0.5 mm, 0.001 mL."""
   hu = np.random.default_rng(0).normal(-900, 9, (6, 20, 20)).astype(np.int16)
-  return ct.from_volume(hu.transpose(2, 1, 0), np.diag([-0.5, -1, 2, 1.0]), 'a scan')
+  return ct.from_volume(hu.transpose(2, 1, 0), np.diag([-0.5, -1, 2, 1.0]), pathlib.Path('a scan'))
 
 
 @pytest.fixture(scope='module')

@@ -140,6 +140,7 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
     ({'data.image_size': 40, 'model.multiples': None}, 'multiples of 16: 40 is not, 48 is'),
     ({'model.multiples': ()}, r'model.multiples: \(\) is no list of whole numbers from 1 on; give'),
     ({'model.multiples': (1, 0)}, r'model.multiples: \(1, 0\) is no list'),
+    ({'model.multiples': (1.5, 2)}, r'model.multiples: \(1.5, 2\) is no list'),
     ({'model.stage_sizes': (1,)}, r'fusa_resunet cannot take .*stage_sizes'),
   ],
 )

@@ -98,7 +98,7 @@ def create(config: ml_collections.ConfigDict) -> Task:
   options = {key: config.model.get(key) for key in ('width', 'encoder', *_DEPTHS)}
   options = {key: value for key, value in options.items() if value is not None}
   for key in _DEPTHS & options.keys():
-    if not options[key] or min(options[key]) < 1:
+    if not options[key] or not all(isinstance(number, int) and number >= 1 for number in options[key]):
       raise UserError(f'model.{key}: {options[key]} is no list of whole numbers from 1 on; give (1, 2), for example')
     options[key] = tuple(options[key])  # from a run's folder it comes as a list
   model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(dtype), **options)

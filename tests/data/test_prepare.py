@@ -65,6 +65,7 @@ def test_other_sizes_are_resized(raw_dir, tmp_path):
 def test_processes_write_what_a_thread_does(raw_dir, data_dir, processes, tmp_path, monkeypatch):
   monkeypatch.setattr(workers, 'ProcessPoolExecutor', processes)
   written = prepare.prepare(str(raw_dir), str(tmp_path), SIZE)
+  assert not multiprocessing.active_children()
   assert sorted(path.name for path in written.iterdir()) == sorted(path.name for path in data_dir.iterdir())
   sources = [tfds.builder_from_directory(folder).as_data_source() for folder in (written, data_dir)]
   examples = [[source[fold][i] for fold in sorted(source) for i in range(len(source[fold]))] for source in sources]
@@ -206,4 +207,3 @@ dataset.test.source[0]
 assert 'tensorflow' not in sys.modules
 """
   subprocess.run([sys.executable, '-c', code], check=True, cwd=os.getcwd())
-  assert not multiprocessing.active_children()

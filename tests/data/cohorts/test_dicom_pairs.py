@@ -13,7 +13,7 @@ import pytest
 from conftest import SIZE
 from layouts import copy, dicom_pairs, files
 
-from data import prepare, read, survey
+from data import prepare, read, survey, workers
 from data.cohorts import Wanted
 from data.cohorts import dicom_pairs as cohort
 from data.find import find
@@ -28,11 +28,12 @@ def laid(raw_dir, tmp_path_factory):
   return folder
 
 
-def test_the_dataset_is_that_of_the_same_volumes_in_nifti(laid, data_dir, tmp_path, monkeypatch):
+def test_the_dataset_is_that_of_the_same_volumes_in_nifti(laid, data_dir, processes, tmp_path, monkeypatch):
   """Compressed or not, in folders and an archive, with masks of both kinds. Nothing that was unpacked stays behind."""
   (tmp_path / 'tmp').mkdir()
   monkeypatch.setenv('TMPDIR', str(tmp_path / 'tmp'))  # of the processes that read
   monkeypatch.setattr(tempfile, 'tempdir', None)  # and of this one
+  monkeypatch.setattr(workers, 'ProcessPoolExecutor', processes)
   prepared = prepare.prepare(str(laid), str(tmp_path / 'out'), SIZE)
   assert not list((tmp_path / 'tmp').glob('fusa-jax-*'))
   lesions = 0
