@@ -8,8 +8,8 @@ import numpy as np
 
 from data.cohorts import Case
 from fusa_jax import ct, dicom, dicom_seg, pictures
+from fusa_jax.archives import unpacking, within
 from fusa_jax.errors import UserError
-from fusa_jax.files import unpacking, within
 
 
 class Slices(NamedTuple):

@@ -17,8 +17,8 @@ from data import read
 from data.cohorts import Case
 from data.workers import pool, silent
 from fusa_jax import ct
+from fusa_jax.archives import in_folder
 from fusa_jax.errors import UserError
-from fusa_jax.files import in_folder
 
 NUM_FOLDS = 5
 

@@ -14,8 +14,9 @@ import numpy as np
 import tqdm
 
 from fusa_jax import ct, dicom, dicom_seg, pictures, sharding, sources
+from fusa_jax.archives import unpacking
 from fusa_jax.errors import UserError
-from fusa_jax.files import unpacking, write_json
+from fusa_jax.files import write_json
 from fusa_jax.predictor import Predictor
 
 # Pictures that are read and predicted before the first of them is written.

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from fusa_jax import ct, export, operating_point, postprocessing, sharding, sources, trained
+from fusa_jax.archives import unpacking
 from fusa_jax.errors import UserError
-from fusa_jax.files import unpacking
 
 # Signs of canonical axes (column, row, slice) in NIfTI's world: to the left, the back and the head.
 _CANONICAL = (-1, -1, 1)

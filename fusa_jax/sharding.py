@@ -19,7 +19,7 @@ from jax._src import distributed
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fusa_jax import files
+from fusa_jax import archives
 from fusa_jax.errors import UserError
 
 # Keys of JAX's store that all processes share (its client has no public name; Orbax reaches for it in the same way).
@@ -188,7 +188,7 @@ def _watch():
           print(f'error: {line}', file=sys.stderr)
         sys.stderr.flush()
         client.key_value_set(f'{_ENDED}{number}', '')
-        files.remove_unpacked()
+        archives.remove_unpacked()
         os._exit(code)
     except jax.errors.JaxRuntimeError:
       return  # process 0 is gone; JAX ends this one

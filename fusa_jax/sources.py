@@ -5,8 +5,8 @@ import pathlib
 import numpy as np
 
 from fusa_jax import ct, dicom, pictures
+from fusa_jax.archives import within
 from fusa_jax.errors import UserError
-from fusa_jax.files import within
 
 
 def find(source: pathlib.Path, kind: str | None, unpacked: pathlib.Path) -> list[pathlib.Path | dicom.Series]:

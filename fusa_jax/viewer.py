@@ -16,8 +16,8 @@ import numpy as np
 import tqdm
 
 from fusa_jax import ct, pages, sources
+from fusa_jax.archives import unpacking
 from fusa_jax.errors import UserError
-from fusa_jax.files import unpacking
 
 # Of all pages where there are several.
 _INDEX = 'view.html'

@@ -3,7 +3,7 @@ import os
 import numpy as np
 import pytest
 
-from fusa_jax import files, sharding
+from fusa_jax import archives, sharding
 from fusa_jax.errors import UserError
 
 
@@ -80,7 +80,7 @@ def test_what_was_unpacked_is_gone_when_another_process_has_failed(monkeypatch):
   monkeypatch.setattr(sharding, '_client', Store)
   monkeypatch.setattr(sharding._leaving, 'wait', lambda _: False)
   monkeypatch.setattr(os, '_exit', end)
-  with files.unpacking() as folder:
+  with archives.unpacking() as folder:
     (folder / 'scan').write_text('of somebody')
     with pytest.raises(SystemExit, match='2'):
       sharding._watch()

@@ -7,7 +7,7 @@ The mask is `X_seg.nii.gz` or `X_mask.nii.gz` beside it, or a DICOM SEG in it th
 import pathlib
 
 from data.cohorts import Case, by_name, refuse_lonely
-from fusa_jax import ct, dicom, files, pictures
+from fusa_jax import archives, ct, dicom, pictures
 from fusa_jax.errors import UserError
 
 
@@ -48,7 +48,7 @@ def _patients(folder):
   """
   found = {}
   for path in sorted(folder.iterdir()):
-    is_archive = files.is_archive(path)
+    is_archive = archives.is_archive(path)
     if not path.name.startswith('.') and (is_archive or (path.is_dir() and _may_hold_dicom(path))):
       name = path.stem if is_archive else path.name
       if name in found:
@@ -62,9 +62,9 @@ def _masks(folder):
 
 
 def _may_hold_dicom(folder):
-  return any(files.is_archive(path) for path in files.in_folder(folder)) or _holds_dicom(folder)
+  return any(archives.is_archive(path) for path in archives.in_folder(folder)) or _holds_dicom(folder)
 
 
 def _holds_dicom(folder):
   known_by_name = lambda path: ct.is_nifti(path) or pictures.is_picture(path)
-  return any(not known_by_name(path) and dicom.is_dicom(path) for path in files.in_folder(folder))
+  return any(not known_by_name(path) and dicom.is_dicom(path) for path in archives.in_folder(folder))
