@@ -169,11 +169,11 @@ def predict() -> None:
 
 def export() -> None:
   """--mode=export: a run, or the mean of several, as a bundle to pass on."""
-  from fusa_jax import evaluate, export
+  from fusa_jax import export
 
   folders, output = workdirs(), path_flag(_OUTPUT)
   licence = _LICENSE.value or export.NO_LICENCE
-  export.write(folders, output, **asked_point(), licence=licence, commit=evaluate.commit())
+  export.write(folders, output, **asked_point(), licence=licence)
   logging.info('exported: %s', output)
 
 

@@ -21,7 +21,7 @@ from benchmarks.accelerator import Asked
 from benchmarks.accelerator_report import mfu, peak_tflops
 from data import prepare
 from data.cohorts import phantom
-from fusa_jax import FUSA, checkpoint, ct, evaluate, models, predict, predictor, run_config
+from fusa_jax import FUSA, checkpoint, ct, models, predict, predictor, provenance, run_config
 from fusa_jax.errors import UserError
 
 _VOLUME = 300  # slices
@@ -257,6 +257,6 @@ def facts() -> dict:
     'device': workload.device_name(),
     'platform': jax.default_backend(),
     'peak_tflops': peak_tflops(device_kind()),
-    'commit': evaluate.commit(),
+    'commit': provenance.commit(),
     'versions': versions,
   }

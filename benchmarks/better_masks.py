@@ -17,7 +17,7 @@ from absl import flags
 
 import launch
 from data import prepare
-from fusa_jax import cross_validation, evaluate, predictor, results, run_config, statistics
+from fusa_jax import cross_validation, evaluate, predictor, provenance, results, run_config, statistics
 from fusa_jax.files import replacing
 
 _OUT = flags.DEFINE_string('out', None, 'where the tables go; default: better_masks.md in the workdir')
@@ -77,7 +77,7 @@ def main(_):
       'undefined, as Dice of two empty masks, are left out.',
       f'Smallest lesions chosen by the folds, mL: {chosen["smallest lesion"]}; with all three: {chosen[ALL]}.',
       f'{config.model.name} of width {config.model.width} at {config.data.image_size} x {config.data.image_size}, '
-      f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {datetime.date.today()}, commit {evaluate.commit()}',
+      f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {datetime.date.today()}, commit {provenance.commit()}',
     ]
   )
   print(text)

@@ -35,7 +35,7 @@ from absl import flags
 
 import launch
 from benchmarks import compare_table, torch_reference, workload
-from fusa_jax import evaluate, torch_weights
+from fusa_jax import provenance, torch_weights
 from fusa_jax.errors import UserError
 from fusa_jax.files import write_json
 
@@ -218,7 +218,7 @@ def main(_):
   facts = {
     'device': workload.device_name(),
     'date': str(datetime.date.today()),
-    'commit': evaluate.commit(),
+    'commit': provenance.commit(),
     'jax': jax.__version__,
     'torch': torch.__version__,
     'image_size': settings.image_size,

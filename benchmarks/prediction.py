@@ -24,7 +24,7 @@ from absl import app, flags, logging
 
 from configs import seg
 from data.cohorts import phantom
-from fusa_jax import checkpoint, ct, evaluate, export, predict, run_config, sharding, sources, tasks, train, trained
+from fusa_jax import checkpoint, ct, export, predict, provenance, run_config, sharding, sources, tasks, train, trained
 from fusa_jax.predictor import Predictor, load
 
 _INPUT = flags.DEFINE_string('input', None, 'a folder of scans in HU, instead of phantoms')
@@ -117,7 +117,7 @@ def main(_):
     f'\n{len(paths)} scans, {_MODEL.value} of width {_WIDTH.value} on {_IMAGE_SIZE.value} x {_IMAGE_SIZE.value}, '
     f'batch {_BATCH_SIZE.value}, {config.model.dtype}{", probabilities" if _PROBABILITIES.value else ""}, seconds, '
     f'{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, '
-    f'{datetime.date.today()}, commit {evaluate.commit()}'
+    f'{datetime.date.today()}, commit {provenance.commit()}'
   )
 
 

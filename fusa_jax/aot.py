@@ -16,7 +16,7 @@ import time
 import jax
 import ml_collections
 
-from fusa_jax import checkpoint, evaluate, sharding, tasks, tpu, train
+from fusa_jax import checkpoint, provenance, sharding, tasks, tpu, train
 from fusa_jax.errors import DoesNotFitError
 from fusa_jax.files import replacing, write_json
 
@@ -107,7 +107,7 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
     'efficiency': alone / step_seconds,
     'compile_seconds': compile_seconds,
     'versions': {name: importlib.metadata.version(name) for name in ('jax', 'libtpu')},
-    'commit': evaluate.commit(),
+    'commit': provenance.commit(),
   }
 
 

@@ -6,7 +6,6 @@ there.
 
 import contextlib
 import functools
-import importlib.metadata
 import io
 import logging
 import pathlib
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fusa_jax import ct, dicom
+from fusa_jax import ct, dicom, provenance
 from fusa_jax.errors import UserError
 from fusa_jax.files import replacing
 
@@ -189,7 +188,7 @@ def _segmentation(series, frames, about):
   spacing = abs(np.linalg.det(affine[:3, :3])) / np.prod(np.linalg.norm(affine[:3, :2], axis=0))
   thickness = whole.get('SliceThickness') or f'{spacing:.8g}'
   sources = [_source(header, headers[0], frames.shape[1:], thickness, f'{spacing:.8g}') for header in headers]
-  version = _version()
+  version = provenance.version() or 'source'
   by_us = highdicom.AlgorithmIdentificationSequence(
     'fusa_jax', codes.DCM.ArtificialIntelligence, version, parameters={key: str(about[key]) for key in sorted(about)}
   )
@@ -246,13 +245,6 @@ def _source(header, first, size, thickness, spacing):
   for key in (*_OF_PATIENT, *_OF_STUDY):
     setattr(source, key, '')
   return source
-
-
-def _version():
-  try:
-    return importlib.metadata.version('fusa_jax')
-  except importlib.metadata.PackageNotFoundError:  # run where it was checked out
-    return 'source'
 
 
 @functools.cache

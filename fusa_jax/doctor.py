@@ -17,7 +17,7 @@ import time
 import ml_collections
 from packaging.requirements import Requirement
 
-from fusa_jax import decoder
+from fusa_jax import decoder, provenance
 from fusa_jax.errors import UserError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -86,18 +86,18 @@ def requirements() -> list[Requirement]:
 def versions():
   """(line, problem or None) of Python, of this, and of each package."""
   yield f'Python {platform.python_version()}, {sys.executable}', None
-  yield f'fusa_jax {_version("fusa_jax") or "(not installed)"}, in {_ROOT}', None
+  yield f'fusa_jax {provenance.version("fusa_jax") or "(not installed)"}, in {_ROOT}', None
   for one in requirements():
-    version, problem = _version(one.name), None
+    version, problem = provenance.version(one.name), None
     if version is None:
       problem = f"{one.name} is not installed; pip install '{one}'"
     elif not one.specifier.contains(version, prereleases=True):
       problem = f"{one.name} {version} is not one of {one.specifier}; pip install '{one}'"
     yield f'{one.name} {version}', problem
   for name in _OTHERS:
-    if version := _version(name):
+    if version := provenance.version(name):
       yield f'{name} {version}', None
-  if _version('pydicom'):
+  if provenance.version('pydicom'):
     # Which is where compressed DICOM is decoded.
     yield f'decoding in a process of its own: {decoder.apart(os.path.basename, "it/works")}', None
 
@@ -105,13 +105,6 @@ def versions():
 def _without_home(text):
   home = str(pathlib.Path.home())
   return text if home == '/' else text.replace(home, '~')
-
-
-def _version(name):
-  try:
-    return importlib.metadata.version(name)
-  except importlib.metadata.PackageNotFoundError:
-    return None
 
 
 def machine():

@@ -3,7 +3,6 @@
 import logging
 import math
 import pathlib
-import subprocess
 from collections.abc import Callable, Collection, Mapping
 
 import jax
@@ -19,6 +18,7 @@ from fusa_jax import (
   operating_point,
   postprocessing,
   predictor,
+  provenance,
   results,
   run_config,
   score,
@@ -153,7 +153,7 @@ def evaluate(
     'dataset': dataset.name,
     'values': dataset.values,
     'split': results.BY_PATIENT if dataset.by_patient else results.BY_SLICE,
-    'commit': commit(),
+    'commit': provenance.commit(),
   }
   if volumes:
     result['volumes'] = score.summary(volumes)
@@ -230,15 +230,3 @@ def _draw(config, task, variables, dataset, table, point, folder):
     path = folder / results.overlay_name(table, row)
     mask = example['mask'] if dataset.masks else None
     figures.write_overlay(path, example['image'], mask, predicted, shown, config.data['values'], title)
-
-
-def commit() -> str | None:
-  """The commit that this code was checked out at; None outside of its repository, as where it was installed."""
-  file = pathlib.Path(__file__)
-  # An environment may lie in the repository of something else.
-  commands = [['git', 'ls-files', '--error-unmatch', file.name], ['git', 'rev-parse', 'HEAD']]
-  try:
-    *_, found = [subprocess.run(c, cwd=file.parent, capture_output=True, text=True, check=True) for c in commands]
-  except (OSError, subprocess.CalledProcessError):
-    return None
-  return found.stdout.strip()

@@ -8,7 +8,6 @@ It computes in float32 at the highest precision, wherever it runs: whoever gets 
 """
 
 import contextlib
-import importlib.metadata
 import json
 import pathlib
 from collections.abc import Sequence
@@ -20,7 +19,19 @@ import safetensors.numpy
 from flax import traverse_util
 from jax import export as jax_export
 
-from fusa_jax import ct, operating_point, pages, results, run_config, sharding, statistics, tasks, trained, window
+from fusa_jax import (
+  ct,
+  operating_point,
+  pages,
+  provenance,
+  results,
+  run_config,
+  sharding,
+  statistics,
+  tasks,
+  trained,
+  window,
+)
 from fusa_jax.errors import UserError
 from fusa_jax.files import new_folder, sha256, write_json
 
@@ -46,7 +57,6 @@ def write(
   lungs: bool | None = None,
   smallest_ml: float | None = None,
   licence: str = NO_LICENCE,
-  commit: str | None = None,
 ) -> None:
   """Writes a run, or the mean of several, as a bundle.
 
@@ -55,7 +65,6 @@ def write(
     folder: of the bundle, which appears whole or not at all.
     threshold, flips, lungs, smallest_ml: of the bundle's operating point; None: as the runs' own say.
     licence: for its card.
-    commit: of this code, for bundle.json.
 
   Raises:
     UserError: as `trained.load_networks` and `OperatingPoint.asked`; a bundle instead of a run; a folder with something
@@ -83,8 +92,8 @@ def write(
     'platforms': list(exported.platforms),
     'calling_convention_version': exported.calling_convention_version,
     'jax': jax.__version__,
-    'fusa_jax': _version(),
-    'commit': commit,
+    'fusa_jax': provenance.version(),
+    'commit': provenance.commit(),
     'licence': licence,
   }
   card = _card(about, workdirs, networks)
@@ -180,13 +189,6 @@ def _without_places(config):
   for section, key in _PLACES:
     values[section][key] = ''
   return values
-
-
-def _version():
-  try:
-    return importlib.metadata.version('fusa_jax')
-  except importlib.metadata.PackageNotFoundError:
-    return None
 
 
 def _card(about, workdirs, networks):

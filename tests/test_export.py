@@ -31,7 +31,7 @@ def bundles(runs, tmp_path_factory):
   with checkpoint.Checkpoints(other) as checkpoints:
     checkpoints.save(0, variables, {'count': jnp.zeros(1)}, None)
   for name, workdir in runs.items():
-    export.write([workdir], folder / name, licence='CC-BY-4.0', commit='0123abc')
+    export.write([workdir], folder / name, licence='CC-BY-4.0')
   export.write([runs['seg'], other], folder / 'both', flips=True, lungs=False, threshold=0.25, smallest_ml=0.5)
   return {name: folder / name for name in ('seg', 'cls', 'both')} | {'other': other}
 
