@@ -14,7 +14,19 @@ import pytest
 from conftest import SIZE, SLICES, tiny
 
 from configs import cls, seg
-from fusa_jax import checkpoint, ct, export, models, predict, predictor, run_config, sharding, tasks, trained
+from fusa_jax import (
+  checkpoint,
+  ct,
+  export,
+  models,
+  predict,
+  predictor,
+  provenance,
+  run_config,
+  sharding,
+  tasks,
+  trained,
+)
 from fusa_jax.errors import UserError
 
 SCAN = 'volume-phantom-A-0001_ct.nii.gz'
@@ -30,8 +42,10 @@ def bundles(runs, tmp_path_factory):
   variables = jax.jit(lambda key: tasks.create(config).init(key, SIZE))(jax.random.key(1))
   with checkpoint.Checkpoints(other) as checkpoints:
     checkpoints.save(0, variables, {'count': jnp.zeros(1)}, None)
-  for name, workdir in runs.items():
-    export.write([workdir], folder / name, licence='CC-BY-4.0')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(provenance, 'commit', lambda: '0123abc')
+    for name, workdir in runs.items():
+      export.write([workdir], folder / name, licence='CC-BY-4.0')
   export.write([runs['seg'], other], folder / 'both', flips=True, lungs=False, threshold=0.25, smallest_ml=0.5)
   return {name: folder / name for name in ('seg', 'cls', 'both')} | {'other': other}
 
