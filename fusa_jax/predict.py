@@ -1,4 +1,4 @@
-"""Scans and pictures in, masks and numbers out, on each one's grid. Config and weights come from the workdir alone.
+"""Scans and pictures in, masks and numbers out, on each one's grid.
 
 Threads read ahead of the devices and one writes behind them: gzip, NumPy and Pillow release the lock.
 """
