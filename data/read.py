@@ -8,7 +8,7 @@ import numpy as np
 
 from data.cohorts import Case
 from fusa_jax import ct, dicom, dicom_seg, pictures
-from fusa_jax.archives import unpacking, within
+from fusa_jax.archives import is_archive, unpacking, within
 from fusa_jax.errors import UserError
 
 
@@ -37,7 +37,7 @@ def volume(case: Case) -> tuple[ct.Scan, np.ndarray]:
     UserError: as `ct.read` and `ct.read_mask`; of DICOM as `dicom.read` and `dicom_seg.read`, also where there is not
       one series, or no mask.
   """
-  if case.ct.is_dir() or case.ct.suffix.lower() == '.zip':
+  if case.ct.is_dir() or is_archive(case.ct):
     return _volume_of_dicom(case)
   scan = ct.read(case.ct, case.values or 'hu', case.windowed)
   if case.mask is None:
@@ -52,7 +52,8 @@ def _volume_of_dicom(case):
       series, left_out = dicom.sort(paths)
       drawn = _segmentation(paths) if case.mask == case.ct else None
       if drawn:
-        series = [one for one in series if one.uid == dicom_seg.series_uid(drawn)]
+        uid = dicom_seg.series_uid(drawn)
+        series = [one for one in series if one.uid == uid]
       if len(series) != 1:
         found = (', '.join(map(str, series)) or 'none') + (f' (left out: {left_out})' if left_out and not drawn else '')
         asked = f'CT series that {drawn.name} refers to' if drawn else 'CT series, the one that the mask was drawn on'

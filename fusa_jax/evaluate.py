@@ -117,7 +117,6 @@ def evaluate(
   flips, lungs = (config.evaluate.get(key, False) if own else getattr(point, key) for key in ('flips', 'lungs'))
   scorer = Scorer(task, mesh, batch_size, flips)
   if own:
-    point = point.changed(flips=flips, lungs=lungs)
     if dataset.validation is not None:
       point = operating_point.choose(
         scorer.table(variables, dataset.validation, progress=sharding.is_main()),
@@ -125,14 +124,13 @@ def evaluate(
         score=task.kind.OVERLAP,
         target_sensitivity=config.evaluate.get('target_sensitivity'),
         fit_temperature=config.evaluate.get('fit_temperature', False),
-        flips=flips,
-        lungs=lungs,
       )
-      if config.evaluate.get('fit_smallest'):
-        validated = _scanned(dataset.validation, scans or {})
-        check_scans(config, validated)
-        run = _predictor(config, step, variables, point, mesh)
-        point = operating_point.choose_smallest(point, [_true_volumes(run, scans[name]) for name in validated])
+    point = point.changed(flips=flips, lungs=lungs)
+    if config.evaluate.get('fit_smallest') and dataset.validation is not None:
+      validated = _scanned(dataset.validation, scans or {})
+      check_scans(config, validated)
+      run = _predictor(config, step, variables, point, mesh)
+      point = operating_point.choose_smallest(point, [_true_volumes(run, scans[name]) for name in validated])
     if sharding.is_main():
       point.save(workdir)
 

@@ -155,8 +155,6 @@ def choose(
   score: str = 'Dice',
   target_sensitivity: float | None = None,
   fit_temperature: bool = False,
-  flips: bool = False,
-  lungs: bool = False,
 ) -> OperatingPoint:
   """The operating point by a validation fold's table of slices.
 
@@ -168,15 +166,13 @@ def choose(
       slices of a classifier); None takes the one with the best Dice (of slices: F1).
     fit_temperature: divide logits by what makes them most likely on that fold (Guo et al. 2017, section 4.2). No
       ranking changes, nor what is marked at 0.5 or at the operating point.
-    flips, lungs: of the point; with flips, the table is of them.
   """
   pooled = table['histogram'].sum(axis=0, dtype=np.int64)
   counts = histogram.counts_from(pooled)
   tp, fp, fn, tn = (counts[key] for key in metrics.COUNTS)
   temperature = temperature_of(pooled) if fit_temperature else 1.0
   if not tp[0] or not fp[0]:
-    how = 'default: the validation fold has lesions only, or none'
-    return OperatingPoint(flips=flips, lungs=lungs, chosen_by=how, step=step)
+    return OperatingPoint(chosen_by='default: the validation fold has lesions only, or none', step=step)
   curve = {
     'threshold': special.expit(histogram.edges() / temperature),
     'dice': metrics.dice(tp, fp, fn),
@@ -197,8 +193,6 @@ def choose(
     threshold=float(curve['threshold'][chosen]),
     bin=chosen,
     temperature=temperature,
-    flips=flips,
-    lungs=lungs,
     chosen_by=how,
     step=step,
     validation={'chosen': at(chosen), 'half': at(middle)},

@@ -1,12 +1,8 @@
 """From a scan's mask, as a threshold gives it, to the mask that is given away: without what cannot be a lesion."""
 
 import numpy as np
-from scipy import ndimage
 
-from fusa_jax import ct, lungs
-
-# As everywhere (`score.DEFINITIONS`): voxels that share a corner are of one lesion.
-_CONNECTED = np.ones((3, 3, 3))
+from fusa_jax import ct, lungs, score
 
 
 def refine(mask: np.ndarray, scan: ct.Scan, in_lungs: bool = False, smallest_ml: float = 0.0) -> np.ndarray:
@@ -27,8 +23,8 @@ def refine(mask: np.ndarray, scan: ct.Scan, in_lungs: bool = False, smallest_ml:
 
 
 def lesions(mask: np.ndarray, voxel_ml: float) -> tuple[np.ndarray, np.ndarray]:
-  """The number of the lesion at each voxel [S, H, W], from 1, 0 where there is none; and the mL of each [n]."""
-  labels, count = ndimage.label(mask, _CONNECTED)
+  """The lesions of a mask [S, H, W] by number, as `score.components` has them, and the mL of each [n]."""
+  labels, count = score.components(mask)
   return labels, np.bincount(labels.ravel(), minlength=count + 1)[1:] * voxel_ml
 
 

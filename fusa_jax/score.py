@@ -102,8 +102,8 @@ def volume(
   predicted, truth = predicted[box], truth[box]
   distances = surface.distances(predicted, truth, spacing, diagonal)
   num_predicted, num_true, num_both = (int(np.count_nonzero(mask)) for mask in (predicted, truth, predicted & truth))
-  lesions, found = _components(truth, predicted)
-  predicted_lesions, true_positives = _components(predicted, truth)
+  lesions, found = _components_in(truth, predicted)
+  predicted_lesions, true_positives = _components_in(predicted, truth)
   return {
     'dice': float(statistics.ratio(2 * num_both, num_predicted + num_true)),
     'hd95_mm': surface.hd95(distances),
@@ -141,9 +141,17 @@ def summary(rows: list[dict[str, float]]) -> dict:
   }
 
 
-def _components(mask, other):
+def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
+  """The number of the lesion at each voxel [S, H, W], from 1, 0 where there is none; and how many there are.
+
+  Voxels that share a corner are of one lesion.
+  """
+  return ndimage.label(mask, np.ones((3, 3, 3)))
+
+
+def _components_in(mask, other):
   """How many components a mask has, and how many of them hold a voxel of another mask."""
-  labels, count = ndimage.label(mask, np.ones((3, 3, 3)))
+  labels, count = components(mask)
   return count, int(np.count_nonzero(np.unique(labels[other])))
 
 

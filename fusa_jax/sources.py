@@ -28,9 +28,10 @@ def find(source: pathlib.Path, kind: str | None, unpacked: pathlib.Path) -> list
       '.zip of scans or DICOM series'
     )
   files = list(within(source, unpacked))
-  known_by_name = lambda path: ct.is_nifti(path) or pictures.is_picture(path)
-  of_dicom = [path for path in files if not known_by_name(path) and dicom.is_dicom(path)]
-  paths = [path for path in files if known_by_name(path) and not stem(path).endswith(('_seg', '_mask', '_probability'))]
+  of_dicom = [path for path in files if is_dicom(path)]
+  paths = [
+    path for path in files if _is_known_by_name(path) and not stem(path).endswith(('_seg', '_mask', '_probability'))
+  ]
   if files == [source] and not of_dicom:  # a file that was named is read or refused, whatever its name
     paths = files
   paths += dicom.find(of_dicom) if of_dicom else []
@@ -57,6 +58,15 @@ def read(path: pathlib.Path | dicom.Series, kind: str) -> ct.Scan | np.ndarray:
   if isinstance(path, dicom.Series):
     return dicom.read(path, kind)
   return pictures.read(path) if is_picture(path) else ct.read(path, kind)
+
+
+def is_dicom(path: pathlib.Path) -> bool:
+  """Whether a file is DICOM; those are not looked into whose names say that they are something else."""
+  return not _is_known_by_name(path) and dicom.is_dicom(path)
+
+
+def _is_known_by_name(path):
+  return ct.is_nifti(path) or pictures.is_picture(path)
 
 
 def is_picture(path: pathlib.Path | dicom.Series) -> bool:

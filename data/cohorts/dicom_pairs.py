@@ -7,7 +7,7 @@ The mask is `X_seg.nii.gz` or `X_mask.nii.gz` beside it, or a DICOM SEG in it th
 import pathlib
 
 from data.cohorts import Case, by_name, refuse_lonely
-from fusa_jax import archives, ct, dicom, pictures
+from fusa_jax import archives, sources
 from fusa_jax.errors import UserError
 
 
@@ -62,9 +62,8 @@ def _masks(folder):
 
 
 def _may_hold_dicom(folder):
-  return any(archives.is_archive(path) for path in archives.in_folder(folder)) or _holds_dicom(folder)
+  return any(archives.is_archive(path) or sources.is_dicom(path) for path in archives.in_folder(folder))
 
 
 def _holds_dicom(folder):
-  known_by_name = lambda path: ct.is_nifti(path) or pictures.is_picture(path)
-  return any(not known_by_name(path) and dicom.is_dicom(path) for path in archives.in_folder(folder))
+  return any(map(sources.is_dicom, archives.in_folder(folder)))
