@@ -12,9 +12,7 @@ python launch.py --mode=doctor
 On several hosts, the same command on each is one run: docs/pods.md.
 """
 
-import contextlib
 import logging
-import os
 import pathlib
 import re
 import sys
@@ -24,7 +22,7 @@ import tqdm
 from absl import flags
 from ml_collections import config_flags
 
-from fusa_jax import exits
+from fusa_jax import exits, memory
 from fusa_jax.errors import UserError
 
 # Where configs/ and data/ lie, too: the repository, or a folder of its own in site-packages.
@@ -407,28 +405,9 @@ def one_line(error: Exception) -> str:
   return ' '.join(lines)
 
 
-def keep_memory() -> None:
-  """Begins the process anew, once, with glibc told to use huge pages and to keep what is freed; before JAX is imported.
-
-  XLA takes the memory of each step from malloc and frees it, and malloc gives it back to the kernel: in pages of 4 kB
-  that is 12 to 35% of a training step on a CPU, and more where a virtual machine's host takes it on
-  (docs/benchmarks.md). glibc reads this from the environment, at its start alone; whatever is there already, an empty
-  GLIBC_TUNABLES too, stays as it is.
-  """
-  # Not a script on the standard input, of which nothing would be left, nor what another program runs in itself.
-  ours = sys.argv[0] not in ('', '-') and (sys.argv[0] in sys.orig_argv[1:] or '-m' in sys.orig_argv)
-  tried = os.environ.pop('FUSA_JAX_STARTED_ANEW', None)
-  if sys.platform == 'linux' and ours and not tried and 'GLIBC_TUNABLES' not in os.environ:
-    told = {'hugetlb': 1, 'mmap_max': 0, 'trim_threshold': 2**35, 'arena_max': 1}
-    tunables = ':'.join(f'glibc.malloc.{key}={value}' for key, value in told.items())
-    with contextlib.suppress(OSError):  # then it goes on as it is
-      new = {'GLIBC_TUNABLES': tunables, 'FUSA_JAX_STARTED_ANEW': '1'}
-      os.execve(sys.executable, sys.orig_argv, os.environ | new)
-
-
 def start(main) -> None:
   """Runs a main function with the flags above."""
-  keep_memory()
+  memory.keep()
   exits.start(main, parse_flags)
 
 
