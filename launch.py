@@ -22,7 +22,7 @@ import tqdm
 from absl import flags
 from ml_collections import config_flags
 
-from fusa_jax import exits, memory
+from fusa_jax import exits, memory, program
 from fusa_jax.errors import UserError
 
 # Where configs/ and data/ lie, too: the repository, or a folder of its own in site-packages.
@@ -141,13 +141,13 @@ def evaluate() -> None:
 def write_report(config, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
   """The page of a run that has just been evaluated."""
   from configs import command
-  from fusa_jax import cross_validation, report, sharding
+  from fusa_jax import cross_validation, datasets, report, sharding
 
   if not sharding.is_main():
     return
   for run, one in cross_validation.runs(config, workdir, data_dir).items() if config.data.fold == 'all' else ():
-    report.write(run, data_dir, command.command(one))
-  report.write(workdir, data_dir, command.command(config))
+    report.write(run, datasets.card(data_dir, one.data.fold), command.command(one))
+  report.write(workdir, datasets.card(data_dir, config.data.fold), command.command(config))
   logging.info('results: %s', workdir / 'test')
 
 
@@ -408,7 +408,7 @@ def one_line(error: Exception) -> str:
 def start(main) -> None:
   """Runs a main function with the flags above."""
   memory.keep()
-  exits.start(main, parse_flags)
+  program.start(main, parse_flags)
 
 
 def console() -> None:

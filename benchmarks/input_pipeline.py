@@ -12,7 +12,7 @@ import time
 import jax
 from absl import app, flags
 
-from fusa_jax import input_pipeline, sharding
+from fusa_jax import datasets, input_pipeline, sharding
 
 
 def define_flags() -> None:
@@ -25,7 +25,7 @@ def define_flags() -> None:
 
 def rate(data_dir: str | pathlib.Path, image_size: int, batch_size: int, steps: int) -> float:
   """Slices a second of a prepared dataset, over so many batches, after 5 that are not timed."""
-  dataset = input_pipeline.load(data_dir, fold=0, image_size=image_size)
+  dataset = datasets.load(data_dir, fold=0, image_size=image_size)
   batches = input_pipeline.train_batches(
     dataset.train,
     sharding.create_mesh(),

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 import launch
 from benchmarks import jobs, study_table
 from configs import command
-from fusa_jax import cross_validation, evaluate, models, report, results, run_config, statistics, tasks, train
+from fusa_jax import cross_validation, datasets, evaluate, models, report, results, run_config, statistics, tasks, train
 from fusa_jax.errors import UserError
 
 _OF_TASK = {'classification': models.CLASSIFIERS, 'segmentation': models.SEGMENTERS}
@@ -117,7 +117,7 @@ class Job:
     else:
       train.train(self.config, self.run, self.data_dir)
       result = evaluate.evaluate(self.config, self.run, self.data_dir)
-    report.write(self.run, self.data_dir, command.command(self.config))
+    report.write(self.run, datasets.card(self.data_dir, self.config.data.fold), command.command(self.config))
     jax.clear_caches()  # nothing of one model's is of use to the next
     return result[tasks.KINDS[self.config.task].SELECTION]
 

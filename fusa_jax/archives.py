@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 
+from fusa_jax import exits
 from fusa_jax.errors import UserError
 
 # Archives in archives, counted from the outermost.
@@ -32,6 +33,7 @@ def unpacking() -> Iterator[pathlib.Path]:
       _in_use.discard(folder)
 
 
+@exits.before_leaving
 def remove_unpacked() -> None:
   """For a process that ends without leaving `unpacking`: scans name their patients."""
   for folder in list(_in_use):

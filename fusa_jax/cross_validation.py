@@ -9,7 +9,17 @@ from collections.abc import Callable, Mapping
 import ml_collections
 import numpy as np
 
-from fusa_jax import evaluate, input_pipeline, operating_point, results, run_config, score, sharding, tasks, train
+from fusa_jax import (
+  datasets,
+  evaluate,
+  operating_point,
+  results,
+  run_config,
+  score,
+  sharding,
+  tasks,
+  train,
+)
 from fusa_jax.errors import UserError
 
 
@@ -54,7 +64,7 @@ def evaluate_again(config, workdir, data_dir, scans=None) -> dict:
 def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
   """The config of each fold's run, by its workdir, in order of the folds."""
   found = {}
-  for fold in range(len(input_pipeline.folds(data_dir))):
+  for fold in range(len(datasets.folds(data_dir))):
     values = config.to_dict()
     values['data']['fold'] = fold
     found[workdir / f'fold{fold}'] = ml_collections.ConfigDict(values)
@@ -75,7 +85,7 @@ def _pool(config, workdir, data_dir):
   folders = list(runs(config, workdir, data_dir))
   tables = [results.read_table(run) for run in folders]
   tested = [patient for one in tables for patient in np.unique(one['patient']).tolist()]
-  wanted = [patient['patient'] for fold in input_pipeline.folds(data_dir) for patient in fold]
+  wanted = [patient['patient'] for fold in datasets.folds(data_dir) for patient in fold]
   if sorted(tested) != sorted(wanted):
     raise UserError(
       f'{workdir}: its folds do not test each patient of {data_dir} once: files were added to the cohort, or taken '

@@ -12,6 +12,7 @@ import tqdm
 
 from fusa_jax import (
   ct,
+  datasets,
   figures,
   histogram,
   input_pipeline,
@@ -47,7 +48,7 @@ class Scorer:
     self._run = sharding.compiled_together(jax.jit(run, out_shardings=sharding.replicated(mesh)))
 
   def table(
-    self, variables: dict, split: input_pipeline.Split, temperature: float = 1.0, progress: bool = False
+    self, variables: dict, split: datasets.Split, temperature: float = 1.0, progress: bool = False
   ) -> dict[str, np.ndarray]:
     """The table of slices, in the split's order.
 
@@ -105,7 +106,7 @@ def evaluate(
   mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
   batch_size = sharding.fitting_batch(mesh, config.train.batch_size)
   sharding.check_divides(mesh, batch_size, config.data.image_size)
-  dataset = input_pipeline.load_for(config, data_dir)
+  dataset = datasets.load_for(config, data_dir)
   task = tasks.create(config)
   step, variables = trained.load_variables(config, task, workdir, mesh)
 
@@ -182,7 +183,7 @@ def check_scans(config: ml_collections.ConfigDict, scans: Collection[str] | None
     )
 
 
-def check_unseen(workdir: pathlib.Path, dataset: input_pipeline.Dataset) -> dict[str, list[str]] | None:
+def check_unseen(workdir: pathlib.Path, dataset: datasets.Dataset) -> dict[str, list[str]] | None:
   """The patients that the run was trained, validated and tested on, as it wrote them down.
 
   Raises:

@@ -9,27 +9,26 @@ import json
 import pathlib
 
 import jax
-import numpy as np
 from PIL import Image
 
-from fusa_jax import figures, input_pipeline, metrics, operating_point, pages, results, run_config, tasks, window
+from fusa_jax import figures, metrics, operating_point, pages, results, run_config, tasks, window
 
 _OVERLAYS = 6
 _LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'scipy')
 
 
-def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathlib.Path:
+def write(workdir: pathlib.Path, data_card: dict, command: str) -> pathlib.Path:
   """Writes test/report.html of an evaluated run or cross-validation; gives its path.
 
   Args:
     workdir: of the run.
-    data_dir: of the dataset that it was tested on.
+    data_card: `datasets.card` of what it was tested on.
     command: the line that repeats the run.
 
   Raises:
     UserError: the run was not evaluated.
   """
-  config, folds = run_config.load(workdir), input_pipeline.folds(data_dir)
+  config = run_config.load(workdir)
   table = results.read_table(workdir)
   result = results.read_numbers(workdir)
   kind = tasks.KINDS[config.task]
@@ -51,10 +50,10 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
     thresholds={
       name: figures.svg(figures.threshold_curve(p.curve, p.threshold)) for name, p in points.items() if p.curve
     },
-    data=_data_card(folds, config.data.fold),
+    data=data_card['folds'],
     caveat=results.caveat(result),
     low_high=window.black_and_white(config.data['values'], config.data.window),
-    validated=bool(input_pipeline.parts(0, len(folds))['validation']),
+    validated=data_card['validated'],
     overlays=list(_overlays(kind, table, runs)),
     is_phantom='phantom' in result['dataset'],
     libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -62,34 +61,6 @@ def write(workdir: pathlib.Path, data_dir: pathlib.Path, command: str) -> pathli
     today=datetime.date.today(),
   )
   return path
-
-
-def _data_card(folds, tested):
-  """A row for each fold: what it was used for, patients, slices, lesion volumes where they are known."""
-  roles = dict.fromkeys(range(len(folds)), 'tested once')
-  if tested != 'all':
-    parts = input_pipeline.parts(tested, len(folds))
-    roles = {k: {'train': 'training'}.get(part, part) for part, chosen in parts.items() for k in chosen}
-  rows = []
-  for k, patients in enumerate(folds):
-    slices = np.concatenate([patient['lesion_voxels'] for patient in patients])
-    row = {
-      'fold': k,
-      'role': roles[k],
-      'patients': len(patients),
-      'without_lesion': sum(not any(patient['lesion_voxels']) for patient in patients),
-      'slices': len(slices),
-      'positive': int((slices > 0).sum()),
-    }
-    volumes = [patient['lesion_ml'] for patient in patients]
-    if None not in volumes:  # as of pictures
-      row |= {
-        'lesion_ml': float(np.sum(volumes)),
-        'median_ml': float(np.median(volumes)),
-        'largest_ml': float(np.max(volumes)),
-      }
-    rows.append(row)
-  return rows
 
 
 def _overlays(kind, table, runs):

@@ -6,7 +6,6 @@ On the mesh ('data', 'space') the batch is split over 'data', image height over 
 import itertools
 import json
 import logging
-import os
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ from jax._src import distributed
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fusa_jax import archives
+from fusa_jax import exits
 from fusa_jax.errors import UserError
 
 # Keys of JAX's store that all processes share (its client has no public name; Orbax reaches for it in the same way).
@@ -70,9 +69,8 @@ def connect(
       f'error: hosts: the processes did not all come together{where} within {connect_timeout} s; start the command '
       'on every host, each with its own process id, and see that they reach that port',
       file=sys.stderr,
-      flush=True,
     )
-    os._exit(2)
+    exits.leave(2)
 
   # JAX itself would abort without saying who was waited for.
   patience = threading.Timer(connect_timeout, give_up)
@@ -186,10 +184,8 @@ def _watch():
         code, message = json.loads(failures[0][1])
         for line in message.splitlines():
           print(f'error: {line}', file=sys.stderr)
-        sys.stderr.flush()
         client.key_value_set(f'{_ENDED}{number}', '')
-        archives.remove_unpacked()
-        os._exit(code)
+        exits.leave(code)
     except jax.errors.JaxRuntimeError:
       return  # process 0 is gone; JAX ends this one
 

@@ -18,6 +18,7 @@ import tqdm
 from fusa_jax import (
   augment,
   checkpoint,
+  datasets,
   evaluate,
   input_pipeline,
   operating_point,
@@ -57,7 +58,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   operating_point.check(config)
   mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
   sharding.check_divides(mesh, config.train.batch_size, config.data.image_size)
-  dataset = input_pipeline.load_for(config, data_dir)
+  dataset = datasets.load_for(config, data_dir)
   task = tasks.create(config)
   optimizer, learning_rate = make_optimizer(config)
   # ---- shapes before arrays

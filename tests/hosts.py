@@ -114,11 +114,11 @@ def main():
   import jax
 
   import launch
-  from fusa_jax import input_pipeline, tasks
+  from fusa_jax import datasets, tasks
 
   signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores Ctrl-C
   notes, reads = pathlib.Path(sys.argv.pop(1)), {}
-  load = input_pipeline.load
+  load = datasets.load
 
   def noting(*arguments):
     dataset = load(*arguments)
@@ -129,7 +129,7 @@ def main():
     }
     return dataclasses.replace(dataset, **splits)
 
-  input_pipeline.load = noting
+  datasets.load = noting
   if limit := os.environ.get('FILE_LIMIT'):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
   if jax.config.jax_enable_x64:

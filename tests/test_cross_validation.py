@@ -14,9 +14,9 @@ from data import prepare
 from fusa_jax import (
   cross_validation,
   ct,
+  datasets,
   evaluate,
   export,
-  input_pipeline,
   predictor,
   report,
   results,
@@ -49,7 +49,7 @@ def test_every_patient_is_tested_once_by_a_model_that_has_not_seen_it(made, data
   for fold in range(5):
     with (made / f'fold{fold}' / 'test' / 'slices.csv').open(newline='') as file:
       tested = {row['patient'] for row in csv.DictReader(file)}
-    dataset = input_pipeline.load(data_dir, fold, SIZE)
+    dataset = datasets.load(data_dir, fold, SIZE)
     assert tested == set(dataset.test.patient.tolist())
     assert not tested & (set(dataset.train.patient.tolist()) | set(dataset.validation.patient.tolist()))
   label, score = (np.array([float(row[key]) for row in rows]) for key in ('label', 'score'))
@@ -119,7 +119,7 @@ def test_evaluated_again_and_reported(made, data_dir):
   before = result_of(made)
   cross_validation.evaluate_again(protocol(), made, data_dir)
   assert result_of(made) == before
-  text = report.write(made, data_dir, 'python launch.py').read_text()
+  text = report.write(made, datasets.card(data_dir, 'all'), 'python launch.py').read_text()
   assert 'all folds, each patient tested once' in text
   assert 'Single folds, which share training patients' in text
 
@@ -159,4 +159,4 @@ def test_prediction_wants_it_finished(tmp_path):
 @pytest.mark.parametrize('fold', ['one', 5, -1, 1.5])
 def test_a_fold_that_is_none_is_refused(data_dir, fold):
   with pytest.raises(UserError, match=r"data.fold: .*, but the folds of .* are 0 to 4; or 'all' of them in turn"):
-    input_pipeline.load(data_dir, fold, SIZE)
+    datasets.load(data_dir, fold, SIZE)

@@ -18,9 +18,9 @@ from configs import cls, seg
 from data import prepare
 from fusa_jax import (
   ct,
+  datasets,
   evaluate,
   figures,
-  input_pipeline,
   lungs,
   operating_point,
   predict,
@@ -46,7 +46,7 @@ def read(workdir):
 @pytest.mark.parametrize('kind', ['seg', 'cls'])
 def test_slices_csv_has_every_test_slice_once(runs, data_dir, kind):
   rows, result = read(runs[kind])
-  test = input_pipeline.load(data_dir, 0, SIZE).test
+  test = datasets.load(data_dir, 0, SIZE).test
   assert list(rows[0]) == ['patient', 'slice', 'label', 'score', 'tp', 'fp', 'fn', 'tn']
   assert [(r['patient'], int(r['slice'])) for r in rows] == list(
     zip(test.patient.tolist(), test.slice.tolist(), strict=True)
@@ -63,7 +63,7 @@ def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
   config = tiny()
   task = tasks.create(config)
   _, variables = trained.load_variables(config, task, runs['seg'], sharding.create_mesh())
-  test = input_pipeline.load(data_dir, 0, SIZE).test
+  test = datasets.load(data_dir, 0, SIZE).test
   run = jax.jit(task.probabilities)
   examples = [test.source[i] for i in range(len(test))]
   probability = np.concatenate([run(variables, example['image'][None]) for example in examples])
@@ -97,7 +97,7 @@ def test_the_table_does_not_depend_on_batch_or_devices(runs, data_dir, batch_siz
   task = tasks.create(config)
   mesh = sharding.create_mesh(data, space, jax.devices()[: data * space])
   _, variables = trained.load_variables(config, task, runs['cls'], mesh)
-  split = input_pipeline.load(data_dir, 0, SIZE).test
+  split = datasets.load(data_dir, 0, SIZE).test
   table = evaluate.Scorer(task, mesh, batch_size).table(variables, split)
   rows, _ = read(runs['cls'])
   np.testing.assert_allclose(table['score'], [float(r['score']) for r in rows], atol=1e-5)
@@ -140,7 +140,7 @@ def test_numbers_at_the_operating_point_are_those_of_its_threshold(runs, data_di
   config, (_, result) = tiny(), read(runs['seg'])
   task = tasks.create(config)
   _, variables = trained.load_variables(config, task, runs['seg'], sharding.create_mesh())
-  test = input_pipeline.load(data_dir, 0, SIZE).test
+  test = datasets.load(data_dir, 0, SIZE).test
   examples = [test.source[i] for i in range(len(test))]
   probability = np.asarray(jax.jit(task.probabilities)(variables, np.stack([e['image'] for e in examples])))
   truth = np.stack([example['mask'] for example in examples])
@@ -169,9 +169,9 @@ class Untouchable:
 def test_the_test_fold_is_not_looked_at_before_the_threshold_is_saved(runs, data_dir, tmp_path, monkeypatch):
   """Evaluation gets as far as the operating point, and has saved it, with a test fold that nothing can be asked of."""
   shutil.copytree(runs['seg'] / 'checkpoints', tmp_path / 'checkpoints')
-  original = input_pipeline.load
+  original = datasets.load
   hidden = lambda *args: dataclasses.replace(original(*args), test=Untouchable())
-  monkeypatch.setattr(input_pipeline, 'load', hidden)
+  monkeypatch.setattr(datasets, 'load', hidden)
   with pytest.raises(AssertionError, match='the test fold was looked at'):
     evaluate.evaluate(tiny(), tmp_path, data_dir)
   point = operating_point.load(tmp_path)
@@ -188,7 +188,7 @@ def test_patients_trained_on_are_not_tested(runs, data_dir, tmp_path):
   """Files added to a cohort deal its folds anew: what was trained on lands among those to be tested."""
   workdir = copy_of(runs['seg'], tmp_path / 'run')
   split = json.loads((workdir / 'split.json').read_text())
-  dataset = input_pipeline.load(data_dir, 0, SIZE)
+  dataset = datasets.load(data_dir, 0, SIZE)
   assert split == dataset.patients()
   moved = split | {'train': split['train'] + split['test'][:1], 'test': split['test'][1:]}
   (workdir / 'split.json').write_text(json.dumps(moved))
@@ -236,7 +236,7 @@ def test_logits_that_are_not_finite_are_an_error(runs, data_dir):
   task, mesh = tasks.create(config), sharding.create_mesh()
   _, variables = trained.load_variables(config, task, runs['cls'], mesh)
   broken = jax.tree.map(lambda x: x * np.nan, variables)
-  split = input_pipeline.load(data_dir, 0, SIZE).test
+  split = datasets.load(data_dir, 0, SIZE).test
   with pytest.raises(UserError, match='the model gives 32 of 32 slices a logit that is not finite'):
     evaluate.Scorer(task, mesh, 8).table(broken, split)
 
@@ -285,7 +285,7 @@ def test_flips_lungs_and_the_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
 
   task = tasks.create(config)
   _, variables = trained.load_variables(config, task, runs['seg'], sharding.create_mesh())
-  test, probabilities = input_pipeline.load(data_dir, 0, SIZE).test, jax.jit(task.probabilities)
+  test, probabilities = datasets.load(data_dir, 0, SIZE).test, jax.jit(task.probabilities)
   images = np.stack([test.source[i]['image'] for i in range(len(test))])
   both = [probabilities(variables, images), probabilities(variables, images[:, :, ::-1])[:, :, ::-1]]
   scores = np.array([float(row['score']) for row in read(tmp_path / 'run')[0]])

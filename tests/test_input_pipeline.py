@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import PATIENTS, SIZE, SLICES
 
-from fusa_jax import ct, input_pipeline, sharding
+from fusa_jax import ct, datasets, input_pipeline, sharding
 from fusa_jax.errors import UserError
 
 
 @pytest.fixture(scope='module')
 def dataset(data_dir):
-  return input_pipeline.load(data_dir, fold=0, image_size=SIZE)
+  return datasets.load(data_dir, fold=0, image_size=SIZE)
 
 
 @pytest.fixture(scope='module')
@@ -33,11 +33,11 @@ def indices(batches):
 def test_folds_share_no_patient_and_cover_all(data_dir):
   tested = []
   for fold in range(5):
-    dataset = input_pipeline.load(data_dir, fold, SIZE)
+    dataset = datasets.load(data_dir, fold, SIZE)
     parts = [set(split.patient) for split in (dataset.train, dataset.validation, dataset.test)]
     assert sum(map(len, parts)) == PATIENTS == len(set.union(*parts))
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == PATIENTS * SLICES
-    following = input_pipeline.load(data_dir, (fold + 1) % 5, SIZE)
+    following = datasets.load(data_dir, (fold + 1) % 5, SIZE)
     assert parts[1] == set(following.test.patient)
     tested += parts[2]
   assert sorted(tested) == sorted(set(tested)) and len(tested) == PATIENTS
@@ -104,7 +104,7 @@ def test_a_host_reads_only_its_rows(dataset, monkeypatch):
       reads.append(index)
       return dataset.train.source[index]
 
-  split = input_pipeline.Split(Counted(), dataset.train.label, dataset.train.patient, dataset.train.slice)
+  split = datasets.Split(Counted(), dataset.train.label, dataset.train.patient, dataset.train.slice)
   monkeypatch.setattr(sharding, 'local_rows', lambda *_: np.array([2, 3, 6, 7]))
   monkeypatch.setattr(sharding, 'to_devices', lambda mesh, size, rows, local: local)
   mesh = sharding.create_mesh()
@@ -123,7 +123,7 @@ def test_two_patients_leave_no_validation(tmp_path, raw_dir):
   for number in (1, 2):
     for kind in ('ct', 'seg'):
       shutil.copy(raw_dir / f'volume-phantom-A-{number:04d}_{kind}.nii.gz', tmp_path)
-  dataset = input_pipeline.load(prepare.prepare(str(tmp_path), str(tmp_path / 'out'), SIZE), 1, SIZE)
+  dataset = datasets.load(prepare.prepare(str(tmp_path), str(tmp_path / 'out'), SIZE), 1, SIZE)
   assert dataset.validation is None
   assert set(dataset.train.patient).isdisjoint(dataset.test.patient)
 
@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused(data_dir, tmp_path, options, reason):
   if options.get('data_dir') == 'empty':
     options = options | {'data_dir': tmp_path}
   with pytest.raises(UserError, match=reason):
-    input_pipeline.load(**{'data_dir': data_dir, 'fold': 0, 'image_size': SIZE} | options)
+    datasets.load(**{'data_dir': data_dir, 'fold': 0, 'image_size': SIZE} | options)
 
 
 def test_balance_needs_both_kinds():

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from configs import cls, command, seg
-from fusa_jax import metrics, report, run_config, statistics, tasks
+from fusa_jax import datasets, metrics, report, run_config, statistics, tasks
 from fusa_jax.errors import UserError
 
 
@@ -37,7 +37,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.mark.parametrize('kind', ['seg', 'cls'])
 def test_page_is_whole_and_needs_nothing_else(runs, data_dir, kind):
-  path = report.write(runs[kind], data_dir, f'python launch.py --config=configs/{kind}.py:demo')
+  path = report.write(runs[kind], datasets.card(data_dir, 0), f'python launch.py --config=configs/{kind}.py:demo')
   text = path.read_text()
   page = Page(text)
   assert not page.open
@@ -68,7 +68,7 @@ def test_every_number_has_a_definition(runs):
 
 
 def test_the_same_run_gives_the_same_page(runs, data_dir):
-  pages = [report.write(runs['seg'], data_dir, 'x').read_text() for _ in range(2)]
+  pages = [report.write(runs['seg'], datasets.card(data_dir, 0), 'x').read_text() for _ in range(2)]
   assert pages[0] == pages[1]
   (runs['seg'] / 'test' / 'report.html').unlink()
 
@@ -76,7 +76,7 @@ def test_the_same_run_gives_the_same_page(runs, data_dir):
 def test_a_run_that_was_not_evaluated_has_none(data_dir, tmp_path):
   run_config.save(tmp_path, seg.get_config('demo'))
   with pytest.raises(UserError, match='evaluate the run with --mode=evaluate'):
-    report.write(tmp_path, data_dir, 'x')
+    report.write(tmp_path, datasets.card(data_dir, 0), 'x')
 
 
 @pytest.mark.parametrize(

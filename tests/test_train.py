@@ -13,7 +13,7 @@ from conftest import SIZE, tiny
 
 from configs import cls
 from data import prepare
-from fusa_jax import augment, checkpoint, input_pipeline, run_config, sharding, tasks, tpu, train
+from fusa_jax import augment, checkpoint, datasets, input_pipeline, run_config, sharding, tasks, tpu, train
 from fusa_jax.errors import UserError
 
 
@@ -193,7 +193,7 @@ def losses(config, mesh, data_dir):
   init = train.compile_init(task, optimizer, config, everywhere)
   step = train.compile_step(task, optimizer, config, mesh, checkpoint.shapes(jax.eval_shape(init), everywhere))
   state, out = init(), []
-  dataset = input_pipeline.load(data_dir, config.data.fold, SIZE)
+  dataset = datasets.load(data_dir, config.data.fold, SIZE)
   for batch in input_pipeline.train_batches(
     dataset.train, mesh, batch_size=8, seed=0, first_step=0, last_step=config.train.steps, balanced=True
   ):

@@ -201,8 +201,8 @@ def test_preparing_and_reading_leave_tensorflow_alone(data_dir):
   code = f"""
 import sys
 from data import prepare
-from fusa_jax import input_pipeline
-dataset = input_pipeline.load({str(data_dir)!r}, 0, {SIZE})
+from fusa_jax import datasets
+dataset = datasets.load({str(data_dir)!r}, 0, {SIZE})
 dataset.test.source[0]
 assert 'tensorflow' not in sys.modules
 """

@@ -17,7 +17,7 @@ from data import prepare, read, survey, workers
 from data.cohorts import Wanted
 from data.cohorts import dicom_pairs as cohort
 from data.find import find
-from fusa_jax import ct, dicom, input_pipeline
+from fusa_jax import ct, datasets, dicom
 from fusa_jax.errors import UserError
 
 
@@ -38,7 +38,7 @@ def test_the_dataset_is_that_of_the_same_volumes_in_nifti(laid, data_dir, proces
   assert not list((tmp_path / 'tmp').glob('fusa-jax-*'))
   lesions = 0
   for part in ('train', 'validation', 'test'):
-    ours, of_nifti = (getattr(input_pipeline.load(each, 0, SIZE), part) for each in (prepared, data_dir))
+    ours, of_nifti = (getattr(datasets.load(each, 0, SIZE), part) for each in (prepared, data_dir))
     assert len(ours) == len(of_nifti) > 0
     for index in range(len(ours)):
       one, other = ours.source[index], of_nifti.source[index]

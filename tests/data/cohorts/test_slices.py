@@ -13,7 +13,7 @@ from configs import seg
 from data import prepare, survey
 from data.cohorts import Wanted, slices
 from data.find import find
-from fusa_jax import input_pipeline, train
+from fusa_jax import datasets, train
 from fusa_jax.errors import UserError
 
 
@@ -24,7 +24,7 @@ def laid(raw_dir, tmp_path_factory):
 
 def test_pictures_are_prepared_as_they_are(laid, raw_dir, tmp_path):
   prepared = prepare.prepare(str(laid['slices']), str(tmp_path), SIZE, wanted=Wanted(values='grey'))
-  split = input_pipeline.load(prepared, 0, SIZE).test
+  split = datasets.load(prepared, 0, SIZE).test
   truth = {(patient, index): (grey, mask) for patient, index, grey, mask in pictures_of(raw_dir)}
   for index in range(len(split)):
     example = split.source[index]
