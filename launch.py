@@ -22,8 +22,8 @@ import tqdm
 from absl import flags
 from ml_collections import config_flags
 
-from fusa_jax import exits, memory, program
-from fusa_jax.errors import UserError
+from fusa_jax.system import exits, memory, program
+from fusa_jax.system.errors import UserError
 
 # Where configs/ and data/ lie, too: the repository, or a folder of its own in site-packages.
 HOME = pathlib.Path(__file__).resolve().parent
@@ -78,7 +78,7 @@ def main(_):
   if _MODE.value in ALONE:
     ALONE[_MODE.value]()
     return
-  from fusa_jax import sharding
+  from fusa_jax.system import sharding
 
   sharding.connect(
     _COORDINATOR.value,
@@ -102,7 +102,7 @@ def check_flags() -> None:
 
 def train() -> None:
   """--mode=train: prepares what is missing, trains or resumes, evaluates, reports."""
-  from fusa_jax import cross_validation, evaluate, train
+  from fusa_jax.training import cross_validation, evaluate, train
 
   config, name = resolve_config()
   data_dir = prepared(config)
@@ -119,7 +119,8 @@ def train() -> None:
 
 def evaluate() -> None:
   """--mode=evaluate: a run again, from its folder; where the data lie and what devices there are may have changed."""
-  from fusa_jax import cross_validation, evaluate, run_config
+  from fusa_jax.runs import run_config
+  from fusa_jax.training import cross_validation, evaluate
 
   use_compilation_cache()
   workdir = path_flag(_WORKDIR)
@@ -141,7 +142,9 @@ def evaluate() -> None:
 def write_report(config, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
   """The page of a run that has just been evaluated."""
   from configs import command
-  from fusa_jax import cross_validation, datasets, report, sharding
+  from fusa_jax.runs import report
+  from fusa_jax.system import sharding
+  from fusa_jax.training import cross_validation, datasets
 
   if not sharding.is_main():
     return
@@ -153,7 +156,8 @@ def write_report(config, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
 
 def predict() -> None:
   """--mode=predict: masks and numbers of new scans."""
-  from fusa_jax import predict, predictor, sharding
+  from fusa_jax.inference import predict, predictor
+  from fusa_jax.system import sharding
 
   use_compilation_cache()
   folders, source, output = workdirs(), path_flag(_INPUT), path_flag(_OUTPUT)
@@ -167,7 +171,7 @@ def predict() -> None:
 
 def export() -> None:
   """--mode=export: a run, or the mean of several, as a bundle to pass on."""
-  from fusa_jax import export
+  from fusa_jax.inference import export
 
   folders, output = workdirs(), path_flag(_OUTPUT)
   licence = _LICENSE.value or export.NO_LICENCE
@@ -201,14 +205,14 @@ def prepare() -> None:
 
 def score() -> None:
   """--mode=score: masks against masks, whoever made them."""
-  from fusa_jax import score
+  from fusa_jax.measures import score
 
   score.score(*(path_flag(flag) for flag in (_INPUT, _TRUTH, _OUTPUT)))
 
 
 def compare() -> None:
   """--mode=compare: two runs on the same test patients."""
-  from fusa_jax import compare
+  from fusa_jax.runs import compare
 
   compare.compare(path_flag(_WORKDIR), path_flag(_AGAINST), pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None)
 
@@ -217,7 +221,7 @@ def compile_ahead() -> None:
   """--mode=aot: the training step compiled for TPUs that are not here."""
   import jax
 
-  from fusa_jax import aot, tpu
+  from fusa_jax.chips import aot, tpu
 
   jax.config.update('jax_platforms', 'cpu')  # whatever is here, it is not what the step is compiled for
   config, name = named_config()
@@ -230,7 +234,7 @@ def compile_ahead() -> None:
 
 def view() -> None:
   """--mode=view: pages for a browser, of scans and of what predict wrote for them."""
-  from fusa_jax import viewer
+  from fusa_jax.inference import viewer
 
   viewer.view(path_flag(_INPUT), path_flag(_OUTPUT))
 
@@ -238,7 +242,7 @@ def view() -> None:
 def doctor() -> None:
   """--mode=doctor: what is here, and whether it works."""
   from data import prepare
-  from fusa_jax import doctor
+  from fusa_jax.chips import doctor
 
   caches = {'prepared datasets': prepare.CACHE, 'compiled programs, of these': COMPILED}
   doctor.doctor(load_config(str(HOME / 'configs/seg.py'), 'demo'), caches)
@@ -264,7 +268,7 @@ def file_and_preset() -> tuple[str, str]:
 
 def resolve_config():
   """As named_config; without any data named, the demo, and says so."""
-  from fusa_jax import sharding
+  from fusa_jax.system import sharding
 
   config, name = named_config()
   if not names_data(config):
@@ -302,7 +306,7 @@ def load_config(path: str, preset: str):
 
 def prepared(config) -> pathlib.Path:
   """The folder of the prepared dataset, after process 0 has prepared it where that was still to be done."""
-  from fusa_jax import sharding
+  from fusa_jax.system import sharding
 
   data = config.data
   if data.dir and not data.raw_dir:

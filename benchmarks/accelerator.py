@@ -29,9 +29,10 @@ from typing import Any
 from absl import flags
 
 from benchmarks import accelerator_report
-from fusa_jax import exits, models
-from fusa_jax.errors import UserError
-from fusa_jax.files import write_json
+from fusa_jax import models
+from fusa_jax.system import exits
+from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import write_json
 
 # What training and prediction import, besides what jax, flax and optax bring: no part can do without.
 EVERYWHERE = (

@@ -21,8 +21,12 @@ from benchmarks.accelerator import Asked
 from benchmarks.accelerator_report import mfu, peak_tflops
 from data import prepare
 from data.cohorts import phantom
-from fusa_jax import FUSA, checkpoint, ct, models, predict, predictor, provenance, run_config
-from fusa_jax.errors import UserError
+from fusa_jax import FUSA, models
+from fusa_jax.inference import predict, predictor
+from fusa_jax.runs import checkpoint, run_config
+from fusa_jax.scans import ct
+from fusa_jax.system import provenance
+from fusa_jax.system.errors import UserError
 
 _VOLUME = 300  # slices
 

@@ -17,8 +17,12 @@ from absl import flags
 
 import launch
 from data import prepare
-from fusa_jax import cross_validation, evaluate, predictor, provenance, results, run_config, statistics
-from fusa_jax.files import replacing
+from fusa_jax.inference import predictor
+from fusa_jax.measures import statistics
+from fusa_jax.runs import results, run_config
+from fusa_jax.system import provenance
+from fusa_jax.system.files import replacing
+from fusa_jax.training import cross_validation, evaluate
 
 _OUT = flags.DEFINE_string('out', None, 'where the tables go; default: better_masks.md in the workdir')
 _NEW = flags.DEFINE_integer('new', 40, 'phantoms that no fold has seen')

@@ -35,9 +35,10 @@ from absl import flags
 
 import launch
 from benchmarks import compare_table, torch_reference, workload
-from fusa_jax import provenance, torch_weights
-from fusa_jax.errors import UserError
-from fusa_jax.files import write_json
+from fusa_jax import torch_weights
+from fusa_jax.system import provenance
+from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import write_json
 
 _SEED = 0
 ON_GPU = torch.cuda.is_available()

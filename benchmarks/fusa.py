@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import SingleDeviceSharding
 
-from fusa_jax import FUSA, fusa, tpu
+from fusa_jax import FUSA, fusa
+from fusa_jax.chips import tpu
 from fusa_jax.models.layers import layers
 from fusa_jax.models.resnet import BasicBlock
 

@@ -12,7 +12,8 @@ import time
 import jax
 from absl import app, flags
 
-from fusa_jax import datasets, input_pipeline, sharding
+from fusa_jax.system import sharding
+from fusa_jax.training import datasets, input_pipeline
 
 
 def define_flags() -> None:

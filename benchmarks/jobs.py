@@ -18,7 +18,7 @@ import jax
 import tqdm
 
 import launch
-from fusa_jax.errors import Terminated, UserError
+from fusa_jax.system.errors import Terminated, UserError
 
 # Seconds that a worker has, once told to stop, for saving the step that it is at.
 _PATIENCE = 10

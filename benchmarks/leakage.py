@@ -27,9 +27,12 @@ import launch
 from configs import cls
 from data import prepare
 from data.cohorts import covid19_20
-from fusa_jax import ct, evaluate, exits, results, run_config, train
-from fusa_jax.errors import UserError
-from fusa_jax.files import replacing
+from fusa_jax.runs import results, run_config
+from fusa_jax.scans import ct
+from fusa_jax.system import exits
+from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import replacing
+from fusa_jax.training import evaluate, train
 
 _SEED = flags.DEFINE_integer('seed', 0, 'of the shuffled labels, of initialisation and of sampling')
 

@@ -24,8 +24,13 @@ from absl import app, flags, logging
 
 from configs import seg
 from data.cohorts import phantom
-from fusa_jax import checkpoint, ct, export, predict, provenance, run_config, sharding, sources, tasks, train, trained
-from fusa_jax.predictor import Predictor, load
+from fusa_jax import tasks
+from fusa_jax.inference import export, predict, trained
+from fusa_jax.inference.predictor import Predictor, load
+from fusa_jax.runs import checkpoint, run_config
+from fusa_jax.scans import ct, sources
+from fusa_jax.system import provenance, sharding
+from fusa_jax.training import train
 
 _INPUT = flags.DEFINE_string('input', None, 'a folder of scans in HU, instead of phantoms')
 _VOLUMES = flags.DEFINE_integer('volumes', 6, 'phantoms')

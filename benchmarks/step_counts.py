@@ -21,7 +21,7 @@ from absl import app
 
 from benchmarks import workload
 from fusa_jax import models
-from fusa_jax.files import write_json
+from fusa_jax.system.files import write_json
 
 PAGE = pathlib.Path('docs/step_counts.json')
 SETTINGS = workload.Settings(image_size=64, batch_size=2, width=8)

@@ -22,8 +22,11 @@ from ml_collections import config_flags
 import launch
 from benchmarks import jobs, study_table
 from configs import command
-from fusa_jax import cross_validation, datasets, evaluate, models, report, results, run_config, statistics, tasks, train
-from fusa_jax.errors import UserError
+from fusa_jax import models, tasks
+from fusa_jax.measures import statistics
+from fusa_jax.runs import report, results, run_config
+from fusa_jax.system.errors import UserError
+from fusa_jax.training import cross_validation, datasets, evaluate, train
 
 _OF_TASK = {'classification': models.CLASSIFIERS, 'segmentation': models.SEGMENTERS}
 

@@ -11,8 +11,9 @@ import ml_collections
 
 from benchmarks import model_table
 from benchmarks.jobs import Machine
-from fusa_jax import compare, models, results, tasks
-from fusa_jax.files import replacing, write_csv, write_json
+from fusa_jax import models, tasks
+from fusa_jax.runs import compare, results
+from fusa_jax.system.files import replacing, write_csv, write_json
 
 # The paper's rows, in its order and spelling, with the names of our registry.
 ROWS = {

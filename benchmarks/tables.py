@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 import launch
 from benchmarks import study
-from fusa_jax.errors import UserError
+from fusa_jax.system.errors import UserError
 
 # A table trains five or seven models: fewer than the demo of segmentation alone takes.
 _DEMO_STEPS = {'classification': 1000, 'segmentation': 900}

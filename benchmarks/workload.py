@@ -15,8 +15,11 @@ import optax
 
 from benchmarks import model_table
 from configs import cls, seg
-from fusa_jax import checkpoint, models, sharding, tasks, torch_weights, train
-from fusa_jax.errors import UserError
+from fusa_jax import models, tasks, torch_weights
+from fusa_jax.runs import checkpoint
+from fusa_jax.system import sharding
+from fusa_jax.system.errors import UserError
+from fusa_jax.training import train
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from data.cohorts import (
   slices,
   zenodo_20,
 )
-from fusa_jax import ct
-from fusa_jax.errors import UserError
+from fusa_jax.scans import ct
+from fusa_jax.system.errors import UserError
 
 # In the order in which a folder is tried: what is more particular first.
 COHORTS = {

@@ -16,7 +16,7 @@ from data.cohorts import AS_RELEASED, Case, Wanted, phantom
 from data.covid_ct import Builder, Config
 from data.find import find
 from data.workers import silent
-from fusa_jax.errors import UserError
+from fusa_jax.system.errors import UserError
 
 CACHE = pathlib.Path('~/.cache/fusa_jax').expanduser()
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data.cohorts import Case
-from fusa_jax import ct, dicom, dicom_seg, pictures
-from fusa_jax.archives import is_archive, unpacking, within
-from fusa_jax.errors import UserError
+from fusa_jax.scans import ct, dicom, dicom_seg, pictures
+from fusa_jax.scans.archives import is_archive, unpacking, within
+from fusa_jax.system.errors import UserError
 
 
 class Slices(NamedTuple):

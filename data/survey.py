@@ -16,9 +16,9 @@ from scipy import ndimage
 from data import read
 from data.cohorts import Case
 from data.workers import pool, silent
-from fusa_jax import ct
-from fusa_jax.archives import in_folder
-from fusa_jax.errors import UserError
+from fusa_jax.scans import ct
+from fusa_jax.scans.archives import in_folder
+from fusa_jax.system.errors import UserError
 
 NUM_FOLDS = 5
 

@@ -10,7 +10,7 @@ def __getattr__(name):
 
     return FUSA
   if name == 'load':
-    from fusa_jax.predictor import load
+    from fusa_jax.inference.predictor import load
 
     return load
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusa_jax import models
-from fusa_jax.errors import UserError
 from fusa_jax.models.vgg import STAGES
+from fusa_jax.system.errors import UserError
 
 # ---- names: (pattern in our path, replacement), applied in turn
 

@@ -69,7 +69,7 @@ def data_dir(raw_dir, tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope='session')
 def runs(raw_dir, data_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
   """The workdirs of a segmentation and a classification run of four steps, trained and evaluated."""
-  from fusa_jax import evaluate, train
+  from fusa_jax.training import evaluate, train
 
   workdirs = {}
   for name, module in (('seg', seg), ('cls', cls)):
@@ -83,6 +83,22 @@ def runs(raw_dir, data_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
 @pytest.fixture(scope='session')
 def predictors(runs):
   """The runs as functions of scans, each compiled once."""
-  from fusa_jax import predictor
+  from fusa_jax.inference import predictor
 
   return {name: predictor.load(workdir) for name, workdir in runs.items()}
+
+
+def final_state(config, workdir):
+  """(step, items) of a run's latest checkpoint, on the host."""
+  from fusa_jax import tasks
+  from fusa_jax.runs import checkpoint
+  from fusa_jax.system import sharding
+  from fusa_jax.training import train
+
+  task = tasks.create(config)
+  optimizer, _ = train.make_optimizer(config)
+  everywhere = sharding.replicated(sharding.create_mesh())
+  like = checkpoint.shapes(jax.eval_shape(train.compile_init(task, optimizer, config, everywhere)), everywhere)
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    step = checkpoints.latest()
+    return step, jax.device_get(checkpoints.restore(step, variables=like.variables, optimizer=like.opt_state))

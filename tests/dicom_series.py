@@ -3,9 +3,13 @@
 import pathlib
 
 import gdcm
+import nibabel as nib
 import numpy as np
 import pydicom
+from nibabel import affines
 from pydicom import uid
+
+from fusa_jax.scans import dicom
 
 # Of these nothing may be in what is printed or written.
 PERSONAL = {
@@ -101,3 +105,29 @@ def _compress(path, syntax):
   writer.SetImage(change.GetOutput())
   writer.SetFileName(str(path))
   assert writer.Write()
+
+
+def affine_of(columns, spacing=(0.7, 0.8, 5.0), turn=0.0, shear=0.0):
+  """RAS+, with columns along named directions, turned about a slanted axis; the gantry tilted by `shear`."""
+  signs = {'R': (0, 1), 'L': (0, -1), 'A': (1, 1), 'P': (1, -1), 'S': (2, 1), 'I': (2, -1)}
+  directions = np.zeros((3, 3))
+  for column, code in enumerate(columns):
+    axis, sign = signs[code]
+    directions[axis, column] = sign
+  rotation = nib.eulerangles.euler2mat(turn, turn / 2, turn / 3)
+  sheared = [[1, 0, 0], [0, 1, shear], [0, 0, 1]]
+  return affines.from_matvec(rotation @ directions @ np.diag(spacing) @ sheared, [12.5, -40.25, 300])
+
+
+def find(folder):
+  return dicom.find(sorted(path for path in folder.rglob('*') if path.is_file()))
+
+
+def all_changed(**elements):
+  def change(made):
+    for one in made:
+      for key, value in elements.items():
+        setattr(one, key, value)
+    return made
+
+  return change

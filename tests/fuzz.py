@@ -20,11 +20,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import dicom_series  # noqa: E402 (beside this file)
-from test_ct import chest, save  # noqa: E402
-from test_dicom import affine_of  # noqa: E402
+from dicom_series import affine_of  # noqa: E402
+from nifti_files import chest, save  # noqa: E402
 
-from fusa_jax import sources  # noqa: E402
-from fusa_jax.errors import UserError  # noqa: E402
+from fusa_jax.scans import sources  # noqa: E402
+from fusa_jax.system.errors import UserError  # noqa: E402
 
 
 def nifti(folder, ending='.nii'):

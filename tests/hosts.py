@@ -114,7 +114,8 @@ def main():
   import jax
 
   import launch
-  from fusa_jax import datasets, tasks
+  from fusa_jax import tasks
+  from fusa_jax.training import datasets
 
   signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores Ctrl-C
   notes, reads = pathlib.Path(sys.argv.pop(1)), {}

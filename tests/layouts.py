@@ -10,7 +10,7 @@ import numpy as np
 from conftest import SIZE
 from PIL import Image
 
-from fusa_jax import ct, dicom, dicom_seg
+from fusa_jax.scans import ct, dicom, dicom_seg
 
 
 def files(raw_dir):

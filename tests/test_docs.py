@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import model_table
-from fusa_jax import metrics
+from fusa_jax.measures import metrics
 
 # Tables I and II as printed, in percent: accuracy, precision, recall, F1; Dice, precision, recall.
 TABLE_I = {

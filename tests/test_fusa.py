@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from fusa_jax import FUSA, sharding, tpu
+from fusa_jax import FUSA
+from fusa_jax.chips import tpu
+from fusa_jax.system import sharding
 
 SHAPES = {'2d': (2, 5, 7, 6), '3d': (2, 3, 4, 5, 6), '1d': (2, 9, 6)}
 

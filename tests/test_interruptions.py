@@ -11,7 +11,7 @@ import hosts
 import numpy as np
 import pytest
 
-from fusa_jax import checkpoint
+from fusa_jax.runs import checkpoint
 
 STEPS, EVERY = 24, 2
 

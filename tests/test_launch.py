@@ -2,11 +2,11 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
+from commands import ROOT, launch
 from conftest import SIZE
 
 TINY = [
@@ -19,15 +19,6 @@ TINY = [
   '--config.train.evaluate_every=2',
   '--config.evaluate.num_overlays=1',
 ]
-
-
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def launch(*arguments, home=None, folder=ROOT):
-  environment = os.environ | ({'HOME': str(home)} if home else {})
-  command = [sys.executable, str(ROOT / 'launch.py'), *arguments]
-  return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +111,7 @@ def test_masks_and_runs_are_compared(runs, raw_dir, tmp_path):
 @pytest.mark.skipif(sys.platform != 'linux', reason="glibc's")
 def test_a_process_begins_anew_once_with_its_memory_kept(tmp_path):
   script = tmp_path / 'script.py'
-  script.write_text("import os\nfrom fusa_jax import memory\nmemory.keep()\nprint(os.environ.get('GLIBC_TUNABLES'))\n")
+  script.write_text("import os\nfrom fusa_jax.system import memory\nmemory.keep()\nprint(os.environ.get('GLIBC_TUNABLES'))\n")
   outside = {key: value for key, value in os.environ.items() if key != 'GLIBC_TUNABLES'} | {'PYTHONPATH': str(ROOT)}
 
   def said(command, environment, **options):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import tiny
-from test_train import final_state
+from conftest import final_state, tiny
 
 from configs import cls, seg
-from fusa_jax import models, torch_weights, train
-from fusa_jax.errors import UserError
+from fusa_jax import models, torch_weights
+from fusa_jax.system.errors import UserError
+from fusa_jax.training import train
 
 torch = pytest.importorskip('torch')
 from benchmarks import torch_reference  # noqa: E402 (needs torch)

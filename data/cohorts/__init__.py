@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from fusa_jax import ct
-from fusa_jax.errors import UserError
+from fusa_jax.scans import ct
+from fusa_jax.system.errors import UserError
 
 
 class Case(NamedTuple):

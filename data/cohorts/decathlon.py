@@ -7,8 +7,8 @@ import json
 import pathlib
 
 from data.cohorts import Case
-from fusa_jax import ct
-from fusa_jax.errors import UserError
+from fusa_jax.scans import ct
+from fusa_jax.system.errors import UserError
 
 
 def recognises(folder: pathlib.Path) -> bool:

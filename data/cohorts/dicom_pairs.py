@@ -7,8 +7,8 @@ The mask is `X_seg.nii.gz` or `X_mask.nii.gz` beside it, or a DICOM SEG in it th
 import pathlib
 
 from data.cohorts import Case, by_name, refuse_lonely
-from fusa_jax import archives, sources
-from fusa_jax.errors import UserError
+from fusa_jax.scans import archives, sources
+from fusa_jax.system.errors import UserError
 
 
 def recognises(folder: pathlib.Path) -> bool:

@@ -8,8 +8,8 @@ pictures was brought back to HU by what air and fat measure in them, and has los
 import pathlib
 
 from data.cohorts import Case, by_name, paired
-from fusa_jax import ct
-from fusa_jax.errors import UserError
+from fusa_jax.scans import ct
+from fusa_jax.system.errors import UserError
 
 _LESION = (1, 2)
 

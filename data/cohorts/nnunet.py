@@ -3,7 +3,7 @@
 import pathlib
 
 from data.cohorts import Case, by_name, paired
-from fusa_jax.errors import UserError
+from fusa_jax.system.errors import UserError
 
 
 def recognises(folder: pathlib.Path) -> bool:

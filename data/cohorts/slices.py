@@ -13,8 +13,8 @@ import re
 from collections import defaultdict
 
 from data.cohorts import Case, only_folder, refuse_lonely
-from fusa_jax import pictures
-from fusa_jax.errors import UserError
+from fusa_jax.scans import pictures
+from fusa_jax.system.errors import UserError
 
 _WITHOUT_LESION = re.compile(r'(?<![a-z])(non(?!specific)|not?(?![a-z])|normal|healthy|negative|control)')
 _NO_CLASS = re.compile(r'mask|label|annot|segm')

@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 from data import read, survey
 from data.find import COHORTS
 from data.workers import pool, silent
-from fusa_jax import ct
+from fusa_jax.scans import ct
 
 # Slices from which on a shard is full.
 _SHARD = 32

@@ -4,9 +4,9 @@ import functools
 
 import flax.linen as nn
 
-from fusa_jax.errors import UserError
 from fusa_jax.fusa import FUSA
 from fusa_jax.models import deeplabv3, densenet, linknet, mobilenet, pspnet, resnet, resunet, vgg
+from fusa_jax.system.errors import UserError
 
 
 def _and_with_fusa(models):

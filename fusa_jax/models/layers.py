@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusa_jax.errors import UserError
 from fusa_jax.models.convolution import convolve
+from fusa_jax.system.errors import UserError
 
 # torchvision's initialisation of convolutions: normal, variance 2 / fan_out.
 kaiming = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')

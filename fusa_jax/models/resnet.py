@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.errors import UserError
 from fusa_jax.models.layers import layers, max_pool, wide_dtype
+from fusa_jax.system.errors import UserError
 
 
 class _Residual(nn.Module):

@@ -1,8 +1,9 @@
 """A task: a model, what makes its inputs of stored values, and all that differs between the two kinds of task.
 
 `kind` is one of the modules beside this file. Both have the same: `loss` and `truth`; the `definition` of their numbers
-(fusa_jax.metrics), the one by which the best checkpoint is chosen (`SELECTION`), those of a log line (`SHOWN`), what
-they count (`COUNTED`) and what Dice of that is called (`OVERLAP`); `patient_score`, by which runs are compared.
+(fusa_jax.measures.metrics), the one by which the best checkpoint is chosen (`SELECTION`), those of a log line
+(`SHOWN`), what they count (`COUNTED`) and what Dice of that is called (`OVERLAP`); `patient_score`, by which runs are
+compared.
 """
 
 import dataclasses
@@ -15,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from fusa_jax import ct, models
-from fusa_jax.errors import UserError
+from fusa_jax import models
+from fusa_jax.scans import ct
+from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import classification, segmentation
-from fusa_jax.window import grey_input, network_input
+from fusa_jax.tasks.window import grey_input, network_input
 
 _DEPTHS = {'multiples', 'stage_sizes'}
 KINDS = {'segmentation': segmentation, 'classification': classification}

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import optax
 
-from fusa_jax import metrics
-from fusa_jax.statistics import ratio
+from fusa_jax.measures import metrics
+from fusa_jax.measures.statistics import ratio
 
 SELECTION = 'auc'
 COUNTED = 'slices'

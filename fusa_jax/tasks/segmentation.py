@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 
-from fusa_jax import metrics
+from fusa_jax.measures import metrics
 
 SELECTION = 'dice'
 COUNTED = 'pixels'

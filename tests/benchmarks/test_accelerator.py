@@ -17,7 +17,7 @@ import pytest
 
 import launch
 from benchmarks import accelerator, accelerator_parts, accelerator_report
-from fusa_jax.errors import UserError
+from fusa_jax.system.errors import UserError
 
 ASKED = accelerator.Asked(
   models=('fusa_resunet',),

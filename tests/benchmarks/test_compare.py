@@ -10,8 +10,9 @@ import pytest
 
 torch = pytest.importorskip('torch')
 from benchmarks import compare, compare_table, workload  # noqa: E402 (needs torch)
-from fusa_jax import augment, tasks, torch_weights, train  # noqa: E402
-from fusa_jax.errors import UserError  # noqa: E402
+from fusa_jax import tasks, torch_weights  # noqa: E402
+from fusa_jax.system.errors import UserError  # noqa: E402
+from fusa_jax.training import augment, train  # noqa: E402
 
 SETTINGS = workload.Settings(image_size=32, batch_size=2, rounds=1, steps=1)
 

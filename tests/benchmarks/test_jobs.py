@@ -8,7 +8,7 @@ import time
 import pytest
 
 from benchmarks import jobs
-from fusa_jax.errors import UserError
+from fusa_jax.system.errors import UserError
 
 # Functions of this file can be run by workers, which import it by name.
 CPU, GPUS = jobs.Machine('cpu', 'cpu', 8), jobs.Machine('gpu', 'H100', 4)

@@ -12,8 +12,9 @@ from benchmarks import leakage
 from configs import cls
 from data import prepare, survey
 from data.cohorts import covid19_20
-from fusa_jax import ct, evaluate, train
-from fusa_jax.errors import UserError
+from fusa_jax.scans import ct
+from fusa_jax.system.errors import UserError
+from fusa_jax.training import evaluate, train
 
 PATIENTS, SLICES = 5, 16
 

@@ -14,9 +14,11 @@ from conftest import PATIENTS, SIZE, SLICES, tiny
 
 from benchmarks import jobs, study, study_table
 from configs import seg
-from fusa_jax import compare, cross_validation, metrics, results, train
-from fusa_jax.errors import UserError
+from fusa_jax.measures import metrics
+from fusa_jax.runs import compare, results
+from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import segmentation
+from fusa_jax.training import cross_validation, train
 
 PAIR, SEEDS = ['resunet', 'fusa_resunet'], [3, 4]
 COLUMNS = {'Dice': 'dice', 'Precision': 'precision', 'Recall': 'recall', 'Macro Dice': 'dice_macro'}

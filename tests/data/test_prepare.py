@@ -19,8 +19,8 @@ from conftest import PATIENTS, SIZE, SLICES
 from data import prepare, survey, workers
 from data.cohorts import Case, covid19_20
 from data.find import find
-from fusa_jax import ct
-from fusa_jax.errors import UserError
+from fusa_jax.scans import ct
+from fusa_jax.system.errors import UserError
 
 
 def test_every_slice_is_stored_in_order_with_its_facts(data_dir, raw_dir):
@@ -201,7 +201,7 @@ def test_preparing_and_reading_leave_tensorflow_alone(data_dir):
   code = f"""
 import sys
 from data import prepare
-from fusa_jax import datasets
+from fusa_jax.training import datasets
 dataset = datasets.load({str(data_dir)!r}, 0, {SIZE})
 dataset.test.source[0]
 assert 'tensorflow' not in sys.modules

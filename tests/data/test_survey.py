@@ -10,8 +10,8 @@ from scipy import ndimage
 
 from data import prepare, survey
 from data.cohorts import covid19_20, phantom
-from fusa_jax import ct
-from fusa_jax.errors import UserError
+from fusa_jax.scans import ct
+from fusa_jax.system.errors import UserError
 
 
 def path_of(folder, number, kind='ct', suffix='.nii.gz'):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fusa_jax import FUSA, models
-from fusa_jax.errors import UserError
 from fusa_jax.models.layers import layers
 from fusa_jax.models.resnet import BasicBlock, Bottleneck
+from fusa_jax.system.errors import UserError
 
 # Features are 32 times smaller than images in the deepest encoders; one size that is not square.
 SHAPE = (2, 64, 96, 3)

@@ -17,8 +17,9 @@ from data import prepare, read, survey, workers
 from data.cohorts import Wanted
 from data.cohorts import dicom_pairs as cohort
 from data.find import find
-from fusa_jax import ct, datasets, dicom
-from fusa_jax.errors import UserError
+from fusa_jax.scans import ct, dicom
+from fusa_jax.system.errors import UserError
+from fusa_jax.training import datasets
 
 
 @pytest.fixture(scope='module')

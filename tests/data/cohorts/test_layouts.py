@@ -12,8 +12,9 @@ from configs import cls, seg
 from data import prepare, read, survey
 from data.cohorts import Wanted
 from data.find import find
-from fusa_jax import datasets, evaluate, report, train
-from fusa_jax.errors import UserError
+from fusa_jax.runs import report
+from fusa_jax.system.errors import UserError
+from fusa_jax.training import datasets, evaluate, train
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,7 @@ from scipy import ndimage
 
 from data import workers
 from data.cohorts import phantom
-from fusa_jax import ct
+from fusa_jax.scans import ct
 
 SIZE = {'size': 128, 'slices': 24}
 SMALL = {'size': 48, 'slices': 16}

@@ -13,8 +13,8 @@ from configs import seg
 from data import prepare, survey
 from data.cohorts import Wanted, slices
 from data.find import find
-from fusa_jax import datasets, train
-from fusa_jax.errors import UserError
+from fusa_jax.system.errors import UserError
+from fusa_jax.training import datasets, train
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,292 @@
+"""The training step compiled for TPUs that are not here: whether it fits, and what it would cost.
+
+JAX's topology API with the compiler in libtpu (requirements-aot.txt) compiles the very step that training runs. What is
+reported is the compiler's own account of one device's program; times follow from it and the chip's published rates, so
+each is the least that the chip allows, not a measurement.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import pathlib
+import re
+import time
+
+import jax
+import ml_collections
+
+from fusa_jax import tasks
+from fusa_jax.chips import tpu
+from fusa_jax.runs import checkpoint
+from fusa_jax.system import provenance, sharding
+from fusa_jax.system.errors import DoesNotFitError
+from fusa_jax.system.files import replacing, write_json
+from fusa_jax.training import train
+
+_MOVEMENTS, _SHOWN = 50, 10  # operations in a report, and of these in its table
+
+
+def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
+  """Compiles a config's training step for a topology; what it needs, and the times that follow, per device and step.
+
+  Sizes are bytes. `bytes_moved` is between memory and core; `bytes_accessed` is XLA's own number, in which what stays
+  in the core counts too; `largest_movements` are the operations that move most. `seconds` has the least time that
+  arithmetic, memory and the network between chips would each allow; `step_seconds` takes the slower of the first two
+  and adds the third, as if nothing were sent while something is computed. `efficiency` is the share of a step that is
+  not spent on that network: throughput per chip against that of one chip on its own share of the batch.
+
+  Raises:
+    UserError: a config that does not fit the topology; no compiler.
+    DoesNotFitError: more memory is needed than the chip has.
+  """
+  config = config.copy_and_resolve_references()
+  if config.model.dtype == 'auto':
+    config.model.dtype = 'bfloat16'  # as on the chip
+  mesh = sharding.create_mesh(config.mesh.data, config.mesh.space, topology.devices())
+  sharding.check_divides(mesh, config.train.batch_size, config.data.image_size)
+  task = tasks.create(config)
+  optimizer, _ = train.make_optimizer(config)
+  init = train.compile_init(task, optimizer, config, None)
+  like = checkpoint.shapes(jax.eval_shape(init), sharding.replicated(mesh))
+  lowered = train.lower_step(task, optimizer, config, mesh, like)
+  began = time.perf_counter()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise DoesNotFitError(_shortage(str(error))) from None
+  compile_seconds = time.perf_counter() - began
+
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  parameters, state = _nbytes(like.variables['params']), _nbytes(like)
+  program = compiled.as_text()
+  network, movements = tpu.collectives(program, mesh.devices.size), tpu.hbm_movements(program)
+  moved = sum(movement.nbytes for movement in movements)
+  chip = topology.chip
+  seconds = {
+    'compute': cost['flops'] / chip.flops,
+    'memory': moved / chip.hbm_rate,
+    'interconnect': sum(collective.seconds(topology) for collective in network),
+  }
+  alone = max(seconds['compute'], seconds['memory'])
+  step_seconds = alone + seconds['interconnect']
+  return {
+    'task': config.task,
+    'model': config.model.name,
+    'topology': str(topology),
+    'chips': topology.chips,
+    'mesh': dict(mesh.shape),
+    'image_size': config.data.image_size,
+    'batch_size': config.train.batch_size,
+    'batch_per_device': config.train.batch_size / topology.chips,
+    'memory': {
+      'parameters': parameters,
+      'optimizer_and_statistics': state - parameters,
+      'batch': memory.argument_size_in_bytes - state,
+      'activations': memory.temp_size_in_bytes,
+      'program': memory.generated_code_size_in_bytes,
+      'peak': memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes
+      + memory.generated_code_size_in_bytes,
+      'chip': chip.hbm,
+    },
+    'flops': cost['flops'],
+    'bytes_moved': moved,
+    'bytes_accessed': cost['bytes accessed'],
+    'largest_movements': [
+      dataclasses.asdict(m) for m in sorted(movements, key=lambda m: m.nbytes, reverse=True)[:_MOVEMENTS]
+    ],
+    'collectives': len(network),
+    'bytes_all_reduced': sum(c.nbytes for c in network if c.kind == 'all-reduce'),
+    'bytes_between_slices': sum(c.nbytes for c in network if c.kind == 'send'),
+    'bytes_otherwise_sent': sum(c.nbytes for c in network if c.kind not in ('all-reduce', 'send')),
+    'seconds': seconds,
+    'bound': max(seconds, key=seconds.get),
+    'step_seconds': step_seconds,
+    'slices_per_second': config.train.batch_size / step_seconds,
+    'efficiency': alone / step_seconds,
+    'compile_seconds': compile_seconds,
+    'versions': {name: importlib.metadata.version(name) for name in ('jax', 'libtpu')},
+    'commit': provenance.commit(),
+  }
+
+
+def _shortage(message: str) -> str:
+  """What the compiler says is missing, in one line."""
+  amounts = [float(amount) for amount in re.findall(r'([\d.]+)G', message)]
+  if len(amounts) < 2:
+    return message.splitlines()[0]
+  needed, available = amounts[:2]
+  return f'needs {needed:.2f} GiB of {available:.2f} GiB, {needed - available:.2f} GiB are missing'
+
+
+def _nbytes(tree) -> int:
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def largest_batch(config: ml_collections.ConfigDict, topology: tpu.Topology) -> int:
+  """The largest batch per device that fits, below config's own, which does not; 0 where not even one slice each does.
+
+  Found by compiling, halving what is between: the compiler arranges a step anew for each batch, so that memory does not
+  grow in proportion.
+  """
+  config = config.copy_and_resolve_references()
+  devices = config.mesh.data if config.mesh.data > 0 else topology.chips // config.mesh.space
+  fits, too_much = 0, config.train.batch_size // devices
+  while too_much - fits > 1:
+    tried = (fits + too_much) // 2
+    config.train.batch_size = tried * devices
+    logging.info('compiling with %d per device, of which %s fit and %d do not', tried, fits or 'none yet', too_much)
+    try:
+      report(config, topology)
+      fits = tried
+    except DoesNotFitError:
+      too_much = tried
+  return fits
+
+
+def table(result: dict) -> str:
+  """A report for eyes."""
+  memory, seconds = result['memory'], result['seconds']
+  rows = [
+    ('model', f'{result["task"]}, {result["model"]}, {result["image_size"]} x {result["image_size"]}'),
+    ('topology', f'{result["topology"]}, {result["chips"]} chips, mesh {_mesh(result)}'),
+    ('batch', f'{result["batch_size"]}, {result["batch_per_device"]:g} per device'),
+    ('compiled in', f'{result["compile_seconds"]:.0f} s'),
+    ('parameters', f'{memory["parameters"] / 1e6:,.0f} MB'),
+    ('optimizer, statistics', f'{memory["optimizer_and_statistics"] / 1e6:,.0f} MB'),
+    ('activations', f'{memory["activations"] / 1e6:,.0f} MB, with all other temporaries'),
+    ('program', f'{memory["program"] / 1e6:,.0f} MB'),
+    (
+      'peak memory',
+      f'{memory["peak"] / 1e9:.2f} of {memory["chip"] / 1e9:.2f} GB: {memory["peak"] / memory["chip"]:.0%}',
+    ),
+    ('arithmetic', f'{result["flops"] / 1e9:,.0f} GFLOP: {_ms(seconds["compute"])}'),
+    ('memory traffic', f'{result["bytes_moved"] / 1e9:,.1f} GB: {_ms(seconds["memory"])}'),
+    (
+      'network',
+      f'{result["bytes_all_reduced"] / 1e6:,.0f} MB all-reduced, {result["bytes_otherwise_sent"] / 1e6:,.0f} MB '
+      f'otherwise, {result["bytes_between_slices"] / 1e6:,.0f} MB between slices, in {result["collectives"]} '
+      f'exchanges: {_ms(seconds["interconnect"])}',
+    ),
+    ('bound by', result['bound']),
+    ('step, at best', f'{_ms(result["step_seconds"])}: {result["slices_per_second"]:,.0f} slices/s on all chips'),
+    ('scaling efficiency', f'{result["efficiency"]:.1%}'),
+  ]
+  width = max(len(name) for name, _ in rows)
+  lines = [f'{name:{width}}  {value}' for name, value in rows]
+  lines.append('most is moved by')
+  for movement in result['largest_movements'][:_SHOWN]:
+    lines.append(f'{movement["nbytes"] / 1e6:>{width},.0f}  MB: {movement["operation"]}, {_layer(movement["source"])}')
+  return '\n'.join(lines)
+
+
+def aot(config: ml_collections.ConfigDict, name: str, topology: tpu.Topology, output: pathlib.Path) -> None:
+  """Prints the report of a config on a topology and writes it to `output` as JSON, named after both.
+
+  Raises:
+    DoesNotFitError: as its text, what is missing, and the largest batch per device that fits.
+  """
+  logging.info('compiling %s for %s; a full-size step takes minutes', name, topology)
+  try:
+    result = report(config, topology)
+  except DoesNotFitError as error:
+    most = largest_batch(config, topology)
+    hint = f'the largest batch per device that fits is {most}' if most else 'not one slice per device fits'
+    raise DoesNotFitError(
+      f'train.batch_size={config.train.batch_size} on {topology}: {error}; {hint}, and mesh.space shares images'
+    ) from None
+  path = output / f'{name}-{str(topology).replace(":", "_").replace(" ", "")}.json'
+  write_json(path, result)
+  print(table(result))
+  logging.info('as JSON: %s', path)
+
+
+def sweep(config: ml_collections.ConfigDict, name: str, kind: str, page: pathlib.Path) -> None:
+  """Reports of a config on slices of 8 to 256 chips, as a section of a page; the reports lie in a folder beside it.
+
+  The batch grows with the slice: config.train.batch_size is for the smallest.
+  """
+  config = config.copy_and_resolve_references()
+  first = tpu.Topology.parse(f'{kind}:{tpu.CHIPS[kind].sweep[0]}')
+  per_chip, results = config.train.batch_size / first.chips, []
+  for shape in tpu.CHIPS[kind].sweep:
+    topology = tpu.Topology.parse(f'{kind}:{shape}')
+    config.train.batch_size = round(per_chip * topology.chips)
+    logging.info('compiling %s for %s', name, topology)
+    results.append(report(config, topology))
+    print(table(results[-1]), end='\n\n', flush=True)
+  folder = page.with_suffix('')
+  write_json(folder / f'{name}-{kind}-{per_chip:g}.json', results)
+  with replacing(page) as partial:
+    partial.write_text(scaling_page(folder))
+
+
+def scaling_page(folder: pathlib.Path) -> str:
+  """Markdown: a section for each sweep in the folder."""
+  parts = [_PAGE_HEAD]
+  for path in sorted(folder.glob('*.json')):
+    results = json.loads(path.read_text())
+    first = results[0]
+    parts.append(
+      f'## `{path.stem}`: {first["task"]}, {first["model"]}, {first["image_size"]} x {first["image_size"]}, '
+      f'{first["batch_per_device"]:g} per chip\n\n'
+      f'jax {first["versions"]["jax"]}, libtpu {first["versions"]["libtpu"]}, commit {first["commit"][:7]}. '
+      f'Each chip holds {first["memory"]["parameters"] / 1e6:,.0f} MB of parameters and '
+      f'{first["memory"]["optimizer_and_statistics"] / 1e6:,.0f} MB of optimizer state and statistics.\n\n'
+      '| slice | chips | batch | peak GB | GFLOP | GB moved | MB all-reduced | compute ms | memory ms '
+      '| interconnect ms | slices/s | efficiency | compiled in |\n'
+      '| --- | ' + ' | '.join(['---:'] * 12) + ' |'
+    )
+    for r in results:
+      ms = [f'{r["seconds"][bound] * 1e3:.2f}' for bound in ('compute', 'memory', 'interconnect')]
+      cells = [
+        f'`{r["topology"]}`',
+        str(r['chips']),
+        str(r['batch_size']),
+        f'{r["memory"]["peak"] / 1e9:.2f}',
+        f'{r["flops"] / 1e9:,.0f}',
+        f'{r["bytes_moved"] / 1e9:.1f}',
+        f'{r["bytes_all_reduced"] / 1e6:.0f}',
+        *ms,
+        f'{r["slices_per_second"]:,.0f}',
+        f'{r["efficiency"]:.1%}',
+        f'{r["compile_seconds"]:.0f} s',
+      ]
+      parts[-1] += '\n| ' + ' | '.join(cells) + ' |'
+  return '\n\n'.join(parts) + '\n'
+
+
+_PAGE_HEAD = """# Scaling
+
+Written by `python launch.py --mode=aot --sweep`, from the reports in [scaling/](scaling): the training step compiled
+for TPU slices of 8 to 256 chips by the TPU's own compiler, on a CPU machine. Nothing here was run on a TPU. Each time
+is the least that the chip's published rates allow for what the compiler counted in one chip's program:
+
+- **compute**: FLOPs at the chip's peak in bfloat16;
+- **memory**: bytes between the chip's memory and its core, counted operation by operation in the compiled program, at
+  the rate of that memory;
+- **interconnect**: bytes that each chip must send, over all its links (half of them where an axis of the slice is not
+  closed to a ring), and 1 microsecond for each chip that a message passes, which is an assumption;
+- **slices/s**: of CT, over all chips, if compute and memory overlap and the interconnect overlaps with neither;
+- **efficiency**: throughput per chip against a chip alone with its share of the batch, so what the interconnect leaves.
+  A lower bound: a real step takes longer than the first two, and overlaps part of the third;
+- **compiled in**: on the machine that wrote the report, with whatever else it did."""
+
+
+def _layer(source: str) -> str:
+  """Of the path that JAX gives: in which sweep, of which modules. A path of the update, or none, stays as it is."""
+  found = re.search(r'(transpose\()?jvp\(\w*\)\)?/(.*)', source)
+  return f'{"backward" if found[1] else "forward"} {found[2]}' if found else source or 'made by the compiler'
+
+
+def _mesh(result):
+  return ' x '.join(f'{axis} {size}' for axis, size in result['mesh'].items())
+
+
+def _ms(seconds):
+  return f'{seconds * 1e3:.2f} ms'

@@ -1,0 +1,223 @@
+"""What a maintainer asks first: versions, devices, memory, caches, and whether a step of training is right.
+
+A plain text to paste into an issue; the home folder is written `~`, and nothing of the user's data is in it. What is
+looked at is imported where it is looked at: a package that is missing or broken is a finding like any other.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import time
+
+import ml_collections
+from packaging.requirements import Requirement
+
+from fusa_jax.scans import decoder
+from fusa_jax.system import provenance
+from fusa_jax.system.errors import UserError
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Brought by the packages in requirements.txt, or there on request.
+_OTHERS = (
+  *('jaxlib', 'tensorstore', 'torch', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin'),
+  *('pydicom', 'python-gdcm', 'highdicom'),
+)
+_VARIABLES = (
+  'JAX_',
+  'XLA_',
+  'LIBTPU_',
+  'TPU_',
+  'CUDA_VISIBLE_DEVICES',
+  'GLIBC_TUNABLES',
+  'LD_PRELOAD',
+  'OMP_NUM_THREADS',
+)
+# The least free disk that the demo's cache and a run want.
+_FREE_GB = 1.0
+
+
+def doctor(config: ml_collections.ConfigDict, caches: dict[str, pathlib.Path]) -> None:
+  """Prints what there is, then trains one tiny model for three steps.
+
+  Args:
+    config: a segmentation run's; its window, optimizer, loss and augmentation are tried, at 32 x 32.
+    caches: what lies where.
+
+  Raises:
+    UserError: what is wrong, a line each, with what to do.
+  """
+  wrong = []
+  for title, part in (
+    ('versions', versions),
+    ('machine', machine),
+    ('devices', devices),
+    ('caches', lambda: look_at_caches(caches)),
+    ('self-check', lambda: self_check(config)),
+  ):
+    print(f'{title}:', flush=True)
+    try:
+      for line, problem in part():
+        print(f'  {_without_home(line)}', flush=True)
+        wrong += [f'{title}: {_without_home(problem)}'] if problem else []
+    except Exception as error:  # whatever it is, it is what was looked for
+      text = ' '.join(str(error).split())[:300]
+      wrong.append(
+        f'{title}: {type(error).__name__}: {text}; install again in a fresh environment, or report it with this text'
+      )
+  if wrong:
+    raise UserError('\n'.join(wrong))
+  print('nothing wrong was found')
+
+
+def requirements() -> list[Requirement]:
+  """What running needs: requirements.txt of the repository, or what was installed from it."""
+  if (_ROOT / 'pyproject.toml').exists():
+    lines = [line.partition('#')[0].strip() for line in (_ROOT / 'requirements.txt').read_text().splitlines()]
+  else:
+    lines = importlib.metadata.requires('fusa_jax')
+  found = [Requirement(line) for line in lines if line]
+  return [one for one in found if one.marker is None or one.marker.evaluate({'extra': ''})]
+
+
+def versions():
+  """(line, problem or None) of Python, of this, and of each package."""
+  yield f'Python {platform.python_version()}, {sys.executable}', None
+  yield f'fusa_jax {provenance.version("fusa_jax") or "(not installed)"}, in {_ROOT}', None
+  for one in requirements():
+    version, problem = provenance.version(one.name), None
+    if version is None:
+      problem = f"{one.name} is not installed; pip install '{one}'"
+    elif not one.specifier.contains(version, prereleases=True):
+      problem = f"{one.name} {version} is not one of {one.specifier}; pip install '{one}'"
+    yield f'{one.name} {version}', problem
+  for name in _OTHERS:
+    if version := provenance.version(name):
+      yield f'{name} {version}', None
+  if provenance.version('pydicom'):
+    # Which is where compressed DICOM is decoded.
+    yield f'decoding in a process of its own: {decoder.apart(os.path.basename, "it/works")}', None
+
+
+def _without_home(text):
+  home = str(pathlib.Path.home())
+  return text if home == '/' else text.replace(home, '~')
+
+
+def machine():
+  """(line, None) of the system, its cores and memory, and what the environment tells JAX."""
+  yield platform.platform(), None
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
+  yield f'{cores} CPU cores of {os.cpu_count()}, {memory:.1f} GB of memory{_limit()}', None
+  for name, value in sorted(os.environ.items()):
+    if name.startswith(_VARIABLES):
+      yield f'{name}={value}', None
+
+
+def _limit():
+  """Of a container, whose processes are killed beyond it."""
+  for file in ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'):
+    path = pathlib.Path(file)
+    text = path.read_text().strip() if path.exists() else ''
+    if text.isdigit() and int(text) < 2**60:
+      return f', limited to {int(text) / 1e9:.1f}'
+  return ''
+
+
+def devices():
+  """(line, problem or None) of what JAX computes on."""
+  import jax
+
+  problem = None
+  if jax.default_backend() == 'cpu' and 'JAX_PLATFORMS' not in os.environ:
+    if pathlib.Path('/dev/nvidiactl').exists():
+      problem = "an NVIDIA GPU is here, and jax does not use it; pip install -U 'jax[cuda12]', or set JAX_PLATFORMS=cpu"
+    elif pathlib.Path('/dev/accel0').exists():
+      problem = "a TPU is here, and jax does not use it; pip install -U 'jax[tpu]', or set JAX_PLATFORMS=cpu"
+  yield f'backend {jax.default_backend()}, {jax.device_count()} devices', problem
+  for device in jax.local_devices():
+    memory = device.memory_stats() or {}
+    limit = f', {memory["bytes_limit"] / 1e9:.1f} GB for jax' if 'bytes_limit' in memory else ''
+    yield f'{device.id}: {device.device_kind}{limit}', None
+
+
+def look_at_caches(caches: dict[str, pathlib.Path]):
+  """(line, problem or None) of each cache: where it lies, what is in it, and whether it can be written to."""
+  for what, folder in caches.items():
+    files = [path for path in folder.rglob('*') if path.is_file()] if folder.is_dir() else []
+    size = sum(path.stat().st_size for path in files) / 1e6
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free, problem = shutil.disk_usage(there).free / 1e9, None
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+      problem = f'{folder} cannot be written, as {there} does not allow it; set HOME to a folder that can'
+    elif free < _FREE_GB:
+      problem = f'{free:.1f} GB free at {there}; delete what is old in {folder}, or set HOME to a larger disk'
+    yield f'{what}: {folder}, {len(files)} files of {size:.0f} MB; {free:.1f} GB free', problem
+
+
+def self_check(config: ml_collections.ConfigDict):
+  """(line, problem or None): FUSA against the paper's literal form, and three steps of a FUSA-ResUnet of two levels.
+
+  The steps are the ones that training takes, over all devices, on one batch: the loss must fall. On a CPU neither is
+  compiled with optimisation, which would take longer than the rest: the convolutions are a library's either way.
+  """
+  import jax
+  import numpy as np
+
+  from fusa_jax import FUSA, models, tasks
+  from fusa_jax.system import sharding
+  from fusa_jax.training import train
+
+  began, options = time.perf_counter(), train.options_to_run_once()
+
+  @functools.partial(jax.jit, compiler_options=options)
+  def outputs_and_gradients(x):
+    variables = FUSA().init(jax.random.key(0), x)
+    value = lambda variables, x, literal: (FUSA(literal=literal).apply(variables, x) ** 2).sum()
+    with jax.default_matmul_precision('highest'):
+      return [jax.value_and_grad(value, (0, 1))(variables, x, literal) for literal in (False, True)]
+
+  x = np.random.default_rng(0).normal(size=(2, 16, 16, 8)).astype(np.float32)
+  ours, literal = map(jax.tree.leaves, jax.device_get(outputs_and_gradients(x)))
+  apart = np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, literal, strict=True)])
+  problem = None
+  if not apart < 1e-4:
+    problem = f'FUSA differs from its literal form by {apart:.1e}; report it with this text, and the GPU or TPU driver'
+  yield f'FUSA, factored and literal: values and gradients {apart:.1e} apart, relative to the largest', problem
+
+  config = ml_collections.ConfigDict(config.to_dict())
+  mesh = sharding.create_mesh()
+  size, count = 32, sharding.fitting_batch(mesh, 4)
+  config.data.image_size = size
+  config.augment.update(crop_probability=0.0, flip=False, hu_shift=0.0, hu_scale=0.0)
+  config.train.update(steps=3, warmup_steps=0, batch_size=count, learning_rate=0.01)
+  small = models.create('fusa_resunet', width=8, multiples=(1, 2))
+  task = dataclasses.replace(tasks.create(config), model=small)
+  optimizer, _ = train.make_optimizer(config)
+  like = jax.eval_shape(train.compile_init(task, optimizer, config, None))
+  step = train.lower_step(task, optimizer, config, mesh, like).compile(options)
+  # Parameters of one draw here: a program that draws each on the devices would take a third of all the time.
+  draw = lambda leaf: np.random.default_rng(0).normal(0, 0.1, leaf.shape).astype(leaf.dtype)
+  zeros = lambda leaf: np.zeros(leaf.shape, leaf.dtype)
+  state = train.TrainState(zeros(like.step), jax.tree.map(draw, like.variables), jax.tree.map(zeros, like.opt_state))
+  state = jax.device_put(state, sharding.replicated(mesh))
+  # Soft tissue, with a square of a lesion's HU in lung.
+  image, mask = np.full((count, size, size), 40, np.int16), np.zeros((count, size, size), np.uint8)
+  image[:, 4:28, 4:28], image[:, 8:16, 8:16], mask[:, 8:16, 8:16] = -850, -300, 1
+  rows = {'image': image, 'mask': mask, 'label': np.ones(count, np.int32), 'index': np.arange(count, dtype=np.int32)}
+  local = sharding.local_rows(mesh, count)
+  batch = {name: sharding.to_devices(mesh, count, local, value[local]) for name, value in rows.items()}
+  losses = []
+  for _ in range(config.train.steps):
+    state, scalars = step(state, batch)
+    losses.append(float(scalars['loss']))
+  problem = None
+  if not losses[-1] < losses[0]:
+    problem = 'three steps on one batch did not lower the loss; report it with this text'
+  yield f'three steps of training: loss {", ".join(f"{loss:.4f}" for loss in losses)}', problem
+  yield f'{time.perf_counter() - began:.1f} s', None

@@ -1,0 +1,316 @@
+"""A model to pass on: a folder with the program, the weights and what there is to know of them, and nothing of the run.
+
+The program is StableHLO by `jax.export`: weights and slices as a scan has them in, probabilities on the same grid out,
+so that window, resizing, networks, flips, temperature and mean are within. Who runs it needs jax and none of this
+package; to `predictor.load` a bundle is what a run is.
+
+It computes in float32 at the highest precision, wherever it runs: whoever gets it should find what its card says.
+"""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+from jax import export as jax_export
+
+from fusa_jax import tasks
+from fusa_jax.inference import trained
+from fusa_jax.measures import statistics
+from fusa_jax.runs import operating_point, results, run_config
+from fusa_jax.scans import ct
+from fusa_jax.system import pages, provenance, sharding
+from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import new_folder, sha256, write_json
+from fusa_jax.tasks import window
+
+FORMAT, VERSION = 'fusa_jax bundle', 1
+NO_LICENCE = 'not stated: whoever passes it on names it'
+_ABOUT, _PROGRAM, _WEIGHTS = 'bundle.json', 'model.stablehlo', 'weights.safetensors'
+_FILES = (_PROGRAM, _WEIGHTS, 'config.json', 'README.md', 'run.py')
+# What bundle.json has of the model, and what else is read from it.
+_OF_MODEL = ('task', 'values', 'image_size', 'batch_size', 'name', 'step')
+_NEEDED = {*_OF_MODEL, 'operating_point', 'calling_convention_version', 'jax', 'sha256'}
+_PLATFORMS = ('cpu', 'cuda', 'tpu')
+_TEXTS = pages.TEMPLATES / 'bundle'
+# Keys of a config that say where something lay.
+_PLACES = (('data', 'raw_dir'), ('data', 'dir'), ('model', 'init_from'))
+
+
+def write(
+  workdirs: Sequence[pathlib.Path],
+  folder: pathlib.Path,
+  *,
+  threshold: float | None = None,
+  flips: bool | None = None,
+  lungs: bool | None = None,
+  smallest_ml: float | None = None,
+  licence: str = NO_LICENCE,
+) -> None:
+  """Writes a run, or the mean of several, as a bundle.
+
+  Args:
+    workdirs: of trained runs; of a cross-validation, for all of its folds.
+    folder: of the bundle, which appears whole or not at all.
+    threshold, flips, lungs, smallest_ml: of the bundle's operating point; None: as the runs' own say.
+    licence: for its card.
+
+  Raises:
+    UserError: as `trained.load_networks` and `OperatingPoint.asked`; a bundle instead of a run; a folder with something
+      in it; the system refuses to write there.
+  """
+  for workdir in workdirs:
+    if is_bundle(workdir):
+      raise UserError(f'--workdir: {workdir} is a bundle already; copy it, or export the run it was made of')
+  networks, point = trained.load_networks(workdirs, sharding.create_mesh(), flips, lungs)
+  model = trained.create(networks, point.flips)
+  point = point.asked(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
+  exported = program(networks, point.flips)
+  about = {
+    'format': FORMAT,
+    'version': VERSION,
+    **{key: getattr(model, key) for key in _OF_MODEL},
+    'operating_point': point.about(),
+    'dtype': 'float32',
+    'inputs': {
+      'weights': f'{_WEIGHTS}: a dict of its arrays by their names',
+      'slices': f'int16 [batch, height, width], {_VALUES[model.values]}; rows from the front of the chest to the '
+      "back, columns from the patient's right to the left; any batch, height and width",
+    },
+    'output': 'float32 probability of lesion, ' + _OUTPUTS[model.task],
+    'platforms': list(exported.platforms),
+    'calling_convention_version': exported.calling_convention_version,
+    'jax': jax.__version__,
+    'fusa_jax': provenance.version(),
+    'commit': provenance.commit(),
+    'licence': licence,
+  }
+  card = _card(about, workdirs, networks)
+  with new_folder(folder) as partial:
+    (partial / _PROGRAM).write_bytes(exported.serialize())
+    (partial / _WEIGHTS).write_bytes(safetensors.numpy.save(weights_of(networks)))
+    write_json(partial / 'config.json', [_without_places(network.config) for network in networks])
+    script = (_TEXTS / 'run.py').read_text()
+    (partial / 'run.py').write_text(script)
+    pages.write(partial / 'README.md', 'bundle/card.md', **card, script=script)
+    digests = {name: sha256((partial / name).read_bytes()) for name in _FILES}
+    write_json(partial / _ABOUT, about | {'sha256': digests})
+
+
+_VALUES = {'hu': 'Hounsfield units', 'grey': 'grey of 0 to 255'}
+_OUTPUTS = {'segmentation': 'of each pixel [batch, height, width]', 'classification': 'of each slice [batch]'}
+
+
+def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Exported:
+  """(weights by name, slices int16 [batch, height, width]) -> probability, as StableHLO for any of these three sizes.
+
+  Args:
+    networks: whose mean is taken; of their variables, the shapes.
+    flips: whether slices are also taken mirrored, and the mean of both.
+  """
+  config = networks[0].config
+  size, is_hu, gives_masks = config.data.image_size, config.data['values'] == 'hu', config.task == 'segmentation'
+  networks = [network._replace(config=_in_float32(network.config)) for network in networks]
+
+  def lesion_probability(weights, slices):
+    trees = traverse_util.unflatten_dict(weights, sep='/')
+    each = [trees[str(number)] for number in range(len(networks))] if len(networks) > 1 else [trees]
+    model = trained.create([network._replace(variables=v) for network, v in zip(networks, each, strict=True)], flips)
+    values = jnp.maximum(slices, ct.AIR) if is_hu else slices  # as `ct.read` has it
+    found = model.function(model.variables, jnp.rint(resize(values, size, size)).astype(jnp.int16))
+    return resize(found, *slices.shape[1:]) if gives_masks else found
+
+  shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights_of(networks).items()}
+  slices = jax.ShapeDtypeStruct(jax_export.symbolic_shape('batch, height, width'), jnp.int16)
+  # Without, a GPU takes 10 of float32's 23 bits into a product, and a TPU 7.
+  with jax.default_matmul_precision('highest'), _without_sources():
+    return jax_export.export(jax.jit(lesion_probability), platforms=_PLATFORMS)(shapes, slices)
+
+
+@contextlib.contextmanager
+def _without_sources():
+  """Otherwise a program names the file and line that each operation comes from, and so the folders of this machine."""
+  key = 'jax_traceback_in_locations_limit'
+  before = getattr(jax.config, key)
+  jax.config.update(key, 0)
+  try:
+    yield
+  finally:
+    jax.config.update(key, before)
+
+
+def resize(images: jax.Array, height: int, width: int) -> jax.Array:
+  """Images [B, H, W] -> float32 [B, height, width] as `ct.resize` has it; to their own size, exactly what they are."""
+  product = lambda how, *arrays: jnp.einsum(how, *arrays, precision=jax.lax.Precision.HIGHEST)
+  rows, columns = _hats(images.shape[1], height), _hats(images.shape[2], width)
+  across = product('bhw,jw->bhj', images.astype(jnp.float32), columns)
+  return product('ih,bhj->bij', rows, across)
+
+
+def _hats(source, target):
+  """The matrix [target, source] of Pillow's BILINEAR along an axis: a hat over each target, as wide as it shrinks.
+
+  In whole numbers, of 1 / (2 source target) of the axis, so that no pixel's weight depends on how far along it is.
+  """
+  at = (2 * jnp.arange(target) + 1)[:, None] * source
+  apart = jnp.abs(at - (2 * jnp.arange(source) + 1) * target)
+  hats = jnp.maximum(jnp.maximum(2 * source - apart, 2 * target - apart), 0).astype(jnp.float32)
+  return hats / hats.sum(axis=1, keepdims=True)
+
+
+def weights_of(networks: Sequence[trained.Network]) -> dict[str, np.ndarray]:
+  """Arrays by name, as `params/head/bias`; of several networks with their number in front."""
+  if len(networks) == 1:
+    tree = networks[0].variables
+  else:
+    tree = {str(number): network.variables for number, network in enumerate(networks)}
+  return {name: np.asarray(array) for name, array in traverse_util.flatten_dict(tree, sep='/').items()}
+
+
+def _in_float32(config):
+  config = config.copy_and_resolve_references()
+  config.model.dtype = 'float32'
+  return config
+
+
+def _without_places(config):
+  values = config.to_dict()
+  for section, key in _PLACES:
+    values[section][key] = ''
+  return values
+
+
+def _card(about, workdirs, networks):
+  """What README.md says: what it is, what it was trained on, how good it was found."""
+  patients, tests = [], []
+  for workdir in workdirs:
+    first, runs = len(patients), trained.runs(workdir)
+    for run in runs:
+      split = run_config.load_split(run) or {}
+      patients.append({part: len(split[part]) if split else 'not known' for part in ('train', 'validation', 'test')})
+    last, pooled = len(patients) - 1, runs != [workdir]
+    steps = [network.step for network in networks[first : last + 1]]
+    of = f'{first} to {last}, each patient by the one that had not seen it' if pooled else str(first)
+    tests.append({'of': of, 'pooled': pooled, **_test(workdir, steps if pooled else steps[0])})
+  datasets = sorted({test['dataset'] for test in tests if 'dataset' in test})
+  return {
+    'about': about,
+    'values': _VALUES[about['values']],
+    'window': window.black_and_white(about['values'], networks[0].config.data.window),
+    'parameters': sum(x.size for network in networks for x in jax.tree.leaves(network.variables['params'])),
+    'networks': list(zip(networks, patients, strict=True)),
+    'tests': tests,
+    'datasets': datasets,
+    'is_phantom': any('phantom' in dataset for dataset in datasets),
+    'names': tasks.KINDS[about['task']].SHOWN,
+  }
+
+
+def _test(workdir, step):
+  """What a run's test says of its checkpoint at `step`, a cross-validation's of those of its folds; {} without one."""
+  if not results.is_complete(workdir) or results.read_numbers(workdir)['step'] != step:
+    return {}
+  result = results.read_numbers(workdir)
+  point = result['operating_point']
+  shown = lambda at: {
+    name: statistics.shown(at[name], interval) for name, interval in at['intervals'].items() if name in at
+  }
+  thresholds = point['threshold'] if isinstance(point['threshold'], list) else [point['threshold']]
+  return {
+    'dataset': result['dataset'],
+    'patients': result['num_patients'],
+    'slices': result['num_slices'],
+    'caveat': results.caveat(result),
+    'flips': any(np.atleast_1d(point.get('flips', False))),
+    'at': [('0.5', shown(result)), (', '.join(f'{threshold:.4g}' for threshold in thresholds), shown(point))],
+  }
+
+
+def is_bundle(folder: pathlib.Path) -> bool:
+  """Whether a folder is meant to be a bundle, be it a damaged one."""
+  return any((folder / name).exists() for name in (_ABOUT, _PROGRAM))
+
+
+def load(folder: pathlib.Path, mesh, flips: bool | None = None) -> tuple[trained.Model, operating_point.OperatingPoint]:
+  """The model of a bundle, and the point that it is used at: as `trained.load` gives those of a run.
+
+  Args:
+    folder: of the bundle.
+    mesh: for the weights.
+    flips: what is wanted; None: as the bundle was exported.
+
+  Raises:
+    UserError: no bundle of ours; a file that is missing or not as it was exported; a newer format; a jax that cannot
+      read the program; other flips than those it was exported with.
+  """
+  about = _about(folder)
+  content = {name: _content(folder / name, about['sha256'][name]) for name in _FILES}
+  point = about['operating_point']
+  if flips not in (None, point.flips):
+    raise UserError(
+      f'--{"tta" if flips else "notta"}: {folder} was exported {"with" if point.flips else "without"} flips, which '
+      'its program holds; leave the flag out, or export the run again with it'
+    )
+  exported = _program(folder / _PROGRAM, content[_PROGRAM], about)
+  model = trained.Model(
+    function=exported.call,
+    variables=jax.device_put(safetensors.numpy.load(content[_WEIGHTS]), sharding.replicated(mesh)),
+    **{key: about[key] for key in _OF_MODEL},
+  )
+  return model, point
+
+
+def _program(path, content, about):
+  """The program, which is as it was exported: what jax cannot read of it is a matter of versions."""
+  version = about['calling_convention_version']
+  least, most = (getattr(jax_export, f'{end}_supported_calling_convention_version') for end in ('minimum', 'maximum'))
+  try:
+    if not least <= version <= most:
+      raise ValueError(f'calling convention {version}, known are {least} to {most}')
+    return jax_export.deserialize(bytearray(content))
+  except Exception as error:
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(
+      f'{path}: written by jax {about["jax"]}, and jax {jax.__version__} here does not read it ({reason}); install '
+      'that release, or have the run exported again with this one'
+    ) from None
+
+
+def _about(folder):
+  """What bundle.json holds, which is a bundle's of this version."""
+  path = folder / _ABOUT
+  try:
+    about = json.loads(path.read_text())
+    found = about['format'], about['version']
+  except FileNotFoundError:
+    raise UserError(
+      f'{path}: missing, so this is no bundle of fusa_jax; give the folder that --mode=export wrote'
+    ) from None
+  except (OSError, ValueError, KeyError, TypeError):
+    found = None
+  if not found or found[0] != FORMAT:
+    raise UserError(f'{path}: not of a bundle of fusa_jax; give the folder that --mode=export wrote')
+  if isinstance(found[1], int) and found[1] > VERSION:
+    raise UserError(f'{path}: of format {found[1]}, and this fusa_jax knows {VERSION}; install a newer one')
+  try:
+    if found[1] != VERSION or _NEEDED - about.keys() or set(_FILES) - about['sha256'].keys():
+      raise ValueError('parts of it are missing')
+    about['operating_point'] = operating_point.OperatingPoint(**about['operating_point'])
+  except (AttributeError, TypeError, ValueError) as error:
+    raise UserError(f'{path}: damaged ({error}); copy the bundle again from its source') from None
+  return about
+
+
+def _content(path, digest):
+  try:
+    content = path.read_bytes()
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror}); copy the bundle again from its source') from None
+  if sha256(content) != digest:
+    raise UserError(f'{path}: not as it was exported (its SHA-256 differs); copy the bundle again from its source')
+  return content

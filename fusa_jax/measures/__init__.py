@@ -1,0 +1,1 @@
+"""Numbers of masks and scores, with their intervals. Open it to add a number."""

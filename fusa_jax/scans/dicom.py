@@ -1,0 +1,354 @@
+"""CT series in DICOM, found in any mixture of files and brought to the same `Scan` that `ct.read` gives.
+
+A series is called by its number and description; neither these nor any result hold a patient's name, ID or dates, and
+no path of a file is in a message: folders of exports are often named by patient. pydicom and its decoders, in
+requirements-dicom.txt, are needed only where there is DICOM.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import logging
+import math
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fusa_jax.scans import ct, decoder
+from fusa_jax.system.errors import UserError
+
+_INSTALL = 'pip install -r requirements-dicom.txt'
+_DIRECTORY = '1.2.840.10008.1.3.10'
+_CT = '1.2.840.10008.5.1.4.1.1.2'
+_SECONDARY_CAPTURE = '1.2.840.10008.5.1.4.1.1.7'
+_HEADER = [
+  'SpecificCharacterSet',
+  'SOPClassUID',
+  'SOPInstanceUID',
+  'ImageType',
+  'Modality',
+  'StudyInstanceUID',
+  'SeriesInstanceUID',
+  'FrameOfReferenceUID',
+  'SeriesNumber',
+  'SeriesDescription',
+  'Rows',
+  'Columns',
+  'ImagePositionPatient',
+  'ImageOrientationPatient',
+  'PixelSpacing',
+  'SamplesPerPixel',
+  'NumberOfFrames',
+  'PatientName',
+  'PatientID',
+  'PatientBirthDate',
+]
+# Millimetres; exporters round positions to a tenth.
+_ROUNDING = 0.1
+# Degrees between the normal and the line along which slices lie, from which on the gantry was tilted.
+_TILT = 0.5
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Series:
+  """The slices of one series, unread and unchecked.
+
+  Attributes:
+    uid: its SeriesInstanceUID.
+    headers: what of each slice's header is needed (pydicom.Dataset), in any order.
+  """
+
+  uid: str
+  headers: Sequence[Any]
+
+  @property
+  def number(self) -> int | None:
+    value = _numbers(self.headers[0], 'SeriesNumber', 1)
+    return None if value is None else int(value[0])
+
+  @property
+  def name(self) -> str:
+    """What result files begin with: the number and eight digits of the UID's SHA-256."""
+    return f'series{"" if self.number is None else self.number}_{hashlib.sha256(self.uid.encode()).hexdigest()[:8]}'
+
+  def __str__(self) -> str:
+    """Its name and description, for messages; without a description that has a part of the patient's data in it."""
+    header = self.headers[0]
+    description = ' '.join(str(header.get('SeriesDescription') or '').split())
+    personal = ' '.join(str(header.get(key) or '') for key in ('PatientName', 'PatientID', 'PatientBirthDate')).lower()
+    parts = {*re.split(r'[\s^=]+', personal), *re.split(r'[\W_]+', personal)} - {''}
+    words = re.split(r'[\W_]+', description.lower())
+    # One or two letters are in many words, but for scripts in which they are a name's length and words run together.
+    shown_in = lambda part: words if len(part) <= 2 and part.isascii() else description.lower()
+    if not description or any(part in shown_in(part) for part in parts):
+      return self.name
+    return f'{self.name} ({description})'
+
+  @functools.cached_property
+  def grid(self) -> tuple[list[Any], np.ndarray]:
+    """The headers sorted along the slices' normal, and the affine [4, 4]: (column, row, slice) to millimetres (RAS+).
+
+    Even spacing means that no slice lies further than a tenth of the spacing, or 0.1 mm, from its place between the
+    first and the last. With a tilted gantry, slices are shifted against each other, which the affine's shear says.
+
+    Raises:
+      UserError: no CT; colour; several frames in a file; slices that are missing, doubled or unevenly spaced; that
+        differ in size or orientation; or that lack what tells where they lie.
+    """
+    self._check_alike()
+    across, down = _directions(self.headers[0])
+    normal = np.cross(across, down)
+    headers = sorted(self.headers, key=lambda header: normal @ _numbers(header, 'ImagePositionPatient', 3))
+    positions = np.array([_numbers(header, 'ImagePositionPatient', 3) for header in headers])
+    step = self._step(positions, normal)
+    affine = np.eye(4)
+    height, width = _numbers(headers[0], 'PixelSpacing', 2)
+    affine[:3] = np.stack([across * width, down * height, step, positions[0]], axis=1)
+    # DICOM's axes point to the patient's left and back, NIfTI's to the right and front.
+    return headers, np.diag([-1, -1, 1, 1]) @ affine
+
+  def _check_alike(self):
+    first = self.headers[0]
+    modality = first.get('Modality')
+    if modality != 'CT':
+      raise UserError(f'{self}: its modality is {modality or "not given"}, not CT; take it out of the input')
+    if any(header.get('SamplesPerPixel', 1) != 1 for header in self.headers):
+      raise UserError(f'{self}: images in colour; give the series that they were made from')
+    if any(_frames(header) > 1 for header in self.headers):
+      raise UserError(f'{self}: several frames in one file (enhanced CT); export it with a file for each slice')
+    needed = {'ImagePositionPatient': 3, 'ImageOrientationPatient': 6, 'PixelSpacing': 2, 'Rows': 1, 'Columns': 1}
+    lacking = sum(any(_numbers(header, *item) is None for item in needed.items()) for header in self.headers)
+    if lacking:
+      raise UserError(
+        f'{self}: {lacking} of {len(self.headers)} slices lack position, orientation, spacing or size; export it again'
+      )
+    sizes = sorted({_size(header) for header in self.headers})
+    if len(sizes) > 1:
+      raise UserError(f'{self}: slices of several sizes, {sizes[0]} and {sizes[-1]} pixels; give one scan a series')
+    for key, what in (('ImageOrientationPatient', 'orientations'), ('PixelSpacing', 'pixel spacings')):
+      values = np.array([_numbers(header, key, needed[key]) for header in self.headers])
+      if np.ptp(values, axis=0).max() > 1e-3:
+        raise UserError(f'{self}: slices of several {what}; give one scan a series')
+    if not abs(np.dot(*_directions(first))) < 0.01:
+      raise UserError(f'{self}: its orientation is none (rows and columns are not at right angles); export it again')
+
+  def _step(self, positions, normal):
+    """From slice to slice, in millimetres [3], of sorted positions; refuses what no one step describes."""
+    count = len(positions)
+    if count == 1:
+      return normal  # ct refuses it
+    steps = np.diff(positions @ normal)
+    usual = np.median(steps[steps > _ROUNDING / 10]) if (steps > _ROUNDING / 10).any() else 0
+    doubled = np.count_nonzero(steps < max(_ROUNDING / 10, usual / 10))
+    if doubled:
+      raise UserError(
+        f'{self}: {doubled} of {count} slices are doubled (at the place of another one: copies, or several phases in '
+        'one series); give one scan a series'
+      )
+    places = positions[0] + np.linspace(0, 1, count)[:, None] * (positions[-1] - positions[0])
+    if np.linalg.norm(positions - places, axis=1).max() > max(_ROUNDING, usual / 10):
+      gaps = np.rint(steps / usual)
+      if gaps.max() > 1 and (abs(steps - gaps * usual) < max(_ROUNDING, usual / 10)).all():
+        missing = int((gaps - 1).sum())
+        raise UserError(f'{self}: {missing} slices are missing between the {count} that are there; copy it again')
+      raise UserError(
+        f'{self}: unevenly spaced slices, {steps.min():.3g} to {steps.max():.3g} mm apart; export it at one spacing'
+      )
+    step = (positions[-1] - positions[0]) / (count - 1)
+    tilt = math.degrees(math.acos(min(1.0, np.dot(step, normal) / np.linalg.norm(step))))
+    if tilt > _TILT:
+      logging.warning(
+        '%s: the gantry was tilted by %.1f degrees; the mask has the same shear in its affine', self, tilt
+      )
+    return step
+
+
+def is_dicom(path: pathlib.Path) -> bool:
+  """Whether a file begins as DICOM files do, whatever its name."""
+  try:
+    with path.open('rb') as file:
+      return file.read(132)[128:] == b'DICM'
+  except OSError:
+    return False
+
+
+def find(paths: Iterable[pathlib.Path]) -> list[Series]:
+  """The CT series that DICOM files hold, as `sort` gives them; says what is left out."""
+  series, left_out = sort(paths)
+  if left_out:
+    logging.info('skipped: %s', left_out)
+  return series
+
+
+def sort(paths: Iterable[pathlib.Path]) -> tuple[list[Series], str]:
+  """The CT series that DICOM files hold, by number; and, counted in words, localizers, dose sheets, what is no CT.
+
+  Raises:
+    UserError: pydicom is not installed; files that are damaged, a line each.
+  """
+  pydicom = _pydicom()
+  headers, skipped, problems = collections.defaultdict(list), collections.Counter(), []
+  for path in paths:
+    try:
+      header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_HEADER)
+      collections.deque(header, 0)  # values are decoded when they are looked at: damaged ones, here
+      if header.file_meta.get('MediaStorageSOPClassUID') == _DIRECTORY:
+        continue  # the files that it names lie beside it
+      if header.file_meta.get('MediaStorageSOPClassUID') == _CT and 'Rows' not in header:
+        raise ValueError('cut before its image')
+      left_out = _left_out(header)
+      if left_out:
+        skipped[left_out] += 1
+      else:
+        _frames(header)  # is a number
+        headers[str(header.get('SeriesInstanceUID', ''))].append(header)
+    except Exception as error:  # pydicom lets errors of many types through
+      problems.append(f'{path.name}: a damaged DICOM file ({_reason(error)}); copy it again')
+  if problems:
+    raise UserError('\n'.join(problems))
+  for uid, of_series in list(headers.items()):
+    no_volume = _no_volume(of_series)
+    if no_volume:
+      skipped[no_volume] += len(headers.pop(uid))
+  series = [Series(uid, of_series) for uid, of_series in headers.items()]
+  return (
+    sorted(series, key=lambda one: (one.number is None, one.number, one.uid)),
+    ', '.join(f'{count} {kind}' for kind, count in sorted(skipped.items())),
+  )
+
+
+def read(series: Series, kind: str = 'hu') -> ct.Scan:
+  """Reads a series: Hounsfield units by slope and intercept of each slice, on canonical axes.
+
+  Raises:
+    UserError: as `Series.grid` and `ct.read`; also slices that cannot be decoded.
+  """
+  headers, affine = series.grid
+  values = None
+  for index, header in enumerate(headers):
+    try:
+      # The other process may have begun in another folder.
+      job = decoded, os.path.abspath(header.filename), _size(header)
+      image = decoder.apart(*job) if _is_compressed(header) else decoded(*job[1:])
+    except UserError as error:
+      raise UserError(f'{series}: {error}') from None
+    if values is None:  # what a damaged header says of the size may not fit into any memory
+      values = np.empty((len(headers), *image.shape), np.int16)
+    values[index] = image
+  return ct.from_volume(values.transpose(2, 1, 0), affine, series, kind)
+
+
+def decoded(path: str, size: tuple[int, int]) -> np.ndarray:
+  """A file's slice, rescaled: int16 [H, W].
+
+  Raises:
+    UserError: without the series' name: it cannot be decoded, or is of another size.
+  """
+  pydicom, bounds = _pydicom(), np.iinfo(np.int16)
+  try:
+    image = pydicom.dcmread(path)
+    syntax = image.file_meta.TransferSyntaxUID
+    if syntax.is_encapsulated and not _has_decoder(syntax):
+      raise UserError(f'compressed as {syntax.name}, without a decoder here; {_INSTALL}, or decompress it')
+    stored = image.pixel_array
+    if stored.shape != size:
+      raise ValueError(f'{stored.shape} pixels')
+    # Some converters leave these out where they are 1 and 0; what is no HU then, ct refuses.
+    slope, intercept = (
+      float(image.get(key, default)) for key, default in (('RescaleSlope', 1), ('RescaleIntercept', 0))
+    )
+    return np.rint(np.clip(stored * slope + intercept, bounds.min, bounds.max)).astype(np.int16)
+  except UserError:
+    raise
+  except Exception as error:  # pydicom and the decoders let errors of many types through
+    raise UserError(f'a slice cannot be decoded ({_reason(error)}); copy it again from its source') from None
+
+
+def _is_compressed(header):
+  try:
+    return header.file_meta.TransferSyntaxUID.is_encapsulated
+  except (AttributeError, ValueError):  # none, or none that is known: `decoded` says so
+    return False
+
+
+def _has_decoder(syntax):
+  try:
+    return _pydicom().pixels.get_decoder(syntax).is_available
+  except NotImplementedError:
+    return False
+
+
+def _left_out(header):
+  """What an object is that is no slice of a scan, in words; None where it may be one."""
+  modality = header.get('Modality') or ''
+  if str(header.get('SOPClassUID', '')).startswith(_SECONDARY_CAPTURE):
+    return 'secondary captures (dose sheets and the like)'
+  if 'Rows' not in header or modality not in ('CT', ''):
+    return f'{modality} objects'.strip()
+  if 'LOCALIZER' in (header.get('ImageType') or ()):
+    return 'localizers'
+  return None
+
+
+def _no_volume(headers):
+  """What the images of one series are that lie nowhere or all at one place, in words; None where they may be a scan."""
+  if any(_frames(header) > 1 for header in headers):
+    return None
+  if not any(header.get('ImagePositionPatient') for header in headers):
+    return 'images without a position (dose sheets and the like)'
+  places = [_numbers(header, 'ImagePositionPatient', 3) for header in headers]
+  if all(place is not None for place in places) and np.ptp(places, axis=0).max() < _ROUNDING:
+    return 'images at one place (the start of a contrast bolus and the like)'
+  return None
+
+
+def _size(header):
+  """Rows and columns."""
+  return tuple(int(_numbers(header, key, 1)[0]) for key in ('Rows', 'Columns'))
+
+
+def _frames(header):
+  return int(header.get('NumberOfFrames') or 1)
+
+
+def _directions(header):
+  """Unit vectors [3] along a row and along a column."""
+  vectors = _numbers(header, 'ImageOrientationPatient', 6).reshape(2, 3)
+  with np.errstate(invalid='ignore'):  # zeros have no direction, which is refused
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def _numbers(header, key, count):
+  """An element's value as float64 [count]; None where it is none."""
+  try:
+    values = np.array(header[key].value, float).reshape(count)
+  except (KeyError, TypeError, ValueError):
+    return None
+  return values if np.isfinite(values).all() else None
+
+
+def _reason(error):
+  """An error's text in one line, without a path."""
+  text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+  return ' '.join(text.split())[:120] or type(error).__name__
+
+
+def _pydicom():
+  try:
+    import pydicom
+    import pydicom.pixels
+  except ImportError:
+    raise UserError(f'DICOM: pydicom, which reads it, is not installed; {_INSTALL}') from None
+  # Its warnings quote the values that they are about, as of a name that is too long.
+  pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+  # What it says of a damaged file besides, with the file's path and its decoders' tracebacks, is part of the error
+  # raised here.
+  logging.getLogger('pydicom').setLevel(logging.CRITICAL)
+  warnings.filterwarnings('ignore', module=r'pydicom\.')
+  return pydicom

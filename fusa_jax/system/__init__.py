@@ -1,0 +1,1 @@
+"""What every room stands on: errors and exits, files, processes and devices, memory, pages."""

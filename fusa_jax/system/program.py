@@ -1,0 +1,48 @@
+"""A main function as a program: the house's errors, signals and exit codes, and the other processes of the run told."""
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+from absl import app
+
+from fusa_jax.system import exits
+from fusa_jax.system.errors import DoesNotFitError, Terminated, UserError
+
+
+def start(main: Callable, parse_flags: Callable) -> None:
+  """Runs a main function of the remaining arguments.
+
+  Exit codes: 2 is the user's to mend and 3 does not fit; anything else but 0 asks for the same command again: 130
+  (Ctrl-C), 143 (SIGTERM), 1 (a bug, or another host lost) and 134 (JAX ended it, for another host's silence).
+  """
+
+  def run(argv):
+    from fusa_jax.system import sharding
+
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+      main(argv)
+    except (UserError, DoesNotFitError) as error:
+      code = 2 if isinstance(error, UserError) else 3
+      sharding.fail_together(str(error), code)
+      exits.fail(error, code)
+    except Terminated as stop:
+      print(f'\nstopped {stop}; the same command goes on from the last checkpoint', file=sys.stderr)
+      sharding.disconnect()
+      exits.leave(143)
+    except KeyboardInterrupt:
+      print('\ninterrupted; the same command goes on from the last checkpoint', file=sys.stderr)
+      sharding.fail_together('interrupted', 130)
+      exits.leave(130)
+    except Exception as error:
+      traceback.print_exc()
+      sharding.fail_together(f'{type(error).__name__}: {error}', 1)
+      exits.leave(1)
+
+  app.run(run, flags_parser=parse_flags)
+
+
+def _terminate(*_) -> None:
+  raise Terminated('by SIGTERM')

@@ -1,0 +1,134 @@
+"""Every fold in turn, each a run of its own, and all of them pooled: every patient is tested once, by a model that has
+not seen it."""
+
+import logging
+import pathlib
+import statistics as python_statistics
+from collections.abc import Callable, Mapping
+
+import ml_collections
+import numpy as np
+
+from fusa_jax import tasks
+from fusa_jax.measures import score
+from fusa_jax.runs import operating_point, results, run_config
+from fusa_jax.system import sharding
+from fusa_jax.system.errors import UserError
+from fusa_jax.training import datasets, evaluate, train
+
+
+def cross_validate(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  data_dir: pathlib.Path,
+  scans: Mapping[str, Callable] | None = None,
+) -> dict:
+  """Trains and tests what is not finished, in fold0, fold1, ... of `workdir`, and pools. Arguments as `evaluate` has.
+
+  Raises:
+    UserError: as `train.train` and `evaluate.evaluate`; folds of a cohort that has changed meanwhile.
+  """
+  run_config.save(workdir, config)
+  for run, one in runs(config, workdir, data_dir).items():
+    if sharding.on_main(lambda run=run, one=one: is_finished(run, one)):
+      run_config.save(run, one)  # refuses a run of another config
+      continue
+    logging.info('fold %d', one.data.fold)
+    # Until it is tested as now asked for, what it was tested as before is not its test.
+    sharding.on_main(lambda run=run: results.clear(run / 'test'))
+    train.train(one, run, data_dir)
+    evaluate.evaluate(one, run, data_dir, scans)
+  return pool(config, workdir, data_dir)
+
+
+def is_finished(run: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
+  """Whether the run of a fold has been tested as config.evaluate says."""
+  if not results.is_complete(run):
+    return False
+  return run_config.load(run).evaluate.to_json() == run_config.plain(config).evaluate.to_json()
+
+
+def evaluate_again(config, workdir, data_dir, scans=None) -> dict:
+  """Tests each fold's run again, and pools; arguments as `cross_validate`."""
+  for run, one in runs(config, workdir, data_dir).items():
+    evaluate.evaluate(one, run, data_dir, scans)
+  return pool(config, workdir, data_dir)
+
+
+def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
+  """The config of each fold's run, by its workdir, in order of the folds."""
+  found = {}
+  for fold in range(len(datasets.folds(data_dir))):
+    values = config.to_dict()
+    values['data']['fold'] = fold
+    found[workdir / f'fold{fold}'] = ml_collections.ConfigDict(values)
+  return found
+
+
+def pool(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
+  """The folds' tables of slices as one test; process 0 writes `workdir`/test. Gives what metrics.json holds.
+
+  Each slice counts at the operating point of its own fold's run. AUC ranks the scores of different models together. The
+  folds' own numbers stand beside the pooled ones, with their spread.
+  """
+  return sharding.on_main(lambda: _pool(config, workdir, data_dir))
+
+
+def _pool(config, workdir, data_dir):
+  kind = tasks.KINDS[config.task]
+  folders = list(runs(config, workdir, data_dir))
+  tables = [results.read_table(run) for run in folders]
+  tested = [patient for one in tables for patient in np.unique(one['patient']).tolist()]
+  wanted = [patient['patient'] for fold in datasets.folds(data_dir) for patient in fold]
+  if sorted(tested) != sorted(wanted):
+    raise UserError(
+      f'{workdir}: its folds do not test each patient of {data_dir} once: files were added to the cohort, or taken '
+      'out; bring the old ones back, or start anew in another --workdir'
+    )
+  table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
+  tests = [results.read_numbers(run) for run in folders]
+  volumes = [results.read_volumes(run) for run in folders]
+  # Some folds' would pass for all patients'.
+  volumes = [row for rows in volumes for row in rows] if all(volumes) else []
+  result = results.numbers(kind, table, config.evaluate.get('prevalences', ()))
+  points = [one['operating_point'] for one in tests]
+  result['operating_point'] = {
+    name: [point[name] for point in points] for name in operating_point.OperatingPoint().about()
+  } | result['operating_point']
+  result |= {
+    'folds': [
+      {
+        'fold': fold,
+        'step': one['step'],
+        'num_patients': one['num_patients'],
+        **{name: one[name] for name in kind.SHOWN},
+      }
+      for fold, one in enumerate(tests)
+    ],
+    'over_folds': {name: _spread([one[name] for one in tests]) for name in kind.SHOWN},
+    'step': [one['step'] for one in tests],
+    'parameters': tests[0]['parameters'],
+    **{name: tests[0][name] for name in ('dataset', 'values', 'split', 'commit')},
+  }
+  if volumes:
+    result['volumes'] = score.summary(volumes)
+  results.clear(workdir / 'test')
+  results.write(workdir / 'test', table, result, volumes)
+  logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(kind, result))
+  for name, spread in result['over_folds'].items():
+    if spread:
+      logging.info('%s of single folds: %.4f to %.4f, mean %.4f, sd %.4f', name, *spread.values())
+  return result
+
+
+def _spread(values):
+  """Lowest, highest, mean and standard deviation over the folds in which a number is defined; None without two."""
+  values = [value for value in values if value is not None]
+  if len(values) < 2:
+    return None
+  return {
+    'low': min(values),
+    'high': max(values),
+    'mean': python_statistics.fmean(values),
+    'sd': python_statistics.stdev(values),
+  }

@@ -1,0 +1,273 @@
+"""Training, from top to bottom: `train` reads in the order in which things happen."""
+
+import contextlib
+import itertools
+import logging
+import pathlib
+import time
+
+import clu.parameter_overview
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import tqdm
+
+from fusa_jax import tasks, torch_weights
+from fusa_jax.runs import checkpoint, operating_point, results, run_config
+from fusa_jax.runs.metric_log import MetricLog
+from fusa_jax.system import sharding
+from fusa_jax.system.errors import Terminated, UserError
+from fusa_jax.training import augment, datasets, evaluate, input_pipeline
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes. The step's number is in opt_state's counters too; this one is the loop's own."""
+
+  step: jax.Array
+  variables: dict
+  opt_state: optax.OptState
+
+
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
+  """Trains to config.train.steps, from the workdir's latest checkpoint where there is one.
+
+  Args:
+    config: as configs/ gives it.
+    workdir: of the run; the README lists what is in it.
+    data_dir: of the prepared dataset.
+
+  Raises:
+    UserError: a config that does not fit the data, the devices or the run in `workdir`; a loss that is not finite; a
+      checkpoint that cannot be written.
+    Terminated: by SIGTERM, after the state was saved.
+  """
+  # ---- what is trained on what
+  operating_point.check(config)
+  mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
+  sharding.check_divides(mesh, config.train.batch_size, config.data.image_size)
+  dataset = datasets.load_for(config, data_dir)
+  task = tasks.create(config)
+  optimizer, learning_rate = make_optimizer(config)
+  # ---- shapes before arrays
+  everywhere = sharding.replicated(mesh)
+  init = compile_init(task, optimizer, config, everywhere)
+  like = checkpoint.shapes(jax.eval_shape(init), everywhere)
+  pretrained = None
+  if config.model.init_from and not checkpoint.exists(workdir):
+    pretrained, notes = torch_weights.initial(config.model.init_from, config.model.name, like.variables)
+  # What does not fit has been said by now, so that no refused config leaves a workdir behind.
+  run_config.save(workdir, config)
+  run_config.save_split(workdir, dataset.patients())
+  report_parameters(like.variables)
+
+  with contextlib.ExitStack() as stack:
+    # ---- the state: restored, or initialised on the devices
+    preemption = stack.enter_context(checkpoint.Preemption())
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
+    first_step = checkpoints.latest() or 0
+    if first_step:
+      items = checkpoints.restore(first_step, variables=like.variables, optimizer=like.opt_state)
+      step = jax.device_put(jnp.asarray(first_step, jnp.int32), everywhere)
+      state = TrainState(step, items['variables'], items['optimizer'])
+      logging.info('resuming %s at step %d of %d', workdir, first_step, config.train.steps)
+    else:
+      state = init()
+      if pretrained:
+        state = state.replace(variables=torch_weights.overlay(state.variables, pretrained))
+        logging.info('\n'.join([f'weights from {config.model.init_from}', *(f'- {note}' for note in notes)]))
+    if first_step >= config.train.steps:
+      return
+
+    # ---- the step, compiled before the first batch is read
+    step_function = compile_step(task, optimizer, config, mesh, like)
+    scorer = evaluate.Scorer(task, mesh, config.train.batch_size)
+    batches = input_pipeline.train_batches(
+      dataset.train,
+      mesh,
+      batch_size=config.train.batch_size,
+      seed=config.seed,
+      first_step=first_step,
+      last_step=config.train.steps,
+      balanced=config.data.balanced,
+    )
+    stack.enter_context(contextlib.closing(batches))
+    log = stack.enter_context(contextlib.closing(MetricLog(workdir, first_step)))
+    bar = stack.enter_context(
+      tqdm.tqdm(
+        desc='Training',
+        total=config.train.steps * config.train.batch_size,
+        initial=first_step * config.train.batch_size,
+        unit=' slices',
+        smoothing=0.1,
+        mininterval=1,
+        disable=not sharding.is_main(),
+      )
+    )
+
+    # ---- the loop
+    pending, waited, began = [], 0.0, time.perf_counter()
+    for step in itertools.islice(itertools.count(first_step + 1), config.train.steps - first_step):
+      asked = time.perf_counter()
+      batch = next(batches)
+      waited += time.perf_counter() - asked
+      # Nothing moves between host and devices unasked: a transfer in here would stall every step.
+      with jax.transfer_guard('disallow'):
+        state, scalars = step_function(state, batch)
+      pending.append(scalars)
+      bar.update(config.train.batch_size)
+
+      evaluating = step % config.train.evaluate_every == 0 or step == config.train.steps
+      stopping = preemption.reached(step)
+      if evaluating or stopping or step % config.train.log_every == 0:
+        means = finite_means(pending, step)
+        checkpoints.check()
+        elapsed = time.perf_counter() - began
+        bar.set_postfix_str(f'loss {means["loss"]:.4f}', refresh=False)
+        log.write(
+          step,
+          {f'train/{name}': value for name, value in means.items()}
+          | {
+            'train/learning_rate': float(learning_rate(step - 1)),
+            'train/slices_per_second': len(pending) * config.train.batch_size / elapsed,
+            'train/input_wait': waited / elapsed,
+          },
+        )
+        pending, waited, began = [], 0.0, time.perf_counter()
+
+      if evaluating:
+        score = None
+        if dataset.validation is not None:
+          summary = results.summary(task.kind, scorer.table(state.variables, dataset.validation))
+          score = summary[task.kind.SELECTION]
+          log.write(step, {f'validation/{name}': value for name, value in summary.items()})
+          if sharding.is_main():
+            bar.write(f'step {step}: validation {results.one_line(task.kind, summary)}')
+        checkpoints.save(step, state.variables, state.opt_state, score)
+        began = time.perf_counter()
+      elif stopping:
+        checkpoints.save(step, state.variables, state.opt_state, None)
+      if stopping:
+        raise Terminated(f'by SIGTERM at step {step}, which is saved')
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """AdamW (kernels only are decayed) with linear warm-up and cosine decay to zero; and its learning rate by step.
+
+  The warm-up takes at most half of the steps, so that a short trial of a long config runs.
+
+  Raises:
+    UserError: no steps, or a negative warm-up.
+  """
+  train = config.train
+  if train.steps < 1 or train.warmup_steps < 0:
+    raise UserError(
+      f'train: {train.steps} steps, of which {train.warmup_steps} to warm up; train.steps is at least 1, '
+      'train.warmup_steps at least 0'
+    )
+  warmup = min(train.warmup_steps, train.steps // 2)
+  schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, warmup, train.steps)
+  is_kernel = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+  return optax.adamw(schedule, weight_decay=train.weight_decay, mask=is_kernel), schedule
+
+
+def compile_init(task: tasks.Task, optimizer: optax.GradientTransformation, config, sharding):
+  """A jitted function of nothing: the state of step 0 with that sharding, as config.seed has it."""
+
+  def init():
+    variables = task.init(jax.random.key(config.seed), config.data.image_size)
+    return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables['params']))
+
+  return jax.jit(init, out_shardings=sharding, compiler_options=options_to_run_once())
+
+
+def options_to_run_once() -> dict | None:
+  """The compiler's, for what takes longer to compile than to run.
+
+  On a CPU, optimising the code of a random draw for each parameter takes most of a minute.
+  """
+  return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+
+
+def train_step(
+  state: TrainState,
+  batch: dict[str, jax.Array],
+  *,
+  task: tasks.Task,
+  optimizer: optax.GradientTransformation,
+  augmentation: augment.Augmentation,
+  seed: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update from a batch {'image' int16 [B, H, W], 'mask' [B, H, W], 'label' [B]}; the new state and scalars."""
+  augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+  image, mask = augment.augment(augment_key, batch['image'], batch['mask'], augmentation)
+
+  def loss_of(params):
+    logits, batch_stats = task.train_logits({**state.variables, 'params': params}, image, dropout_key)
+    return task.kind.loss(logits, {**batch, 'mask': mask}), batch_stats
+
+  (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.variables['params'])
+  updates, opt_state = optimizer.update(gradients, state.opt_state, state.variables['params'])
+  variables = {'params': optax.apply_updates(state.variables['params'], updates), 'batch_stats': batch_stats}
+  scalars = {'loss': loss, 'gradient_norm': optax.tree.norm(gradients)}
+  return TrainState(state.step + 1, variables, opt_state), scalars
+
+
+def lower_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Lowered:
+  """The jitted, sharded step for the config's shapes, ready to compile for the mesh's devices. The state is donated."""
+  step = lambda state, batch: train_step(
+    state,
+    batch,
+    task=task,
+    optimizer=optimizer,
+    augmentation=augment.create(config),
+    seed=config.seed,
+  )
+  everywhere, size, count = sharding.replicated(mesh), config.data.image_size, config.train.batch_size
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batched(mesh, len(shape)))
+  batch = {
+    'image': array(np.int16, count, size, size),
+    'mask': array(np.uint8, count, size, size),
+    'label': array(np.int32, count),
+    'index': array(np.int32, count),
+  }
+  with jax.set_mesh(mesh):
+    return jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere)).lower(like, batch)
+
+
+def compile_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Compiled:
+  """The step of `lower_step`, compiled; says what it costs."""
+  began = time.perf_counter()
+  compiled = sharding.compile_together(lower_step(task, optimizer, config, mesh, like))
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  logging.info(
+    'compiled the training step in %.1f s: %.1f GFLOP and %.0f MB of temporaries per device and step',
+    time.perf_counter() - began,
+    cost.get('flops', float('nan')) / 1e9,
+    getattr(memory, 'temp_size_in_bytes', float('nan')) / 1e6,
+  )
+  return compiled
+
+
+def finite_means(pending: list[dict[str, jax.Array]], step: int) -> dict[str, float]:
+  """The means of the scalars of the steps up to `step`; waits for the devices.
+
+  Raises:
+    UserError: a loss among them is not finite; names its step. Checked before anything later is saved.
+  """
+  values = jax.device_get(pending)
+  for number, scalars in enumerate(values, start=step - len(values) + 1):
+    if not np.isfinite(scalars['loss']):
+      raise UserError(
+        f'train: the loss is {scalars["loss"]} at step {number}; lower train.learning_rate, or look at the data'
+      )
+  return {name: float(np.mean([scalars[name] for scalars in values])) for name in values[0]}
+
+
+def report_parameters(variables: dict) -> None:
+  """Logs the parameter table: name, shape, size."""
+  table = clu.parameter_overview.get_parameter_overview(variables['params'], include_stats=False)
+  logging.info('parameters\n%s', table)

@@ -1,0 +1,108 @@
+"""The step compiled for TPUs that are not here: what it is said to need, against counts made in other ways."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny
+
+from configs import cls, seg
+from fusa_jax import tasks
+from fusa_jax.chips import aot, tpu
+from fusa_jax.system.errors import DoesNotFitError, UserError
+
+
+@pytest.mark.parametrize('limit', [0, 1, 5, 11, 15])
+def test_the_largest_batch_is_found(monkeypatch, limit):
+  def fake(config, topology):
+    if config.train.batch_size // 16 > limit:
+      raise DoesNotFitError('too much')
+
+  monkeypatch.setattr(aot, 'report', fake)
+  config = seg.get_config()
+  config.train.batch_size = 16 * 16
+  assert aot.largest_batch(config, tpu.Topology.parse('v5e:4x4')) == limit
+  assert config.train.batch_size == 256  # left as it was
+
+
+needs_libtpu = pytest.mark.skipif(
+  not importlib.util.find_spec('libtpu'), reason='the TPU compiler is not installed: requirements-aot.txt'
+)
+
+
+def launch(*arguments):
+  command = [sys.executable, 'launch.py', '--mode=aot', *arguments]
+  return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_tiny_config_compiles_for_v5e(tmp_path):
+  """As a user types it; the report against the model's own numbers."""
+  arguments = ['--config=configs/cls.py:demo', '--config.data.image_size=32', '--config.model.width=4']
+  arguments += ['--config.model.stage_sizes=(1,)']
+  result = launch(*arguments, '--topology=v5e:2x4', f'--output={tmp_path}')
+  assert result.returncode == 0, result.stderr
+  report = json.loads((tmp_path / 'cls-demo-v5e_2x4.json').read_text())
+  task = tasks.create(tiny(cls))
+  params = jax.eval_shape(lambda: task.init(jax.random.key(0), 32))['params']
+  size = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert report['memory']['parameters'] == 4 * size
+  assert report['memory']['optimizer_and_statistics'] > 2 * 4 * size  # Adam's two moments
+  assert report['chips'] == 8 and report['mesh'] == {'data': 8, 'space': 1}
+  assert report['batch_per_device'] == 2
+  assert report['memory']['peak'] < report['memory']['chip'] == 16 * 2**30
+  # Every gradient is summed over the chips, in bfloat16 at the least, and the norms' sums besides.
+  assert 2 * size <= report['bytes_all_reduced'] <= 6 * size
+  assert report['bytes_otherwise_sent'] == report['bytes_between_slices'] == 0
+  assert report['seconds']['compute'] == pytest.approx(report['flops'] / 197e12)
+  assert report['seconds']['memory'] == pytest.approx(report['bytes_moved'] / 819e9)
+  assert 3 * 4 * size < report['bytes_moved'] < report['bytes_accessed']  # the state at the least is read
+  largest = [movement['nbytes'] for movement in report['largest_movements']]
+  assert largest == sorted(largest, reverse=True) and len(largest) == 50
+  assert report['bytes_moved'] / 10 < sum(largest) <= report['bytes_moved']
+  assert any('params' in movement['source'] for movement in report['largest_movements'])
+  assert 0 < report['efficiency'] < 1
+  for line in ('topology', 'peak memory', 'scaling efficiency', '8 chips, mesh data 8 x space 1', 'most is moved by'):
+    assert line in result.stdout
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_several_slices_and_shared_images_compile():
+  """'data' goes over the slices, 'space' stays within one; each shows in what is sent."""
+  config = tiny(cls, **{'mesh.data': -1, 'mesh.space': 2, 'train.batch_size': 16})
+  report = aot.report(config, tpu.Topology.parse('v5e:2x4', 2))
+  assert report['chips'] == 16 and report['mesh'] == {'data': 8, 'space': 2}
+  assert report['bytes_between_slices'] > 0
+  assert report['bytes_otherwise_sent'] > 0  # rows at the edges of the parts of an image
+  with pytest.raises(UserError, match='would share an image between slices; mesh.data must be a multiple of 2'):
+    aot.report(tiny(cls, **{'mesh.data': 1, 'mesh.space': 16}), tpu.Topology.parse('v5e:2x4', 2))
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_ends_with_3(tmp_path):
+  """Images of 4096 x 4096 on chips of 16 GB. Nothing is written."""
+  arguments = ['--config=configs/seg.py', '--config.data.image_size=4096', '--config.model.width=16']
+  result = launch(*arguments, '--topology=v5e:4x4', f'--output={tmp_path}')
+  assert result.returncode == 3, result.stderr
+  last = result.stderr.splitlines()[-1]
+  assert last.startswith('error: train.batch_size=16 on v5e:4x4: needs ')
+  assert 'GiB are missing; not one slice per device fits, and mesh.space shares images' in last
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_page_is_what_its_reports_say():
+  docs = pathlib.Path(__file__).parents[2] / 'docs'
+  assert (docs / 'scaling.md').read_text() == aot.scaling_page(docs / 'scaling')
+  reports = [json.loads(path.read_text()) for path in sorted((docs / 'scaling').glob('*.json'))]
+  assert {rows[0]['task'] for rows in reports} == {'segmentation', 'classification'}
+  for rows in reports:
+    assert [row['chips'] for row in rows] == [8, 16, 32, 64, 128, 256]
+    assert np.ptp([row['batch_per_device'] for row in rows]) == 0

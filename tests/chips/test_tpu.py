@@ -1,0 +1,173 @@
+"""Slices of chips, and what a compiled program sends between them, against programs of which that is known."""
+
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fusa_jax.chips import tpu
+from fusa_jax.system import sharding
+from fusa_jax.system.errors import UserError
+
+
+@pytest.mark.parametrize(
+  ('text', 'slices', 'reason'),
+  [
+    ('v5e', 1, "'v5e' is no slice; give KIND:SHAPE like v5e:4x4, KIND one of v4, v5e, v5p, v6e"),
+    ('v9:2x2', 1, "'v9:2x2' is no slice"),
+    ('v5e:4', 1, "'v5e:4' is no slice"),
+    ('v5e:4x0', 1, "'v5e:4x0' is no slice"),
+    ('v5e:16x32', 1, 'a slice of v5e has at most 256 chips'),
+    ('v5e:4x4', 0, '--slices: 0; give 1 or more'),
+  ],
+)
+def test_topologies_that_are_none(text, slices, reason):
+  with pytest.raises(UserError, match=reason):
+    tpu.Topology.parse(text, slices)
+
+
+def test_topologies():
+  topology = tpu.Topology.parse('v5e:4x8', 2)
+  assert (topology.kind, topology.shape, topology.chips, str(topology)) == ('v5e', (4, 8), 64, 'v5e:4x8 x 2 slices')
+  for kind, chip in tpu.CHIPS.items():
+    sizes = [tpu.Topology.parse(f'{kind}:{shape}').chips for shape in chip.sweep]
+    assert sizes[0] == 8 and sizes == sorted(sizes) and sizes[-1] in (128, 256)
+
+
+def collectives(function, mesh, *arguments):
+  """Those in the program that XLA makes for CPU devices: the same operations as for others."""
+  text = jax.jit(function).lower(*arguments).compile().as_text()
+  return tpu.collectives(text, mesh.devices.size)
+
+
+def test_collectives_are_counted_with_their_bytes_and_groups():
+  """Programs of which it is known what they must send."""
+  mesh = sharding.create_mesh(4, 2)
+  place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+  array = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(shape, dtype, sharding=place(*axes))
+  # A matrix product over split rows: the gradient of a dense layer, summed over 'data'.
+  product = lambda x, y: jax.lax.with_sharding_constraint(x.T @ y, place())
+  found = collectives(product, mesh, array((64, 24), jnp.float32, 'data'), array((64, 40), jnp.float32, 'data'))
+  assert [(c.kind, c.nbytes, c.group) for c in found] == [('all-reduce', 24 * 40 * 4, 4)]
+  gather = lambda x: jax.lax.with_sharding_constraint(x, place())
+  found = collectives(gather, mesh, array((32, 16), jnp.bfloat16, 'space'))
+  assert [(c.kind, c.group) for c in found] == [('all-gather', 2)]
+  assert found[0].nbytes in (32 * 16 * 2, 32 * 16 * 4)  # the CPU's compiler may gather bfloat16 as float32
+  # A sum over everything takes part on all eight.
+  found = collectives(lambda x: x.sum(), mesh, array((8, 8), jnp.float32, 'data', 'space'))
+  assert math.prod(c.group for c in found if c.kind == 'all-reduce') == 8
+  # A row from the neighbour.
+  shift = lambda x: jax.lax.with_sharding_constraint(jnp.roll(x, 1, axis=0), place('space'))
+  found = collectives(shift, mesh, array((32, 16), jnp.float32, 'space'))
+  assert {(c.kind, c.nbytes) for c in found} == {('collective-permute', 16 * 4)}
+
+
+@pytest.mark.parametrize(
+  ('line', 'expected'),
+  [
+    (
+      '%r = (f32[64]{0:T(128)S(1)}, bf16[8,64]{1,0}) all-reduce(%a, %b), '
+      "replica_groups=mesh['axis_0'=16,'axis_1'=4] {'axis_0'}, to_apply=%sum",
+      ('all-reduce', 64 * 4 + 8 * 64 * 2, 16),
+    ),
+    (
+      "%r = f32[64]{0} all-reduce(%a), replica_groups=mesh['axis_0'=4,'axis_1'=8], device_ids=([8,4]T(1,0)) "
+      "{'axis_0','axis_1':(2)4}, to_apply=%sum",
+      ('all-reduce', 256, 16),
+    ),
+    (
+      '%p = (bf16[2,8]{1,0}, bf16[2,8]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}',
+      ('collective-permute', 32, 8),
+    ),
+    ('%g = (f32[4]{0}, f32[32]{0}) all-gather-start(%x), replica_groups=[2,8]<=[16]', ('all-gather', 128, 8)),
+    ('%s = f32[4]{0} reduce-scatter(%x), replica_groups={{0,1,2,3},{4,5,6,7}}', ('reduce-scatter', 16, 4)),
+    (
+      '%send = (f32[128]{0}, u32[], token[]) send(%x, %t), is_host_transfer=true, '
+      'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}',
+      ('send', 512, 8),
+    ),
+  ],
+)
+def test_lines_as_the_tpu_compiler_writes_them(line, expected):
+  (found,) = tpu.collectives(line, 8)
+  assert (found.kind, found.nbytes, found.group) == expected
+
+
+def test_an_exchange_behind_several_computations_counts_once():
+  line = '%g.{} = f32[8,2,64]{{2,1,0}} all-gather(%p), channel_id={}, replica_groups=[1,8]<=[8], dimensions={{0}}'
+  program = '\n'.join(line.format(*numbers) for numbers in ((1, 7), (2, 7), (3, 9), (4, 7)))
+  assert [found.nbytes for found in tpu.collectives(program, 8)] == [4096, 4096]
+
+
+def test_what_only_looks_like_a_collective_is_left_out():
+  for line in (
+    '%d = f32[8] all-reduce-done(%s)',
+    '%s = (f32[8], token[]) send(%x)',
+    '%f = f32[8] fusion(%all-reduce.1)',
+  ):
+    assert not tpu.collectives(line, 8)
+
+
+def test_times_follow_the_published_rates():
+  """All-reduce on a whole v5e pod runs at the 51.2 TB/s that its page publishes, small ones at what the way takes."""
+  pod = tpu.Topology.parse('v5e:16x16')
+  large = tpu.Collective('all-reduce', 10**10, 256)
+  assert 256 * 2 * large.nbytes / large.seconds(pod) == pytest.approx(51.2e12, rel=0.01)
+  assert tpu.Collective('all-reduce', 4, 256).seconds(pod) == pytest.approx(2 * 16e-6, rel=0.01)
+  # Lines instead of rings: half the rate.
+  ratio = tpu.Collective('all-reduce', 10**10, 16).seconds(tpu.Topology.parse('v5e:4x4')) / large.seconds(pod)
+  assert ratio == pytest.approx(2 * (15 / 16) / (255 / 256), rel=0.01)
+  # What is gathered is sent once, what is reduced twice; scattered, it counts by its whole.
+  seconds = {kind: tpu.Collective(kind, 10**10, 256).seconds(pod) for kind in ('all-reduce', 'all-gather')}
+  assert seconds['all-reduce'] == pytest.approx(2 * seconds['all-gather'], rel=0.01)
+  scatter = tpu.Collective('reduce-scatter', 10**10 // 256, 256).seconds(pod)
+  assert scatter == pytest.approx(seconds['all-gather'], rel=0.01)
+
+
+def test_the_compiler_is_asked_for_where_it_is_missing(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match='the TPU compiler is not installed; pip install -r requirements-aot.txt'):
+    tpu.Topology.parse('v5e:4x4').devices()
+
+
+def test_movements_are_those_of_hbm_with_their_source():
+  """What lies in the core's memory, S(1), costs nothing; a copy that is begun and ended costs once."""
+  program = """HloModule step
+
+ENTRY %main (x: f32[1024]) -> f32[1024] {
+  %x = f32[1024]{0:T(1024)} parameter(0)
+  %a = f32[1024]{0:T(1024)S(1)} fusion(%x), kind=kLoop, calls=%f, metadata={op_name="jit(step)/jvp(Net)/norm1/sub"}
+  %b = bf16[1024]{0:T(1024)} fusion(%a, %x), kind=kLoop, calls=%g, metadata={op_name="jit(step)/jvp(Net)/relu/max"}
+  %c = (bf16[1024]{0:T(1024)S(1)}, bf16[1024]{0:T(1024)}, u32[]{:S(2)}) copy-start(%b)
+  %d = bf16[1024]{0:T(1024)S(1)} copy-done(%c)
+  ROOT %e = f32[1024]{0:T(1024)} fusion(%d), kind=kLoop, calls=%h
+}
+"""
+  assert [(m.operation, m.nbytes, m.source) for m in tpu.hbm_movements(program)] == [
+    ('a', 4096, 'jit(step)/jvp(Net)/norm1/sub'),
+    ('b', 2048 + 4096, 'jit(step)/jvp(Net)/relu/max'),
+    ('d', 2048, 'jit(step)/jvp(Net)/relu/max'),  # made by the compiler: its operand's
+    ('e', 4096, 'jit(step)/jvp(Net)/relu/max'),
+  ]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='no TPU compiler: requirements-aot.txt')
+@pytest.mark.slow
+def test_traffic_with_memory_is_what_a_program_must_read_and_write():
+  """Programs of one or two operations, compiled for a v5e; what is in between stays in the core."""
+  device = jax.sharding.SingleDeviceSharding(tpu.Topology.parse('v5e:2x2').devices()[0])
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+  x, y = array(jnp.bfloat16, 2048, 2048), array(jnp.bfloat16, 2048, 1024)
+  for function, arguments, expected in (
+    (lambda x: x + 1, [array(jnp.float32, 1000, 1024)], 2 * 4096000),
+    (lambda x: x.sum(), [array(jnp.float32, 1000, 1024)], 4096000),
+    (lambda x, y: x @ y, [x, y], 2 * (2048 * 2048 + 2 * 2048 * 1024)),
+    (lambda x, y: jnp.tanh(x @ y) @ y.T, [x, y], 2 * (2 * 2048 * 2048 + 2 * 2048 * 1024)),  # y is read twice
+  ):
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    movements = tpu.hbm_movements(text)
+    assert sum(movement.nbytes for movement in movements) == pytest.approx(expected, rel=0.01)
+    assert any(movement.source.startswith('jit(<lambda>)/') for movement in movements)

@@ -1,0 +1,45 @@
+"""Lesions of known sizes: those that are too small go, whole ones stay as they are."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from fusa_jax.inference import postprocessing
+from fusa_jax.scans import ct
+
+
+@pytest.fixture(scope='module')
+def scan():
+  """Voxels of 2 x 1 x 0.5 mm, 0.001 mL."""
+  hu = np.random.default_rng(0).normal(-900, 9, (6, 20, 20)).astype(np.int16)
+  return ct.from_volume(hu.transpose(2, 1, 0), np.diag([-0.5, -1, 2, 1.0]), pathlib.Path('a scan'))
+
+
+@pytest.fixture(scope='module')
+def mask():
+  """Lesions of 12, 3 and 1 voxels; the second one hangs together by corners only."""
+  mask = np.zeros((6, 20, 20), np.uint8)
+  mask[1:3, 2:5, 2:4] = 1
+  for k in range(3):
+    mask[k, 10 + k, 10 + k] = 1
+  mask[5, 19, 19] = 1
+  return mask
+
+
+@pytest.mark.parametrize(
+  ('smallest_ml', 'voxels'), [(0, 16), (0.001, 16), (0.0025, 15), (0.003, 15), (0.004, 12), (1, 0)]
+)
+def test_lesions_below_a_volume_are_left_out(scan, mask, smallest_ml, voxels):
+  found = postprocessing.refine(mask, scan, smallest_ml=smallest_ml)
+  assert found.dtype == np.uint8 and found.sum() == voxels
+  assert not (found & ~mask).any()
+
+
+def test_how_much_of_each_lesion_is_true(scan, mask):
+  truth = np.zeros_like(mask)
+  truth[1, 2:5, 2:4] = truth[0, 0, 0] = truth[5, 19, 19] = 1
+  sizes, rightly, all_of_it = postprocessing.true_volumes(mask, truth, scan.voxel_ml)
+  found = sorted(zip(sizes.round(6), rightly.round(6), strict=True))
+  assert found == [(0.001, 0.001), (0.003, 0), (0.012, 0.006)]
+  assert all_of_it == pytest.approx(0.008)

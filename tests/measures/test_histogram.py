@@ -1,0 +1,54 @@
+"""What is counted on the device, against the pixels themselves."""
+
+import jax
+import numpy as np
+import pytest
+from scipy import special
+from sklearn import metrics as sk
+
+from fusa_jax.measures import histogram
+from fusa_jax.system import sharding
+
+
+def pixels(shape, seed=0):
+  rng = np.random.default_rng(seed)
+  truth = rng.random(shape) < 0.2
+  return (rng.normal(-3, 5, shape) + 4 * truth).astype(np.float32), truth.astype(np.uint8)
+
+
+@pytest.mark.parametrize(('data', 'space'), [(1, 1), (4, 2)])
+def test_counts_at_every_threshold(data, space):
+  """On one device and on eight, images shared: those of the logits compared with each edge."""
+  logits, truth = pixels((8, 16, 16))
+  mesh = sharding.create_mesh(data, space, jax.devices()[: data * space])
+  put = [jax.device_put(array, sharding.batched(mesh, 3)) for array in (logits, truth)]
+  got = jax.device_get(jax.jit(histogram.count)(*put, 1.0))
+  counts = histogram.counts_from(got['histogram'])
+  for k in (0, 1, 200, 256, 257, 400, histogram.BINS - 1):
+    called = logits >= histogram.edges()[k]
+    for row in range(8):
+      expected = sk.confusion_matrix(truth[row].ravel(), called[row].ravel(), labels=[0, 1]).ravel()
+      assert [counts[key][row, k] for key in ('tn', 'fp', 'fn', 'tp')] == expected.tolist()
+  assert histogram.edges()[histogram.BINS // 2] == 0  # a probability of 0.5
+
+
+@pytest.mark.parametrize('temperature', [1.0, 2.5])
+def test_calibration_sums(temperature):
+  logits, truth = pixels((3, 900))
+  got = jax.device_get(jax.jit(histogram.count)(logits, truth, temperature))
+  probability = special.expit(logits.astype(np.float64) / temperature)
+  for row in range(3):
+    index = np.minimum((probability[row] * 20).astype(int), 19)
+    expected = [np.bincount(index, weights, 20) for weights in (np.ones(900), truth[row], probability[row])]
+    np.testing.assert_allclose(got['reliability'][row], expected, rtol=1e-4, atol=1e-4)
+    brier = sk.brier_score_loss(truth[row], probability[row])
+    assert got['squared_error'][row] / 900 == pytest.approx(brier, rel=1e-4)
+
+
+def test_a_slice_with_one_logit_is_one_pixel_and_none_is_lost():
+  logits = np.array([-1e9, -0.01, 0.0, 1e9], np.float32)
+  got = jax.device_get(histogram.count(logits, np.array([0, 1, 1, 0]), 1.0))
+  assert got['histogram'].sum(axis=(1, 2)).tolist() == [1] * 4
+  where = [tuple(map(int, np.argwhere(rows)[0])) for rows in got['histogram']]
+  middle = histogram.BINS // 2
+  assert where == [(0, 0), (1, middle - 1), (1, middle), (0, histogram.BINS - 1)]

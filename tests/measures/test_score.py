@@ -1,0 +1,250 @@
+"""Masks against masks: numbers against scikit-learn, MONAI and hand counts; names, grids and refusals."""
+
+import csv
+import json
+import pathlib
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel import orientations
+from scipy import ndimage
+from sklearn.metrics import f1_score
+
+from fusa_jax.measures import score, statistics, surface
+from fusa_jax.system.errors import UserError
+
+SPACING = (5.0, 0.8, 0.7)
+AFFINE = np.array([[-0.7, 0, 0, 12.5], [0, -0.8, 0, -40.25], [0, 0, 5, 300], [0, 0, 0, 1]])
+REAL = pathlib.Path(__file__).parents[3] / 'shared' / 'ct' / 'Train' / 'volume-lung2_seg.nii.gz'
+
+
+def blobs(seed, shape=(6, 20, 18), share=0.2):
+  """A prediction and a truth that resemble each other."""
+  rng = np.random.default_rng(seed)
+  fields = [ndimage.gaussian_filter(rng.normal(size=shape), (1, 2, 2)) for _ in range(2)]
+  return tuple(field > np.quantile(field, 1 - share) for field in (fields[0] + 0.5 * fields[1], fields[0]))
+
+
+def save(path, mask, affine=AFFINE):
+  """Stores a mask [S, H, W] as L, P, S."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  nib.save(nib.Nifti1Image(np.asarray(mask).transpose(2, 1, 0).astype(np.uint8), affine), path)
+  return path
+
+
+@pytest.fixture
+def folders(tmp_path):
+  """(predictions, true masks) of five cases of which the last two are healthy, one of them falsely marked."""
+  for seed in range(5):
+    predicted, true = blobs(seed)
+    save(tmp_path / 'true' / f'p{seed}_seg.nii.gz', true & (seed < 3))
+    save(tmp_path / 'predicted' / f'p{seed}_ct_mask.nii.gz', predicted & (seed < 4))
+  return tmp_path / 'predicted', tmp_path / 'true'
+
+
+def refusal(*arguments) -> list[str]:
+  """The lines of the error, after which nothing may have been written."""
+  with pytest.raises(UserError) as caught:
+    score.score(*arguments)
+  assert not arguments[2].exists()
+  return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_numbers_of_a_volume(seed):
+  predicted, true = blobs(seed)
+  row = score.volume(predicted.astype(np.uint8), true, SPACING, 0.0028)
+  assert list(row) == list(score.DEFINITIONS)
+  assert row['dice'] == pytest.approx(f1_score(true.ravel(), predicted.ravel()), abs=1e-12)
+  assert row['predicted_ml'] == pytest.approx(predicted.sum() * 0.0028)
+  assert row['true_ml'] == pytest.approx(true.sum() * 0.0028)
+  assert row['error_ml'] == pytest.approx(row['predicted_ml'] - row['true_ml'])
+  # Measured without the crop; tests/test_surface.py compares these with MONAI.
+  distances = surface.distances(predicted, true, SPACING, np.inf)
+  assert row['hd95_mm'] == surface.hd95(distances)
+  for tolerance in (1, 2):
+    assert row[f'surface_dice_{tolerance}mm'] == surface.surface_dice(distances, tolerance)
+
+
+def test_lesions_by_hand():
+  """True: A, B of two voxels that share a corner, C. Predicted: over A and B at once, and two specks in nothing."""
+  predicted, true = np.zeros((2, 5, 12, 12), bool)
+  true[1, 1:3, 1:3] = True
+  true[1, 5, 5] = true[2, 6, 6] = True
+  true[3, 10, 10] = True
+  predicted[1, 2, 2:6] = predicted[1, 2:6, 5] = True
+  predicted[4, 0, 0] = predicted[4, 0, 2] = True
+  row = score.volume(predicted, true, SPACING, 1.0)
+  assert row['lesions'] == 3 and row['lesions_found'] == 2
+  assert row['lesion_sensitivity'] == pytest.approx(2 / 3)
+  assert row['predicted_lesions'] == 3 and row['false_positives'] == 2
+
+
+def test_healthy_and_missed_patients():
+  empty, some = np.zeros((2, 4, 10, 10), bool)
+  some[1, 2:5, 2:5] = True
+  measured = dict.fromkeys(score.DEFINITIONS, 0)
+  undefined = dict.fromkeys(('dice', 'hd95_mm', 'surface_dice_1mm', 'surface_dice_2mm', 'lesion_sensitivity'), np.nan)
+  diagonal = pytest.approx(np.sqrt(20**2 + 8**2 + 7**2))
+  assert score.volume(empty, empty, SPACING, 1.0) == pytest.approx(measured | undefined, nan_ok=True)
+  marked = {'hd95_mm': diagonal, 'predicted_ml': 9, 'error_ml': 9, 'predicted_lesions': 1, 'false_positives': 1}
+  row = score.volume(some, empty, SPACING, 1.0)
+  assert np.isnan(row.pop('lesion_sensitivity'))
+  assert row == {name: (measured | marked)[name] for name in row}
+  missed = {'hd95_mm': diagonal, 'true_ml': 9, 'error_ml': -9, 'lesions': 1}
+  assert score.volume(empty, some, SPACING, 1.0) == measured | missed
+
+
+def test_what_is_written(folders, tmp_path):
+  result = score.score(*folders, tmp_path / 'out')
+  assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['scores.json', 'volumes.csv']
+  assert json.loads((tmp_path / 'out' / 'scores.json').read_text()) == result
+  assert (result['source'], result['truth']) == tuple(map(str, folders))
+  assert result['definitions'] == score.DEFINITIONS and result['intervals'] == statistics.method()
+  with (tmp_path / 'out' / 'volumes.csv').open() as file:
+    rows = list(csv.DictReader(file))
+  assert [row['case'] for row in rows] == ['p0', 'p1', 'p2', 'p3', 'p4']
+  assert [row['dice'] == '' for row in rows] == [False] * 4 + [True]
+  assert [row['lesion_sensitivity'] == '' for row in rows] == [False] * 3 + [True] * 2
+  assert int(rows[3]['false_positives']) == int(rows[3]['predicted_lesions']) > 0
+  assert result['num_volumes'] == 5
+  for name, measure in result['measures'].items():
+    values = np.array([float(row[name]) for row in rows if row[name]])
+    assert measure['defined'] == len(values)
+    for kind, expected in (('mean', values.mean()), ('median', np.median(values))):
+      assert measure[kind] == pytest.approx(expected)
+      if measure[f'{kind}_interval']:
+        low, high = measure[f'{kind}_interval']
+        assert values.min() <= low <= measure[kind] <= high <= values.max()
+  assert all(result['measures'][name]['mean_interval'] for name in ('hd95_mm', 'error_ml', 'false_positives'))
+
+
+def test_the_log_has_means_and_intervals(folders, tmp_path, caplog):
+  caplog.set_level('INFO')
+  dice = score.score(*folders, tmp_path / 'out')['measures']['dice']
+  low, high = dice['mean_interval']
+  assert f'5 volumes, means: dice {dice["mean"]:.2f} [{low:.2f}, {high:.2f}], hd95_mm ' in caplog.text
+  caplog.clear()
+  healthy = [folder / f'p4{ending}.nii.gz' for folder, ending in zip(folders, ('_ct_mask', '_seg'), strict=True)]
+  assert score.score(*healthy, tmp_path / 'healthy')['measures']['dice']['mean'] is None
+  assert '1 volumes, means: dice undefined, hd95_mm undefined, ' in caplog.text
+  assert 'error_ml 0.00, lesion_sensitivity undefined, false_positives 0.00' in caplog.text
+
+
+@pytest.mark.parametrize('codes', ['RAS', 'IPL', 'ASR'])
+def test_however_the_prediction_is_stored(tmp_path, codes):
+  predicted, true = blobs(0)
+  source, truth = save(tmp_path / 'a.nii.gz', predicted), save(tmp_path / 'b.nii.gz', true)
+  expected = score.score(source, truth, tmp_path / 'out')
+  image = nib.load(source)
+  turn = orientations.ornt_transform(orientations.io_orientation(AFFINE), orientations.axcodes2ornt(codes))
+  nib.save(image.as_reoriented(turn), source)
+  assert nib.aff2axcodes(nib.load(source).affine) == tuple(codes)
+  assert score.score(source, truth, tmp_path / 'again') == expected
+
+
+@pytest.mark.parametrize(
+  ('predicted', 'true'),
+  [
+    (['A_ct_mask.nii.gz', 'A_ct_probability.nii.gz'], ['A_ct.nii.gz', 'A_seg.nii.gz']),  # ours, COVID-19-20
+    (['A_ct_mask.nii.gz'], ['Train/A_ct.nii.gz', 'Train/A_seg.nii.gz']),
+    (['A.nii.gz'], ['A.nii.gz', 'A_0000.nii.gz']),  # nnU-Net
+    (['A_0000_pred.nii'], ['A_label.nii.gz']),
+    (['A_ct.nii.gz'], ['A_gt.nii']),  # nothing else can be the mask
+    (['A/A_mask.nii.gz'], ['A/B_seg.nii.gz']),  # a single file each
+    (['A/A_mask.nii.gz'], ['A_seg.nii.gz', 'B_seg.nii.gz']),  # a single file against a folder
+    (['A_mask.nii.gz', 'B_mask.nii.gz'], ['A/A_seg.nii.gz']),
+  ],
+)
+def test_names_that_belong_together(tmp_path, predicted, true):
+  """What is no mask of the case is on another grid, so that it would be refused."""
+  arguments = []
+  for folder, names in (('predicted', predicted), ('true', true)):
+    for name in names:
+      is_mask = not name.endswith(('probability.nii.gz', 'A_0000.nii.gz')) and (len(names) == 1 or '_ct.' not in name)
+      save(tmp_path / folder / name, blobs(0)[0] if is_mask else np.ones((3, 3, 3)))
+    arguments.append(tmp_path / folder / names[0] if names[0].startswith('A/') else tmp_path / folder)
+  result = score.score(*arguments, tmp_path / 'out')
+  assert result['num_volumes'] == 1 and result['measures']['dice']['mean'] == 1
+
+
+def test_everything_wrong_is_said_at_once(folders, tmp_path):
+  source, truth = folders
+  mask = blobs(0)[0]
+  save(source / 'p0_ct_mask.nii.gz', mask[:-1])
+  moved = AFFINE.copy()
+  moved[2, 3] += 3
+  save(source / 'p1_ct_mask.nii.gz', mask, moved)
+  save(source / 'p2_ct_mask.nii.gz', mask * 2)
+  (source / 'p3_ct_mask.nii.gz').write_bytes(b'no mask')
+  save(source / 'p4.nii.gz', mask)
+  save(source / 'extra.nii.gz', mask)
+  save(truth / 'missed_seg.nii.gz', mask)
+  (truth / 'p3_seg.nii.gz').write_bytes(b'no mask either')
+  lines = refusal(source, truth, tmp_path / 'out')
+  assert lines == [
+    f'{source}/extra.nii.gz: no true mask of extra in {truth}; add it, or take the prediction out',
+    f'{source}/p0_ct_mask.nii.gz: the mask has (5, 20, 18) voxels (slices, rows, columns) and its true mask '
+    'p0_seg.nii.gz (6, 20, 18); save the mask on the grid of its true mask',
+    f'{source}/p1_ct_mask.nii.gz: the affine differs from that of its true mask p1_seg.nii.gz (corners up to 3 mm '
+    'apart); save the mask on the grid of its true mask',
+    f'{source}/p2_ct_mask.nii.gz: a mask holds 0 and 1 only, this one has 0, 2; save one lesion label as 1',
+    *(line for line in lines if line.startswith(f'{source}/p3_ct_mask.nii.gz: not a NIfTI file')),
+    f'{source}/p4_ct_mask.nii.gz: of the same case as p4.nii.gz, p4; keep one of the two',
+    f'{truth}/missed_seg.nii.gz: no prediction of missed in {source}; add it, or take the true mask out',
+    *(line for line in lines if line.startswith(f'{truth}/p3_seg.nii.gz: not a NIfTI file')),
+  ]
+  assert len(lines) == 8
+
+
+def test_nothing_to_score(folders, tmp_path):
+  source, truth = folders
+  out, empty = tmp_path / 'out', tmp_path / 'empty'
+  empty.mkdir()
+  assert refusal(tmp_path / 'no', truth, out) == [
+    f'--input: {tmp_path}/no does not exist; give a mask (.nii, .nii.gz), or a folder of masks'
+  ]
+  assert refusal(source, empty, out) == [
+    f'--truth: no .nii or .nii.gz mask in {empty}; give a mask, or a folder of masks'
+  ]
+  assert refusal(source / 'p0_ct_mask.nii.gz', save(tmp_path / 'q' / 'q.nii', blobs(0)[0]).parent, out) == [
+    f'{source}/p0_ct_mask.nii.gz: no true mask of p0 in {tmp_path}/q; add it, or take the prediction out'
+  ]
+
+
+def test_nothing_half_written(folders, tmp_path, monkeypatch):
+  monkeypatch.setattr(csv.DictWriter, 'writerows', lambda *_: (_ for _ in ()).throw(OSError(28, 'disk full')))
+  with pytest.raises(UserError, match='disk full'):
+    score.score(*folders, tmp_path / 'out')
+  assert not list((tmp_path / 'out').iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_file(), reason='the real masks are not beside the checkout')
+@pytest.mark.filterwarnings('ignore:monai:FutureWarning', 'ignore:the prediction of class 0 is all 0')
+@pytest.mark.parametrize('change', ['moved', 'dilated', 'emptied'])
+def test_a_real_mask(tmp_path, change):
+  """A lung tumour on 5 mm slices, against MONAI."""
+  metrics, torch = pytest.importorskip('monai.metrics'), pytest.importorskip('torch')
+  image = nib.load(REAL)
+  true = np.asarray(image.dataobj).astype(bool)
+  predicted = {'moved': np.roll(true, 1, 0), 'dilated': ndimage.binary_dilation(true), 'emptied': np.zeros_like(true)}
+  nib.save(nib.Nifti1Image(predicted[change].astype(np.uint8), None, image.header), tmp_path / 'a.nii.gz')
+  measures = score.score(tmp_path / 'a.nii.gz', REAL, tmp_path / 'out')['measures']
+  ours = {name: measure['mean'] for name, measure in measures.items()}
+  spacing = tuple(map(float, image.header.get_zooms()))
+  tensors = [torch.from_numpy(mask)[None, None].float() for mask in (predicted[change], true)]
+  assert ours['dice'] == pytest.approx(float(metrics.compute_dice(*tensors)), abs=1e-6)
+  options = {'include_background': True, 'spacing': spacing}
+  for tolerance in (1, 2):
+    theirs = float(metrics.compute_surface_dice(*tensors, [tolerance], **options))
+    assert ours[f'surface_dice_{tolerance}mm'] == pytest.approx(theirs, abs=1e-6)
+  theirs = float(metrics.compute_hausdorff_distance(*tensors, percentile=95, **options))
+  if change == 'emptied':  # undefined in MONAI, the scan's diagonal here
+    assert not np.isfinite(theirs)
+    theirs = np.linalg.norm(np.multiply(true.shape, spacing))
+  assert ours['hd95_mm'] == pytest.approx(theirs, abs=1e-4)
+  ml = np.prod(spacing) / 1000
+  assert ours['true_ml'] == pytest.approx(true.sum() * ml, rel=1e-5)
+  assert ours['predicted_ml'] == pytest.approx(predicted[change].sum() * ml, rel=1e-5)

@@ -1,0 +1,215 @@
+"""Paired differences: of the same patients, against scipy; and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import tiny
+from scipy import stats
+
+from fusa_jax.runs import compare, results, run_config
+from fusa_jax.measures import metrics
+from fusa_jax.system.errors import UserError
+from fusa_jax.tasks import classification, segmentation
+
+
+def table(rng, quality, patients=12, slices=5, pixels=400):
+  """A segmenter's table; the truth is the same for every quality."""
+  truth = np.random.default_rng(0).random((patients * slices, pixels)) < 0.1
+  called = np.where(rng.random(truth.shape) < quality, truth, rng.random(truth.shape) < 0.1)
+  count = lambda where: where.sum(axis=1)
+  counts = {
+    'tp': count(truth & called),
+    'fp': count(~truth & called),
+    'fn': count(truth & ~called),
+    'tn': count(~truth & ~called),
+  }
+  return counts | {
+    'patient': np.repeat([f'p{k}' for k in range(patients)], slices),
+    'slice': np.tile(np.arange(slices), patients),
+    'label': truth.any(axis=1).astype(int),
+    'logit': called.mean(axis=1),
+    'reliability': np.zeros((len(truth), 3, 20)),
+    'squared_error': np.zeros(len(truth)),
+  }
+
+
+def paired(one, other):
+  """The comparison of a run with a run."""
+  return compare.paired(segmentation, [one], [other])
+
+
+@pytest.fixture(scope='module')
+def pair():
+  rng = np.random.default_rng(1)
+  return table(rng, 0.75), table(rng, 0.6)
+
+
+def test_differences_are_those_of_the_patients(pair):
+  """Dice of each patient by hand; the mean's interval by scipy's bootstrap; the p-value by its permutation test."""
+  got = paired(*pair)
+  dice = []
+  for one in pair:
+    sums = {key: np.add.reduceat(one[key], np.arange(0, 60, 5)) for key in metrics.COUNTS}
+    dice.append(2 * sums['tp'] / (2 * sums['tp'] + sums['fp'] + sums['fn']))
+  gains = dice[0] - dice[1]
+  mine = got['per_patient']
+  assert mine['difference'] == pytest.approx(gains.mean())
+  assert (mine['better'], mine['worse'], mine['left_out']) == ((gains > 0).sum(), (gains < 0).sum(), 0)
+  expected = stats.bootstrap((gains,), np.mean, method='percentile', n_resamples=20_000, rng=0).confidence_interval
+  width = expected.high - expected.low
+  assert mine['interval'] == pytest.approx([expected.low, expected.high], abs=0.2 * width)  # ours is the wider one
+  assert mine['interval'][1] - mine['interval'][0] > width
+  flips = 1 - 2 * ((np.arange(2**12)[:, None] >> np.arange(12)) & 1)
+  assert mine['p'] == pytest.approx(np.mean(np.abs((flips * gains).mean(1)) >= abs(gains.mean()) - 1e-12))
+  number = got['numbers']['dice']
+  assert number['difference'] == pytest.approx(number['run'] - number['against'])
+  assert 0 < number['interval'][0] < number['difference'] < number['interval'][1]
+
+
+def test_order_of_slices_does_not_matter_and_a_run_is_equal_to_itself(pair):
+  mixed = np.random.default_rng(2).permutation(60)
+  shuffled = {key: values[mixed] for key, values in pair[1].items()}
+  assert paired(pair[0], shuffled) == paired(*pair)
+  same = paired(pair[0], pair[0])
+  assert same['per_patient']['p'] == 1
+  assert same['numbers']['dice']['interval'] == [0, 0]
+
+
+def test_patients_for_whom_one_is_undefined_are_left_out_and_counted(pair):
+  """A patient without lesion whom the first run leaves unmarked, and the second does not."""
+  one, other = ({key: values.copy() for key, values in each.items()} for each in pair)
+  for each, marked in ((one, 0), (other, 7)):
+    each['label'][:5] = 0
+    for key, value in (('tp', 0), ('fn', 0), ('fp', marked), ('tn', 400 - marked)):
+      each[key][:5] = value
+  got = paired(one, other)['per_patient']
+  assert (got['patients'], got['left_out']) == (11, 1)
+
+
+@pytest.fixture(scope='module')
+def seeds():
+  """Three seeds of a better model, two of a worse one."""
+  rng = np.random.default_rng(5)
+  return [table(rng, 0.75) for _ in range(3)], [table(rng, 0.6) for _ in range(2)]
+
+
+def test_several_seeds_count_as_their_mean_for_the_same_patients(seeds):
+  """By hand: means over the seeds of each patient's Dice and of the pooled one, and both under the same draws."""
+  got = compare.paired(segmentation, *seeds)
+  sums = [
+    [{key: each[key].reshape(12, 5).sum(axis=1) for key in metrics.COUNTS} for each in reversed(side)] for side in seeds
+  ]
+  dice = lambda n: 2 * n['tp'] / (2 * n['tp'] + n['fp'] + n['fn'])
+  gains = np.subtract(*(np.mean([dice(n) for n in side], axis=0) for side in sums))
+  mine = got['per_patient']
+  assert mine['difference'] == pytest.approx(gains.mean(), rel=1e-12)
+  assert (mine['patients'], mine['better'], mine['left_out']) == (12, (gains > 0).sum(), 0)
+  flips = 1 - 2 * ((np.arange(2**12)[:, None] >> np.arange(12)) & 1)
+  assert mine['p'] == pytest.approx(np.mean(np.abs((flips * gains).mean(1)) >= abs(gains.mean()) - 1e-12))
+  # Patients are the unit, so the t interval of twelve differences is near; that of all 36 x 24 pairs would not be.
+  expected = stats.t.interval(0.95, 11, gains.mean(), stats.sem(gains))
+  assert mine['interval'] == pytest.approx(expected, abs=0.15 * (expected[1] - expected[0]))
+
+  pooled = lambda drawn: np.subtract(
+    *(np.mean([dice({key: v[drawn].sum() for key, v in n.items()}) for n in side]) for side in sums)
+  )
+  number = got['numbers']['dice']
+  assert number['difference'] == pytest.approx(pooled(np.arange(12)), rel=1e-12)
+  assert number['run'] - number['against'] == pytest.approx(number['difference'], rel=1e-12)
+  rng = np.random.default_rng(0)
+  drawn = [pooled(rng.integers(12, size=12)) for _ in range(4000)]
+  low, high = np.quantile(drawn, [0.0139, 0.9861])  # of 12 patients: Phi(sqrt(12 / 11) t), t the 2.5% point of 11
+  assert number['interval'] == pytest.approx([low, high], abs=0.1 * (high - low))
+
+
+def test_the_same_run_twice_is_no_more_than_once(pair):
+  """Copies are no evidence: neither the interval nor the p-value may gain by them."""
+  assert compare.paired(segmentation, [pair[0]] * 2, [pair[1]] * 4) == paired(*pair)
+
+
+def test_a_patient_undefined_in_one_seed_is_left_out(seeds):
+  """Without lesion, and left unmarked by one of three: there is no mean of three scores."""
+  one, other = ([{key: values.copy() for key, values in each.items()} for each in side] for side in seeds)
+  for each, marked in zip((*one, *other), (3, 0, 4, 5, 6), strict=True):
+    each['label'][:5] = 0
+    for key, value in (('tp', 0), ('fn', 0), ('fp', marked), ('tn', 400 - marked)):
+      each[key][:5] = value
+  got = compare.paired(segmentation, one, other)['per_patient']
+  assert (got['patients'], got['left_out']) == (11, 1)
+
+
+@pytest.mark.parametrize('side', [0, 1])
+def test_every_seed_must_be_of_the_same_test(seeds, side):
+  sides = [list(each) for each in seeds]
+  sides[side][1] = sides[side][1] | {'tp': sides[side][1]['tp'] + 1}
+  with pytest.raises(UserError, match='the test sets differ .not the same lesions'):
+    compare.paired(segmentation, *sides)
+
+
+def test_tables_of_other_patients_are_refused(pair):
+  other = pair[1] | {'patient': np.char.add(pair[1]['patient'], 'x')}
+  with pytest.raises(UserError, match='the test sets differ .12 patients are in the first only, 12 in the second'):
+    paired(pair[0], other)
+
+
+def test_classifiers_are_compared_by_the_share_of_slices_called_rightly():
+  """Two patients, three and two slices: right in 2 of 3 and 2 of 2, against 1 of 3 and 1 of 2."""
+  label = np.array([1, 1, 0, 1, 0])
+  tables = []
+  for called in ([1, 0, 0, 1, 0], [0, 1, 1, 0, 0]):
+    called = np.array(called)
+    counts = {'tp': label & called, 'fp': (1 - label) & called, 'fn': label & (1 - called)}
+    counts['tn'] = 1 - sum(counts.values())
+    columns = {'patient': np.array(list('aaabb')), 'slice': np.array([0, 1, 2, 0, 1]), 'label': label, 'logit': called}
+    tables.append(columns | counts | {'reliability': np.zeros((5, 3, 20)), 'squared_error': np.zeros(5)})
+  got = compare.paired(classification, *([table] for table in tables))
+  assert got['per_patient']['difference'] == pytest.approx(np.mean([2 / 3 - 1 / 3, 1 - 1 / 2]))
+  assert got['numbers']['accuracy']['difference'] == pytest.approx(4 / 5 - 2 / 5)
+
+
+@pytest.fixture
+def other_run(runs, tmp_path):
+  """A copy of the segmentation run, to be changed."""
+  run = tmp_path / 'other'
+  shutil.copytree(runs['seg'], run, ignore=shutil.ignore_patterns('checkpoints', 'tensorboard'))
+  return run
+
+
+def change(run, **columns):
+  table = results.read_table(run)
+  np.savez_compressed(run / 'test' / results.TABLE, **(table | columns))
+
+
+def test_two_runs_from_their_folders(runs, other_run, caplog):
+  caplog.set_level('INFO')
+  result = compare.compare(runs['seg'], other_run)
+  assert json.loads((runs['seg'] / 'test' / f'against-{other_run.parent.name}-other.json').read_text()) == result
+  assert 'per patient, Dice: 0.0000 [+0.0000, +0.0000], sign-flip p 1.0000' in caplog.text
+  (runs['seg'] / 'test' / f'against-{other_run.parent.name}-other.json').unlink()
+
+
+def test_other_tests_are_refused(runs, other_run):
+  refused = lambda reason: pytest.raises(UserError, match=f'--against: .* the test sets differ .{reason}')
+  table = results.read_table(other_run)
+  change(other_run, patient=np.char.add(table['patient'], 'x'))
+  with refused('2 patients are in the first only, 2 in the second'):
+    compare.compare(runs['seg'], other_run)
+  change(other_run, patient=table['patient'], slice=table['slice'] + 1)
+  with refused('not the same slices'):
+    compare.compare(runs['seg'], other_run)
+  change(other_run, slice=table['slice'], tp=table['tp'] + 1)
+  with refused('not the same lesions'):
+    compare.compare(runs['seg'], other_run)
+  assert not list((runs['seg'] / 'test').glob('against-*'))
+
+
+def test_other_tasks_and_runs_that_are_none_are_refused(runs, tmp_path):
+  with pytest.raises(UserError, match=r'--against: .* is of classification, .* of segmentation; compare like tasks'):
+    compare.compare(runs['seg'], runs['cls'])
+  with pytest.raises(UserError, match='no run in it'):
+    compare.compare(runs['seg'], tmp_path / 'nowhere')
+  run_config.save(tmp_path / 'new', tiny())
+  with pytest.raises(UserError, match=r'table.npz: missing; evaluate the run with --mode=evaluate'):
+    compare.compare(runs['seg'], tmp_path / 'new')

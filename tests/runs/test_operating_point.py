@@ -1,0 +1,164 @@
+"""The threshold that is chosen is the one that a search over the pixels finds; test slices play no part."""
+
+import numpy as np
+import pytest
+from conftest import tiny
+from scipy import optimize, special
+from sklearn import metrics as sk
+
+from configs import cls, seg
+from fusa_jax.measures import histogram
+from fusa_jax.runs import operating_point
+from fusa_jax.training import train
+from fusa_jax.system.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def validation():
+  """Logits and truth of slices whose best threshold is far from 0.5, and their table."""
+  rng = np.random.default_rng(0)
+  truth = rng.random((6, 2000)) < 0.1
+  logits = (2 * rng.normal(-3 + 2 * truth, 1)).astype(np.float32)
+  return logits, truth, {'histogram': np.asarray(histogram.count(logits, truth, 1.0)['histogram'])}
+
+
+def choose(table, **options):
+  return operating_point.choose(table, step=7, **options)
+
+
+def test_best_dice(validation):
+  logits, truth, table = validation
+  point = choose(table)
+  probability = special.expit(logits.astype(np.float64)).ravel()
+  dice = lambda threshold: sk.f1_score(truth.ravel(), probability >= threshold)
+  best = max(dice(t) for t in special.expit(np.arange(-8, 4, 1 / 16)))
+  assert dice(point.threshold) == pytest.approx(best) == pytest.approx(point.validation['chosen']['dice'])
+  assert dice(0.5) == pytest.approx(point.validation['half']['dice'])
+  assert point.validation['chosen']['dice'] > point.validation['half']['dice'] + 0.05
+  assert point.about() == {
+    'threshold': point.threshold,
+    'temperature': 1.0,
+    'flips': False,
+    'lungs': False,
+    'smallest_ml': 0.0,
+    'chosen_by': 'best Dice on the validation fold',
+  }
+
+
+@pytest.mark.parametrize('target', [0.5, 0.95, 1.0])
+def test_target_sensitivity(validation, target):
+  logits, truth, table = validation
+  point = choose(table, target_sensitivity=target)
+  probability = special.expit(logits.astype(np.float64)).ravel()
+  sensitivity = lambda threshold: sk.recall_score(truth.ravel(), probability >= threshold)
+  assert sensitivity(point.threshold) >= target
+  next_one = special.expit(special.logit(point.threshold) + 1 / 16)
+  assert sensitivity(next_one) < target
+  assert 'sensitivity of at least' in point.chosen_by
+
+
+def test_temperature_is_the_likeliest_and_moves_no_mask(validation):
+  logits, truth, table = validation
+  cold, point = choose(table), choose(table, fit_temperature=True)
+  exact = optimize.minimize_scalar(
+    lambda t: sk.log_loss(truth.ravel(), special.expit(logits.ravel() / t)), bounds=(0.1, 10), method='bounded'
+  )
+  assert point.temperature == pytest.approx(exact.x, rel=0.01)
+  assert point.bin == cold.bin
+  assert point.validation['chosen']['dice'] == cold.validation['chosen']['dice']
+  marked = special.expit(logits.astype(np.float64) / point.temperature) >= point.threshold
+  np.testing.assert_array_equal(marked, special.expit(logits.astype(np.float64)) >= cold.threshold)
+
+
+def test_saved_and_loaded(validation, tmp_path):
+  point = choose(validation[2])
+  point.save(tmp_path)
+  assert operating_point.load(tmp_path) == point
+  assert operating_point.load(tmp_path / 'none').threshold == 0.5
+  (tmp_path / operating_point.FILE).write_text('{"threshold":')
+  with pytest.raises(UserError, match=r'operating_point.json: damaged .* make it anew with --mode=evaluate'):
+    operating_point.load(tmp_path)
+
+
+def test_nothing_to_choose_on(validation):
+  table = {'histogram': validation[2]['histogram'] * np.array([1, 0])[:, None]}
+  point = choose(table)
+  assert (point.threshold, point.step) == (0.5, 7)
+  assert point.chosen_by == 'default: the validation fold has lesions only, or none'
+
+
+@pytest.mark.parametrize('target', [0.05, 0.95])
+def test_temperature_and_target_together_where_classes_are_far_apart(target):
+  """A temperature below 1 takes probabilities to 1 in rounding; the bin that was chosen stays what it was."""
+  rng = np.random.default_rng(3)
+  truth = np.repeat([[0, 1]], 500, axis=0)
+  logits = (np.where(truth, 3.0, -3.0) + rng.normal(0, 0.5, truth.shape)).astype(np.float32)
+  table = {'histogram': np.asarray(histogram.count(logits, truth, 1.0)['histogram'])}
+  point = choose(table, target_sensitivity=target, fit_temperature=True)
+  assert 0.04 < point.temperature < 1
+  called = logits >= histogram.edges()[point.bin]
+  assert sk.recall_score(truth.ravel(), called.ravel()) >= target
+
+
+@pytest.mark.parametrize(
+  ('option', 'value', 'reason'),
+  [
+    ('target_sensitivity', 95.0, r'evaluate.target_sensitivity: 95.0 is no share'),
+    ('prevalences', (0.1, 5.0), r'evaluate.prevalences: 5.0 is no share; give some between 0 and 1'),
+  ],
+)
+def test_what_is_no_share_is_refused_before_anything_is_trained(data_dir, tmp_path, option, value, reason):
+  with pytest.raises(UserError, match=reason):
+    train.train(tiny(**{f'evaluate.{option}': value}), tmp_path / 'run', data_dir)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_the_smallest_lesion_is_the_one_that_voxels_speak_for():
+  """Voxels of 0.01 mL in rows, a lesion each: scikit-learn's Dice of all volumes at every size that may be chosen."""
+  rng = np.random.default_rng(0)
+  sizes = [rng.choice([1, 3, 8, 30, 150], 12, p=[0.3, 0.3, 0.2, 0.1, 0.1]) for _ in range(2)]
+  # The larger a lesion is, the more of it is true.
+  right = [np.array([rng.binomial(n, min(0.9, n / 60)) for n in of_scan]) for of_scan in sizes]
+  missed = [40, 25]
+  volumes = [(n * 0.01, k * 0.01, (k.sum() + m) * 0.01) for n, k, m in zip(sizes, right, missed, strict=True)]
+
+  def dice(smallest):
+    truth, marked = [], []
+    for n, k, m in zip(sizes, right, missed, strict=True):
+      for size, true in zip(n, k, strict=True):
+        truth += [1] * true + [0] * (size - true)
+        marked += [size * 0.01 >= smallest - 1e-9] * size
+      truth, marked = truth + [1] * m, marked + [False] * m
+    return sk.f1_score(truth, marked)
+
+  point = operating_point.choose_smallest(operating_point.OperatingPoint(threshold=0.3), volumes)
+  every = {smallest: dice(smallest) for smallest in operating_point.SMALLEST_ML}
+  assert point.validation['dice_of_volumes'] == pytest.approx(list(every.values()))
+  assert point.smallest_ml == max(every, key=every.get) > 0 and point.threshold == 0.3
+  nothing_found = operating_point.choose_smallest(operating_point.OperatingPoint(), [(np.zeros(0), np.zeros(0), 0.0)])
+  assert nothing_found.smallest_ml == 0
+
+
+def test_points_of_several_runs():
+  points = [
+    operating_point.OperatingPoint(threshold=t, smallest_ml=s, temperature=1 + t) for t, s in ((0.2, 0), (0.6, 1))
+  ]
+  mean = operating_point.mean(points)
+  assert (mean.threshold, mean.smallest_ml, mean.temperature) == (pytest.approx(0.4), 0.5, (1.2, 1.6))
+  with pytest.raises(UserError, match=r'--workdir: the runs differ in evaluate.lungs; say --lungs or --nolungs'):
+    operating_point.mean([points[0], points[1].changed(lungs=True)])
+
+
+@pytest.mark.parametrize(
+  ('task', 'values', 'asked', 'reason'),
+  [
+    ('cls', 'hu', 'lungs', r'evaluate.lungs: is about masks, and classification gives none'),
+    ('cls', 'hu', 'fit_smallest', r'evaluate.fit_smallest: is about masks'),
+    ('seg', 'grey', 'lungs', r'evaluate.lungs: lungs are found by their HU'),
+  ],
+)
+def test_what_a_task_or_its_values_lack_is_refused(task, values, asked, reason):
+  config = tiny({'cls': cls, 'seg': seg}[task], **{f'evaluate.{asked}': True})
+  config.data['values'] = values
+  with pytest.raises(UserError, match=reason):
+    operating_point.check(config)

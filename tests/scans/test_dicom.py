@@ -1,0 +1,302 @@
+"""Series of DICOM against what dcm2niix makes of the same files, and against each refusal's reason."""
+
+import builtins
+import logging
+import pathlib
+import shutil
+import subprocess
+
+import dcm2niix
+import dicom_series
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from dicom_series import affine_of, all_changed, find
+from nibabel import affines
+from nifti_files import chest
+from pydicom import fileset, uid
+
+from fusa_jax.scans import ct, dicom
+from fusa_jax.system.errors import UserError
+
+REAL = pathlib.Path('../shared/ct/Train/volume-lung1_ct.nii.gz')
+
+
+def read(folder):
+  (series,) = find(folder)
+  return dicom.read(series)
+
+
+def of_dcm2niix(folder, tmp_path):
+  """What dcm2niix makes of a folder, and what it says."""
+  out = tmp_path / 'dcm2niix'
+  out.mkdir()
+  said = subprocess.run([dcm2niix.bin, '-z', 'n', '-f', 'a', '-o', out, folder], capture_output=True, text=True)
+  return nib.load(out / 'a.nii'), said.stdout
+
+
+@pytest.mark.parametrize(
+  'affine',
+  [
+    affine_of('LPS'),
+    affine_of('LPI'),
+    affine_of('RAS'),
+    affine_of('LIP'),
+    affine_of('PIL'),
+    affine_of('LPS', turn=0.3),
+    affine_of('LPI', turn=-0.2, spacing=(0.6543, 0.6543, 0.625)),
+  ],
+  ids=['axial', 'from the head', 'prone', 'coronal', 'sagittal', 'oblique', 'oblique, thin'],
+)
+def test_values_lie_where_dcm2niix_has_them(tmp_path, affine):
+  hu = chest()
+  scan = read(dicom_series.save(tmp_path / 'in', dicom_series.slices(hu, affine)))
+  other, _ = of_dcm2niix(tmp_path / 'in', tmp_path)
+  nib.save(nib.Nifti1Image(np.asarray(other.dataobj), other.affine), tmp_path / 'other.nii')
+  other = ct.read(tmp_path / 'other.nii')
+  np.testing.assert_allclose(scan.affine, other.affine, atol=2e-4)
+  np.testing.assert_array_equal(scan.values, other.values)
+  # The mask that is written has the same affine.
+  ct.write(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
+  mask = nib.load(tmp_path / 'mask.nii.gz')
+  np.testing.assert_allclose(mask.get_qform(), mask.affine, atol=1e-3)
+  mask, true = (nib.as_closest_canonical(image) for image in (mask, nib.Nifti1Image(hu, affine)))
+  np.testing.assert_allclose(mask.affine, true.affine, atol=1e-4)
+  np.testing.assert_array_equal(np.asarray(mask.dataobj), np.asarray(true.dataobj) > 0)
+
+
+@pytest.mark.parametrize('syntax', dicom_series.SYNTAXES)
+def test_each_transfer_syntax(tmp_path, syntax):
+  hu, affine = chest((24, 20, 5)), affine_of('LPS')
+  scan = read(dicom_series.save(tmp_path / 'in', dicom_series.slices(hu, affine), syntax))
+  np.testing.assert_array_equal(scan.values, hu.transpose(2, 1, 0))
+
+
+def test_slope_and_intercept_are_each_slices_own(tmp_path):
+  hu = chest() // 2 * 2
+  made = [
+    one
+    for index, (slope, intercept) in enumerate([(1, -1024), (2, -1024), (0.5, -1000), (1, -8192), (1, -1024)])
+    for one in dicom_series.slices(hu, affine_of('LPS'), slope=slope, intercept=intercept)[index : index + 1]
+  ]
+  np.testing.assert_array_equal(read(dicom_series.save(tmp_path / 'in', made)).values, hu.transpose(2, 1, 0))
+
+
+def test_a_tilted_gantry_is_said_and_kept_as_shear(tmp_path, caplog):
+  """dcm2niix says it, too (it then writes an affine without shear, and resamples the slices to fit it)."""
+  affine = affine_of('LPS', shear=np.tan(np.radians(15)) * 5 / 0.8)
+  made = dicom_series.slices(chest(), affine, GantryDetectorTilt='15')
+  scan = read(dicom_series.save(tmp_path / 'in', made))
+  assert caplog.messages == [
+    f'{scan.path}: the gantry was tilted by 15.0 degrees; the mask has the same shear in its affine'
+  ]
+  ct.write(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
+  mask = nib.load(tmp_path / 'mask.nii.gz')
+  np.testing.assert_allclose(mask.affine, affine, atol=1e-4)
+  np.testing.assert_array_equal(np.asarray(mask.dataobj), chest() > 0)
+  for index, one in enumerate(made):  # DICOM's axes point left and back
+    place = affines.apply_affine(mask.affine, [0, 0, index]) * [-1, -1, 1]
+    np.testing.assert_allclose(place, np.array(one.ImagePositionPatient, float), atol=1e-4)
+  assert 'gantry tilt of' in of_dcm2niix(tmp_path / 'in', tmp_path)[1]
+
+
+def one_changed(index=2, **elements):
+  def change(made):
+    for key, value in elements.items():
+      setattr(made[index], key, value)
+    return made
+
+  return change
+
+
+def moved(index, z):
+  def change(made):
+    x, y, _ = made[index].ImagePositionPatient
+    made[index].ImagePositionPatient = [x, y, z]
+    return made
+
+  return change
+
+
+def again(made):
+  return made + [pydicom.Dataset(made[1])]
+
+
+def smaller(made):
+  made[1].Rows, made[1].PixelData = 3, made[1].PixelData[: 3 * made[1].Columns * 2]
+  return made
+
+
+def in_colour(made):
+  for one in made:
+    one.SamplesPerPixel, one.PhotometricInterpretation, one.PlanarConfiguration = 3, 'RGB', 0
+    one.PixelData *= 3
+  return made
+
+
+def frames(made):
+  made[0].NumberOfFrames, made[0].PixelData = 2, made[0].PixelData * 2
+  return made[:1]
+
+
+def cut(made):
+  made[2].PixelData = made[2].PixelData[:10]
+  return made
+
+
+# Slices of chest() lie at 300, 305, ..., 320 mm.
+REFUSALS = {
+  'a slice is missing': (lambda made: made[:2] + made[3:], r'1 slices are missing between the 4 that are there'),
+  'a slice is there twice': (again, r'1 of 6 slices are doubled \(at the place of another one'),
+  'two phases': (lambda made: made + [pydicom.Dataset(one) for one in made], r'5 of 10 slices are doubled'),
+  'uneven': (moved(2, 311.0), r'unevenly spaced slices, 4 to 6 mm apart'),
+  'shifted sideways': (one_changed(ImagePositionPatient=[3, 40.25, 310]), r'unevenly spaced'),
+  'orientations': (
+    one_changed(ImageOrientationPatient=[1, 0, 0, 0, 0.8, 0.6]),
+    r'slices of several orientations; give one scan a series',
+  ),
+  'skewed': (all_changed(ImageOrientationPatient=[1, 0, 0, 0.6, 0.8, 0]), r'its orientation is none'),
+  'no direction': (all_changed(ImageOrientationPatient=[0, 0, 0, 0, 1, 0]), r'its orientation is none'),
+  'pixel spacings': (one_changed(PixelSpacing=[0.8, 0.9]), r'slices of several pixel spacings'),
+  'sizes': (smaller, r'slices of several sizes, \(3, 7\) and \(6, 7\) pixels'),
+  'no spacing': (all_changed(PixelSpacing=None), r'5 of 5 slices lack position, orientation, spacing or size'),
+  'a slice without position': (one_changed(ImagePositionPatient=None), r'1 of 5 slices lack position'),
+  'no volume': (all_changed(PixelSpacing=[0, 0]), r'its affine maps no volume'),
+  'no modality': (all_changed(Modality=''), r'its modality is not given, not CT; take it out of the input'),
+  'colour': (in_colour, r'images in colour'),
+  'multi-frame': (frames, r'several frames in one file \(enhanced CT\); export it with a file for each slice'),
+  'cut': (cut, r'a slice cannot be decoded \(.*\); copy it again from its source'),
+  'no HU': (all_changed(RescaleIntercept='0'), r'raw scanner values, not HU'),
+}
+
+
+@pytest.mark.parametrize('kind', REFUSALS)
+def test_refusals_name_the_series_and_the_reason(tmp_path, kind):
+  change, reason = REFUSALS[kind]
+  folder = dicom_series.save(tmp_path / 'in', change(dicom_series.slices(chest(), affine_of('LPS'))))
+  with pytest.raises(UserError, match=reason) as caught:
+    read(folder)
+  message = str(caught.value)
+  assert message.startswith('series3_') and ' (Chest 5.0): ' in message
+  assert '\n' not in message and str(tmp_path) not in message
+
+
+def test_positions_that_were_rounded_are_even(tmp_path):
+  """To a tenth of a millimetre, at a spacing of 0.625: 0.6 and 0.7 by turns."""
+  hu = chest((7, 6, 40))
+  affine = affine_of('LPS', (0.7, 0.8, 0.625))
+  made = dicom_series.slices(hu, affine)
+  for one in made:
+    one.ImagePositionPatient = [round(float(value), 1) for value in one.ImagePositionPatient]
+  scan = read(dicom_series.save(tmp_path / 'in', made))
+  np.testing.assert_allclose(scan.spacing[0], 0.625, atol=0.003)
+  np.testing.assert_array_equal(scan.values, hu.transpose(2, 1, 0))
+
+
+def test_what_is_no_scan_is_skipped_and_said(tmp_path, caplog):
+  """A localizer, dose sheets with and without a class of their own, a report, a segmentation, MR, waiting for contrast,
+  and a DICOMDIR."""
+  caplog.set_level(logging.INFO)
+  make = lambda number, **elements: dicom_series.slices(chest(), affine_of('LPS'), number, **elements)
+  dicom_series.save(tmp_path / 'in' / '3', make(3))
+  dicom_series.save(tmp_path / 'in' / '1', make(1, ImageType=['ORIGINAL', 'PRIMARY', 'LOCALIZER'])[:2])
+  dicom_series.save(tmp_path / 'in' / '9', make(9, SOPClassUID=uid.SecondaryCaptureImageStorage)[:1])
+  dicom_series.save(tmp_path / 'in' / '8', make(8, ImagePositionPatient=None)[:1])
+  dicom_series.save(tmp_path / 'in' / '7', make(7, Modality='SEG', SOPClassUID=uid.SegmentationStorage)[:1])
+  dicom_series.save(tmp_path / 'in' / '5', make(5, Modality='MR', SOPClassUID=uid.MRImageStorage))
+  dicom_series.save(tmp_path / 'in' / '4', make(4, ImagePositionPatient=[0, 0, 310]))
+  dicom_series.save(tmp_path / 'in' / '2', make(2)[:1])
+  (report,) = make(6, Modality='SR', SOPClassUID=uid.XRayRadiationDoseSRStorage)[:1]
+  for key in ('PixelData', 'Rows', 'Columns'):
+    delattr(report, key)
+  dicom_series.save(tmp_path / 'in' / '6', [report])
+  directory = fileset.FileSet()
+  directory.add(tmp_path / 'in' / '3' / 'IM000000')
+  directory.write(tmp_path / 'set')
+  shutil.copy(tmp_path / 'set' / 'DICOMDIR', tmp_path / 'in')
+  (series,) = find(tmp_path / 'in')
+  assert series.number == 3
+  assert caplog.messages == [
+    'skipped: 5 MR objects, 1 SEG objects, 1 SR objects, 6 images at one place (the start of a contrast bolus and the '
+    'like), 1 images without a position (dose sheets and the like), 2 localizers, 1 secondary captures (dose '
+    'sheets and the like)'
+  ]
+
+
+def test_series_are_named_by_number_and_uid(tmp_path):
+  """Several, mixed in one folder: by number; one name each; the same name at another time."""
+  for number in (12, 2, None):
+    made = dicom_series.slices(chest(), affine_of('LPS'), number)
+    dicom_series.save(tmp_path / 'in', made, name=f'{number}_{{}}')
+  names = [series.name for series in find(tmp_path / 'in')]
+  assert [name.partition('_')[0] for name in names] == ['series2', 'series12', 'series']
+  assert len({name.partition('_')[2] for name in names}) == 3 and all(len(name.split('_')[1]) == 8 for name in names)
+  assert [series.name for series in find(tmp_path / 'in')] == names
+
+
+@pytest.mark.parametrize('description', ['Anna Chest', 'CT of markername', 'MARKERID-4711', '19030714 thorax'])
+def test_a_description_that_names_the_patient_is_not_shown(tmp_path, description):
+  made = dicom_series.slices(chest(), affine_of('LPS'), SeriesDescription=description)
+  (series,) = find(dicom_series.save(tmp_path / 'in', made))
+  assert str(series) == series.name
+
+
+@pytest.mark.parametrize(
+  ('name', 'description', 'shown'),
+  [
+    ('WU^LI', 'WU LI chest', False),
+    ('Wu, Li', 'chest_wu', False),
+    ('WU^LI', 'Liver 3.0 Wuhan', True),
+    ('Wang^XiaoDong=王^小東', '王小東胸部', False),
+  ],
+)
+def test_names_of_two_letters_are_not_shown_either(tmp_path, name, description, shown):
+  elements = {'SpecificCharacterSet': 'ISO_IR 192', 'PatientName': name, 'SeriesDescription': description}
+  made = dicom_series.slices(chest(), affine_of('LPS'), **elements)
+  (series,) = find(dicom_series.save(tmp_path / 'in', made))
+  assert str(series) == (f'{series.name} ({description})' if shown else series.name)
+
+
+def test_a_number_of_frames_that_is_none(tmp_path):
+  made = one_changed(NumberOfFrames=['1', '1'])(dicom_series.slices(chest(), affine_of('LPS')))
+  with pytest.raises(UserError, match=r'^IM00000\d: a damaged DICOM file \(.*\); copy it again$'):
+    find(dicom_series.save(tmp_path / 'in', made))
+
+
+def test_without_pydicom_the_line_says_what_to_install(tmp_path, monkeypatch):
+  folder = dicom_series.save(tmp_path / 'in', dicom_series.slices(chest(), affine_of('LPS')))
+  real = builtins.__import__
+
+  def without(name, *rest):
+    if name.startswith('pydicom'):
+      raise ImportError(name)
+    return real(name, *rest)
+
+  monkeypatch.setattr(builtins, '__import__', without)
+  with pytest.raises(UserError, match=r'^DICOM: pydicom, .* pip install -r requirements-dicom.txt$'):
+    find(folder)
+
+
+def test_without_a_decoder_the_line_names_the_syntax(tmp_path):
+  made = dicom_series.slices(chest(), affine_of('LPS'))
+  folder = dicom_series.save(tmp_path / 'in', made, 'rle')
+  for path in folder.iterdir():
+    image = pydicom.dcmread(path)
+    image.file_meta.TransferSyntaxUID = uid.MPEG2MPML
+    image.save_as(path)
+  with pytest.raises(
+    UserError, match=r'^series3_\w+ \(Chest 5.0\): compressed as MPEG2 .*, without a decoder here; pip'
+  ):
+    read(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason='no real CT here')
+@pytest.mark.parametrize('syntax', ['jpeg lossless', 'jpeg 2000'])
+def test_a_real_scan(tmp_path, syntax):
+  image = nib.load(REAL)
+  made = dicom_series.slices(np.asarray(image.dataobj), image.affine)
+  scan, of_file = read(dicom_series.save(tmp_path / 'in', made, syntax)), ct.read(REAL)
+  np.testing.assert_array_equal(scan.values, of_file.values)
+  np.testing.assert_allclose(scan.affine, of_file.affine, atol=1e-4)

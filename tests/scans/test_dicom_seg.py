@@ -1,0 +1,303 @@
+"""DICOM SEG against the mask in NIfTI, pixel by pixel in the world, as pydicom and highdicom read it."""
+
+import builtins
+import logging
+import warnings
+
+import dicom_series
+import highdicom
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from dicom_series import affine_of, all_changed, find
+from nibabel import affines
+from nifti_files import chest
+from pydicom import uid
+from pydicom.sr.codedict import codes
+
+from fusa_jax.scans import ct, dicom, dicom_seg
+from fusa_jax.system.errors import UserError
+
+ABOUT = {'model': 'fusa_resunet', 'step': 2400, 'threshold': 0.43}
+AFFINES = {
+  'axial': affine_of('LPS'),
+  'from the head': affine_of('LPI'),
+  'prone': affine_of('RAS'),
+  'coronal': affine_of('LIP'),
+  'sagittal': affine_of('PIL'),
+  'oblique': affine_of('LPI', turn=-0.2, spacing=(0.6543, 0.6543, 0.625)),
+  'tilted': affine_of('LPS', shear=np.tan(np.radians(15)) * 5 / 0.8),
+}
+
+
+def read(folder):
+  (series,) = find(folder)
+  dicom_seg.check([series])
+  return dicom.read(series)
+
+
+@pytest.fixture
+def series(tmp_path):
+  """A scan, and a mask of it with a slice that is empty."""
+  scan = read(dicom_series.save(tmp_path / 'in', dicom_series.slices(chest(), AFFINES['axial'])))
+  return scan, mask_of(scan)
+
+
+def mask_of(scan):
+  mask = (np.random.default_rng(0).random(scan.values.shape) > 0.7).astype(np.uint8)
+  mask[2] = 0
+  return mask
+
+
+def saved(path, scan, mask):
+  dicom_seg.write(path, mask, scan, ABOUT)
+  return pydicom.dcmread(path)
+
+
+@pytest.mark.parametrize('name', AFFINES)
+def test_each_pixel_is_where_the_mask_in_nifti_has_it(tmp_path, name):
+  sources = dicom_series.slices(chest(), AFFINES[name], PatientSex='F')
+  scan = read(dicom_series.save(tmp_path / 'in', sources))
+  mask = mask_of(scan)
+  if name in ('coronal', 'sagittal'):
+    mask[:, 2] = mask[:, :, 2] = 0  # one of them is a slice as stored
+  seg = saved(tmp_path / 'a_mask.dcm', scan, mask)
+  ct.write(tmp_path / 'a_mask.nii.gz', mask, scan)
+  nifti = nib.load(tmp_path / 'a_mask.nii.gz')
+  values, back = np.asarray(nifti.dataobj), np.linalg.inv(nifti.affine)
+  of_uid = {source.SOPInstanceUID: source for source in sources}
+  across, down = np.array(sources[0].ImageOrientationPatient, float).reshape(2, 3)
+  height, width = map(float, sources[0].PixelSpacing)
+  rows, columns = np.mgrid[: seg.Rows, : seg.Columns]
+  frames = seg.pixel_array
+  assert len(frames) == len(sources) - 1  # the empty one is left out
+  for frame, groups in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
+    source = of_uid.pop(groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID)
+    first = np.array(source.ImagePositionPatient, float)
+    np.testing.assert_allclose(groups.PlanePositionSequence[0].ImagePositionPatient, first, atol=1e-6)
+    places = first + columns[..., None] * width * across + rows[..., None] * height * down
+    voxels = affines.apply_affine(back, places * [-1, -1, 1])
+    np.testing.assert_allclose(voxels, np.rint(voxels), atol=0.01)
+    np.testing.assert_array_equal(frame, values[tuple(np.rint(voxels).astype(int).transpose(2, 0, 1))])
+  assert frames.sum() == values.sum() > 0
+  # highdicom's own way, by the instances referred to; and ours.
+  again = highdicom.seg.segread(tmp_path / 'a_mask.dcm')
+  headers, _ = scan.path.grid
+  uids = [header.SOPInstanceUID for header in headers]
+  own = again.get_pixels_by_source_instance(uids, combine_segments=True, assert_missing_frames_are_empty=True)
+  np.testing.assert_array_equal(own, ct.to_own_axes(mask, scan).transpose(2, 1, 0))
+  np.testing.assert_array_equal(dicom_seg.read(tmp_path / 'a_mask.dcm', scan), mask)
+
+
+def test_what_the_seg_says(tmp_path, series):
+  scan, mask = series
+  seg, source = saved(tmp_path / 'a.dcm', scan, mask), pydicom.dcmread(tmp_path / 'in' / 'IM000000')
+  for key in (
+    'PatientName',
+    'PatientID',
+    'PatientBirthDate',
+    'PatientSex',
+    'AccessionNumber',
+    'ReferringPhysicianName',
+  ):
+    assert seg.get(key) == source.get(key, '')
+  for key in ('StudyInstanceUID', 'FrameOfReferenceUID', 'StudyDate', 'StudyTime', 'StudyID'):
+    assert seg[key] == source[key]
+  assert seg.SeriesInstanceUID != source.SeriesInstanceUID and seg.SeriesNumber == 1003 and seg.Modality == 'SEG'
+  assert (
+    seg.ReferencedSeriesSequence[0].SeriesInstanceUID
+    == source.SeriesInstanceUID
+    == dicom_seg.series_uid(tmp_path / 'a.dcm')
+  )
+  assert len(seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence) == 5
+  (segment,) = seg.SegmentSequence
+  assert seg.SegmentationType == 'BINARY' and segment.SegmentAlgorithmType == 'AUTOMATIC'
+  assert highdicom.seg.segread(tmp_path / 'a.dcm').segmented_property_types == [codes.SCT.Lesion]
+  assert segment.SegmentedPropertyCategoryCodeSequence[0].CodeValue == '49755003'
+  assert segment.SegmentationAlgorithmIdentificationSequence[0].AlgorithmName == seg.Manufacturer == 'fusa_jax'
+  assert seg.SeriesDescription == 'Lesions by fusa_jax, for research only'
+  assert seg.ContentCreatorName == ''
+
+
+def test_what_limits_the_mask_is_said(tmp_path, series):
+  about = ABOUT | {'temperature': (1.25, 0.8), 'flips': True, 'lungs': True, 'smallest_ml': 0.05, 'threshold': 0.4375}
+  dicom_seg.write(tmp_path / 'a.dcm', series[1], series[0], about)
+  seg = pydicom.dcmread(tmp_path / 'a.dcm')
+  assert seg.ContentDescription == 'Lesions, probability from 0.438, in lungs, from 0.05 mL'
+  parameters = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters
+  for said in ('temperature=(1.25, 0.8)', 'flips=True', 'lungs=True', 'smallest_ml=0.05'):
+    assert said in parameters
+
+
+def test_no_lesion_is_a_seg_of_empty_frames(tmp_path, series):
+  scan, mask = series
+  seg = saved(tmp_path / 'a.dcm', scan, 0 * mask)
+  assert seg.NumberOfFrames == 5 and not seg.pixel_array.any()
+  assert not dicom_seg.read(tmp_path / 'a.dcm', scan).any()
+
+
+def test_headers_as_they_come(tmp_path, monkeypatch, caplog, capfd):
+  """Values that the standard forbids go through as they are, and no warning quotes them; rounded orientations."""
+  caplog.set_level(logging.DEBUG)
+  odd = {
+    'PatientName': 'Märkername',
+    'PatientID': 'MARKERID' * 9,
+    'PatientBirthDate': 'MARKERDATE',
+    'PatientSex': 'MARKER',
+  }
+  with monkeypatch.context() as patched:
+    patched.setattr(pydicom.config.settings, 'writing_validation_mode', pydicom.config.IGNORE)
+    made = dicom_series.slices(chest(), AFFINES['oblique'], None, SpecificCharacterSet='ISO_IR 100', **odd)
+    for one, rounding in zip(made, (0, 1e-5, -1e-5, 2e-5, 0), strict=True):
+      one.ImageOrientationPatient = [float(value) + rounding for value in one.ImageOrientationPatient]
+      del one.SliceThickness, one.StudyDate
+    made[0].StudyTime = 'MARKERTIME'
+    folder = dicom_series.save(tmp_path / 'in', made)
+  scan = read(folder)
+  with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter('always')
+    mask = mask_of(scan)
+    dicom_seg.write(tmp_path / 'a.dcm', mask, scan, ABOUT)
+  assert not warned and not caplog.messages and capfd.readouterr() == ('', '')
+  seg = pydicom.dcmread(tmp_path / 'a.dcm')
+  assert {key: seg.get(key) for key in odd} == odd and seg.SeriesNumber == 1000
+  np.testing.assert_array_equal(dicom_seg.read(tmp_path / 'a.dcm', scan), mask)
+
+
+def test_series_that_cannot_be_referred_to_are_refused(tmp_path, monkeypatch):
+  made = all_changed(FrameOfReferenceUID='')(dicom_series.slices(chest(), AFFINES['axial']))
+  folder = dicom_series.save(tmp_path / 'in', made)
+  with pytest.raises(UserError, match=r'\(Chest 5.0\): its slices lack FrameOfReferenceUID, which a SEG refers to; l'):
+    read(folder)
+  made = dicom_series.slices(chest(), AFFINES['axial'])
+  made[1].StudyInstanceUID = uid.generate_uid()
+  folder = dicom_series.save(tmp_path / 'of two studies', made)
+  with pytest.raises(UserError, match=r'^series3_\w+ \(Chest 5.0\): its headers make no DICOM SEG \(\w+\); predict it'):
+    read(folder)
+  real = builtins.__import__
+
+  def without(name, *rest):
+    if name == 'highdicom':
+      raise ImportError(name)
+    return real(name, *rest)
+
+  dicom_seg._highdicom.cache_clear()
+  monkeypatch.setattr(builtins, '__import__', without)
+  with pytest.raises(UserError, match=r'^--dicom: highdicom, .* is not installed; pip install -r requirements-dicom'):
+    dicom_seg.check([])
+
+
+@pytest.mark.parametrize(
+  ('error', 'reason'),
+  [
+    (OSError(28, 'No space left on device'), r'a.dcm: cannot be written \(No space left on device\); free space'),
+    (ValueError('Markername'), r'^series3_\w+ \(Chest 5.0\): its headers make no DICOM SEG \(ValueError\); predict it'),
+  ],
+)
+def test_it_is_whole_or_absent(tmp_path, series, monkeypatch, error, reason):
+  def broken(self, path, **_):
+    path.write_bytes(b'half')
+    raise error
+
+  monkeypatch.setattr(highdicom.seg.Segmentation, 'save_as', broken)
+  with pytest.raises(UserError, match=reason) as caught:
+    saved(tmp_path / 'out' / 'a.dcm', *series)
+  assert not list((tmp_path / 'out').iterdir()) and '\n' not in str(caught.value)
+
+
+def of_others(path, folder, mask, **options):
+  """A SEG of two segments as another program writes it: one is the mask, two what is not; frames in reverse."""
+  sources = [pydicom.dcmread(file, stop_before_pixels=True) for file in folder.iterdir()]
+  for source in sources:
+    source.PatientSex = source.AccessionNumber = ''
+  sources.sort(key=lambda source: -float(source.ImagePositionPatient[2]))
+  segments = [
+    highdicom.seg.SegmentDescription(number, 'Segment', codes.SCT.Tissue, codes.SCT.Lesion, 'MANUAL')
+    for number in (1, 2)
+  ]
+  own = mask[::-1, ::1, ::1, None]
+  made = highdicom.seg.Segmentation(
+    **{
+      'source_images': sources,
+      'pixel_array': np.concatenate([own, 1 - own], axis=3),
+      'segmentation_type': 'BINARY',
+      'segment_descriptions': segments,
+      'series_instance_uid': uid.generate_uid(),
+      'series_number': 9,
+      'sop_instance_uid': uid.generate_uid(),
+      'instance_number': 1,
+      'manufacturer': 'ACME',
+      'manufacturer_model_name': 'Viewer',
+      'software_versions': '1',
+      'device_serial_number': '1',
+      **options,
+    }
+  )
+  for groups in made.PerFrameFunctionalGroupsSequence:
+    del groups.DerivationImageSequence  # not all write it
+  made.save_as(path)
+  return path
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_segs_of_others(tmp_path, series):
+  """By segment; each refusal's reason."""
+  scan, mask = series
+  path = of_others(tmp_path / 'IM1', tmp_path / 'in', mask)
+  np.testing.assert_array_equal(dicom_seg.read(path, scan, (1,)), mask)
+  np.testing.assert_array_equal(dicom_seg.read(path, scan, (2, 7)), 1 - mask)
+  assert dicom_seg.read(path, scan, (1, 2)).all()
+  assert dicom_seg.find([*sorted((tmp_path / 'in').iterdir()), path]) == [path]
+
+  def refused(reason, change=lambda seg: None, labels=(1,), **options):
+    other = of_others(tmp_path / 'IM2', tmp_path / 'in', mask, **options)
+    seg = pydicom.dcmread(other)
+    change(seg)
+    seg.save_as(other)
+    with pytest.raises(UserError, match=rf'^IM2: a DICOM SEG {reason}'):
+      dicom_seg.read(other, scan, labels)
+
+  refused(r'with the segments 1, 2; name those that are lesion, as in --config.data.lesion_labels="\(1,\)"$', labels=())
+  refused(r'of another type than binary; save it as a binary one$', segmentation_type='FRACTIONAL')
+  refused(r'with the segments 1, 2, none of which data.lesion_labels \(3\) names; add those that are', labels=(3,))
+  other_grid = (
+    r'whose frames lie on no slices of series3_\w+ \(Chest 5.0\), pixel by pixel; save it on the grid of that'
+  )
+
+  def moved(seg):
+    seg.PerFrameFunctionalGroupsSequence[1].PlanePositionSequence[0].ImagePositionPatient[2] += 2.5
+
+  def coarser(seg):
+    seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing = [0.9, 0.9]
+
+  def turned(seg):
+    seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient = [-1, 0, 0, 0, 1, 0]
+
+  def smaller(seg):
+    seg.Rows = 3
+
+  for change in (moved, coarser, turned):
+    refused(other_grid, change)
+  refused(r'that cannot be read \(\w+\); save it again$', smaller)
+
+
+def test_damaged_segs_are_refused_or_read_and_nothing_else(tmp_path, series):
+  scan, mask = series
+  dicom_seg.write(tmp_path / 'a.dcm', mask, scan, ABOUT)
+  whole, rng, outcomes = (tmp_path / 'a.dcm').read_bytes(), np.random.default_rng(0), set()
+  for _ in range(100):
+    raw = bytearray(whole)
+    for position in rng.integers(132, len(raw), rng.integers(1, 9)):
+      raw[position] = rng.integers(256)
+    (tmp_path / 'a.dcm').write_bytes(raw[: rng.integers(132, len(raw)) if rng.random() < 0.1 else None])
+    try:
+      assert isinstance(dicom_seg.series_uid(tmp_path / 'a.dcm'), str)
+      read = dicom_seg.read(tmp_path / 'a.dcm', scan)
+      assert read.shape == mask.shape and read.max() <= 1
+      message = 'read'
+    except UserError as error:
+      message = str(error)
+    assert message.startswith(('read', 'a.dcm: ')) and '\n' not in message and 'arker' not in message
+    outcomes.add(message == 'read')
+  assert outcomes == {True, False}

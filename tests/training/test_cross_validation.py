@@ -1,0 +1,154 @@
+"""All folds by one command: each patient tested once, by a model that has not seen it; resumed where it stopped."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import PATIENTS, SIZE, SLICES, tiny
+from sklearn import metrics as sk
+
+from configs import cls
+from data import prepare
+from fusa_jax.inference import export, predictor
+from fusa_jax.runs import report, results, run_config
+from fusa_jax.scans import ct
+from fusa_jax.system.errors import UserError
+from fusa_jax.training import cross_validation, datasets, evaluate, train
+
+
+def protocol(**overrides):
+  return tiny(cls, **{'data.fold': 'all', 'train.steps': 2, **overrides})
+
+
+@pytest.fixture(scope='module')
+def made(raw_dir, data_dir, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('folds')
+  cross_validation.cross_validate(protocol(), workdir, data_dir, prepare.scans(raw_dir))
+  return workdir
+
+
+def result_of(workdir):
+  return json.loads((workdir / 'test' / 'metrics.json').read_text())
+
+
+@pytest.mark.slow
+def test_every_patient_is_tested_once_by_a_model_that_has_not_seen_it(made, data_dir):
+  with (made / 'test' / 'slices.csv').open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == len({(row['patient'], row['slice']) for row in rows}) == PATIENTS * SLICES
+  for fold in range(5):
+    with (made / f'fold{fold}' / 'test' / 'slices.csv').open(newline='') as file:
+      tested = {row['patient'] for row in csv.DictReader(file)}
+    dataset = datasets.load(data_dir, fold, SIZE)
+    assert tested == set(dataset.test.patient.tolist())
+    assert not tested & (set(dataset.train.patient.tolist()) | set(dataset.validation.patient.tolist()))
+  label, score = (np.array([float(row[key]) for row in rows]) for key in ('label', 'score'))
+  result = result_of(made)
+  assert result['auc'] == pytest.approx(sk.roc_auc_score(label, score), abs=1e-3)  # scores of few steps round to ties
+  assert result['accuracy'] == pytest.approx(sk.accuracy_score(label, score >= 0.5))
+  low, high = result['intervals']['accuracy']
+  assert low < result['accuracy'] < high
+
+
+@pytest.mark.slow
+def test_single_folds_stand_beside_the_pooled_numbers_with_their_spread(made):
+  result = result_of(made)
+  each = [result_of(made / f'fold{k}') for k in range(5)]
+  assert [row['accuracy'] for row in result['folds']] == [one['accuracy'] for one in each]
+  assert [row['num_patients'] for row in result['folds']] == [one['num_patients'] for one in each]
+  accuracies = [one['accuracy'] for one in each]
+  assert result['over_folds']['accuracy'] == pytest.approx(
+    {'low': min(accuracies), 'high': max(accuracies), 'mean': np.mean(accuracies), 'sd': np.std(accuracies, ddof=1)}
+  )
+  assert result['operating_point']['threshold'] == [one['operating_point']['threshold'] for one in each]
+
+
+@pytest.mark.slow
+def test_finished_folds_are_kept_and_another_protocol_is_refused(made, data_dir, monkeypatch):
+  trained = []
+  monkeypatch.setattr(train, 'train', lambda config, *_: trained.append(config.data.fold))
+  before = (made / 'test' / 'metrics.json').read_bytes()
+  cross_validation.cross_validate(protocol(), made, data_dir)
+  assert not trained
+  assert (made / 'test' / 'metrics.json').read_bytes() == before
+  with pytest.raises(UserError, match='holds a run of another config: train.learning_rate'):
+    cross_validation.cross_validate(protocol(**{'train.learning_rate': 0.1}), made, data_dir)
+
+
+@pytest.mark.slow
+def test_it_goes_on_where_it_was_stopped(made, raw_dir, data_dir, tmp_path, monkeypatch):
+  """A fold that was not tested yet, and one that was tested with other options, are done; the others are left alone."""
+  workdir = tmp_path / 'folds'
+  shutil.copytree(made, workdir)
+  (workdir / 'fold3' / 'test' / 'metrics.json').unlink()
+  config = json.loads((workdir / 'fold1' / 'config.json').read_text())
+  config['evaluate']['target_sensitivity'] = 0.9
+  (workdir / 'fold1' / 'config.json').write_text(json.dumps(config))
+  done, original = [], evaluate.evaluate
+  monkeypatch.setattr(
+    evaluate, 'evaluate', lambda config, *rest: (done.append(config.data.fold), original(config, *rest))
+  )
+  cross_validation.cross_validate(protocol(), workdir, data_dir, prepare.scans(raw_dir))
+  assert done == [1, 3]
+  without_commit = lambda folder: {k: v for k, v in result_of(folder).items() if k != 'commit'}
+  assert without_commit(workdir) == without_commit(made)
+
+
+@pytest.mark.slow
+def test_a_cohort_that_changed_between_folds_is_refused(made, data_dir, tmp_path):
+  """Two folds that both tested one patient, as after files were added, and none that tested another."""
+  workdir = tmp_path / 'folds'
+  shutil.copytree(made, workdir)
+  shutil.copy(workdir / 'fold0' / 'test' / results.TABLE, workdir / 'fold1' / 'test' / results.TABLE)
+  with pytest.raises(UserError, match='its folds do not test each patient of .* once: files were added'):
+    cross_validation.cross_validate(protocol(), workdir, data_dir)
+
+
+@pytest.mark.slow
+def test_evaluated_again_and_reported(made, data_dir):
+  before = result_of(made)
+  cross_validation.evaluate_again(protocol(), made, data_dir)
+  assert result_of(made) == before
+  text = report.write(made, datasets.card(data_dir, 'all'), 'python launch.py').read_text()
+  assert 'all folds, each patient tested once' in text
+  assert 'Single folds, which share training patients' in text
+
+
+@pytest.mark.slow
+def test_it_predicts_the_mean_of_its_folds(made, raw_dir):
+  """As NumPy averages what each fold gives alone; threshold and all else are the folds' means."""
+  scan = ct.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  scores = lambda run: run.probabilities(run.prepare([scan]))
+  folds, together = [predictor.load(made / f'fold{fold}') for fold in range(5)], predictor.load(made)
+  each = [scores(fold) for fold in folds]
+  assert np.std(each, axis=0).min() > 1e-4
+  np.testing.assert_allclose(scores(together), np.mean(each, axis=0, dtype=np.float64), atol=1e-6)
+  assert together.point.threshold == pytest.approx(np.mean([fold.point.threshold for fold in folds]))
+  assert together(scan).numbers['step'] == [fold.model.step for fold in folds]
+
+
+@pytest.mark.slow
+def test_its_bundle_is_the_mean_and_says_whose_numbers_it_has(made, raw_dir, tmp_path):
+  export.write([made], tmp_path / 'bundle')
+  scan = ct.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  bundle, together = predictor.load(tmp_path / 'bundle'), predictor.load(made)
+  found, expected = (run.probabilities(run.prepare([scan])) for run in (bundle, together))
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert bundle(scan).numbers['step'] == together(scan).numbers['step']
+  card, result = (tmp_path / 'bundle' / 'README.md').read_text(), result_of(made)
+  assert f'| 0 to 4, each patient by the one that had not seen it | {result["num_patients"]} |' in card
+  assert f'| {result["accuracy"]:.4f} [' in card and 'not of their mean' in card
+
+
+def test_prediction_wants_it_finished(tmp_path):
+  run_config.save(tmp_path, protocol())
+  with pytest.raises(UserError, match=r'is a cross-validation that is not finished; .*, .*fold0'):
+    predictor.load(tmp_path)
+
+
+@pytest.mark.parametrize('fold', ['one', 5, -1, 1.5])
+def test_a_fold_that_is_none_is_refused(data_dir, fold):
+  with pytest.raises(UserError, match=r"data.fold: .*, but the folds of .* are 0 to 4; or 'all' of them in turn"):
+    datasets.load(data_dir, fold, SIZE)

@@ -1,0 +1,384 @@
+"""Every test slice once, whatever the batch and the devices; files that say what the contract says."""
+
+import csv
+import dataclasses
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import SIZE, SLICES, tiny
+from PIL import Image
+from scipy import ndimage
+from sklearn import metrics as sk
+
+from configs import cls, seg
+from data import prepare
+from fusa_jax import tasks
+from fusa_jax.inference import predict, predictor, trained
+from fusa_jax.measures import statistics
+from fusa_jax.runs import figures, operating_point, results, run_config
+from fusa_jax.scans import ct, lungs
+from fusa_jax.system import sharding
+from fusa_jax.system.errors import UserError
+from fusa_jax.training import datasets, evaluate, train
+
+MODULES = {'seg': seg, 'cls': cls}
+
+
+def read(workdir):
+  with (workdir / 'test' / 'slices.csv').open(newline='') as file:
+    return list(csv.DictReader(file)), json.loads((workdir / 'test' / 'metrics.json').read_text())
+
+
+@pytest.mark.parametrize('kind', ['seg', 'cls'])
+def test_slices_csv_has_every_test_slice_once(runs, data_dir, kind):
+  rows, result = read(runs[kind])
+  test = datasets.load(data_dir, 0, SIZE).test
+  assert list(rows[0]) == ['patient', 'slice', 'label', 'score', 'tp', 'fp', 'fn', 'tn']
+  assert [(r['patient'], int(r['slice'])) for r in rows] == list(
+    zip(test.patient.tolist(), test.slice.tolist(), strict=True)
+  )
+  assert [int(r['label']) for r in rows] == test.label.astype(int).tolist()
+  assert result['num_slices'] == len(rows) == len(set(test.patient)) * SLICES
+  assert result['num_patients'] == len(set(test.patient))
+  pixels = 1 if kind == 'cls' else SIZE * SIZE
+  assert all(sum(int(r[key]) for key in ('tp', 'fp', 'fn', 'tn')) == pixels for r in rows)
+
+
+def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
+  """Recomputed from probabilities of one slice at a time, with scikit-learn, next to nothing of ours in between."""
+  config = tiny()
+  task = tasks.create(config)
+  _, variables = trained.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  test = datasets.load(data_dir, 0, SIZE).test
+  run = jax.jit(task.probabilities)
+  examples = [test.source[i] for i in range(len(test))]
+  probability = np.concatenate([run(variables, example['image'][None]) for example in examples])
+  truth = np.stack([example['mask'] for example in examples]).ravel()
+  rows, result = read(runs['seg'])
+  predicted = (probability >= 0.5).ravel()
+  assert result['dice'] == pytest.approx(sk.f1_score(truth, predicted), abs=1e-4)
+  assert result['dice_macro'] == pytest.approx(sk.f1_score(truth, predicted, average='macro'), abs=1e-4)
+  assert result['recall'] == pytest.approx(sk.recall_score(truth, predicted), abs=1e-4)
+  scores = np.array([float(r['score']) for r in rows])
+  np.testing.assert_allclose(scores, probability.max(axis=(1, 2)), atol=1e-4)
+
+
+def test_classification_numbers_follow_from_the_table(runs):
+  rows, result = read(runs['cls'])
+  label, score = (np.array([float(r[key]) for r in rows]) for key in ('label', 'score'))
+  # Ranked by logits: probabilities near 0 and 1 round to the same number.
+  logit = results.read_table(runs['cls'])['logit']
+  np.testing.assert_allclose(1 / (1 + np.exp(-logit)), score, atol=1e-6)
+  assert result['auc'] == pytest.approx(sk.roc_auc_score(label, logit))
+  assert result['accuracy'] == pytest.approx(sk.accuracy_score(label, score >= 0.5))
+  assert {'precision', 'recall', 'f1', 'tp', 'fp', 'fn', 'tn', 'step', 'dataset', 'commit'} <= result.keys()
+  assert result['step'] in (2, 4)
+  assert result['dataset'].startswith('covid_ct/')
+
+
+@pytest.mark.parametrize(('batch_size', 'data', 'space'), [(7, 1, 1), (7, 4, 2)])
+def test_the_table_does_not_depend_on_batch_or_devices(runs, data_dir, batch_size, data, space):
+  """Batches that do not divide the number of slices, on one device and on eight."""
+  config = tiny(cls)
+  task = tasks.create(config)
+  mesh = sharding.create_mesh(data, space, jax.devices()[: data * space])
+  _, variables = trained.load_variables(config, task, runs['cls'], mesh)
+  split = datasets.load(data_dir, 0, SIZE).test
+  table = evaluate.Scorer(task, mesh, batch_size).table(variables, split)
+  rows, _ = read(runs['cls'])
+  np.testing.assert_allclose(table['score'], [float(r['score']) for r in rows], atol=1e-5)
+  assert table['tp'].tolist() == [int(r['tp']) for r in rows]
+
+
+def test_an_image_that_cannot_be_shared_is_refused(runs, data_dir, monkeypatch):
+  three = sharding.create_mesh(1, 3, jax.devices()[:3])
+  monkeypatch.setattr(sharding, 'create_mesh', lambda *_: three)
+  before = (runs['cls'] / 'test' / 'metrics.json').stat()
+  with pytest.raises(UserError, match=r'data.image_size: 32 does not divide over mesh.space=3; 30 or 33 does'):
+    evaluate.evaluate(tiny(cls), runs['cls'], data_dir)
+  assert (runs['cls'] / 'test' / 'metrics.json').stat() == before
+
+
+def test_every_number_has_an_interval_or_none(runs):
+  """Every float of metrics.json, by its name; those of scores once, those of thresholds at both."""
+  for kind, workdir in runs.items():
+    result = read(workdir)[1]
+    assert result['intervals'].items() >= statistics.method().items()
+    point, half = result['operating_point'], result['intervals']
+    for block, others in (
+      (result, {'threshold'}),
+      (point, {'threshold', 'temperature', 'smallest_ml'}),
+      (point['slices'], set()),
+      (point['slices']['at_prevalence'][0], {'prevalence'}),
+    ):
+      numbers = {name for name, value in block.items() if isinstance(value, float) or value is None} - others
+      assert numbers == block['intervals'].keys() - statistics.method().keys()
+    # Two patients, one of whom has next to no lesion, leave most numbers undefined in too many draws; not these.
+    assert half['specificity' if kind == 'seg' else 'accuracy'] is not None
+    assert set(tasks.KINDS[tiny(MODULES[kind]).task].SHOWN) <= result['intervals'].keys()
+    assert set(result['intervals']) - set(point['intervals']) - statistics.method().keys() == (
+      {'brier', 'ece'} if kind == 'seg' else {'brier', 'ece', 'auc'}
+    )
+
+
+def test_numbers_at_the_operating_point_are_those_of_its_threshold(runs, data_dir):
+  """Recomputed with scikit-learn from probabilities and the threshold in metrics.json."""
+  config, (_, result) = tiny(), read(runs['seg'])
+  task = tasks.create(config)
+  _, variables = trained.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  test = datasets.load(data_dir, 0, SIZE).test
+  examples = [test.source[i] for i in range(len(test))]
+  probability = np.asarray(jax.jit(task.probabilities)(variables, np.stack([e['image'] for e in examples])))
+  truth = np.stack([example['mask'] for example in examples])
+  point = result['operating_point']
+  called = probability >= point['threshold']
+  assert point['threshold'] != 0.5
+  assert point['dice'] == pytest.approx(sk.f1_score(truth.ravel(), called.ravel()), abs=1e-4)
+  assert point['recall'] == pytest.approx(sk.recall_score(truth.ravel(), called.ravel()), abs=1e-4)
+  slices = truth.any(axis=(1, 2)), called.any(axis=(1, 2))
+  assert point['slices']['sensitivity'] == pytest.approx(sk.recall_score(*slices))
+  assert point['slices']['auc'] == pytest.approx(sk.roc_auc_score(slices[0], probability.max(axis=(1, 2))), abs=1e-3)
+  brier = sk.brier_score_loss(truth.ravel(), probability.ravel().astype(np.float64))
+  assert result['brier'] == pytest.approx(brier, rel=1e-3)
+
+
+class Untouchable:
+  """In the place of a test fold that must not be read yet."""
+
+  def __getattr__(self, name):
+    raise AssertionError(f'the test fold was looked at ({name})')
+
+  def __len__(self):
+    raise AssertionError('the test fold was looked at')
+
+
+def test_the_test_fold_is_not_looked_at_before_the_threshold_is_saved(runs, data_dir, tmp_path, monkeypatch):
+  """Evaluation gets as far as the operating point, and has saved it, with a test fold that nothing can be asked of."""
+  shutil.copytree(runs['seg'] / 'checkpoints', tmp_path / 'checkpoints')
+  original = datasets.load
+  hidden = lambda *args: dataclasses.replace(original(*args), test=Untouchable())
+  monkeypatch.setattr(datasets, 'load', hidden)
+  with pytest.raises(AssertionError, match='the test fold was looked at'):
+    evaluate.evaluate(tiny(), tmp_path, data_dir)
+  point = operating_point.load(tmp_path)
+  assert point == operating_point.load(runs['seg'])
+  assert point.validation['chosen']['dice'] >= point.validation['half']['dice']
+
+
+def copy_of(run, folder):
+  shutil.copytree(run, folder, ignore=shutil.ignore_patterns('test', 'tensorboard'))
+  return folder
+
+
+def test_patients_trained_on_are_not_tested(runs, data_dir, tmp_path):
+  """Files added to a cohort deal its folds anew: what was trained on lands among those to be tested."""
+  workdir = copy_of(runs['seg'], tmp_path / 'run')
+  split = json.loads((workdir / 'split.json').read_text())
+  dataset = datasets.load(data_dir, 0, SIZE)
+  assert split == dataset.patients()
+  moved = split | {'train': split['train'] + split['test'][:1], 'test': split['test'][1:]}
+  (workdir / 'split.json').write_text(json.dumps(moved))
+  with pytest.raises(
+    UserError, match=rf'1 of the patients to be tested were .* on \(as {split["test"][0]}\): files were'
+  ):
+    evaluate.evaluate(tiny(), workdir, data_dir)
+  assert not (workdir / 'test').exists()
+  with pytest.raises(UserError, match='the patients of its folds have changed since it was begun'):
+    train.train(tiny(), workdir, data_dir)
+
+
+def test_on_another_cohort_the_run_keeps_its_own_operating_point(runs, data_dir, tmp_path):
+  """The same slices, taken for those of other patients: neither their validation fold is looked at, nor is it asked."""
+  workdir = copy_of(runs['seg'], tmp_path / 'run')
+  split = json.loads((workdir / 'split.json').read_text())
+  other = {part: [f'other-{name}' for name in names] for part, names in split.items()}
+  (workdir / 'split.json').write_text(json.dumps(other))
+  before = operating_point.load(workdir)
+  (workdir / 'operating_point.json').write_text(
+    json.dumps(dataclasses.asdict(before) | {'threshold': 0.75, 'bin': 273, 'flips': True})
+  )
+  result = evaluate.evaluate(tiny(), workdir, data_dir)
+  kept = operating_point.load(workdir)
+  assert result['operating_point']['threshold'] == kept.threshold == 0.75
+  assert result['operating_point']['flips'] and kept.flips
+  assert result['brier'] != read(runs['seg'])[1]['brier']  # with flips
+
+
+def test_a_run_of_before_has_no_split_and_no_new_options(runs, data_dir, tmp_path):
+  workdir = copy_of(runs['cls'], tmp_path / 'run')
+  for name in ('split.json', 'operating_point.json'):
+    (workdir / name).unlink()
+  config = json.loads((workdir / 'config.json').read_text())
+  config['evaluate'] = {'num_overlays': 1}
+  del config['data']['lesion_labels']
+  (workdir / 'config.json').write_text(json.dumps(config))
+  result = evaluate.evaluate(run_config.load(workdir), workdir, data_dir)
+  assert result['auc'] == read(runs['cls'])[1]['auc']
+  train.train(tiny(cls), workdir, data_dir)  # finished, and not refused
+
+
+def test_logits_that_are_not_finite_are_an_error(runs, data_dir):
+  config = tiny(cls)
+  task, mesh = tasks.create(config), sharding.create_mesh()
+  _, variables = trained.load_variables(config, task, runs['cls'], mesh)
+  broken = jax.tree.map(lambda x: x * np.nan, variables)
+  split = datasets.load(data_dir, 0, SIZE).test
+  with pytest.raises(UserError, match='the model gives 32 of 32 slices a logit that is not finite'):
+    evaluate.Scorer(task, mesh, 8).table(broken, split)
+
+
+def test_a_target_sensitivity_is_met_on_the_validation_fold(runs, data_dir, tmp_path):
+  shutil.copytree(runs['cls'] / 'checkpoints', tmp_path / 'checkpoints')
+  config = tiny(cls, **{'evaluate.target_sensitivity': 0.9, 'evaluate.fit_temperature': True})
+  result = evaluate.evaluate(config, tmp_path, data_dir)
+  point = operating_point.load(tmp_path)
+  assert point.validation['chosen']['sensitivity'] >= 0.9
+  assert result['operating_point']['chosen_by'] == 'sensitivity of at least 0.9 on the validation fold'
+  assert result['operating_point']['temperature'] == point.temperature != 1
+  before = read(runs['cls'])[1]
+  assert result['auc'] == before['auc'] and result['tp'] == before['tp']  # no ranking changes, nor what 0.5 calls
+
+
+def test_volumes_are_those_of_prediction(runs, raw_dir, tmp_path):
+  """The masks that --mode=predict writes for the test patients, against the released ones, by scikit-learn."""
+  with (runs['seg'] / 'test' / 'volumes.csv').open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  patients = sorted({row['patient'] for row in read(runs['seg'])[0]})
+  assert sorted(row['case'] for row in rows) == patients
+  for row in rows:
+    name = row['case']
+    predict.predict(predictor.load(runs['seg']), raw_dir / f'{name}_ct.nii.gz', tmp_path)
+    scan = ct.read(raw_dir / f'{name}_ct.nii.gz')
+    truth = ct.read_mask(raw_dir / f'{name}_seg.nii.gz', scan)
+    mask = ct.read_mask(tmp_path / f'{name}_ct_mask.nii.gz', scan)
+    if truth.any() or mask.any():
+      assert float(row['dice']) == pytest.approx(sk.f1_score(truth.ravel(), mask.ravel()))
+    assert float(row['predicted_ml']) == pytest.approx(mask.sum() * scan.voxel_ml)
+  assert read(runs['seg'])[1]['volumes']['num_volumes'] == len(rows)
+  assert 'volumes' not in read(runs['cls'])[1]
+
+
+@pytest.mark.slow
+def test_flips_lungs_and_the_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
+  """Scores are the mean of both flips; masks are their own runs' masks, cut to the lungs, without what is too small."""
+  shutil.copytree(runs['seg'], tmp_path / 'run')
+  asked = {f'evaluate.{key}': True for key in ('flips', 'lungs', 'fit_smallest')}
+  config, scans = tiny(**asked), prepare.scans(raw_dir)
+  result = evaluate.evaluate(config, tmp_path / 'run', data_dir, scans)
+  point = operating_point.load(tmp_path / 'run')
+  assert point.flips and point.lungs and len(point.validation['dice_of_volumes']) == len(operating_point.SMALLEST_ML)
+  assert result['operating_point']['smallest_ml'] == point.smallest_ml
+
+  task = tasks.create(config)
+  _, variables = trained.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  test, probabilities = datasets.load(data_dir, 0, SIZE).test, jax.jit(task.probabilities)
+  images = np.stack([test.source[i]['image'] for i in range(len(test))])
+  both = [probabilities(variables, images), probabilities(variables, images[:, :, ::-1])[:, :, ::-1]]
+  scores = np.array([float(row['score']) for row in read(tmp_path / 'run')[0]])
+  np.testing.assert_allclose(scores, np.mean(both, axis=0).max(axis=(1, 2)), atol=2e-5)
+  assert np.abs(scores - both[0].max(axis=(1, 2))).max() > 1e-4
+
+  # A threshold under which much is marked, so that there is something to take away.
+  whole = predictor.load(tmp_path / 'run', threshold=float(np.median(both[0])), lungs=False, smallest_ml=0)
+  (name,) = list(scans)[:1]
+  scan, _ = scans[name]()
+  marked, field = whole(scan).mask, lungs.field(scan)
+  whole.point = whole.point.changed(lungs=True, smallest_ml=20)
+  labels, count = ndimage.label(marked & field, np.ones((3, 3, 3)))
+  sizes = ndimage.sum_labels(np.full(labels.shape, scan.voxel_ml), labels, np.arange(1, count + 1))
+  kept = np.isin(labels, 1 + np.flatnonzero(sizes >= 20))
+  assert marked.sum() > (marked & field).sum() > kept.sum() > 0
+  np.testing.assert_array_equal(whole(scan).mask, kept)
+
+
+def test_the_smallest_lesion_wants_scans(runs, data_dir):
+  evaluate.check_scans(tiny(), None)
+  for scans in (None, {}):
+    with pytest.raises(UserError, match=r'evaluate.fit_smallest: needs the scans and masks as released'):
+      evaluate.check_scans(tiny(**{'evaluate.fit_smallest': True}), scans)
+
+
+def test_pictures(runs):
+  charts = {'confusion_matrix.png', 'roc.png', 'precision_recall.png', 'calibration.png', 'patients.png'}
+  for workdir in runs.values():
+    names = {path.name for path in (workdir / 'test' / 'figures').iterdir()}
+    assert charts <= names
+    overlays = sorted(names - charts)
+    assert len(overlays) == 2
+    for name in overlays:
+      picture = Image.open(workdir / 'test' / 'figures' / name)
+      # Each pixel of the slice is a square of 12 x 12: two of them beside each other, and room for the text.
+      assert picture.size == (2 * 384 + 8, 384 + 74)
+
+
+def test_overlay_has_the_colours_of_the_paper_and_the_slices_own_pixels(tmp_path):
+  """Fig. 4: blue where lesion was found, green where it was found wrongly, red where it was missed."""
+  rng = np.random.default_rng(0)
+  hu = rng.integers(-1000, 300, (48, 48)).astype(np.int16)
+  mask, predicted = np.zeros((2, 48, 48), bool)
+  mask[:24], predicted[:, :24] = True, True
+  figures.write_overlay(tmp_path / 'a.png', hu, mask, predicted, (-1000, 300), 'hu', 'patient a')
+  picture = np.asarray(Image.open(tmp_path / 'a.png').convert('RGB')).astype(float) / 255
+  image = picture[44 : 44 + 384]
+  blocks = lambda side: image[:, side : side + 384].reshape(48, 8, 48, 8, 3)
+  for side in (0, 392):
+    assert np.ptp(blocks(side), axis=(1, 3)).max() == 0  # nothing is interpolated
+  plain, coloured = (blocks(side)[:, 0, :, 0] for side in (0, 392))
+  grey = ((hu + 1000) / 1300)[..., None]
+  np.testing.assert_allclose(plain, np.broadcast_to(grey, plain.shape), atol=1 / 255)
+  expected = np.broadcast_to(grey, plain.shape).copy()
+  for where, colour in (
+    (mask & predicted, (0.1, 0.35, 1.0)),
+    (~mask & predicted, (0.1, 0.8, 0.2)),
+    (mask & ~predicted, (0.95, 0.1, 0.1)),
+  ):
+    expected[where] = (expected[where] + colour) / 2
+  np.testing.assert_allclose(coloured, expected, atol=1 / 255)
+
+
+def test_telling_slices_take_the_worst_and_the_best_patients_in_turn():
+  table = {
+    'patient': np.array(['well', 'good', 'good', 'middle', 'bad']),
+    'label': np.array([0, 1, 1, 1, 1]),
+    'score': np.array([0.1, 0.9, 0.9, 0.6, 0.2]),
+    'logit': np.zeros(5),
+    'tp_chosen': np.array([0, 5, 9, 5, 1]),
+    'fn_chosen': np.array([0, 0, 0, 5, 8]),
+    'fp_chosen': np.array([0, 1, 0, 0, 0]),
+    'tn_chosen': np.array([9, 0, 0, 0, 0]),
+    'reliability': np.zeros((5, 3, 20)),
+    'squared_error': np.zeros(5),
+  }
+  assert figures.telling_slices(table, 9) == [4, 2, 3, 0]
+  assert figures.telling_slices(table, 2) == [4, 2]
+
+
+def test_nothing_of_an_earlier_evaluation_stays(runs, data_dir, tmp_path):
+  """Pictures and volumes of other slices and scans, beside new numbers, would be taken for theirs."""
+  shutil.copytree(runs['cls'] / 'checkpoints', tmp_path / 'checkpoints')
+  old = [
+    tmp_path / 'test' / name for name in ('figures/other_003.png', 'volumes.csv', 'report.html', 'against-a-b.json')
+  ]
+  old[0].parent.mkdir(parents=True)
+  for path in old:
+    path.write_text('old')
+  evaluate.evaluate(tiny(cls), tmp_path, data_dir)
+  assert not any(path.exists() for path in old)
+  assert (tmp_path / 'test' / 'metrics.json').exists()
+
+
+def test_a_missing_or_damaged_table_is_one_line(runs, tmp_path):
+  with pytest.raises(UserError, match=r'table.npz: missing; evaluate the run with --mode=evaluate'):
+    results.read_table(tmp_path)
+  (tmp_path / 'test').mkdir()
+  whole = (runs['cls'] / 'test' / results.TABLE).read_bytes()
+  other = io.BytesIO()
+  np.savez(other, patient=np.array(['a']))
+  for content in (b'', whole[:200], whole[: len(whole) // 2], b'no archive', other.getvalue()):
+    (tmp_path / 'test' / results.TABLE).write_bytes(content)
+    with pytest.raises(UserError, match=r'table.npz: damaged, or of another version .* make it anew'):
+      results.read_table(tmp_path)
