@@ -22,7 +22,7 @@ import tqdm
 from absl import flags
 from ml_collections import config_flags
 
-from fusa_jax.system import exits, memory, program
+from fusa_jax.system import exits, hosts, memory, meshes, program
 from fusa_jax.system.errors import UserError
 
 # Where configs/ and data/ lie, too: the repository, or a folder of its own in site-packages.
@@ -78,19 +78,18 @@ def main(_):
   if _MODE.value in ALONE:
     ALONE[_MODE.value]()
     return
-  from fusa_jax.system import sharding
 
-  sharding.connect(
+  hosts.connect(
     _COORDINATOR.value,
     _NUM_PROCESSES.value,
     _PROCESS_ID.value,
     connect_timeout=_CONNECT_TIMEOUT.value,
     heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
   )
-  if not sharding.is_main():
+  if not hosts.is_main():
     logging.getLogger().setLevel(logging.WARNING)
   TOGETHER[_MODE.value]()
-  sharding.disconnect()
+  hosts.disconnect()
 
 
 def check_flags() -> None:
@@ -143,10 +142,9 @@ def write_report(config, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
   """The page of a run that has just been evaluated."""
   from configs import command
   from fusa_jax.runs import report
-  from fusa_jax.system import sharding
   from fusa_jax.training import cross_validation, datasets
 
-  if not sharding.is_main():
+  if not hosts.is_main():
     return
   for run, one in cross_validation.runs(config, workdir, data_dir).items() if config.data.fold == 'all' else ():
     report.write(run, datasets.card(data_dir, one.data.fold), command.command(one))
@@ -157,13 +155,12 @@ def write_report(config, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
 def predict() -> None:
   """--mode=predict: masks and numbers of new scans."""
   from fusa_jax.inference import predict, predictor
-  from fusa_jax.system import sharding
 
   use_compilation_cache()
   folders, source, output = workdirs(), path_flag(_INPUT), path_flag(_OUTPUT)
   run = predictor.load(
     folders,
-    sharding.create_mesh(**_CONFIG.value.mesh) if _CONFIG.value is not None else None,
+    meshes.create_mesh(**_CONFIG.value.mesh) if _CONFIG.value is not None else None,
     **asked_point(),
   )
   predict.predict(run, source, output, _PROBABILITIES.value, _DICOM.value)
@@ -268,7 +265,6 @@ def file_and_preset() -> tuple[str, str]:
 
 def resolve_config():
   """As named_config; without any data named, the demo, and says so."""
-  from fusa_jax.system import sharding
 
   config, name = named_config()
   if not names_data(config):
@@ -278,7 +274,7 @@ def resolve_config():
     config = load_config(path, preset)
     config.update_from_flattened_dict(overrides)
     name = f'{pathlib.Path(path).stem}-{preset}'
-    if sharding.is_main():
+    if hosts.is_main():
       typed = 'python launch.py' if sys.argv[0].endswith('.py') else 'fusa-jax'
       shown = config_flags.get_config_filename(flags.FLAGS['config']).removeprefix(f'{HOME}/')
       print(
@@ -306,7 +302,6 @@ def load_config(path: str, preset: str):
 
 def prepared(config) -> pathlib.Path:
   """The folder of the prepared dataset, after process 0 has prepared it where that was still to be done."""
-  from fusa_jax.system import sharding
 
   data = config.data
   if data.dir and not data.raw_dir:
@@ -319,7 +314,7 @@ def prepared(config) -> pathlib.Path:
       return str(prepare.prepare(data.raw_dir, data.dir, data.image_size, tqdm.tqdm, wanted(data)))
     return str(prepare.prepare_phantom(data.dir, data.image_size, progress=tqdm.tqdm, **data.phantom))
 
-  return pathlib.Path(sharding.on_main(prepare_data))
+  return pathlib.Path(hosts.on_main(prepare_data))
 
 
 def wanted(data):

@@ -12,7 +12,7 @@ import time
 import jax
 from absl import app, flags
 
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 from fusa_jax.training import datasets, input_pipeline
 
 
@@ -29,7 +29,7 @@ def rate(data_dir: str | pathlib.Path, image_size: int, batch_size: int, steps: 
   dataset = datasets.load(data_dir, fold=0, image_size=image_size)
   batches = input_pipeline.train_batches(
     dataset.train,
-    sharding.create_mesh(),
+    meshes.create_mesh(),
     batch_size=batch_size,
     seed=0,
     first_step=0,

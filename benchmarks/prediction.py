@@ -29,7 +29,7 @@ from fusa_jax.inference import export, predict, trained
 from fusa_jax.inference.predictor import Predictor, load
 from fusa_jax.runs import checkpoint, run_config
 from fusa_jax.scans import ct, sources
-from fusa_jax.system import provenance, sharding
+from fusa_jax.system import meshes, provenance
 from fusa_jax.training import train
 
 _INPUT = flags.DEFINE_string('input', None, 'a folder of scans in HU, instead of phantoms')
@@ -53,7 +53,7 @@ def make_run(workdir: pathlib.Path):
   config.data.image_size, config.train.batch_size = _IMAGE_SIZE.value, _BATCH_SIZE.value
   run_config.save(workdir, config)
   optimizer, _ = train.make_optimizer(config)
-  state = train.compile_init(tasks.create(config), optimizer, config, sharding.replicated(sharding.create_mesh()))()
+  state = train.compile_init(tasks.create(config), optimizer, config, meshes.replicated(meshes.create_mesh()))()
   with checkpoint.Checkpoints(workdir) as checkpoints:
     checkpoints.save(0, state.variables, state.opt_state, None)
   return run_config.load(workdir)
@@ -65,9 +65,9 @@ def make_bundle(workdir: pathlib.Path) -> pathlib.Path:
   began = time.perf_counter()
   export.write([workdir], folder)
   exported = time.perf_counter()
-  trained.load([workdir], sharding.create_mesh())
+  trained.load([workdir], meshes.create_mesh())
   loaded = time.perf_counter()
-  export.load(folder, sharding.create_mesh())
+  export.load(folder, meshes.create_mesh())
   sizes = ', '.join(f'{path.name} {path.stat().st_size / 1e6:.3f} MB' for path in sorted(folder.iterdir()))
   print(
     f'exported in {exported - began:.1f} s: {sizes}; loading the run {loaded - exported:.1f} s, the bundle '

@@ -17,7 +17,7 @@ from benchmarks import model_table
 from configs import cls, seg
 from fusa_jax import models, tasks, torch_weights
 from fusa_jax.runs import checkpoint
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import train
 
@@ -101,14 +101,14 @@ class Workload:
   def lower_infer(self) -> jax.stages.Lowered:
     """Slices -> probabilities."""
     size, count = self.config.data.image_size, self.config.train.batch_size
-    slices = jax.ShapeDtypeStruct((count, size, size), np.int16, sharding=sharding.batched(self.mesh, 3))
+    slices = jax.ShapeDtypeStruct((count, size, size), np.int16, sharding=meshes.batched(self.mesh, 3))
     return jax.jit(self.task.probabilities).lower(self.like.variables, slices)
 
 
 def create(config: ml_collections.ConfigDict, **changes) -> Workload:
   """The workload of a config; `changes` are of the model's attributes, as `attention=None`."""
-  mesh = sharding.create_mesh(1, 1, jax.devices()[:1])
-  everywhere = sharding.replicated(mesh)
+  mesh = meshes.create_mesh(1, 1, jax.devices()[:1])
+  everywhere = meshes.replicated(mesh)
   task = tasks.create(config)
   task = dataclasses.replace(task, model=task.model.clone(**changes))
   optimizer, _ = train.make_optimizer(config)
@@ -124,7 +124,7 @@ class Running:
     batch = batch_of(work.config.data.image_size, work.config.train.batch_size)
     self._work = work
     self._step = work.lower_step().compile()
-    self._batch = {key: jax.device_put(value, sharding.batched(work.mesh, value.ndim)) for key, value in batch.items()}
+    self._batch = {key: jax.device_put(value, meshes.batched(work.mesh, value.ndim)) for key, value in batch.items()}
     self._state, self._out = work.init(), None
     if weights is not None:
       self._state = self._state.replace(variables=torch_weights.overlay(self._state.variables, weights))

@@ -20,6 +20,7 @@ import pytest
 from configs import cls, seg
 from data import prepare, workers
 from data.cohorts import phantom
+from fusa_jax.system import meshes
 
 SIZE, SLICES, PATIENTS = 32, 16, 10
 
@@ -92,12 +93,11 @@ def final_state(config, workdir):
   """(step, items) of a run's latest checkpoint, on the host."""
   from fusa_jax import tasks
   from fusa_jax.runs import checkpoint
-  from fusa_jax.system import sharding
   from fusa_jax.training import train
 
   task = tasks.create(config)
   optimizer, _ = train.make_optimizer(config)
-  everywhere = sharding.replicated(sharding.create_mesh())
+  everywhere = meshes.replicated(meshes.create_mesh())
   like = checkpoint.shapes(jax.eval_shape(train.compile_init(task, optimizer, config, everywhere)), everywhere)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     step = checkpoints.latest()

@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 from fusa_jax import FUSA
 from fusa_jax.chips import tpu
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 
 SHAPES = {'2d': (2, 5, 7, 6), '3d': (2, 3, 4, 5, 6), '1d': (2, 9, 6)}
 
@@ -170,11 +170,11 @@ def on_mesh(data, space, literal, shape):
   run = jax.value_and_grad(lambda v, x: (module.apply(v, x) * weight).sum(), (0, 1))
   if not data:
     return *jax.jit(run)(variables, x), []
-  mesh = sharding.create_mesh(data, space)
-  variables = jax.device_put(variables, sharding.replicated(mesh))
-  x, weight = (jax.device_put(a, sharding.batched(mesh, a.ndim)) for a in (x, weight))
+  mesh = meshes.create_mesh(data, space)
+  variables = jax.device_put(variables, meshes.replicated(mesh))
+  x, weight = (jax.device_put(a, meshes.batched(mesh, a.ndim)) for a in (x, weight))
   with jax.set_mesh(mesh):
-    placed = (sharding.replicated(mesh), (sharding.replicated(mesh), sharding.batched(mesh, x.ndim)))
+    placed = (meshes.replicated(mesh), (meshes.replicated(mesh), meshes.batched(mesh, x.ndim)))
     compiled = jax.jit(run, out_shardings=placed).lower(variables, x).compile()
     return *compiled(variables, x), tpu.collectives(compiled.as_text(), mesh.size)
 

@@ -7,9 +7,9 @@ import re
 import signal
 import time
 
-import hosts
 import numpy as np
 import pytest
+import several_hosts
 
 from fusa_jax.runs import checkpoint
 
@@ -18,7 +18,7 @@ STEPS, EVERY = 24, 2
 
 def command(data_dir, workdir, **overrides):
   settings = {'data.dir': data_dir, 'train.steps': STEPS, 'train.evaluate_every': EVERY} | overrides
-  return [*hosts.TINY, *(f'--config.{key}={value}' for key, value in settings.items()), f'--workdir={workdir}']
+  return [*several_hosts.TINY, *(f'--config.{key}={value}' for key, value in settings.items()), f'--workdir={workdir}']
 
 
 def run(arguments, folder, devices=1, timeout=300, **environment) -> tuple[int, str]:
@@ -26,7 +26,7 @@ def run(arguments, folder, devices=1, timeout=300, **environment) -> tuple[int, 
   folder.mkdir(parents=True, exist_ok=True)
   log = folder / 'log'
   log.unlink(missing_ok=True)
-  process = hosts.start(arguments, devices, log, folder / 'notes', **environment)
+  process = several_hosts.start(arguments, devices, log, folder / 'notes', **environment)
   try:
     return process.wait(timeout), log.read_text()
   finally:
@@ -65,7 +65,7 @@ def losses(workdir) -> list[tuple[int, float]]:
 
 def killed(arguments, folder, devices, until, after=0.0, **environment) -> None:
   """Starts the run and kills it, as the power does, so many seconds after `until()`."""
-  process = hosts.start(arguments, devices, folder / 'log', folder / 'notes', **environment)
+  process = several_hosts.start(arguments, devices, folder / 'log', folder / 'notes', **environment)
   try:
     began = time.monotonic()
     while process.poll() is None and time.monotonic() < began + 120 and not until():
@@ -140,7 +140,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(data_dir, tmp_path):
   """Sent while it trains, between two evaluations: the step that it had reached is saved, and nothing half-written."""
   workdir = tmp_path / 'run'
   arguments = command(data_dir, workdir, **{'train.steps': 1000, 'train.evaluate_every': 500})
-  process = hosts.start(arguments, 1, tmp_path / 'log', tmp_path / 'notes')
+  process = several_hosts.start(arguments, 1, tmp_path / 'log', tmp_path / 'notes')
   wait_until(lambda: (log := workdir / 'log.jsonl').exists() and last_step(log) >= 3, process)
   process.send_signal(signal.SIGTERM)
   assert process.wait(60) == 143
@@ -151,7 +151,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(data_dir, tmp_path):
   assert 'Traceback' not in printed
   assert last_step(workdir / 'log.jsonl') == step
   assert not half_saved(workdir)
-  process = hosts.start(arguments, 1, tmp_path / 'second', tmp_path / 'notes')
+  process = several_hosts.start(arguments, 1, tmp_path / 'second', tmp_path / 'notes')
   wait_until(lambda: 'resuming' in (tmp_path / 'second').read_text(), process)
   process.kill()
   process.wait()
@@ -168,8 +168,8 @@ def wait_until(condition, process, seconds=120):
 @pytest.mark.slow
 def test_sigterm_before_training_leaves_nothing_behind(raw_dir, tmp_path):
   """Sent while it starts: it ends at once, and says so."""
-  arguments = [*hosts.TINY, f'--config.data.raw_dir={raw_dir}', f'--config.data.dir={tmp_path / "prepared"}']
-  process = hosts.start([*arguments, f'--workdir={tmp_path / "run"}'], 1, tmp_path / 'log', tmp_path / 'notes')
+  arguments = [*several_hosts.TINY, f'--config.data.raw_dir={raw_dir}', f'--config.data.dir={tmp_path / "prepared"}']
+  process = several_hosts.start([*arguments, f'--workdir={tmp_path / "run"}'], 1, tmp_path / 'log', tmp_path / 'notes')
   wait_until(lambda: 'Checking scans' in (tmp_path / 'log').read_text(), process)
   process.send_signal(signal.SIGTERM)
   assert process.wait(60) == 143
@@ -201,7 +201,7 @@ def test_a_full_disk_ends_the_run_in_one_line(data_dir, tmp_path):
   """The system refuses files of more than 200 kB, which a checkpoint needs. Exit code 2, the reason, no traceback."""
   settings = {'train.steps': 1000, 'train.evaluate_every': 500, 'model.width': 32}
   arguments = command(data_dir, tmp_path / 'run', **settings)
-  process = hosts.start(arguments, 1, tmp_path / 'log', tmp_path / 'notes', FILE_LIMIT='200000')
+  process = several_hosts.start(arguments, 1, tmp_path / 'log', tmp_path / 'notes', FILE_LIMIT='200000')
   wait_until(lambda: (log := tmp_path / 'run' / 'log.jsonl').exists() and last_step(log) >= 2, process)
   process.send_signal(signal.SIGTERM)  # it saves now
   assert process.wait(60) == 2

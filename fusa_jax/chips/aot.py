@@ -19,7 +19,7 @@ import ml_collections
 from fusa_jax import tasks
 from fusa_jax.chips import tpu
 from fusa_jax.runs import checkpoint
-from fusa_jax.system import provenance, sharding
+from fusa_jax.system import meshes, provenance
 from fusa_jax.system.errors import DoesNotFitError
 from fusa_jax.system.files import replacing, write_json
 from fusa_jax.training import train
@@ -43,12 +43,12 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
   config = config.copy_and_resolve_references()
   if config.model.dtype == 'auto':
     config.model.dtype = 'bfloat16'  # as on the chip
-  mesh = sharding.create_mesh(config.mesh.data, config.mesh.space, topology.devices())
-  sharding.check_divides(mesh, config.train.batch_size, config.data.image_size)
+  mesh = meshes.create_mesh(config.mesh.data, config.mesh.space, topology.devices())
+  meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
   task = tasks.create(config)
   optimizer, _ = train.make_optimizer(config)
   init = train.compile_init(task, optimizer, config, None)
-  like = checkpoint.shapes(jax.eval_shape(init), sharding.replicated(mesh))
+  like = checkpoint.shapes(jax.eval_shape(init), meshes.replicated(mesh))
   lowered = train.lower_step(task, optimizer, config, mesh, like)
   began = time.perf_counter()
   try:

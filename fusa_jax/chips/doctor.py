@@ -18,7 +18,7 @@ import ml_collections
 from packaging.requirements import Requirement
 
 from fusa_jax.scans import decoder
-from fusa_jax.system import provenance
+from fusa_jax.system import meshes, provenance
 from fusa_jax.system.errors import UserError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -170,7 +170,6 @@ def self_check(config: ml_collections.ConfigDict):
   import numpy as np
 
   from fusa_jax import FUSA, models, tasks
-  from fusa_jax.system import sharding
   from fusa_jax.training import train
 
   began, options = time.perf_counter(), train.options_to_run_once()
@@ -191,8 +190,8 @@ def self_check(config: ml_collections.ConfigDict):
   yield f'FUSA, factored and literal: values and gradients {apart:.1e} apart, relative to the largest', problem
 
   config = ml_collections.ConfigDict(config.to_dict())
-  mesh = sharding.create_mesh()
-  size, count = 32, sharding.fitting_batch(mesh, 4)
+  mesh = meshes.create_mesh()
+  size, count = 32, meshes.fitting_batch(mesh, 4)
   config.data.image_size = size
   config.augment.update(crop_probability=0.0, flip=False, hu_shift=0.0, hu_scale=0.0)
   config.train.update(steps=3, warmup_steps=0, batch_size=count, learning_rate=0.01)
@@ -205,13 +204,13 @@ def self_check(config: ml_collections.ConfigDict):
   draw = lambda leaf: np.random.default_rng(0).normal(0, 0.1, leaf.shape).astype(leaf.dtype)
   zeros = lambda leaf: np.zeros(leaf.shape, leaf.dtype)
   state = train.TrainState(zeros(like.step), jax.tree.map(draw, like.variables), jax.tree.map(zeros, like.opt_state))
-  state = jax.device_put(state, sharding.replicated(mesh))
+  state = jax.device_put(state, meshes.replicated(mesh))
   # Soft tissue, with a square of a lesion's HU in lung.
   image, mask = np.full((count, size, size), 40, np.int16), np.zeros((count, size, size), np.uint8)
   image[:, 4:28, 4:28], image[:, 8:16, 8:16], mask[:, 8:16, 8:16] = -850, -300, 1
   rows = {'image': image, 'mask': mask, 'label': np.ones(count, np.int32), 'index': np.arange(count, dtype=np.int32)}
-  local = sharding.local_rows(mesh, count)
-  batch = {name: sharding.to_devices(mesh, count, local, value[local]) for name, value in rows.items()}
+  local = meshes.local_rows(mesh, count)
+  batch = {name: meshes.to_devices(mesh, count, local, value[local]) for name, value in rows.items()}
   losses = []
   for _ in range(config.train.steps):
     state, scalars = step(state, batch)

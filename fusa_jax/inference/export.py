@@ -24,7 +24,7 @@ from fusa_jax.inference import trained
 from fusa_jax.measures import statistics
 from fusa_jax.runs import operating_point, results, run_config
 from fusa_jax.scans import ct
-from fusa_jax.system import pages, provenance, sharding
+from fusa_jax.system import meshes, pages, provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import new_folder, sha256, write_json
 from fusa_jax.tasks import window
@@ -67,7 +67,7 @@ def write(
   for workdir in workdirs:
     if is_bundle(workdir):
       raise UserError(f'--workdir: {workdir} is a bundle already; copy it, or export the run it was made of')
-  networks, point = trained.load_networks(workdirs, sharding.create_mesh(), flips, lungs)
+  networks, point = trained.load_networks(workdirs, meshes.create_mesh(), flips, lungs)
   model = trained.create(networks, point.flips)
   point = point.asked(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
   exported = program(networks, point.flips)
@@ -259,7 +259,7 @@ def load(folder: pathlib.Path, mesh, flips: bool | None = None) -> tuple[trained
   exported = _program(folder / _PROGRAM, content[_PROGRAM], about)
   model = trained.Model(
     function=exported.call,
-    variables=jax.device_put(safetensors.numpy.load(content[_WEIGHTS]), sharding.replicated(mesh)),
+    variables=jax.device_put(safetensors.numpy.load(content[_WEIGHTS]), meshes.replicated(mesh)),
     **{key: about[key] for key in _OF_MODEL},
   )
   return model, point

@@ -16,7 +16,7 @@ import tqdm
 from fusa_jax.inference.predictor import Predictor
 from fusa_jax.scans import ct, dicom, dicom_seg, pictures, sources
 from fusa_jax.scans.archives import unpacking
-from fusa_jax.system import sharding
+from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import write_json
 
@@ -86,7 +86,7 @@ def _predict(run, paths, output, probabilities, as_dicom):
   def write_part(read_and_computed):
     part, images, found = read_and_computed
     of_each = found if sources.is_picture(part[0]) else [found]
-    if sharding.is_main():
+    if hosts.is_main():
       for path, image, probability in zip(part, images, of_each, strict=True):
         _write(output, path, image, run.result(image, probability), probabilities, as_dicom)
     return len(part)
@@ -95,7 +95,7 @@ def _predict(run, paths, output, probabilities, as_dicom):
   with futures.ThreadPoolExecutor(1) as writer, _readers() as reader:
     parts_read = _overlapping(reader, read_part, parts, _AHEAD + 1)
     computed = ((part, images, run.probabilities(prepared)) for part, images, prepared in parts_read)
-    with tqdm.tqdm(total=len(paths), desc='Predicting', disable=len(paths) == 1 or not sharding.is_main()) as bar:
+    with tqdm.tqdm(total=len(paths), desc='Predicting', disable=len(paths) == 1 or not hosts.is_main()) as bar:
       for count in _overlapping(writer, write_part, computed, 1):
         bar.update(count)
 

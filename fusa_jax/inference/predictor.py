@@ -11,7 +11,7 @@ from fusa_jax.inference import export, postprocessing, trained
 from fusa_jax.runs import operating_point
 from fusa_jax.scans import ct, sources
 from fusa_jax.scans.archives import unpacking
-from fusa_jax.system import sharding
+from fusa_jax.system import hosts, meshes
 from fusa_jax.system.errors import UserError
 
 # Signs of canonical axes (column, row, slice) in NIfTI's world: to the left, the back and the head.
@@ -42,7 +42,7 @@ def load(
     UserError: as `trained.load`, `export.load` and `OperatingPoint.asked`; a bundle among several; a mesh that cannot
       share the run's images.
   """
-  mesh = mesh or sharding.create_mesh()
+  mesh = mesh or meshes.create_mesh()
   folders = [workdir] if isinstance(workdir, (str, pathlib.Path)) else workdir
   folders = [pathlib.Path(folder) for folder in folders]
   bundles = [folder for folder in folders if export.is_bundle(folder)]
@@ -79,10 +79,10 @@ class Predictor:
 
   def __init__(self, model: trained.Model, point: operating_point.OperatingPoint, mesh):
     self.model, self.point, self._mesh = model, point, mesh
-    self._batch_size = sharding.fitting_batch(mesh, model.batch_size)
-    sharding.check_divides(mesh, self._batch_size, model.image_size)
-    run = jax.jit(model.function, out_shardings=sharding.replicated(mesh))
-    self._probabilities = sharding.compiled_together(run)
+    self._batch_size = meshes.fitting_batch(mesh, model.batch_size)
+    meshes.check_divides(mesh, self._batch_size, model.image_size)
+    run = jax.jit(model.function, out_shardings=meshes.replicated(mesh))
+    self._probabilities = hosts.compiled_together(run)
 
   def __call__(
     self, image: str | pathlib.Path | ct.Scan | np.ndarray, spacing: Sequence[float] | None = None
@@ -132,12 +132,12 @@ class Predictor:
   def probabilities(self, images: np.ndarray) -> np.ndarray:
     """Of what `prepare` gives: float32 [S], or [S, size, size]. All processes of a run call it in the same order."""
     size, out = self._batch_size, []
-    rows = sharding.local_rows(self._mesh, size)
+    rows = meshes.local_rows(self._mesh, size)
     for start in range(0, len(images), size):
       part = images[start : start + size]
       batch = np.zeros((size, *part.shape[1:]), part.dtype)
       batch[: len(part)] = part
-      put = sharding.to_devices(self._mesh, size, rows, batch[rows])
+      put = meshes.to_devices(self._mesh, size, rows, batch[rows])
       out.append(self._probabilities(self.model.variables, put))
       if len(out) > 1:  # fetched while the devices work on the next batch
         out[-2] = np.asarray(out[-2])

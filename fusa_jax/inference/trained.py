@@ -14,7 +14,7 @@ import numpy as np
 
 from fusa_jax import tasks
 from fusa_jax.runs import checkpoint, operating_point, results, run_config
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 
 
@@ -136,7 +136,7 @@ def load_variables(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tup
     UserError: the run has no checkpoint.
   """
   init = lambda: task.init(jax.random.key(0), config.data.image_size)
-  like = checkpoint.shapes(jax.eval_shape(init), sharding.replicated(mesh))
+  like = checkpoint.shapes(jax.eval_shape(init), meshes.replicated(mesh))
   with checkpoint.Checkpoints(workdir) as checkpoints:
     step = checkpoints.best()
     return step, checkpoints.restore(step, variables=like)['variables']

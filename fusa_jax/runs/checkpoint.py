@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from fusa_jax.system import sharding
+from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
 
 _DIGESTS = 'sha256.json'
@@ -44,7 +44,7 @@ class Checkpoints:
     """
     self._folder = (pathlib.Path(workdir) / 'checkpoints').absolute()
     # One process looks, so that all go on from the same step.
-    found = sharding.on_main(lambda: _survey(self._folder))
+    found = hosts.on_main(lambda: _survey(self._folder))
     self._scores = {int(step): score for step, score in found['intact'].items()}
     self._damaged = {int(step): reason for step, reason in found['damaged'].items()}
     self._manager = None
@@ -110,7 +110,7 @@ class Checkpoints:
 
   def _open(self):
     """Orbax's manager, after what it must not see is out of its way."""
-    sharding.on_main(self._set_aside)
+    hosts.on_main(self._set_aside)
     best = BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
     # All of the state is on every host: process 0 writes it, as it writes all else, instead of a part by each.
     writer = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
@@ -193,7 +193,7 @@ def _damage(checkpoint: pathlib.Path) -> str | None:
 
 def _write_digests(folder: pathlib.Path) -> None:
   """Into the checkpoint that is being written in `folder`, which has a temporary name still."""
-  if not sharding.is_main():
+  if not hosts.is_main():
     return
   (partial,) = folder.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}*')
   # The files beside the items are Orbax's own notes of the save, and still change; nothing is read from them.

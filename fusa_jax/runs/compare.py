@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fusa_jax import tasks
 from fusa_jax.measures import metrics, statistics
 from fusa_jax.runs import results, run_config
-from fusa_jax import tasks
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import write_json
 

@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from fusa_jax.system import sharding
+from fusa_jax.system import hosts
 from fusa_jax.system.files import replacing, writing
 
 
@@ -12,7 +12,7 @@ class MetricLog:
 
   def __init__(self, workdir: pathlib.Path, step: int):
     self._file = None
-    if not sharding.is_main():
+    if not hosts.is_main():
       return
     self._path = pathlib.Path(workdir) / 'log.jsonl'
     if self._path.exists():

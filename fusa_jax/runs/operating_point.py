@@ -13,9 +13,9 @@ import numpy as np
 from scipy import optimize, special
 
 from fusa_jax.measures import histogram, metrics
+from fusa_jax.measures.statistics import defined, ratio
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import write_json
-from fusa_jax.measures.statistics import defined, ratio
 
 FILE = 'operating_point.json'
 # Round numbers, so that a validation fold of a few patients does not decide on a digit. 2 mL is a ball of 16 mm: what

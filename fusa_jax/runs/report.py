@@ -11,10 +11,10 @@ import pathlib
 import jax
 from PIL import Image
 
-from fusa_jax.runs import figures, operating_point, results, run_config
-from fusa_jax.measures import metrics
-from fusa_jax.system import pages
 from fusa_jax import tasks
+from fusa_jax.measures import metrics
+from fusa_jax.runs import figures, operating_point, results, run_config
+from fusa_jax.system import pages
 from fusa_jax.tasks import window
 
 _OVERLAYS = 6

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import numpy as np
 
-from fusa_jax.runs import figures
 from fusa_jax.measures import metrics, statistics
+from fusa_jax.runs import figures
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing, write_csv, write_json, writing
 

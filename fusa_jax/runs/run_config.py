@@ -5,7 +5,7 @@ import pathlib
 
 import ml_collections
 
-from fusa_jax.system import sharding
+from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import write_json
 
@@ -22,8 +22,8 @@ def save(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     UserError: the workdir holds a run whose result this config would change (the keys are named); it cannot be written;
       another process does not see it.
   """
-  sharding.on_main(lambda: _save(workdir, config))
-  if not sharding.is_main() and not (workdir / 'config.json').is_file():
+  hosts.on_main(lambda: _save(workdir, config))
+  if not hosts.is_main() and not (workdir / 'config.json').is_file():
     raise UserError(f'--workdir: {workdir} is not what process 0 sees there; name a folder that all hosts share')
 
 
@@ -59,7 +59,7 @@ def save_split(workdir: pathlib.Path, split: dict[str, list[str]]) -> None:
     UserError: the run was begun on other patients: files were added to the cohort, or taken out, and the folds dealt
       anew.
   """
-  sharding.on_main(lambda: _save_split(workdir, split))
+  hosts.on_main(lambda: _save_split(workdir, split))
 
 
 def _save_split(workdir, split):

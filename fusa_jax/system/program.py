@@ -19,26 +19,26 @@ def start(main: Callable, parse_flags: Callable) -> None:
   """
 
   def run(argv):
-    from fusa_jax.system import sharding
+    from fusa_jax.system import hosts
 
     signal.signal(signal.SIGTERM, _terminate)
     try:
       main(argv)
     except (UserError, DoesNotFitError) as error:
       code = 2 if isinstance(error, UserError) else 3
-      sharding.fail_together(str(error), code)
+      hosts.fail_together(str(error), code)
       exits.fail(error, code)
     except Terminated as stop:
       print(f'\nstopped {stop}; the same command goes on from the last checkpoint', file=sys.stderr)
-      sharding.disconnect()
+      hosts.disconnect()
       exits.leave(143)
     except KeyboardInterrupt:
       print('\ninterrupted; the same command goes on from the last checkpoint', file=sys.stderr)
-      sharding.fail_together('interrupted', 130)
+      hosts.fail_together('interrupted', 130)
       exits.leave(130)
     except Exception as error:
       traceback.print_exc()
-      sharding.fail_together(f'{type(error).__name__}: {error}', 1)
+      hosts.fail_together(f'{type(error).__name__}: {error}', 1)
       exits.leave(1)
 
   app.run(run, flags_parser=parse_flags)

@@ -12,7 +12,7 @@ import numpy as np
 from fusa_jax import tasks
 from fusa_jax.measures import score
 from fusa_jax.runs import operating_point, results, run_config
-from fusa_jax.system import sharding
+from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, evaluate, train
 
@@ -30,12 +30,12 @@ def cross_validate(
   """
   run_config.save(workdir, config)
   for run, one in runs(config, workdir, data_dir).items():
-    if sharding.on_main(lambda run=run, one=one: is_finished(run, one)):
+    if hosts.on_main(lambda run=run, one=one: is_finished(run, one)):
       run_config.save(run, one)  # refuses a run of another config
       continue
     logging.info('fold %d', one.data.fold)
     # Until it is tested as now asked for, what it was tested as before is not its test.
-    sharding.on_main(lambda run=run: results.clear(run / 'test'))
+    hosts.on_main(lambda run=run: results.clear(run / 'test'))
     train.train(one, run, data_dir)
     evaluate.evaluate(one, run, data_dir, scans)
   return pool(config, workdir, data_dir)
@@ -71,7 +71,7 @@ def pool(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pat
   Each slice counts at the operating point of its own fold's run. AUC ranks the scores of different models together. The
   folds' own numbers stand beside the pooled ones, with their spread.
   """
-  return sharding.on_main(lambda: _pool(config, workdir, data_dir))
+  return hosts.on_main(lambda: _pool(config, workdir, data_dir))
 
 
 def _pool(config, workdir, data_dir):

@@ -15,7 +15,7 @@ from fusa_jax.inference import postprocessing, predictor, trained
 from fusa_jax.measures import histogram, score
 from fusa_jax.runs import figures, operating_point, results, run_config
 from fusa_jax.scans import ct
-from fusa_jax.system import provenance, sharding
+from fusa_jax.system import hosts, meshes, provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import window
 from fusa_jax.training import datasets, input_pipeline
@@ -25,7 +25,7 @@ class Scorer:
   """Scores the slices of a split on a mesh, in batches of any size; compiled once."""
 
   def __init__(self, task: tasks.Task, mesh: jax.sharding.Mesh, batch_size: int, flips: bool = False):
-    self._mesh, self._batch_size = mesh, sharding.fitting_batch(mesh, batch_size)
+    self._mesh, self._batch_size = mesh, meshes.fitting_batch(mesh, batch_size)
 
     def run(variables, batch, temperature):
       logits = task.logits(variables, batch['image'], flips)
@@ -35,7 +35,7 @@ class Scorer:
       return counts | {'score': score, 'logit': highest, 'index': batch['index']}
 
     # Every host gets every row: a few thousand numbers each.
-    self._run = sharding.compiled_together(jax.jit(run, out_shardings=sharding.replicated(mesh)))
+    self._run = hosts.compiled_together(jax.jit(run, out_shardings=meshes.replicated(mesh)))
 
   def table(
     self, variables: dict, split: datasets.Split, temperature: float = 1.0, progress: bool = False
@@ -48,7 +48,7 @@ class Scorer:
     columns, seen = {}, np.zeros(len(split), np.int64)
     steps = math.ceil(len(split) / self._batch_size)
     batches = input_pipeline.test_batches(split, self._mesh, batch_size=self._batch_size)
-    divisor = jax.device_put(np.float32(temperature), sharding.replicated(self._mesh))
+    divisor = jax.device_put(np.float32(temperature), meshes.replicated(self._mesh))
     for batch in tqdm.tqdm(batches, total=steps, desc='Evaluating', unit='batch', disable=not progress, leave=False):
       rows = jax.device_get(self._run(variables, batch, divisor))
       index = rows.pop('index')
@@ -93,9 +93,9 @@ def evaluate(
       tested whom the run was trained or validated on; logits that are not finite.
   """
   operating_point.check(config)
-  mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
-  batch_size = sharding.fitting_batch(mesh, config.train.batch_size)
-  sharding.check_divides(mesh, batch_size, config.data.image_size)
+  mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
+  batch_size = meshes.fitting_batch(mesh, config.train.batch_size)
+  meshes.check_divides(mesh, batch_size, config.data.image_size)
   dataset = datasets.load_for(config, data_dir)
   task = tasks.create(config)
   step, variables = trained.load_variables(config, task, workdir, mesh)
@@ -110,7 +110,7 @@ def evaluate(
   if own:
     if dataset.validation is not None:
       point = operating_point.choose(
-        scorer.table(variables, dataset.validation, progress=sharding.is_main()),
+        scorer.table(variables, dataset.validation, progress=hosts.is_main()),
         step=step,
         score=task.kind.OVERLAP,
         target_sensitivity=config.evaluate.get('target_sensitivity'),
@@ -122,11 +122,11 @@ def evaluate(
       check_scans(config, validated)
       run = _predictor(config, step, variables, point, mesh)
       point = operating_point.choose_smallest(point, [_true_volumes(run, scans[name]) for name in validated])
-    if sharding.is_main():
+    if hosts.is_main():
       point.save(workdir)
 
   # ---- the test fold
-  table = scorer.table(variables, dataset.test, point.temperature, progress=sharding.is_main())
+  table = scorer.table(variables, dataset.test, point.temperature, progress=hosts.is_main())
   chosen = histogram.counts_at(table['histogram'], point.bin)
   table |= {f'{key}_chosen': values for key, values in chosen.items()}
   volumes = None
@@ -146,7 +146,7 @@ def evaluate(
   }
   if volumes:
     result['volumes'] = score.summary(volumes)
-  if sharding.is_main():
+  if hosts.is_main():
     results.clear(workdir / 'test')
     _draw(config, task, variables, dataset, table, point, workdir / 'test' / 'figures')
     results.write(workdir / 'test', table, result, volumes)

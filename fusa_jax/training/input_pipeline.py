@@ -11,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.training.datasets import Split
 
@@ -42,7 +42,7 @@ def train_batches(
   split: Split, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int, first_step: int, last_step: int, balanced: bool
 ) -> Iterator[dict[str, jax.Array]]:
   """The batches of steps first_step .. last_step - 1: image int16 [B, H, W], mask uint8 [B, H, W], label [B]."""
-  rows = sharding.local_rows(mesh, batch_size)
+  rows = meshes.local_rows(mesh, batch_size)
   order = sampled_indices(split.label, seed, balanced)
 
   def indices(number):
@@ -58,7 +58,7 @@ def test_batches(split: Split, mesh: jax.sharding.Mesh, *, batch_size: int) -> I
 
   The last batch is filled up with repeats, whose index is -1: they are computed like the others and then dropped.
   """
-  rows = sharding.local_rows(mesh, batch_size)
+  rows = meshes.local_rows(mesh, batch_size)
   steps = -(-len(split) // batch_size)
 
   def indices(number):
@@ -79,7 +79,7 @@ def _batches(indices, split, mesh, batch_size, rows):
     }
 
   def put(batch):
-    return {key: sharding.to_devices(mesh, batch_size, rows, value) for key, value in batch.items()}
+    return {key: meshes.to_devices(mesh, batch_size, rows, value) for key, value in batch.items()}
 
   batches = indices.map(read).to_iter_dataset(_READ).batch(len(rows)).map(put)
   # One more thread copies the next batches to the devices while this one is computed.

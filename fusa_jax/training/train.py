@@ -18,7 +18,7 @@ import tqdm
 from fusa_jax import tasks, torch_weights
 from fusa_jax.runs import checkpoint, operating_point, results, run_config
 from fusa_jax.runs.metric_log import MetricLog
-from fusa_jax.system import sharding
+from fusa_jax.system import hosts, meshes
 from fusa_jax.system.errors import Terminated, UserError
 from fusa_jax.training import augment, datasets, evaluate, input_pipeline
 
@@ -47,13 +47,13 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   """
   # ---- what is trained on what
   operating_point.check(config)
-  mesh = sharding.create_mesh(config.mesh.data, config.mesh.space)
-  sharding.check_divides(mesh, config.train.batch_size, config.data.image_size)
+  mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
+  meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
   dataset = datasets.load_for(config, data_dir)
   task = tasks.create(config)
   optimizer, learning_rate = make_optimizer(config)
   # ---- shapes before arrays
-  everywhere = sharding.replicated(mesh)
+  everywhere = meshes.replicated(mesh)
   init = compile_init(task, optimizer, config, everywhere)
   like = checkpoint.shapes(jax.eval_shape(init), everywhere)
   pretrained = None
@@ -104,7 +104,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
         unit=' slices',
         smoothing=0.1,
         mininterval=1,
-        disable=not sharding.is_main(),
+        disable=not hosts.is_main(),
       )
     )
 
@@ -144,7 +144,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
           summary = results.summary(task.kind, scorer.table(state.variables, dataset.validation))
           score = summary[task.kind.SELECTION]
           log.write(step, {f'validation/{name}': value for name, value in summary.items()})
-          if sharding.is_main():
+          if hosts.is_main():
             bar.write(f'step {step}: validation {results.one_line(task.kind, summary)}')
         checkpoints.save(step, state.variables, state.opt_state, score)
         began = time.perf_counter()
@@ -226,8 +226,8 @@ def lower_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Lo
     augmentation=augment.create(config),
     seed=config.seed,
   )
-  everywhere, size, count = sharding.replicated(mesh), config.data.image_size, config.train.batch_size
-  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batched(mesh, len(shape)))
+  everywhere, size, count = meshes.replicated(mesh), config.data.image_size, config.train.batch_size
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batched(mesh, len(shape)))
   batch = {
     'image': array(np.int16, count, size, size),
     'mask': array(np.uint8, count, size, size),
@@ -241,7 +241,7 @@ def lower_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Lo
 def compile_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Compiled:
   """The step of `lower_step`, compiled; says what it costs."""
   began = time.perf_counter()
-  compiled = sharding.compile_together(lower_step(task, optimizer, config, mesh, like))
+  compiled = hosts.compile_together(lower_step(task, optimizer, config, mesh, like))
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   logging.info(
     'compiled the training step in %.1f s: %.1f GFLOP and %.0f MB of temporaries per device and step',

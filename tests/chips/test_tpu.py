@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fusa_jax.chips import tpu
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 
 
@@ -45,7 +45,7 @@ def collectives(function, mesh, *arguments):
 
 def test_collectives_are_counted_with_their_bytes_and_groups():
   """Programs of which it is known what they must send."""
-  mesh = sharding.create_mesh(4, 2)
+  mesh = meshes.create_mesh(4, 2)
   place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
   array = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(shape, dtype, sharding=place(*axes))
   # A matrix product over split rows: the gradient of a dense layer, summed over 'data'.

@@ -18,7 +18,7 @@ from fusa_jax import models, tasks
 from fusa_jax.inference import export, predict, predictor, trained
 from fusa_jax.runs import checkpoint, run_config
 from fusa_jax.scans import ct
-from fusa_jax.system import provenance, sharding
+from fusa_jax.system import meshes, provenance
 from fusa_jax.system.errors import UserError
 
 SCAN = 'volume-phantom-A-0001_ct.nii.gz'
@@ -66,7 +66,7 @@ def test_a_bundle_predicts_as_its_run(bundles, predictors, raw_dir):
 def test_the_mean_of_networks_and_flips(bundles, runs, raw_dir):
   asked = {'flips': True, 'threshold': 0.25, 'smallest_ml': 0.5, 'lungs': False}
   run = predictor.load([runs['seg'], bundles['other']], **asked)
-  bundle = predictor.load(bundles['both'], sharding.create_mesh(4, 2))  # two devices share an image
+  bundle = predictor.load(bundles['both'], meshes.create_mesh(4, 2))  # two devices share an image
   found, expected = bundle(raw_dir / SCAN), run(raw_dir / SCAN)
   np.testing.assert_allclose(found.probability, expected.probability, atol=1e-5)
   assert np.ptp(found.probability) > 0.01

@@ -14,18 +14,18 @@ import weakref
 import zipfile
 
 import dicom_series
-import hosts
 import jax
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import several_hosts
 from conftest import SLICES
 from nibabel import orientations
 
 from fusa_jax.inference import predict, predictor, viewer
 from fusa_jax.scans import ct, sources
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 
 
@@ -114,10 +114,10 @@ def test_what_is_written_can_be_viewed(predictions, tmp_path):
 def test_images_may_be_shared_between_devices(runs, predictions, tmp_path):
   """Two devices for each image: the same scores. Three cannot share 32 rows."""
   scans, out = predictions
-  predict.predict(predictor.load(runs['seg'], sharding.create_mesh(4, 2)), scans / 'LPS_ct.nii.gz', tmp_path)
+  predict.predict(predictor.load(runs['seg'], meshes.create_mesh(4, 2)), scans / 'LPS_ct.nii.gz', tmp_path)
   shared, alone = (json.loads((folder / 'LPS_ct.json').read_text()) for folder in (tmp_path, out))
   np.testing.assert_allclose(shared['slice_scores'], alone['slice_scores'], atol=2e-4)
-  three = sharding.create_mesh(1, 3, jax.devices()[:3])
+  three = meshes.create_mesh(1, 3, jax.devices()[:3])
   with pytest.raises(UserError, match=r'data.image_size: 32 does not divide over mesh.space=3; 30 or 33 does'):
     predict.predict(predictor.load(runs['seg'], three), scans / 'LPS_ct.nii.gz', tmp_path / 'none')
   assert not (tmp_path / 'none').exists()
@@ -379,7 +379,7 @@ def test_interrupted_it_ends_at_once_with_whole_files(runs, folder, tmp_path):
     (folder / f'more{number}.nii.gz').symlink_to((folder / 'a.nii.gz').resolve())
   out = tmp_path / 'out'
   command = ['--mode=predict', f'--workdir={runs["seg"]}', f'--input={folder}', f'--output={out}']
-  process = hosts.start(command, 1, tmp_path / 'log', tmp_path / 'notes')
+  process = several_hosts.start(command, 1, tmp_path / 'log', tmp_path / 'notes')
   try:
     until = time.monotonic() + 240
     while not (out / 'b.json').exists():

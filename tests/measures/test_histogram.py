@@ -7,7 +7,7 @@ from scipy import special
 from sklearn import metrics as sk
 
 from fusa_jax.measures import histogram
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 
 
 def pixels(shape, seed=0):
@@ -20,8 +20,8 @@ def pixels(shape, seed=0):
 def test_counts_at_every_threshold(data, space):
   """On one device and on eight, images shared: those of the logits compared with each edge."""
   logits, truth = pixels((8, 16, 16))
-  mesh = sharding.create_mesh(data, space, jax.devices()[: data * space])
-  put = [jax.device_put(array, sharding.batched(mesh, 3)) for array in (logits, truth)]
+  mesh = meshes.create_mesh(data, space, jax.devices()[: data * space])
+  put = [jax.device_put(array, meshes.batched(mesh, 3)) for array in (logits, truth)]
   got = jax.device_get(jax.jit(histogram.count)(*put, 1.0))
   counts = histogram.counts_from(got['histogram'])
   for k in (0, 1, 200, 256, 257, 400, histogram.BINS - 1):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fusa_jax.runs import checkpoint
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 
 VARIABLES, OPTIMIZER = {'w': jnp.arange(4.0)}, {'m': jnp.zeros(4)}
@@ -31,7 +31,7 @@ def saved(workdir):
 
 
 def restored(checkpoints, step):
-  like = checkpoint.shapes(VARIABLES, sharding.replicated(sharding.create_mesh()))
+  like = checkpoint.shapes(VARIABLES, meshes.replicated(meshes.create_mesh()))
   return checkpoints.restore(step, variables=like)['variables']['w']
 
 

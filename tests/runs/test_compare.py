@@ -8,8 +8,8 @@ import pytest
 from conftest import tiny
 from scipy import stats
 
-from fusa_jax.runs import compare, results, run_config
 from fusa_jax.measures import metrics
+from fusa_jax.runs import compare, results, run_config
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import classification, segmentation
 

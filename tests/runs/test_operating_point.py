@@ -9,8 +9,8 @@ from sklearn import metrics as sk
 from configs import cls, seg
 from fusa_jax.measures import histogram
 from fusa_jax.runs import operating_point
-from fusa_jax.training import train
 from fusa_jax.system.errors import UserError
+from fusa_jax.training import train
 
 
 @pytest.fixture(scope='module')

@@ -7,11 +7,11 @@ import re
 import pytest
 
 from configs import cls, command, seg
-from fusa_jax.training import datasets
+from fusa_jax import tasks
 from fusa_jax.measures import metrics, statistics
 from fusa_jax.runs import report, run_config
-from fusa_jax import tasks
 from fusa_jax.system.errors import UserError
+from fusa_jax.training import datasets
 
 
 class Page(html.parser.HTMLParser):

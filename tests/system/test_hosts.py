@@ -3,21 +3,25 @@
 import csv
 import itertools
 import json
+import os
 import signal
 import time
 
-import hosts
 import nibabel as nib
 import numpy as np
 import pytest
+import several_hosts
 from conftest import SIZE
+
+from fusa_jax.scans import archives
+from fusa_jax.system import hosts
 
 STEPS, BATCH = 20, 8
 
 
 def arguments(data_dir, workdir, **overrides):
   settings = {'data.dir': data_dir, 'train.steps': STEPS, 'train.evaluate_every': STEPS // 2} | overrides
-  return [*hosts.TINY, *(f'--config.{key}={value}' for key, value in settings.items()), f'--workdir={workdir}']
+  return [*several_hosts.TINY, *(f'--config.{key}={value}' for key, value in settings.items()), f'--workdir={workdir}']
 
 
 def results(workdir) -> tuple[np.ndarray, list[dict]]:
@@ -32,7 +36,7 @@ FLOAT64 = {'JAX_ENABLE_X64': '1'}
 
 def one_process(data_dir, folder, environment, **settings):
   """20 steps and an evaluation in one process with eight devices: (workdir, what it read)."""
-  with hosts.Hosts(1, 8, arguments(data_dir, folder / 'run', **settings), folder, **environment) as alone:
+  with several_hosts.Hosts(1, 8, arguments(data_dir, folder / 'run', **settings), folder, **environment) as alone:
     assert alone.wait() == [0], alone.log(0)
     return folder / 'run', alone.reads(0)
 
@@ -56,7 +60,7 @@ def test_the_result_does_not_depend_on_the_hosts(data_dir, tmp_path, request, pr
   workdir, alone = request.getfixturevalue('one_host_float64' if float64 else 'one_host')
   settings = {'mesh.space': space} | ({'model.dtype': 'float64'} if float64 else {})
   run = arguments(data_dir, tmp_path / 'run', **settings)
-  with hosts.Hosts(processes, devices, run, tmp_path, **(FLOAT64 if float64 else {})) as several:
+  with several_hosts.Hosts(processes, devices, run, tmp_path, **(FLOAT64 if float64 else {})) as several:
     assert several.wait() == [0] * processes, several.log(0)
     reads = [several.reads(k) for k in range(processes)]
     printed = [several.log(k) for k in range(processes)]
@@ -96,7 +100,7 @@ def test_hosts_without_a_slice_of_their_own(data_dir, one_host, tmp_path):
   config['train']['batch_size'] = 64
   (tmp_path / 'run' / 'config.json').unlink()
   (tmp_path / 'run' / 'config.json').write_text(json.dumps(config))
-  with hosts.Hosts(4, 1, run, tmp_path) as several:
+  with several_hosts.Hosts(4, 1, run, tmp_path) as several:
     assert several.wait() == [0] * 4, several.log(0)
   read = lambda folder: json.loads((folder / 'test' / 'metrics.json').read_text())
   ours, theirs = read(tmp_path / 'run'), read(workdir)
@@ -114,7 +118,7 @@ def test_prediction_on_two_hosts(raw_dir, one_host, tmp_path):
     out = tmp_path / str(processes)
     workdirs = ','.join([str(one_host[0])] * processes)
     run = ['--mode=predict', f'--workdir={workdirs}', f'--input={scan}', f'--output={out}']
-    with hosts.Hosts(processes, devices, run, tmp_path / f'logs{processes}') as several:
+    with several_hosts.Hosts(processes, devices, run, tmp_path / f'logs{processes}') as several:
       assert several.wait() == [0] * processes, several.log(0)
     assert {path.name for path in out.iterdir()} == {f'{scan.name[:-7]}.json', f'{scan.name[:-7]}_mask.nii.gz'}
     masks[processes] = np.asarray(nib.load(out / f'{scan.name[:-7]}_mask.nii.gz').dataobj)
@@ -126,7 +130,7 @@ def test_prediction_on_two_hosts(raw_dir, one_host, tmp_path):
 def test_sigterm_to_one_host_saves_the_same_step_on_all(data_dir, tmp_path):
   """Then the same command goes on, and ends as a run that nothing stopped."""
   run = arguments(data_dir, tmp_path / 'run', **{'train.steps': 400, 'train.evaluate_every': 200})
-  with hosts.Hosts(2, 1, run, tmp_path / 'first') as two:
+  with several_hosts.Hosts(2, 1, run, tmp_path / 'first') as two:
     wait_for_step(two, tmp_path / 'run', 3)
     two.processes[1].send_signal(signal.SIGTERM)
     assert two.wait(60) == [143, 143]
@@ -135,7 +139,7 @@ def test_sigterm_to_one_host_saves_the_same_step_on_all(data_dir, tmp_path):
   (saved,) = [int(path.name) for path in (tmp_path / 'run' / 'checkpoints').iterdir() if path.name.isdigit()]
   assert f'stopped by SIGTERM at step {saved}, which is saved; the same command goes on' in stops[0]
   assert 3 <= saved < 400
-  with hosts.Hosts(2, 1, run, tmp_path / 'second') as two:
+  with several_hosts.Hosts(2, 1, run, tmp_path / 'second') as two:
     wait_for_step(two, tmp_path / 'run', saved + 1)
     assert f'at step {saved} of 400' in two.log(0)
 
@@ -158,7 +162,7 @@ def wait_for_step(several, workdir, step):
 def test_when_one_host_is_lost_the_others_end_in_time(data_dir, tmp_path, victim, how):
   """Killed, or cut off: a stopped process keeps its connections and says nothing more."""
   run = arguments(data_dir, tmp_path / 'run', **{'train.steps': 100_000, 'train.evaluate_every': 50_000})
-  with hosts.Hosts(2, 1, [*run, '--heartbeat_timeout=10'], tmp_path) as two:
+  with several_hosts.Hosts(2, 1, [*run, '--heartbeat_timeout=10'], tmp_path) as two:
     wait_for_step(two, tmp_path / 'run', 2)
     two.processes[victim].send_signal(how)
     began = time.monotonic()
@@ -174,7 +178,9 @@ def test_when_one_host_is_lost_the_others_end_in_time(data_dir, tmp_path, victim
 def test_others_wait_for_process_0_and_fail_with_it(tmp_path):
   """The cohort is looked through by process 0 alone; what it finds wrong, all say."""
   (tmp_path / 'raw').mkdir()
-  with hosts.Hosts(2, 1, ['--config=configs/seg.py', f'--config.data.raw_dir={tmp_path / "raw"}'], tmp_path) as two:
+  with several_hosts.Hosts(
+    2, 1, ['--config=configs/seg.py', f'--config.data.raw_dir={tmp_path / "raw"}'], tmp_path
+  ) as two:
     assert two.wait(60) == [2, 2]
     first, second = two.log(0), two.log(1)
   assert first.splitlines()[-1].startswith(f'error: {tmp_path / "raw"}: no scans with masks')
@@ -185,7 +191,7 @@ def test_others_wait_for_process_0_and_fail_with_it(tmp_path):
 def test_a_workdir_that_is_not_shared_is_refused(data_dir, tmp_path):
   run = [a for a in arguments(data_dir, 'run') if not a.startswith('--workdir')]
   folders = [[f'--workdir={tmp_path / "a"}'], [f'--workdir={tmp_path / "b"}']]
-  with hosts.Hosts(2, 1, run, tmp_path, each=folders) as two:
+  with several_hosts.Hosts(2, 1, run, tmp_path, each=folders) as two:
     assert two.wait(60) == [2, 2]
     reason = f'{tmp_path / "b"} is not what process 0 sees there; name a folder that all hosts share'
     assert f'error: --workdir: {reason}' in two.log(1)
@@ -197,7 +203,7 @@ def test_a_workdir_that_is_not_shared_is_refused(data_dir, tmp_path):
 def test_a_host_that_never_comes_is_not_waited_for_forever(data_dir, tmp_path, present):
   run = [*arguments(data_dir, tmp_path / 'run'), '--connect_timeout=4']
   lonely = [*run, '--coordinator=localhost:18476', '--num_processes=2', f'--process_id={present}']
-  process = hosts.start(lonely, 1, tmp_path / 'log', tmp_path / 'notes')
+  process = several_hosts.start(lonely, 1, tmp_path / 'log', tmp_path / 'notes')
   assert process.wait(60) == 2
   printed = (tmp_path / 'log').read_text()
   assert f'process {present} of 2, waiting for the others at localhost:18476' in printed
@@ -212,7 +218,9 @@ def test_slurm_is_detected(raw_dir, tmp_path):
   run += [f'--config.data.image_size={SIZE}', f'--config.data.dir={tmp_path / "prepared"}']
   job = {'SLURM_JOB_ID': '4711', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_NODES': '1'}
   tasks = [
-    hosts.start(run, 1, tmp_path / f'{k}.log', tmp_path / 'notes', **job, SLURM_PROCID=str(k), SLURM_LOCALID=str(k))
+    several_hosts.start(
+      run, 1, tmp_path / f'{k}.log', tmp_path / 'notes', **job, SLURM_PROCID=str(k), SLURM_LOCALID=str(k)
+    )
     for k in range(2)
   ]
   assert [task.wait(120) for task in tasks] == [0, 0]
@@ -229,8 +237,31 @@ def test_others_hear_what_happens_to_process_0_at_the_end(data_dir, one_host, tm
     (tmp_path / 'run' / name).symlink_to(one_host[0] / name)
   (tmp_path / 'run' / 'test').write_text('')
   run = ['--mode=evaluate', f'--workdir={tmp_path / "run"}', '--config=configs/seg.py', f'--config.data.dir={data_dir}']
-  with hosts.Hosts(2, 1, run, tmp_path) as two:
+  with several_hosts.Hosts(2, 1, run, tmp_path) as two:
     assert two.wait(120) == [2, 2]
     reason = f'{tmp_path / "run" / "test"}: cannot be written (Not a directory); free space there'
     assert two.log(0).splitlines()[-1].startswith(f'error: {reason}')
     assert two.log(1).splitlines()[-1].startswith(f'error: process 0 of 2: {reason}')
+
+
+def test_what_was_unpacked_is_gone_when_another_process_has_failed(monkeypatch):
+  """The process ends without unwinding, in the midst of its work."""
+
+  class Store:
+    def key_value_dir_get(self, _):
+      return [('', '[2, "scan.nii.gz: bad"]')]
+
+    def key_value_set(self, *_):
+      pass
+
+  def end(code):
+    raise SystemExit(code)
+
+  monkeypatch.setattr(hosts, '_client', Store)
+  monkeypatch.setattr(hosts._leaving, 'wait', lambda _: False)
+  monkeypatch.setattr(os, '_exit', end)
+  with archives.unpacking() as folder:
+    (folder / 'scan').write_text('of somebody')
+    with pytest.raises(SystemExit, match='2'):
+      hosts._watch()
+    assert not folder.exists()

@@ -21,7 +21,7 @@ from fusa_jax.inference import predict, predictor, trained
 from fusa_jax.measures import statistics
 from fusa_jax.runs import figures, operating_point, results, run_config
 from fusa_jax.scans import ct, lungs
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, evaluate, train
 
@@ -52,7 +52,7 @@ def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
   """Recomputed from probabilities of one slice at a time, with scikit-learn, next to nothing of ours in between."""
   config = tiny()
   task = tasks.create(config)
-  _, variables = trained.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  _, variables = trained.load_variables(config, task, runs['seg'], meshes.create_mesh())
   test = datasets.load(data_dir, 0, SIZE).test
   run = jax.jit(task.probabilities)
   examples = [test.source[i] for i in range(len(test))]
@@ -85,7 +85,7 @@ def test_the_table_does_not_depend_on_batch_or_devices(runs, data_dir, batch_siz
   """Batches that do not divide the number of slices, on one device and on eight."""
   config = tiny(cls)
   task = tasks.create(config)
-  mesh = sharding.create_mesh(data, space, jax.devices()[: data * space])
+  mesh = meshes.create_mesh(data, space, jax.devices()[: data * space])
   _, variables = trained.load_variables(config, task, runs['cls'], mesh)
   split = datasets.load(data_dir, 0, SIZE).test
   table = evaluate.Scorer(task, mesh, batch_size).table(variables, split)
@@ -95,8 +95,8 @@ def test_the_table_does_not_depend_on_batch_or_devices(runs, data_dir, batch_siz
 
 
 def test_an_image_that_cannot_be_shared_is_refused(runs, data_dir, monkeypatch):
-  three = sharding.create_mesh(1, 3, jax.devices()[:3])
-  monkeypatch.setattr(sharding, 'create_mesh', lambda *_: three)
+  three = meshes.create_mesh(1, 3, jax.devices()[:3])
+  monkeypatch.setattr(meshes, 'create_mesh', lambda *_: three)
   before = (runs['cls'] / 'test' / 'metrics.json').stat()
   with pytest.raises(UserError, match=r'data.image_size: 32 does not divide over mesh.space=3; 30 or 33 does'):
     evaluate.evaluate(tiny(cls), runs['cls'], data_dir)
@@ -129,7 +129,7 @@ def test_numbers_at_the_operating_point_are_those_of_its_threshold(runs, data_di
   """Recomputed with scikit-learn from probabilities and the threshold in metrics.json."""
   config, (_, result) = tiny(), read(runs['seg'])
   task = tasks.create(config)
-  _, variables = trained.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  _, variables = trained.load_variables(config, task, runs['seg'], meshes.create_mesh())
   test = datasets.load(data_dir, 0, SIZE).test
   examples = [test.source[i] for i in range(len(test))]
   probability = np.asarray(jax.jit(task.probabilities)(variables, np.stack([e['image'] for e in examples])))
@@ -223,7 +223,7 @@ def test_a_run_of_before_has_no_split_and_no_new_options(runs, data_dir, tmp_pat
 
 def test_logits_that_are_not_finite_are_an_error(runs, data_dir):
   config = tiny(cls)
-  task, mesh = tasks.create(config), sharding.create_mesh()
+  task, mesh = tasks.create(config), meshes.create_mesh()
   _, variables = trained.load_variables(config, task, runs['cls'], mesh)
   broken = jax.tree.map(lambda x: x * np.nan, variables)
   split = datasets.load(data_dir, 0, SIZE).test
@@ -274,7 +274,7 @@ def test_flips_lungs_and_the_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
   assert result['operating_point']['smallest_ml'] == point.smallest_ml
 
   task = tasks.create(config)
-  _, variables = trained.load_variables(config, task, runs['seg'], sharding.create_mesh())
+  _, variables = trained.load_variables(config, task, runs['seg'], meshes.create_mesh())
   test, probabilities = datasets.load(data_dir, 0, SIZE).test, jax.jit(task.probabilities)
   images = np.stack([test.source[i]['image'] for i in range(len(test))])
   both = [probabilities(variables, images), probabilities(variables, images[:, :, ::-1])[:, :, ::-1]]

@@ -7,7 +7,7 @@ import pytest
 from conftest import PATIENTS, SIZE, SLICES
 
 from fusa_jax.scans import ct
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, input_pipeline
 
@@ -19,7 +19,7 @@ def dataset(data_dir):
 
 @pytest.fixture(scope='module')
 def mesh():
-  return sharding.create_mesh()
+  return meshes.create_mesh()
 
 
 def batches(dataset, mesh, **options):
@@ -65,7 +65,7 @@ def test_a_batch_holds_what_the_files_hold(dataset, mesh, raw_dir):
 def test_the_batch_of_a_step_depends_on_seed_and_step_alone(dataset, mesh):
   whole = indices(batches(dataset, mesh))
   np.testing.assert_array_equal(whole[7:], indices(batches(dataset, mesh, first_step=7)))
-  one_device = sharding.create_mesh(1, 1, devices=jax.devices()[:1])
+  one_device = meshes.create_mesh(1, 1, devices=jax.devices()[:1])
   np.testing.assert_array_equal(whole, indices(batches(dataset, one_device)))
   assert (whole != indices(batches(dataset, mesh, seed=1))).any()
 
@@ -107,9 +107,9 @@ def test_a_host_reads_only_its_rows(dataset, monkeypatch):
       return dataset.train.source[index]
 
   split = datasets.Split(Counted(), dataset.train.label, dataset.train.patient, dataset.train.slice)
-  monkeypatch.setattr(sharding, 'local_rows', lambda *_: np.array([2, 3, 6, 7]))
-  monkeypatch.setattr(sharding, 'to_devices', lambda mesh, size, rows, local: local)
-  mesh = sharding.create_mesh()
+  monkeypatch.setattr(meshes, 'local_rows', lambda *_: np.array([2, 3, 6, 7]))
+  monkeypatch.setattr(meshes, 'to_devices', lambda mesh, size, rows, local: local)
+  mesh = meshes.create_mesh()
   options = {'batch_size': 8, 'seed': 0, 'first_step': 0, 'last_step': 3, 'balanced': True}
   mine = np.stack([b['index'] for b in input_pipeline.train_batches(split, mesh, **options)])
   monkeypatch.undo()

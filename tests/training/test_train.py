@@ -16,7 +16,7 @@ from data import prepare
 from fusa_jax import tasks
 from fusa_jax.chips import tpu
 from fusa_jax.runs import checkpoint, run_config
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import augment, datasets, input_pipeline, train
 
@@ -147,14 +147,14 @@ def test_bad_configs_are_refused_before_anything_is_written(raw_dir, data_dir, t
 
 @pytest.fixture(scope='module')
 def losses_on_one_device(data_dir):
-  return losses(tiny(**{'train.steps': 20}), sharding.create_mesh(1, 1, jax.devices()[:1]), data_dir)
+  return losses(tiny(**{'train.steps': 20}), meshes.create_mesh(1, 1, jax.devices()[:1]), data_dir)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('data', 'space'), [(8, 1), (4, 2)])
 def test_loss_curve_does_not_depend_on_the_devices(data_dir, losses_on_one_device, data, space):
   """20 steps, within 1e-4 of those on one device (float32 sums in another order)."""
-  curve = losses(tiny(**{'train.steps': 20}), sharding.create_mesh(data, space), data_dir)
+  curve = losses(tiny(**{'train.steps': 20}), meshes.create_mesh(data, space), data_dir)
   assert np.ptp(curve) > 0.05
   np.testing.assert_allclose(curve, losses_on_one_device, rtol=1e-4)
 
@@ -163,9 +163,9 @@ def test_loss_curve_does_not_depend_on_the_devices(data_dir, losses_on_one_devic
 def test_dense_kernels_of_fusa_are_not_summed_over_the_devices():
   """FUSA-ResNet-18's last stage has 512 channels; all other gradients are summed, as the count of the others shows."""
   config = tiny(cls, **{'model.width': 64, 'model.stage_sizes': None})
-  mesh, task = sharding.create_mesh(8, 1), tasks.create(config)
+  mesh, task = meshes.create_mesh(8, 1), tasks.create(config)
   optimizer, _ = train.make_optimizer(config)
-  everywhere = sharding.replicated(mesh)
+  everywhere = meshes.replicated(mesh)
   like = checkpoint.shapes(jax.eval_shape(train.compile_init(task, optimizer, config, everywhere)), everywhere)
   program = train.lower_step(task, optimizer, config, mesh, like).compile().as_text()
   sent = sum(c.nbytes for c in tpu.collectives(program, 8))
@@ -182,7 +182,7 @@ def losses(config, mesh, data_dir):
   """The loop's own parts, on a mesh of some of the devices."""
   task = tasks.create(config)
   optimizer, _ = train.make_optimizer(config)
-  everywhere = sharding.replicated(mesh)
+  everywhere = meshes.replicated(mesh)
   init = train.compile_init(task, optimizer, config, everywhere)
   step = train.compile_step(task, optimizer, config, mesh, checkpoint.shapes(jax.eval_shape(init), everywhere))
   state, out = init(), []

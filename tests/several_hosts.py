@@ -3,7 +3,7 @@
 With JAX_ENABLE_X64=1 all of the state is float64, so that sums of another order are the same to many more digits.
 FILE_LIMIT=BYTES is a disk that takes no larger file.
 
-As a script: python tests/hosts.py NOTES.json, and launch.py's own arguments.
+As a script: python tests/several_hosts.py NOTES.json, and launch.py's own arguments.
 """
 
 import atexit

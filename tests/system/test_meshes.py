@@ -1,16 +1,13 @@
-import os
-
 import numpy as np
 import pytest
 
-from fusa_jax.scans import archives
-from fusa_jax.system import sharding
+from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 
 
 @pytest.mark.parametrize(('data', 'space', 'shape'), [(-1, 1, (8, 1)), (-1, 2, (4, 2)), (2, 4, (2, 4)), (1, 8, (1, 8))])
 def test_mesh_shapes(data, space, shape):
-  mesh = sharding.create_mesh(data, space)
+  mesh = meshes.create_mesh(data, space)
   assert mesh.axis_names == ('data', 'space')
   assert mesh.devices.shape == shape
 
@@ -18,71 +15,48 @@ def test_mesh_shapes(data, space, shape):
 @pytest.mark.parametrize(('data', 'space'), [(3, 1), (-1, 3), (8, 2), (0, 1), (-1, 0)])
 def test_impossible_meshes_name_the_possible_ones(data, space):
   with pytest.raises(UserError, match=r'is not the 8 devices there are; possible: 8x1, 4x2, 2x4, 1x8'):
-    sharding.create_mesh(data, space)
+    meshes.create_mesh(data, space)
 
 
 def test_what_does_not_divide_names_the_sizes_that_do():
-  mesh = sharding.create_mesh(4, 2)
-  sharding.check_divides(mesh, 8, 32)
+  mesh = meshes.create_mesh(4, 2)
+  meshes.check_divides(mesh, 8, 32)
   with pytest.raises(UserError, match=r'train.batch_size: 6 does not divide over mesh.data=4; 4 or 8 does'):
-    sharding.check_divides(mesh, 6, 32)
+    meshes.check_divides(mesh, 6, 32)
   with pytest.raises(UserError, match=r'data.image_size: 33 .* mesh.space=2; 32 or 34 does'):
-    sharding.check_divides(mesh, 8, 33)
+    meshes.check_divides(mesh, 8, 33)
   with pytest.raises(UserError, match=r'train.batch_size: 3 does not divide over mesh.data=4; 4 does'):
-    sharding.check_divides(mesh, 3, 32)
+    meshes.check_divides(mesh, 3, 32)
 
 
 def test_fitting_batches():
-  mesh = sharding.create_mesh(4, 2)
-  assert [sharding.fitting_batch(mesh, n) for n in (1, 4, 5, 8)] == [4, 4, 8, 8]
+  mesh = meshes.create_mesh(4, 2)
+  assert [meshes.fitting_batch(mesh, n) for n in (1, 4, 5, 8)] == [4, 4, 8, 8]
 
 
 @pytest.mark.parametrize('space', [1, 2, 8])
 def test_local_batches_become_the_global_one(space):
-  mesh = sharding.create_mesh(-1, space)
-  rows = sharding.local_rows(mesh, 16)
+  mesh = meshes.create_mesh(-1, space)
+  rows = meshes.local_rows(mesh, 16)
   np.testing.assert_array_equal(rows, np.arange(16))  # one process holds them all
   batch = np.random.default_rng(0).integers(0, 9, (16, 8, 4))
-  array = sharding.to_devices(mesh, 16, rows, batch)
+  array = meshes.to_devices(mesh, 16, rows, batch)
   np.testing.assert_array_equal(array, batch)
   assert array.sharding.shard_shape(array.shape) == (16 * space // 8, 8 // space, 4)
   assert len(array.addressable_shards) == 8
-  labels = sharding.to_devices(mesh, 16, rows, np.arange(16))
+  labels = meshes.to_devices(mesh, 16, rows, np.arange(16))
   np.testing.assert_array_equal(labels, np.arange(16))
 
 
 def test_a_host_reads_only_the_rows_of_its_devices(monkeypatch):
   """As if devices 2, 3, 6 and 7 were another host's."""
-  mesh = sharding.create_mesh(4, 2)
+  mesh = meshes.create_mesh(4, 2)
   mine = {mesh.devices[i, j] for i in (0, 2) for j in (0, 1)}
-  full = sharding.batched(mesh, 1).devices_indices_map((16,))
+  full = meshes.batched(mesh, 1).devices_indices_map((16,))
 
   class Here:
     def addressable_devices_indices_map(self, shape):
       return {device: full[device] for device in mine}
 
-  monkeypatch.setattr(sharding, 'batched', lambda *_: Here())
-  np.testing.assert_array_equal(sharding.local_rows(mesh, 16), [0, 1, 2, 3, 8, 9, 10, 11])
-
-
-def test_what_was_unpacked_is_gone_when_another_process_has_failed(monkeypatch):
-  """The process ends without unwinding, in the midst of its work."""
-
-  class Store:
-    def key_value_dir_get(self, _):
-      return [('', '[2, "scan.nii.gz: bad"]')]
-
-    def key_value_set(self, *_):
-      pass
-
-  def end(code):
-    raise SystemExit(code)
-
-  monkeypatch.setattr(sharding, '_client', Store)
-  monkeypatch.setattr(sharding._leaving, 'wait', lambda _: False)
-  monkeypatch.setattr(os, '_exit', end)
-  with archives.unpacking() as folder:
-    (folder / 'scan').write_text('of somebody')
-    with pytest.raises(SystemExit, match='2'):
-      sharding._watch()
-    assert not folder.exists()
+  monkeypatch.setattr(meshes, 'batched', lambda *_: Here())
+  np.testing.assert_array_equal(meshes.local_rows(mesh, 16), [0, 1, 2, 3, 8, 9, 10, 11])
