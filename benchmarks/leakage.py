@@ -28,7 +28,7 @@ from configs import cls
 from data import prepare
 from data.cohorts import covid19_20
 from fusa_jax.runs import results, run_config
-from fusa_jax.scans import ct
+from fusa_jax.scans import nifti
 from fusa_jax.system import exits
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing
@@ -93,9 +93,9 @@ def finish(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) 
 def write_cohort(config: ml_collections.ConfigDict, raw_dir: pathlib.Path, *, shuffled: bool, by_slice: bool) -> None:
   """Writes the phantoms of the config under their own names, with other masks, or with slices of each other."""
   cases = covid19_20.find(prepare.draw_phantoms(config.data.image_size, progress=tqdm.tqdm, **config.data.phantom))
-  scans = [ct.read(case.ct) for case in cases]
+  scans = [nifti.read(case.ct) for case in cases]
   volumes = np.stack([scan.values for scan in scans])
-  masks = np.stack([ct.read_mask(case.mask, scan) for case, scan in zip(cases, scans, strict=True)])
+  masks = np.stack([nifti.read_mask(case.mask, scan) for case, scan in zip(cases, scans, strict=True)])
   if shuffled:
     masks = shuffle(masks, config.seed)
   if by_slice:
@@ -103,8 +103,8 @@ def write_cohort(config: ml_collections.ConfigDict, raw_dir: pathlib.Path, *, sh
   partial = raw_dir.with_name(f'.{raw_dir.name}')
   shutil.rmtree(partial, ignore_errors=True)
   for case, scan, hu, mask in zip(cases, scans, volumes, masks, strict=True):
-    ct.write(partial / case.ct.name, hu, scan)
-    ct.write(partial / case.mask.name, mask, scan)
+    nifti.write(partial / case.ct.name, hu, scan)
+    nifti.write(partial / case.mask.name, mask, scan)
   partial.rename(raw_dir)
 
 

@@ -28,7 +28,7 @@ from fusa_jax import tasks
 from fusa_jax.inference import export, predict, trained
 from fusa_jax.inference.predictor import Predictor, load
 from fusa_jax.runs import checkpoint, run_config
-from fusa_jax.scans import ct, sources
+from fusa_jax.scans import nifti, sources
 from fusa_jax.system import meshes, provenance
 from fusa_jax.training import train
 
@@ -91,7 +91,7 @@ def stages(run: Predictor, paths: list[pathlib.Path], output: pathlib.Path) -> d
     scan = timed('read', sources.read, path, 'hu')
     found = timed('compute', run, scan)
     for kind in ('mask', 'probability') if _PROBABILITIES.value else ('mask',):
-      timed('write', ct.write, output / f'{ct.stem(path)}_{kind}.nii.gz', getattr(found, kind), scan)
+      timed('write', nifti.write, output / f'{nifti.stem(path)}_{kind}.nii.gz', getattr(found, kind), scan)
   return took
 
 

@@ -19,7 +19,7 @@ from data.cohorts import (
   slices,
   zenodo_20,
 )
-from fusa_jax.scans import ct
+from fusa_jax.scans import volumes
 from fusa_jax.system.errors import UserError
 
 # In the order in which a folder is tried: what is more particular first.
@@ -49,8 +49,8 @@ def find(raw_dir: str | pathlib.Path, wanted: Wanted = AS_RELEASED) -> tuple[str
       kind; slices of unknown patients where that was not said.
   """
   folder = pathlib.Path(raw_dir)
-  if wanted.values not in ct.VALUES:
-    raise UserError(f'data.values: there is no {wanted.values!r}; one of {", ".join(ct.VALUES)}')
+  if wanted.values not in volumes.VALUES:
+    raise UserError(f'data.values: there is no {wanted.values!r}; one of {", ".join(volumes.VALUES)}')
   if wanted.patients not in PATIENTS:
     raise UserError(f'data.patients: there is no {wanted.patients!r}; one of {", ".join(PATIENTS)}')
   if not folder.is_dir():

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.cohorts import Case
-from fusa_jax.scans import ct, dicom, dicom_seg, pictures
+from fusa_jax.scans import dicom, dicom_seg, nifti, pictures, volumes
 from fusa_jax.scans.archives import is_archive, unpacking, within
 from fusa_jax.system.errors import UserError
 
@@ -30,19 +30,19 @@ class Slices(NamedTuple):
   lesion_ml: float | None
 
 
-def volume(case: Case) -> tuple[ct.Scan, np.ndarray]:
+def volume(case: Case) -> tuple[volumes.Scan, np.ndarray]:
   """A case's scan, and its mask: uint8 {0, 1}, on the scan's axes.
 
   Raises:
-    UserError: as `ct.read` and `ct.read_mask`; of DICOM as `dicom.read` and `dicom_seg.read`, also where there is not
-      one series, or no mask.
+    UserError: as `nifti.read` and `nifti.read_mask`; of DICOM as `dicom.read` and `dicom_seg.read`, also where there is
+      not one series, or no mask.
   """
   if case.ct.is_dir() or is_archive(case.ct):
     return _volume_of_dicom(case)
-  scan = ct.read(case.ct, case.values or 'hu', case.windowed)
+  scan = nifti.read(case.ct, case.values or 'hu', case.windowed)
   if case.mask is None:
     return scan, np.zeros(scan.values.shape, np.uint8)
-  return scan, ct.read_mask(case.mask, scan, case.lesion_labels)
+  return scan, nifti.read_mask(case.mask, scan, case.lesion_labels)
 
 
 def _volume_of_dicom(case):
@@ -64,7 +64,7 @@ def _volume_of_dicom(case):
     except UserError as error:  # which does not say in which folder, but of the archive that is all
       lines = str(error).removeprefix(f'{case.ct}: ').splitlines()
       raise UserError('\n'.join(f'{case.ct}: {line}' for line in lines)) from None
-  return scan, ct.read_mask(case.mask, scan, case.lesion_labels)
+  return scan, nifti.read_mask(case.mask, scan, case.lesion_labels)
 
 
 def _segmentation(paths):

@@ -16,7 +16,7 @@ from scipy import ndimage
 from data import read
 from data.cohorts import Case
 from data.workers import pool, silent
-from fusa_jax.scans import ct
+from fusa_jax.scans import volumes
 from fusa_jax.scans.archives import in_folder
 from fusa_jax.system.errors import UserError
 
@@ -128,8 +128,8 @@ def _thumbnail(values: np.ndarray, kind: str) -> np.ndarray:
   """
   slices, height, width = _THUMBNAIL
   clipped = np.clip(values, -1000, 300) if kind == 'hu' else values
-  small = ct.resize(clipped, (height, width))
-  small = ct.resize(small.swapaxes(0, 1), (slices, width))  # [height, slices, width]
+  small = volumes.resize(clipped, (height, width))
+  small = volumes.resize(small.swapaxes(0, 1), (slices, width))  # [height, slices, width]
   detail = small - ndimage.gaussian_filter(small, (1, 0, 1))
   detail -= detail.mean()
   return detail.ravel() / max(np.linalg.norm(detail), 1e-6)

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from fusa_jax.scans import ct
+from fusa_jax.scans import nifti
 from fusa_jax.system.errors import UserError
 
 
@@ -77,8 +77,8 @@ def only_folder(folder: pathlib.Path) -> pathlib.Path:
 
 def by_name(folder: pathlib.Path, ending: str = '') -> dict[str, pathlib.Path]:
   """The NIfTI files of a folder whose names end so, by what is before that."""
-  paths = (path for path in sorted(folder.iterdir()) if ct.is_nifti(path) and ct.stem(path).endswith(ending))
-  return {ct.stem(path).removesuffix(ending): path for path in paths}
+  paths = (path for path in sorted(folder.iterdir()) if nifti.is_nifti(path) and nifti.stem(path).endswith(ending))
+  return {nifti.stem(path).removesuffix(ending): path for path in paths}
 
 
 def paired(

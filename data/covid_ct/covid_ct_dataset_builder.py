@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 from data import read, survey
 from data.find import COHORTS
 from data.workers import pool, silent
-from fusa_jax.scans import ct
+from fusa_jax.scans import volumes
 
 # Slices from which on a shard is full.
 _SHARD = 32
@@ -144,9 +144,9 @@ def _write_shard(job) -> tuple[int, int]:
 
 def _examples(case, size):
   found = read.slices(case)
-  images = ct.network_slices(found.images, size)
+  images = volumes.network_slices(found.images, size)
   # A voxel of a resized mask is lesion where at least half of it was.
-  masks = (ct.resize(found.masks, (size, size)) >= 0.5).astype(np.uint8)
+  masks = (volumes.resize(found.masks, (size, size)) >= 0.5).astype(np.uint8)
   for index, lesion_voxels in enumerate(found.lesion_voxels):
     yield {
       'image': images[index],

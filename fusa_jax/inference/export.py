@@ -23,7 +23,7 @@ from fusa_jax import tasks
 from fusa_jax.inference import trained
 from fusa_jax.measures import statistics
 from fusa_jax.runs import operating_point, results, run_config
-from fusa_jax.scans import ct
+from fusa_jax.scans import volumes
 from fusa_jax.system import meshes, pages, provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import new_folder, sha256, write_json
@@ -121,7 +121,7 @@ def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Expo
     trees = traverse_util.unflatten_dict(weights, sep='/')
     each = [trees[str(number)] for number in range(len(networks))] if len(networks) > 1 else [trees]
     model = trained.create([network._replace(variables=v) for network, v in zip(networks, each, strict=True)], flips)
-    values = jnp.maximum(slices, ct.AIR) if is_hu else slices  # as `ct.read` has it
+    values = jnp.maximum(slices, volumes.AIR) if is_hu else slices  # as `nifti.read` has it
     found = model.function(model.variables, jnp.rint(resize(values, size, size)).astype(jnp.int16))
     return resize(found, *slices.shape[1:]) if gives_masks else found
 
@@ -145,7 +145,7 @@ def _without_sources():
 
 
 def resize(images: jax.Array, height: int, width: int) -> jax.Array:
-  """Images [B, H, W] -> float32 [B, height, width] as `ct.resize` has it; to their own size, exactly what they are."""
+  """Images [B, H, W] -> float32 [B, height, width] as `volumes.resize` has it; to their own size, as they are."""
   product = lambda how, *arrays: jnp.einsum(how, *arrays, precision=jax.lax.Precision.HIGHEST)
   rows, columns = _hats(images.shape[1], height), _hats(images.shape[2], width)
   across = product('bhw,jw->bhj', images.astype(jnp.float32), columns)

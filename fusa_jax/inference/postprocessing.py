@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from fusa_jax.measures import score
-from fusa_jax.scans import ct, lungs
+from fusa_jax.measures import masks
+from fusa_jax.scans import lungs, volumes
 
 
-def refine(mask: np.ndarray, scan: ct.Scan, in_lungs: bool = False, smallest_ml: float = 0.0) -> np.ndarray:
+def refine(mask: np.ndarray, scan: volumes.Scan, in_lungs: bool = False, smallest_ml: float = 0.0) -> np.ndarray:
   """A mask [S, H, W], uint8 {0, 1}, without what lies outside of the lungs, and then without lesions below a volume.
 
   Args:
@@ -24,8 +24,8 @@ def refine(mask: np.ndarray, scan: ct.Scan, in_lungs: bool = False, smallest_ml:
 
 
 def lesions(mask: np.ndarray, voxel_ml: float) -> tuple[np.ndarray, np.ndarray]:
-  """The lesions of a mask [S, H, W] by number, as `score.components` has them, and the mL of each [n]."""
-  labels, count = score.components(mask)
+  """The lesions of a mask [S, H, W] by number, as `masks.components` has them, and the mL of each [n]."""
+  labels, count = masks.components(mask)
   return labels, np.bincount(labels.ravel(), minlength=count + 1)[1:] * voxel_ml
 
 

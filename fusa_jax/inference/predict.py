@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from fusa_jax.inference.predictor import Predictor
-from fusa_jax.scans import ct, dicom, dicom_seg, pictures, sources
+from fusa_jax.scans import dicom, dicom_seg, nifti, pictures, sources
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
@@ -155,7 +155,7 @@ def _write(output, path, image, found, probabilities, as_dicom):
     if drawn:
       pictures.write(output / f'{name}_{kind}.png', np.rint(values * 255).astype(np.uint8))
     else:
-      ct.write(output / f'{name}_{kind}.nii.gz', values, image)
+      nifti.write(output / f'{name}_{kind}.nii.gz', values, image)
   if as_dicom:
     dicom_seg.write(output / f'{name}_mask.dcm', found.mask, image, {key: found.numbers[key] for key in _ABOUT})
   numbers = {'picture' if drawn else 'scan': path.name, **found.numbers}

@@ -9,7 +9,7 @@ import numpy as np
 
 from fusa_jax.inference import export, postprocessing, trained
 from fusa_jax.runs import operating_point
-from fusa_jax.scans import ct, sources
+from fusa_jax.scans import sources, volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.system import hosts, meshes
 from fusa_jax.system.errors import UserError
@@ -85,25 +85,25 @@ class Predictor:
     self._probabilities = hosts.compiled_together(run)
 
   def __call__(
-    self, image: str | pathlib.Path | ct.Scan | np.ndarray, spacing: Sequence[float] | None = None
+    self, image: str | pathlib.Path | volumes.Scan | np.ndarray, spacing: Sequence[float] | None = None
   ) -> Prediction:
     """What is found in one scan or picture.
 
     Args:
       image: a file, or a folder or .zip that holds one scan, as a DICOM series; a scan; an array of HU or grey values,
-        whichever the model takes, on the canonical axes of `ct.Scan` [S, H, W]; or a picture of grey values [H, W].
+        whichever the model takes, on the axes of `volumes.Scan` [S, H, W]; or a picture of grey values [H, W].
       spacing: of an array [S, H, W], mm between slices, rows and columns. Without it a voxel counts as 1 mm³.
 
     Raises:
-      UserError: as `sources.find`, `sources.read` and `ct.from_volume`; several scans; an array of other dimensions;
-        lesions to be left out, or limited to the lungs, in an array without spacing.
+      UserError: as `sources.find`, `sources.read` and `volumes.from_volume`; several scans; an array of other
+        dimensions; lesions to be left out, or limited to the lungs, in an array without spacing.
     """
     if isinstance(image, (str, pathlib.Path)):
       image = self._read(pathlib.Path(image))
     elif isinstance(image, np.ndarray):
       image = self._from_array(image, spacing)
     found = self.probabilities(self.prepare([image]))
-    return self.result(image, found if isinstance(image, ct.Scan) else found[0])
+    return self.result(image, found if isinstance(image, volumes.Scan) else found[0])
 
   def _read(self, path):
     with unpacking() as unpacked:
@@ -114,7 +114,7 @@ class Predictor:
 
   def _from_array(self, array, spacing):
     if array.ndim == 2 and self.model.values == 'grey':
-      ct.check_grey(array, 'array')
+      volumes.check_grey(array, 'array')
       return array
     if array.ndim != 3:
       pictures = ', or a picture [H, W]' if self.model.values == 'grey' else ''
@@ -122,12 +122,12 @@ class Predictor:
     if spacing is None and (self.point.smallest_ml or self.point.lungs):
       raise UserError('spacing: missing; this model leaves out what is too small, or outside of the lungs; give mm')
     affine = np.diag([*np.multiply(_CANONICAL, (1, 1, 1) if spacing is None else spacing[::-1]), 1.0])
-    return ct.from_volume(array.transpose(2, 1, 0), affine, pathlib.Path('array'), self.model.values)
+    return volumes.from_volume(array.transpose(2, 1, 0), affine, pathlib.Path('array'), self.model.values)
 
-  def prepare(self, images: Sequence[ct.Scan | np.ndarray]) -> np.ndarray:
+  def prepare(self, images: Sequence[volumes.Scan | np.ndarray]) -> np.ndarray:
     """The slices of one scan, or pictures [H, W] of grey values, as the network sees them: int16 [S, size, size]."""
-    slices = images[0].values if isinstance(images[0], ct.Scan) else images  # a scan is a part of its own
-    return ct.network_slices(slices, self.model.image_size)
+    slices = images[0].values if isinstance(images[0], volumes.Scan) else images  # a scan is a part of its own
+    return volumes.network_slices(slices, self.model.image_size)
 
   def probabilities(self, images: np.ndarray) -> np.ndarray:
     """Of what `prepare` gives: float32 [S], or [S, size, size]. All processes of a run call it in the same order."""
@@ -143,7 +143,7 @@ class Predictor:
         out[-2] = np.asarray(out[-2])
     return np.concatenate(out)[: len(images)]
 
-  def result(self, image: ct.Scan | np.ndarray, probability: np.ndarray) -> Prediction:
+  def result(self, image: volumes.Scan | np.ndarray, probability: np.ndarray) -> Prediction:
     """What follows from the probabilities of a scan or picture.
 
     Args:
@@ -151,7 +151,7 @@ class Predictor:
       probability: its own of `probabilities`: of each slice of a scan, of the one of a picture.
     """
     about = {'model': self.model.name, 'step': self.model.step, 'values': self.model.values, **self.point.about()}
-    if isinstance(image, ct.Scan):
+    if isinstance(image, volumes.Scan):
       found = self._of_scan(image, probability)
     else:
       found = self._of_picture(image, probability)
@@ -163,7 +163,7 @@ class Predictor:
     if probability.ndim == 1:
       positive, scores, probability = probability >= self.point.threshold, probability, None
     else:
-      probability = ct.resize(probability, scan.values.shape[1:])
+      probability = volumes.resize(probability, scan.values.shape[1:])
       mask = postprocessing.refine(
         (probability >= self.point.threshold).astype(np.uint8), scan, self.point.lungs, self.point.smallest_ml
       )
@@ -179,6 +179,6 @@ class Predictor:
     said = {'positive': score >= self.point.threshold, 'score': round(score, 4)}
     if not probability.ndim:
       return Prediction(said)
-    (probability,) = ct.resize([probability], image.shape)
+    (probability,) = volumes.resize([probability], image.shape)
     mask = (probability >= self.point.threshold).astype(np.uint8)
     return Prediction({'lesion_pixels': int(mask.sum()), **said}, mask, probability)

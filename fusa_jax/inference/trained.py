@@ -26,7 +26,7 @@ class Model:
     function: (variables, slices [B, size, size]) -> probability of lesion, float32 [B] or [B, size, size].
     variables: of the function, on all devices of a mesh.
     task: 'segmentation' or 'classification'.
-    values: of the slices, one of ct.VALUES.
+    values: of the slices, one of volumes.VALUES.
     image_size: of the slices.
     batch_size: slices that were trained on at once.
     name: of the network; of several, all of them.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from fusa_jax.scans import ct, sources
+from fusa_jax.scans import nifti, sources, volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.system import pages
 from fusa_jax.system.errors import UserError
@@ -83,7 +83,7 @@ def _result(masks, name) -> dict[str, Any]:
       len(scores) == result['num_slices'] > 0
       and all(is_number(score) and 0 <= score <= 1 for score in scores)
       and all(type(index) is int and 0 <= index < len(scores) for index in positive)
-      and result['values'] in ct.VALUES
+      and result['values'] in volumes.VALUES
       and is_number(result['threshold'])
       and isinstance(result['model'], str)
       and isinstance(result['step'], int | list)  # of several runs, a list
@@ -105,7 +105,7 @@ def _mask(masks, name):
 
 
 def _write_page(masks, name, path, result):
-  scan = ct.on_canonical_axes(sources.read(path, result['values']))
+  scan = volumes.on_canonical_axes(sources.read(path, result['values']))
   if len(scan.values) != result['num_slices']:
     raise UserError(
       f'{masks / name}.json: of {result["num_slices"]} slices, and the scan {scan.path.name} has {len(scan.values)}; '
@@ -113,8 +113,8 @@ def _write_page(masks, name, path, result):
     )
   mask = None
   if 'lesion_ml' in result:  # a classification has none
-    read = ct.read_labels(_mask(masks, name))
-    ct.check_same_grid(read, scan, 'scan')
+    read = nifti.read_labels(_mask(masks, name))
+    volumes.check_same_grid(read, scan, 'scan')
     mask = read.mask
   page = masks / f'{name}.html'
   pages.write(
@@ -138,7 +138,7 @@ def _write_page(masks, name, path, result):
 def _embedded(volume, scan):
   """A volume on canonical axes as base64 of a .nii.gz."""
   file = io.BytesIO()
-  ct.write_to(file, volume, scan, compressed=True)
+  nifti.write_to(file, volume, scan, compressed=True)
   return base64.b64encode(file.getbuffer()).decode()
 
 

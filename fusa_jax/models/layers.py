@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusa_jax.models.convolution import convolve
+from fusa_jax.models.cpu import pooling
+from fusa_jax.models.cpu.convolution import convolve
 from fusa_jax.system.errors import UserError
 
 # torchvision's initialisation of convolutions: normal, variance 2 / fan_out.
@@ -114,54 +115,8 @@ class Doubling(nn.Module):
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
-  """[B, H, W, C] -> the largest value of each size x size window; where several are, the first one gets the gradient.
-
-  nn.max_pool, but for its gradient on CPUs: XLA's there is an index of each pixel and a scatter (40 ms for 2 x 2 of
-  4 x 128 x 128 x 64 on two cores; 1.6 in the form below, 0.9 PyTorch's). Differentiable in reverse only.
-  """
-  return _max_pool(x, (size, stride, padding))
-
-
-def _largest(x, window):
-  size, stride, padding = window
-  return nn.max_pool(x, (size, size), (stride, stride), ((padding, padding),) * 2)
-
-
-_max_pool = jax.custom_vjp(_largest, nondiff_argnums=(1,))
-
-
-def _max_pool_forward(x, window):
-  out = _largest(x, window)
-  return out, (x, out)
-
-
-def _max_pool_backward(window, residuals, g):
-  by_comparison = functools.partial(_max_pool_by_comparison, window)
-  as_ever = lambda x, out, g: jax.vjp(lambda x: _largest(x, window), x)[1](g)[0]
-  return (jax.lax.platform_dependent(*residuals, g, cpu=by_comparison, default=as_ever),)
-
-
-_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
-
-
-def _max_pool_by_comparison(window, x, out, g):
-  """Tap after tap of the window: the pixels that it sees get the gradient where they are the largest, and the first."""
-  size, stride, padding = window
-  spans = [stride * (n - 1) + 1 for n in out.shape[1:3]]
-  edge = (padding, padding, 0)
-  padded = jax.lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), ((0, 0, 0), edge, edge, (0, 0, 0)))
-  total, unclaimed = jnp.zeros_like(x), jnp.ones(out.shape, bool)
-  for tap in np.ndindex(size, size):
-    rows, columns = (slice(at, at + span, stride) for at, span in zip(tap, spans, strict=True))
-    seen = padded[:, rows, columns]
-    largest = ((seen == out) | jnp.isnan(seen)) & unclaimed
-    unclaimed &= ~largest
-    places = [
-      (at - padding, length - (at - padding) - span, stride - 1)
-      for at, span, length in zip(tap, spans, x.shape[1:3], strict=True)
-    ]
-    total += jax.lax.pad(jnp.where(largest, g, 0), jnp.zeros((), g.dtype), ((0, 0, 0), *places, (0, 0, 0)))
-  return total
+  """[B, H, W, C] -> the largest value of each size x size window, as nn.max_pool; differentiable in reverse only."""
+  return pooling.max_pool(x, (size, stride, padding))
 
 
 def layers(train: bool, dtype) -> dict[str, Callable]:

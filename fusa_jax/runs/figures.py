@@ -228,7 +228,7 @@ def write_overlay(
     mask: [H, W], what is true; None where nobody drew it.
     predicted: bool [H, W]; None for a model that gives no mask: what is true is shown in red.
     black_and_white: values shown so.
-    kind: of the values, one of ct.VALUES.
+    kind: of the values, one of volumes.VALUES.
     title: above the picture; what black and white are is added.
   """
   black, white = black_and_white

@@ -1,4 +1,4 @@
-"""CT series in DICOM, found in any mixture of files and brought to the same `Scan` that `ct.read` gives.
+"""CT series in DICOM, found in any mixture of files and brought to the same `Scan` that `nifti.read` gives.
 
 A series is called by its number and description; neither these nor any result hold a patient's name, ID or dates, and
 no path of a file is in a message: folders of exports are often named by patient. pydicom and its decoders, in
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fusa_jax.scans import ct, decoder
+from fusa_jax.scans import decoder, volumes
 from fusa_jax.system.errors import UserError
 
 _INSTALL = 'pip install -r requirements-dicom.txt'
@@ -223,11 +223,11 @@ def sort(paths: Iterable[pathlib.Path]) -> tuple[list[Series], str]:
   )
 
 
-def read(series: Series, kind: str = 'hu') -> ct.Scan:
+def read(series: Series, kind: str = 'hu') -> volumes.Scan:
   """Reads a series: Hounsfield units by slope and intercept of each slice, on canonical axes.
 
   Raises:
-    UserError: as `Series.grid` and `ct.read`; also slices that cannot be decoded.
+    UserError: as `Series.grid` and `nifti.read`; also slices that cannot be decoded.
   """
   headers, affine = series.grid
   values = None
@@ -241,7 +241,7 @@ def read(series: Series, kind: str = 'hu') -> ct.Scan:
     if values is None:  # what a damaged header says of the size may not fit into any memory
       values = np.empty((len(headers), *image.shape), np.int16)
     values[index] = image
-  return ct.from_volume(values.transpose(2, 1, 0), affine, series, kind)
+  return volumes.from_volume(values.transpose(2, 1, 0), affine, series, kind)
 
 
 def decoded(path: str, size: tuple[int, int]) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fusa_jax.scans import ct, dicom
+from fusa_jax.scans import dicom, volumes
 from fusa_jax.system import provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing
@@ -56,7 +56,7 @@ def _check(series):
     _segmentation(series, frames, {'model': 'none', 'threshold': 0.5}).save_as(io.BytesIO(), enforce_file_format=True)
 
 
-def write(path: pathlib.Path, mask: np.ndarray, scan: ct.Scan, about: Mapping[str, Any]) -> None:
+def write(path: pathlib.Path, mask: np.ndarray, scan: volumes.Scan, about: Mapping[str, Any]) -> None:
   """Writes the mask of a series as one binary segment of the coded type Lesion.
 
   Slices without lesion have no frame; where none has any, each has an empty one. Frames refer to the slices that they
@@ -72,7 +72,7 @@ def write(path: pathlib.Path, mask: np.ndarray, scan: ct.Scan, about: Mapping[st
     UserError: headers of the series of which highdicom makes no SEG; the system refuses to write there.
   """
   with _without_values(scan.path):
-    made = _segmentation(scan.path, ct.to_own_axes(mask, scan).transpose(2, 1, 0), about)
+    made = _segmentation(scan.path, volumes.to_own_axes(mask, scan).transpose(2, 1, 0), about)
     with replacing(path) as partial:
       made.save_as(partial, enforce_file_format=True)
 
@@ -111,7 +111,7 @@ def series_uid(path: pathlib.Path) -> str:
     return ''
 
 
-def read(path: pathlib.Path, scan: ct.Scan, lesion_labels: Sequence[int] = ()) -> np.ndarray:
+def read(path: pathlib.Path, scan: volumes.Scan, lesion_labels: Sequence[int] = ()) -> np.ndarray:
   """A SEG as the lesion mask of its series: uint8 {0, 1} [S, H, W], of scan.values's shape and axes.
 
   Args:
@@ -168,7 +168,7 @@ def _read(seg, name, scan, lesion_labels):
         'that series'
       )
     own[nearest] |= frame
-  return np.ascontiguousarray(ct.to_canonical_axes(own.transpose(2, 1, 0), scan))
+  return np.ascontiguousarray(volumes.to_canonical_axes(own.transpose(2, 1, 0), scan))
 
 
 def _corners(orientation, spacing, position, size):

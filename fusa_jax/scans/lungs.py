@@ -10,7 +10,7 @@ import logging
 import numpy as np
 from scipy import ndimage
 
-from fusa_jax.scans import ct
+from fusa_jax.scans import volumes
 
 # Aerated lung (-850) and ground glass (-700 to -300) are below, tissue and its fat (-100) above.
 THRESHOLD = -200
@@ -23,7 +23,7 @@ _CLOSED, _MARGIN = 20, 3
 _COARSE = 3
 
 
-def field(scan: ct.Scan) -> np.ndarray:
+def field(scan: volumes.Scan) -> np.ndarray:
   """The lungs with what is closed in by them, and some millimetres around: bool [S, H, W].
 
   All of the scan, and a warning, where no lungs are found.
@@ -34,7 +34,7 @@ def field(scan: ct.Scan) -> np.ndarray:
   shape = scan.values.shape[1:]
   thickness, *pixel = scan.spacing
   coarse = tuple(max(1, round(n * mm / _COARSE)) for n, mm in zip(shape, pixel, strict=True))
-  small = ct.resize(scan.values, coarse)
+  small = volumes.resize(scan.values, coarse)
   spacing = (thickness, *(n * mm / m for n, mm, m in zip(shape, pixel, coarse, strict=True)))
   lungs = _lungs(small, float(np.prod(spacing)) / 1000)
   if lungs is None:

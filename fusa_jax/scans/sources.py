@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from fusa_jax.scans import ct, dicom, pictures
+from fusa_jax.scans import dicom, nifti, pictures, volumes
 from fusa_jax.scans.archives import within
 from fusa_jax.system.errors import UserError
 
@@ -15,7 +15,7 @@ def find(source: pathlib.Path, kind: str | None, unpacked: pathlib.Path) -> list
   Args:
     source: a file, or a folder or .zip of them and of DICOM series, at any depth and in any mixture; what names end in
       `_seg`, `_mask` or `_probability`, and what begins with a dot, is left out.
-    kind: one of ct.VALUES; None: scans of either.
+    kind: one of volumes.VALUES; None: scans of either.
     unpacked: a folder for what archives hold.
 
   Raises:
@@ -53,11 +53,11 @@ def find(source: pathlib.Path, kind: str | None, unpacked: pathlib.Path) -> list
   return paths
 
 
-def read(path: pathlib.Path | dicom.Series, kind: str) -> ct.Scan | np.ndarray:
-  """A scan, or a picture's values [H, W]; raises UserError as `ct.read`, `dicom.read` and `pictures.read`."""
+def read(path: pathlib.Path | dicom.Series, kind: str) -> volumes.Scan | np.ndarray:
+  """A scan, or a picture's values [H, W]; raises UserError as `nifti.read`, `dicom.read` and `pictures.read`."""
   if isinstance(path, dicom.Series):
     return dicom.read(path, kind)
-  return pictures.read(path) if is_picture(path) else ct.read(path, kind)
+  return pictures.read(path) if is_picture(path) else nifti.read(path, kind)
 
 
 def is_dicom(path: pathlib.Path) -> bool:
@@ -66,7 +66,7 @@ def is_dicom(path: pathlib.Path) -> bool:
 
 
 def _is_known_by_name(path):
-  return ct.is_nifti(path) or pictures.is_picture(path)
+  return nifti.is_nifti(path) or pictures.is_picture(path)
 
 
 def is_picture(path: pathlib.Path | dicom.Series) -> bool:
@@ -77,4 +77,4 @@ def stem(path: pathlib.Path | dicom.Series) -> str:
   """What the names of the results begin with."""
   if isinstance(path, dicom.Series):
     return path.name
-  return path.stem if is_picture(path) else ct.stem(path)
+  return path.stem if is_picture(path) else nifti.stem(path)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from fusa_jax import models
-from fusa_jax.scans import ct
+from fusa_jax.scans import volumes
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import classification, segmentation
 from fusa_jax.tasks.window import grey_input, network_input
@@ -91,8 +91,8 @@ def create(config: ml_collections.ConfigDict) -> Task:
   low, high = config.data.window
   if not low < high:
     raise UserError(f'data.window: {low} is not below {high}; give the lowest and the highest HU, in this order')
-  if config.data['values'] not in ct.VALUES:
-    raise UserError(f'data.values: there is no {config.data["values"]!r}; one of {", ".join(ct.VALUES)}')
+  if config.data['values'] not in volumes.VALUES:
+    raise UserError(f'data.values: there is no {config.data["values"]!r}; one of {", ".join(volumes.VALUES)}')
   inputs = grey_input if config.data['values'] == 'grey' else functools.partial(network_input, window=(low, high))
   dtype = config.model.dtype
   if dtype == 'auto':

@@ -8,7 +8,7 @@ GREY = (0.0, 255.0)
 
 
 def black_and_white(kind: str, window: tuple[float, float]) -> tuple[float, float]:
-  """The values, of a kind of ct.VALUES, from which on a network and a picture tell no more apart."""
+  """The values, of a kind of volumes.VALUES, from which on a network and a picture tell no more apart."""
   return tuple(window) if kind == 'hu' else GREY
 
 

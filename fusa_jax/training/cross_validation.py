@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from fusa_jax import tasks
-from fusa_jax.measures import score
+from fusa_jax.measures import masks
 from fusa_jax.runs import operating_point, results, run_config
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
@@ -111,7 +111,7 @@ def _pool(config, workdir, data_dir):
     **{name: tests[0][name] for name in ('dataset', 'values', 'split', 'commit')},
   }
   if volumes:
-    result['volumes'] = score.summary(volumes)
+    result['volumes'] = masks.summary(volumes)
   results.clear(workdir / 'test')
   results.write(workdir / 'test', table, result, volumes)
   logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(kind, result))

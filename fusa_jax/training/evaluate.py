@@ -12,9 +12,9 @@ import tqdm
 
 from fusa_jax import tasks
 from fusa_jax.inference import postprocessing, predictor, trained
-from fusa_jax.measures import histogram, score
+from fusa_jax.measures import histogram, masks
 from fusa_jax.runs import figures, operating_point, results, run_config
-from fusa_jax.scans import ct
+from fusa_jax.scans import volumes
 from fusa_jax.system import hosts, meshes, provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import window
@@ -74,7 +74,7 @@ def evaluate(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   data_dir: pathlib.Path,
-  scans: Mapping[str, Callable[[], tuple[ct.Scan, np.ndarray]]] | None = None,
+  scans: Mapping[str, Callable[[], tuple[volumes.Scan, np.ndarray]]] | None = None,
 ) -> dict:
   """Scores a run's best checkpoint on its test fold; process 0 writes test/. Gives what metrics.json holds.
 
@@ -145,7 +145,7 @@ def evaluate(
     'commit': provenance.commit(),
   }
   if volumes:
-    result['volumes'] = score.summary(volumes)
+    result['volumes'] = masks.summary(volumes)
   if hosts.is_main():
     results.clear(workdir / 'test')
     _draw(config, task, variables, dataset, table, point, workdir / 'test' / 'figures')
@@ -191,11 +191,11 @@ def check_unseen(workdir: pathlib.Path, dataset: datasets.Dataset) -> dict[str, 
 
 
 def score_volumes(run: predictor.Predictor, scans, patients: list[str]) -> list[dict]:
-  """A row of `score.volume` for each patient: the run's mask against the released one."""
+  """A row of `masks.volume` for each patient: the run's mask against the released one."""
   rows = []
   for patient in tqdm.tqdm(patients, desc='Scoring volumes', unit='scan', leave=False):
     scan, truth = scans[patient]()
-    rows.append({'case': patient, **score.volume(run(scan).mask, truth, scan.spacing, scan.voxel_ml)})
+    rows.append({'case': patient, **masks.volume(run(scan).mask, truth, scan.spacing, scan.voxel_ml)})
   return rows
 
 

@@ -17,7 +17,7 @@ from configs import cls, seg
 from fusa_jax import models, tasks
 from fusa_jax.inference import export, predict, predictor, trained
 from fusa_jax.runs import checkpoint, run_config
-from fusa_jax.scans import ct
+from fusa_jax.scans import volumes
 from fusa_jax.system import meshes, provenance
 from fusa_jax.system.errors import UserError
 
@@ -84,7 +84,7 @@ def test_slices_as_scans_have_them(bundles, predictors, count, height, width):
   slices = slices_of((count, height, width))
   slices[:, :9] = -3024
   run = predictors['seg']
-  expected = ct.resize(run.probabilities(run.prepare(list(slices.clip(ct.AIR)))), (height, width))
+  expected = volumes.resize(run.probabilities(run.prepare(list(slices.clip(volumes.AIR)))), (height, width))
   assert np.ptp(expected) > 0.01
   np.testing.assert_allclose(run_bundle(bundles['seg'], slices), expected, atol=1e-3)
 
@@ -92,7 +92,7 @@ def test_slices_as_scans_have_them(bundles, predictors, count, height, width):
 @pytest.mark.parametrize(('source', 'target'), [((512, 512), (96, 96)), ((40, 53), (32, 64)), ((7, 96), (512, 100))])
 def test_resize_is_pillows(source, target):
   slices = slices_of((2, *source)) * 2
-  found, expected = np.asarray(export.resize(slices, *target)), ct.resize(slices, target)
+  found, expected = np.asarray(export.resize(slices, *target)), volumes.resize(slices, target)
   np.testing.assert_allclose(found, expected, atol=1e-3)
   assert (np.rint(found) != np.rint(expected)).mean() < 1e-3
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from fusa_jax.inference import postprocessing
-from fusa_jax.scans import ct
+from fusa_jax.scans import volumes
 
 
 @pytest.fixture(scope='module')
 def scan():
   """Voxels of 2 x 1 x 0.5 mm, 0.001 mL."""
   hu = np.random.default_rng(0).normal(-900, 9, (6, 20, 20)).astype(np.int16)
-  return ct.from_volume(hu.transpose(2, 1, 0), np.diag([-0.5, -1, 2, 1.0]), pathlib.Path('a scan'))
+  return volumes.from_volume(hu.transpose(2, 1, 0), np.diag([-0.5, -1, 2, 1.0]), pathlib.Path('a scan'))
 
 
 @pytest.fixture(scope='module')

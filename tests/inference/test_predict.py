@@ -24,7 +24,7 @@ from conftest import SLICES
 from nibabel import orientations
 
 from fusa_jax.inference import predict, predictor, viewer
-from fusa_jax.scans import ct, sources
+from fusa_jax.scans import nifti, sources
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 
@@ -126,13 +126,13 @@ def test_images_may_be_shared_between_devices(runs, predictions, tmp_path):
 def test_refused_scans_are_all_named_before_anything_is_written(predictors, raw_dir, tmp_path):
   folder = tmp_path / 'in'
   folder.mkdir()
-  good = ct.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  good = nifti.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   for name, values in (
     ('a', good.values),
     ('b', np.clip(good.values, -160, 240)),
     ('c', (good.values + 1024).clip(0, 255)),
   ):
-    ct.write(folder / f'{name}.nii.gz', values.astype(np.int16), good)
+    nifti.write(folder / f'{name}.nii.gz', values.astype(np.int16), good)
   with pytest.raises(UserError) as caught:
     predict.predict(predictors['seg'], folder, tmp_path / 'out')
   lines = str(caught.value).splitlines()
@@ -309,7 +309,7 @@ def listed(folder):
 def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_path, monkeypatch, caplog):
   """The first mask is not written before the second scan is computed and the fourth read. Four scans live at a time."""
   caplog.set_level(logging.INFO)
-  run, read, write = predictor.Predictor.probabilities, sources.read, ct.write
+  run, read, write = predictor.Predictor.probabilities, sources.read, nifti.write
   begun, scans, alive, computed = collections.Counter(), [], [], threading.Event()
   fourth = threading.Event()
 
@@ -338,7 +338,7 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
   computing_counts = [0]
   monkeypatch.setattr(sources, 'read', reading)
   monkeypatch.setattr(predictor.Predictor, 'probabilities', computing)
-  monkeypatch.setattr(ct, 'write', writing)
+  monkeypatch.setattr(nifti, 'write', writing)
   predict.predict(predictors['seg'], folder, tmp_path / 'out')
   assert listed(tmp_path / 'out') == written(*'abcdefghij')
   assert [m.partition('.nii.gz: ')[0] for m in caplog.messages if '.nii.gz: ' in m] == list('abcdefghij')
@@ -427,7 +427,7 @@ def test_runs_that_differ_are_taken_as_is_asked(runs, tmp_path):
 def test_in_code_a_scan_is_predicted_as_its_file(predictors, raw_dir, tmp_path):
   """By path, as DICOM in a folder, and as an array, whose mL need its spacing."""
   path, run = raw_dir / 'volume-phantom-A-0001_ct.nii.gz', predictors['seg']
-  scan = ct.read(path)
+  scan = nifti.read(path)
   expected = run(scan)
   image = nib.load(path)
   dicom_series.save(tmp_path / 'series', dicom_series.slices(np.asarray(image.dataobj), image.affine, 3))

@@ -11,7 +11,7 @@ from nibabel import orientations
 from scipy import ndimage
 from sklearn.metrics import f1_score
 
-from fusa_jax.measures import score, statistics, surface
+from fusa_jax.measures import masks, score, statistics, surface
 from fusa_jax.system.errors import UserError
 
 SPACING = (5.0, 0.8, 0.7)
@@ -54,8 +54,8 @@ def refusal(*arguments) -> list[str]:
 @pytest.mark.parametrize('seed', range(3))
 def test_numbers_of_a_volume(seed):
   predicted, true = blobs(seed)
-  row = score.volume(predicted.astype(np.uint8), true, SPACING, 0.0028)
-  assert list(row) == list(score.DEFINITIONS)
+  row = masks.volume(predicted.astype(np.uint8), true, SPACING, 0.0028)
+  assert list(row) == list(masks.DEFINITIONS)
   assert row['dice'] == pytest.approx(f1_score(true.ravel(), predicted.ravel()), abs=1e-12)
   assert row['predicted_ml'] == pytest.approx(predicted.sum() * 0.0028)
   assert row['true_ml'] == pytest.approx(true.sum() * 0.0028)
@@ -75,7 +75,7 @@ def test_lesions_by_hand():
   true[3, 10, 10] = True
   predicted[1, 2, 2:6] = predicted[1, 2:6, 5] = True
   predicted[4, 0, 0] = predicted[4, 0, 2] = True
-  row = score.volume(predicted, true, SPACING, 1.0)
+  row = masks.volume(predicted, true, SPACING, 1.0)
   assert row['lesions'] == 3 and row['lesions_found'] == 2
   assert row['lesion_sensitivity'] == pytest.approx(2 / 3)
   assert row['predicted_lesions'] == 3 and row['false_positives'] == 2
@@ -84,16 +84,16 @@ def test_lesions_by_hand():
 def test_healthy_and_missed_patients():
   empty, some = np.zeros((2, 4, 10, 10), bool)
   some[1, 2:5, 2:5] = True
-  measured = dict.fromkeys(score.DEFINITIONS, 0)
+  measured = dict.fromkeys(masks.DEFINITIONS, 0)
   undefined = dict.fromkeys(('dice', 'hd95_mm', 'surface_dice_1mm', 'surface_dice_2mm', 'lesion_sensitivity'), np.nan)
   diagonal = pytest.approx(np.sqrt(20**2 + 8**2 + 7**2))
-  assert score.volume(empty, empty, SPACING, 1.0) == pytest.approx(measured | undefined, nan_ok=True)
+  assert masks.volume(empty, empty, SPACING, 1.0) == pytest.approx(measured | undefined, nan_ok=True)
   marked = {'hd95_mm': diagonal, 'predicted_ml': 9, 'error_ml': 9, 'predicted_lesions': 1, 'false_positives': 1}
-  row = score.volume(some, empty, SPACING, 1.0)
+  row = masks.volume(some, empty, SPACING, 1.0)
   assert np.isnan(row.pop('lesion_sensitivity'))
   assert row == {name: (measured | marked)[name] for name in row}
   missed = {'hd95_mm': diagonal, 'true_ml': 9, 'error_ml': -9, 'lesions': 1}
-  assert score.volume(empty, some, SPACING, 1.0) == measured | missed
+  assert masks.volume(empty, some, SPACING, 1.0) == measured | missed
 
 
 def test_what_is_written(folders, tmp_path):
@@ -101,7 +101,7 @@ def test_what_is_written(folders, tmp_path):
   assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['scores.json', 'volumes.csv']
   assert json.loads((tmp_path / 'out' / 'scores.json').read_text()) == result
   assert (result['source'], result['truth']) == tuple(map(str, folders))
-  assert result['definitions'] == score.DEFINITIONS and result['intervals'] == statistics.method()
+  assert result['definitions'] == masks.DEFINITIONS and result['intervals'] == statistics.method()
   with (tmp_path / 'out' / 'volumes.csv').open() as file:
     rows = list(csv.DictReader(file))
   assert [row['case'] for row in rows] == ['p0', 'p1', 'p2', 'p3', 'p4']

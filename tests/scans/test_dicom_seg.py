@@ -16,7 +16,7 @@ from nifti_files import chest
 from pydicom import uid
 from pydicom.sr.codedict import codes
 
-from fusa_jax.scans import ct, dicom, dicom_seg
+from fusa_jax.scans import dicom, dicom_seg, nifti, volumes
 from fusa_jax.system.errors import UserError
 
 ABOUT = {'model': 'fusa_resunet', 'step': 2400, 'threshold': 0.43}
@@ -63,9 +63,9 @@ def test_each_pixel_is_where_the_mask_in_nifti_has_it(tmp_path, name):
   if name in ('coronal', 'sagittal'):
     mask[:, 2] = mask[:, :, 2] = 0  # one of them is a slice as stored
   seg = saved(tmp_path / 'a_mask.dcm', scan, mask)
-  ct.write(tmp_path / 'a_mask.nii.gz', mask, scan)
-  nifti = nib.load(tmp_path / 'a_mask.nii.gz')
-  values, back = np.asarray(nifti.dataobj), np.linalg.inv(nifti.affine)
+  nifti.write(tmp_path / 'a_mask.nii.gz', mask, scan)
+  stored = nib.load(tmp_path / 'a_mask.nii.gz')
+  values, back = np.asarray(stored.dataobj), np.linalg.inv(stored.affine)
   of_uid = {source.SOPInstanceUID: source for source in sources}
   across, down = np.array(sources[0].ImageOrientationPatient, float).reshape(2, 3)
   height, width = map(float, sources[0].PixelSpacing)
@@ -86,7 +86,7 @@ def test_each_pixel_is_where_the_mask_in_nifti_has_it(tmp_path, name):
   headers, _ = scan.path.grid
   uids = [header.SOPInstanceUID for header in headers]
   own = again.get_pixels_by_source_instance(uids, combine_segments=True, assert_missing_frames_are_empty=True)
-  np.testing.assert_array_equal(own, ct.to_own_axes(mask, scan).transpose(2, 1, 0))
+  np.testing.assert_array_equal(own, volumes.to_own_axes(mask, scan).transpose(2, 1, 0))
   np.testing.assert_array_equal(dicom_seg.read(tmp_path / 'a_mask.dcm', scan), mask)
 
 

@@ -7,11 +7,11 @@ import pytest
 
 from data.cohorts import phantom
 from fusa_jax.inference import postprocessing
-from fusa_jax.scans import ct, lungs
+from fusa_jax.scans import lungs, volumes
 
 
 def scan_of(hu, spacing):
-  return ct.from_volume(
+  return volumes.from_volume(
     hu.transpose(2, 1, 0), np.diag([-spacing[2], -spacing[1], spacing[0], 1.0]), pathlib.Path('a scan')
   )
 

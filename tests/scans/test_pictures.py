@@ -15,7 +15,7 @@ from configs import seg
 from data import prepare
 from data.cohorts import Wanted
 from fusa_jax.inference import predict, predictor
-from fusa_jax.scans import ct, pictures
+from fusa_jax.scans import nifti, pictures
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import evaluate, train
 
@@ -100,9 +100,9 @@ def test_in_code_a_picture_is_predicted_as_its_file(folder, run, tmp_path):
 
 
 def test_a_grey_scan_is_predicted_on_its_own_grid(run, raw_dir, tmp_path):
-  scan = ct.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  scan = nifti.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   grey = np.rint(np.clip((scan.values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)
-  ct.write(tmp_path / 'in' / 'a.nii.gz', grey, scan)
+  nifti.write(tmp_path / 'in' / 'a.nii.gz', grey, scan)
   predict.predict(predictor.load(run), tmp_path / 'in', tmp_path / 'out')
   mask = nib.load(tmp_path / 'out' / 'a_mask.nii.gz')
   assert mask.shape == nib.load(scan.path).shape
@@ -134,9 +134,9 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
     assert str(caught.value) == line
     assert not (tmp_path / 'out').exists()
   # An 8-bit scan, to a run of HU and to a cohort of HU.
-  image = ct.read(scan)
+  image = nifti.read(scan)
   grey = np.clip((image.values + 1000) / 1300, 0, 1) * 255
-  ct.write(tmp_path / 'grey' / 'a.nii.gz', grey.astype(np.uint8), image)
+  nifti.write(tmp_path / 'grey' / 'a.nii.gz', grey.astype(np.uint8), image)
   shutil.copy(scan.with_name('volume-phantom-A-0001_seg.nii.gz'), tmp_path / 'grey' / 'a_mask.nii.gz')
   for attempt in (
     lambda: predict.predict(predictor.load(runs['seg']), tmp_path / 'grey' / 'a.nii.gz', tmp_path / 'out'),

@@ -13,7 +13,7 @@ from configs import cls
 from data import prepare
 from fusa_jax.inference import export, predictor
 from fusa_jax.runs import report, results, run_config
-from fusa_jax.scans import ct
+from fusa_jax.scans import nifti
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import cross_validation, datasets, evaluate, train
 
@@ -119,7 +119,7 @@ def test_evaluated_again_and_reported(made, data_dir):
 @pytest.mark.slow
 def test_it_predicts_the_mean_of_its_folds(made, raw_dir):
   """As NumPy averages what each fold gives alone; threshold and all else are the folds' means."""
-  scan = ct.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  scan = nifti.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   scores = lambda run: run.probabilities(run.prepare([scan]))
   folds, together = [predictor.load(made / f'fold{fold}') for fold in range(5)], predictor.load(made)
   each = [scores(fold) for fold in folds]
@@ -132,7 +132,7 @@ def test_it_predicts_the_mean_of_its_folds(made, raw_dir):
 @pytest.mark.slow
 def test_its_bundle_is_the_mean_and_says_whose_numbers_it_has(made, raw_dir, tmp_path):
   export.write([made], tmp_path / 'bundle')
-  scan = ct.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  scan = nifti.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   bundle, together = predictor.load(tmp_path / 'bundle'), predictor.load(made)
   found, expected = (run.probabilities(run.prepare([scan])) for run in (bundle, together))
   np.testing.assert_allclose(found, expected, atol=1e-5)

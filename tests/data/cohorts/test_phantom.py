@@ -7,7 +7,7 @@ from scipy import ndimage
 
 from data import workers
 from data.cohorts import phantom
-from fusa_jax.scans import ct
+from fusa_jax.scans import nifti
 
 SIZE = {'size': 128, 'slices': 24}
 SMALL = {'size': 48, 'slices': 16}
@@ -189,7 +189,7 @@ def test_fields_of_view_are_the_patients_own(cohort):
 
 def test_every_phantom_is_taken_for_a_scan_in_hu(folder):
   for path in sorted(folder.glob('*_ct.nii.gz')):
-    ct.read(path)  # refuses what is windowed, rescaled, or without air
+    nifti.read(path)  # refuses what is windowed, rescaled, or without air
 
 
 def test_lesions(cohort):

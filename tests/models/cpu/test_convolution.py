@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fusa_jax.models import convolution
+from fusa_jax.models.cpu import convolution
 
 torch = pytest.importorskip('torch')
 

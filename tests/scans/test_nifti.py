@@ -10,7 +10,7 @@ import pytest
 from nibabel import affines, orientations
 from nifti_files import SHAPE, chest, save
 
-from fusa_jax.scans import ct
+from fusa_jax.scans import nifti, volumes
 from fusa_jax.system.errors import UserError
 
 ORIENTATIONS = [
@@ -23,7 +23,7 @@ ORIENTATIONS = [
 @pytest.mark.parametrize('codes', ORIENTATIONS)
 def test_every_orientation_is_brought_to_canonical_axes_and_back(tmp_path, codes):
   path = save(tmp_path / 'a_ct.nii.gz', chest(), codes, oblique=0.2)
-  scan = ct.read(path)
+  scan = nifti.read(path)
   stored = nib.load(path)
   data = np.asarray(stored.dataobj)
   assert nib.aff2axcodes(scan.affine) == ('L', 'P', 'S')
@@ -33,7 +33,7 @@ def test_every_orientation_is_brought_to_canonical_axes_and_back(tmp_path, codes
     place = affines.apply_affine(np.linalg.inv(stored.affine), world)
     np.testing.assert_allclose(place, np.rint(place), atol=1e-4)
     assert scan.values[s, r, c] == data[tuple(np.rint(place).astype(int))]
-  ct.write(tmp_path / 'back.nii.gz', scan.values, scan)
+  nifti.write(tmp_path / 'back.nii.gz', scan.values, scan)
   back = nib.load(tmp_path / 'back.nii.gz')
   np.testing.assert_array_equal(np.asarray(back.dataobj), data)
   np.testing.assert_array_equal(back.affine, stored.affine)
@@ -46,9 +46,9 @@ def test_mask_keeps_both_affines_and_their_codes_but_no_text(tmp_path, sform):
   image.header['descrip'] = b'John Doe'
   image.header.extensions.append(nib.nifti1.Nifti1Extension('comment', b'born 1950'))
   nib.save(image, tmp_path / 'named.nii.gz')
-  scan = ct.read(tmp_path / 'named.nii.gz')
+  scan = nifti.read(tmp_path / 'named.nii.gz')
   mask = (scan.values > 0).astype(np.uint8)
-  ct.write(tmp_path / 'out' / 'mask.nii.gz', mask, scan)
+  nifti.write(tmp_path / 'out' / 'mask.nii.gz', mask, scan)
   out = nib.load(tmp_path / 'out' / 'mask.nii.gz')
   assert out.get_data_dtype() == np.uint8
   assert out.header.get_slope_inter() in ((None, None), (1.0, 0.0))
@@ -69,7 +69,7 @@ def test_scaling_is_applied(tmp_path, slope, intercept, dtype):
   nib.save(image, tmp_path / 'a.nii.gz')
   # Nibabel writes slope 1 where it can: whatever it wrote, its own reading is the truth.
   expected = np.rint(nib.load(tmp_path / 'a.nii.gz').get_fdata()).transpose(2, 1, 0)
-  np.testing.assert_array_equal(ct.read(tmp_path / 'a.nii.gz').values, expected)
+  np.testing.assert_array_equal(nifti.read(tmp_path / 'a.nii.gz').values, expected)
 
 
 @pytest.mark.parametrize('shear', [0.0, 0.3])
@@ -79,10 +79,10 @@ def test_a_volume_read_by_other_means_is_the_file_of_it(tmp_path, shear):
   affine = stored.affine @ affines.from_matvec([[1, 0, 0], [0, 1, shear], [0, 0, 1]])
   stored.set_sform(affine, 1)
   nib.save(stored, tmp_path / 'a.nii.gz')
-  scan, of_file = ct.from_volume(chest(), affine, 'series 3'), ct.read(tmp_path / 'a.nii.gz')
+  scan, of_file = volumes.from_volume(chest(), affine, 'series 3'), nifti.read(tmp_path / 'a.nii.gz')
   np.testing.assert_array_equal(scan.values, of_file.values)
   np.testing.assert_array_equal(scan.affine, of_file.affine)
-  ct.write(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
+  nifti.write(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
   mask = nib.load(tmp_path / 'mask.nii.gz')
   np.testing.assert_array_equal(np.asarray(mask.dataobj), chest() > 0)
   np.testing.assert_allclose(mask.affine, affine, rtol=1e-6)
@@ -92,17 +92,17 @@ def test_a_volume_read_by_other_means_is_the_file_of_it(tmp_path, shear):
   if code:
     np.testing.assert_allclose(quaternions, affine, atol=1e-4)
   with pytest.raises(UserError, match=r'^series 3: values 0 to 1 are a mask, not HU'):
-    ct.from_volume((chest() > 0).astype(np.int16), affine, 'series 3')
+    volumes.from_volume((chest() > 0).astype(np.int16), affine, 'series 3')
 
 
 @pytest.mark.parametrize('name', ['a.nii', 'a.nii.gz'])
 @pytest.mark.parametrize('image_class', [nib.Nifti1Image, nib.Nifti2Image])
 def test_both_formats(tmp_path, name, image_class):
-  scan = ct.read(save(tmp_path / name, chest(), image_class=image_class))
+  scan = nifti.read(save(tmp_path / name, chest(), image_class=image_class))
   np.testing.assert_array_equal(scan.values, chest().transpose(2, 1, 0))
   np.testing.assert_allclose(scan.spacing, (5.0, 0.8, 0.7))
   np.testing.assert_allclose(scan.voxel_ml, 0.7 * 0.8 * 5 / 1000)
-  ct.write(tmp_path / 'out.nii.gz', scan.values, scan)
+  nifti.write(tmp_path / 'out.nii.gz', scan.values, scan)
   assert isinstance(nib.load(tmp_path / 'out.nii.gz'), image_class)
 
 
@@ -110,7 +110,7 @@ def test_padding_is_clipped_to_air(tmp_path):
   data = chest()
   data[0] = -3024
   data[1, 0, 0] = 3071
-  hu = ct.read(save(tmp_path / 'a.nii.gz', data)).values
+  hu = nifti.read(save(tmp_path / 'a.nii.gz', data)).values
   assert hu.dtype == np.int16
   np.testing.assert_array_equal(hu, np.maximum(data, -1024).transpose(2, 1, 0))
 
@@ -118,13 +118,13 @@ def test_padding_is_clipped_to_air(tmp_path):
 def test_mask_stored_in_another_orientation_than_its_scan(tmp_path):
   data = chest()
   mask = (data > 100).astype(np.uint8)
-  scan = ct.read(save(tmp_path / 'a_ct.nii.gz', data))
+  scan = nifti.read(save(tmp_path / 'a_ct.nii.gz', data))
   image = nib.load(save(tmp_path / 'a_seg.nii.gz', mask))
   turned = image.as_reoriented(
     orientations.ornt_transform(orientations.axcodes2ornt('LPS'), orientations.axcodes2ornt('IRA'))
   )
   nib.save(turned, tmp_path / 'turned_seg.nii.gz')
-  np.testing.assert_array_equal(ct.read_mask(tmp_path / 'turned_seg.nii.gz', scan), mask.transpose(2, 1, 0))
+  np.testing.assert_array_equal(nifti.read_mask(tmp_path / 'turned_seg.nii.gz', scan), mask.transpose(2, 1, 0))
 
 
 def bad(kind, path):
@@ -217,7 +217,7 @@ def test_refusals_name_the_file_and_the_reason(tmp_path, kind):
   path = tmp_path / 'bad_ct.nii.gz'
   bad(kind, path)
   with pytest.raises(UserError, match=REFUSALS[kind]) as caught:
-    ct.read(path)
+    nifti.read(path)
   message = str(caught.value)
   assert message.startswith(f'{path}: ')
   assert '\n' not in message
@@ -236,50 +236,50 @@ def test_refusals_name_the_file_and_the_reason(tmp_path, kind):
 )
 def test_masks_that_are_refused(tmp_path, change, reason):
   data = chest()
-  scan = ct.read(save(tmp_path / 'a_ct.nii.gz', data))
+  scan = nifti.read(save(tmp_path / 'a_ct.nii.gz', data))
   mask, affine = change((data > 100).astype(np.uint8), nib.load(tmp_path / 'a_ct.nii.gz').affine)
   nib.save(nib.Nifti1Image(mask, affine), tmp_path / 'a_seg.nii.gz')
   with pytest.raises(UserError, match=reason) as caught:
-    ct.read_mask(tmp_path / 'a_seg.nii.gz', scan)
+    nifti.read_mask(tmp_path / 'a_seg.nii.gz', scan)
   assert str(caught.value).startswith(f'{tmp_path / "a_seg.nii.gz"}: ')
 
 
 def test_affines_that_differ_by_float32_are_the_same_grid(tmp_path):
   """A quaternion in float32 (mask: qform only) beside the matrix in float32 (scan: sform)."""
   data = chest()
-  scan = ct.read(save(tmp_path / 'a_ct.nii.gz', data, oblique=0.3))
+  scan = nifti.read(save(tmp_path / 'a_ct.nii.gz', data, oblique=0.3))
   mask = (data > 100).astype(np.uint8)
   save(tmp_path / 'a_seg.nii.gz', mask, oblique=0.3, sform=False)
   assert not np.array_equal(nib.load(tmp_path / 'a_seg.nii.gz').affine, nib.load(tmp_path / 'a_ct.nii.gz').affine)
-  np.testing.assert_array_equal(ct.read_mask(tmp_path / 'a_seg.nii.gz', scan), mask.transpose(2, 1, 0))
+  np.testing.assert_array_equal(nifti.read_mask(tmp_path / 'a_seg.nii.gz', scan), mask.transpose(2, 1, 0))
 
 
 def test_a_mask_without_a_scan(tmp_path):
   """The same as beside its scan, on a grid of its own."""
   data = chest()
   labels = (data > 100).astype(np.uint8)
-  scan = ct.read(save(tmp_path / 'a_ct.nii.gz', data, 'RAS', oblique=0.2))
-  mask = ct.read_labels(save(tmp_path / 'a_seg.nii.gz', labels, 'RAS', oblique=0.2))
-  np.testing.assert_array_equal(mask.mask, ct.read_mask(mask.path, scan))
+  scan = nifti.read(save(tmp_path / 'a_ct.nii.gz', data, 'RAS', oblique=0.2))
+  mask = nifti.read_labels(save(tmp_path / 'a_seg.nii.gz', labels, 'RAS', oblique=0.2))
+  np.testing.assert_array_equal(mask.mask, nifti.read_mask(mask.path, scan))
   assert mask.mask.dtype == np.uint8 and mask.shape == mask.mask.shape == scan.shape == scan.values.shape
   np.testing.assert_allclose(mask.affine, scan.affine)
   assert mask.spacing == scan.spacing and mask.voxel_ml == scan.voxel_ml
-  ct.check_same_grid(mask, scan, 'scan')
-  other = ct.read_labels(save(tmp_path / 'b_seg.nii.gz', labels, 'RAS', oblique=0.3))
+  volumes.check_same_grid(mask, scan, 'scan')
+  other = nifti.read_labels(save(tmp_path / 'b_seg.nii.gz', labels, 'RAS', oblique=0.3))
   with pytest.raises(UserError, match=r'a_seg.nii.gz: the affine differs from that of its true mask b_seg.nii.gz'):
-    ct.check_same_grid(mask, other, 'true mask')
+    volumes.check_same_grid(mask, other, 'true mask')
   with pytest.raises(UserError, match='holds 0 and 1 only, this one has 0, 3;'):
-    ct.read_labels(save(tmp_path / 'c_seg.nii.gz', labels * 3))
+    nifti.read_labels(save(tmp_path / 'c_seg.nii.gz', labels * 3))
 
 
 def test_resize_keeps_means_and_positions():
   """Against the definition: halving averages with the triangle filter; a ramp stays a ramp at pixel centres."""
   ramp = np.tile(np.arange(16, dtype=np.int16), (2, 16, 1))
-  half = ct.resize(ramp, (8, 8))
+  half = volumes.resize(ramp, (8, 8))
   np.testing.assert_allclose(half[0, 0, 1:-1], 2 * np.arange(1, 7) + 0.5, atol=1e-4)
-  same = ct.resize(ramp, (16, 16))
+  same = volumes.resize(ramp, (16, 16))
   np.testing.assert_array_equal(same, ramp)
-  assert ct.resize(ramp, (24, 32)).shape == (2, 24, 32)
+  assert volumes.resize(ramp, (24, 32)).shape == (2, 24, 32)
 
 
 def test_damaged_gzip_is_refused_where_python_refuses_it(tmp_path):
@@ -298,18 +298,18 @@ def test_damaged_gzip_is_refused_where_python_refuses_it(tmp_path):
       expected = gzip.decompress(content) == gzip.decompress(whole)
     except (OSError, EOFError, zlib.error):
       with pytest.raises(UserError, match='truncated or unreadable'):
-        ct.read(path)
+        nifti.read(path)
       outcomes.add('refused')
     else:
       assert expected
-      np.testing.assert_array_equal(ct.read(path).values, chest().transpose(2, 1, 0))
+      np.testing.assert_array_equal(nifti.read(path).values, chest().transpose(2, 1, 0))
       outcomes.add('read')
   assert outcomes == {'refused', 'read'}
 
 
 def test_the_same_volume_is_the_same_file(tmp_path):
-  scan = ct.read(save(tmp_path / 'a.nii', chest()))
+  scan = nifti.read(save(tmp_path / 'a.nii', chest()))
   for name in ('b.nii.gz', 'c.nii.gz', 'd.nii'):
-    ct.write(tmp_path / name, scan.values, scan)
+    nifti.write(tmp_path / name, scan.values, scan)
   first, second, plain = ((tmp_path / name).read_bytes() for name in ('b.nii.gz', 'c.nii.gz', 'd.nii'))
   assert first == second and gzip.decompress(first) == plain
