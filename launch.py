@@ -123,7 +123,7 @@ def evaluate() -> None:
 
   use_compilation_cache()
   workdir = path_flag(_WORKDIR)
-  config = run_config.load(workdir)
+  config = run_config.load_config(workdir)
   config.mesh.update(data=-1, space=1)
   if _CONFIG.value is not None:
     config.mesh.update(_CONFIG.value.mesh)
@@ -147,8 +147,8 @@ def write_report(config, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
   if not hosts.is_main():
     return
   for run, one in cross_validation.runs(config, workdir, data_dir).items() if config.data.fold == 'all' else ():
-    report.write(run, datasets.card(data_dir, one.data.fold), command.command(one))
-  report.write(workdir, datasets.card(data_dir, config.data.fold), command.command(config))
+    report.write_report(run, datasets.card(data_dir, one.data.fold), command.command(one))
+  report.write_report(workdir, datasets.card(data_dir, config.data.fold), command.command(config))
   logging.info('results: %s', workdir / 'test')
 
 
@@ -158,7 +158,7 @@ def predict() -> None:
 
   use_compilation_cache()
   folders, source, output = workdirs(), path_flag(_INPUT), path_flag(_OUTPUT)
-  run = predictor.load(
+  run = predictor.load_predictor(
     folders,
     meshes.create_mesh(**_CONFIG.value.mesh) if _CONFIG.value is not None else None,
     **asked_point(),
@@ -172,7 +172,7 @@ def export() -> None:
 
   folders, output = workdirs(), path_flag(_OUTPUT)
   licence = _LICENSE.value or export.NO_LICENCE
-  export.write(folders, output, **asked_point(), licence=licence)
+  export.write_bundle(folders, output, **asked_point(), licence=licence)
   logging.info('exported: %s', output)
 
 
@@ -406,7 +406,7 @@ def one_line(error: Exception) -> str:
 
 def start(main) -> None:
   """Runs a main function with the flags above."""
-  memory.keep()
+  memory.restart_with_malloc_tunables()
   program.start(main, parse_flags)
 
 

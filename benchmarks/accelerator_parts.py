@@ -176,7 +176,7 @@ def prediction(asked: Asked) -> Iterator[dict]:
     raise UserError('--models: none of them is for segmentation')
   folder, size = pathlib.Path(asked.folder), asked.image_size
   config = workload.config_of(name, settings_of(asked))
-  run_config.save(folder / 'run', config)
+  run_config.save_config(folder / 'run', config)
   with checkpoint.Checkpoints(folder / 'run') as checkpoints:
     checkpoints.save(1, workload.create(config).init().variables, {'none': jnp.zeros(())}, None)
   # Drawing all of them would take longer than all the rest.
@@ -187,11 +187,11 @@ def prediction(asked: Asked) -> Iterator[dict]:
   image = nib.Nifti1Image(values.transpose(2, 1, 0), np.diag([-spacing[2], -spacing[1], spacing[0], 1]))
   nib.save(image, folder / 'volume.nii.gz')
   began = time.perf_counter()
-  nifti.read(folder / 'volume.nii.gz')
+  nifti.read_scan(folder / 'volume.nii.gz')
   found = {'model': name, 'slices': _VOLUME, 'reading_seconds': time.perf_counter() - began}
   for key in ('first_seconds', 'seconds'):
     began = time.perf_counter()
-    predict.predict(predictor.load(folder / 'run', threshold=1.0), folder / 'volume.nii.gz', folder / 'masks')
+    predict.predict(predictor.load_predictor(folder / 'run', threshold=1.0), folder / 'volume.nii.gz', folder / 'masks')
     found[key] = time.perf_counter() - began
     yield found | {'slices_per_second': _VOLUME / found[key]}
 

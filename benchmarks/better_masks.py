@@ -50,7 +50,7 @@ def main(_):
   launch.start_logging()
   launch.use_compilation_cache()
   workdir = launch.path_flag(flags.FLAGS['workdir'])
-  config = run_config.load(workdir)
+  config = run_config.load_config(workdir)
   data_dir, scans = launch.prepared(config), launch.scans(config)
   tested, folders = {}, {}
   for name, options in VARIANTS.items():
@@ -61,16 +61,16 @@ def main(_):
     tested[name] = [row for folder in folders[name] for row in results.read_volumes(folder)]
   phantoms = dict(config.data.phantom) | {'patients': _NEW.value, 'seed': _SEED.value}
   new = prepare.scans(prepare.draw_phantoms(config.data.image_size, **phantoms))
-  each = [scored(predictor.load(folder), new) for folder in folders[PLAIN]]
+  each = [scored(predictor.load_predictor(folder), new) for folder in folders[PLAIN]]
   single = [
     {key: value if key == 'case' else np.mean([row[key] for row in rows]) for key, value in rows[0].items()}
     for rows in zip(*each, strict=True)
   ]
   unseen = {'one fold, their mean': single} | {
-    f'mean of the folds{"" if name == PLAIN else ", " + name}': scored(predictor.load(folders[name]), new)
+    f'mean of the folds{"" if name == PLAIN else ", " + name}': scored(predictor.load_predictor(folders[name]), new)
     for name in (PLAIN, 'flips', ALL)
   }
-  chosen = {name: [predictor.load(folder).point.smallest_ml for folder in folders[name]] for name in VARIANTS}
+  chosen = {name: [predictor.load_predictor(folder).point.smallest_ml for folder in folders[name]] for name in VARIANTS}
   text = '\n'.join(
     [
       f'{len(scans)} patients, each tested by the fold that has not seen it:\n',
@@ -96,7 +96,7 @@ def evaluated(run: pathlib.Path, config, folder: pathlib.Path, options, data_dir
     config.evaluate[key] = key in options
   config.evaluate.num_overlays = 0
   if not results.is_complete(copy):
-    run_config.save(copy, config)
+    run_config.save_config(copy, config)
     if not (copy / 'checkpoints').exists():
       (copy / 'checkpoints').symlink_to((run / 'checkpoints').resolve())
     evaluate.evaluate(config, copy, data_dir, scans)

@@ -26,7 +26,7 @@ def define_flags() -> None:
 
 def rate(data_dir: str | pathlib.Path, image_size: int, batch_size: int, steps: int) -> float:
   """Slices a second of a prepared dataset, over so many batches, after 5 that are not timed."""
-  dataset = datasets.load(data_dir, fold=0, image_size=image_size)
+  dataset = datasets.load_dataset(data_dir, fold=0, image_size=image_size)
   batches = input_pipeline.train_batches(
     dataset.train,
     meshes.create_mesh(),

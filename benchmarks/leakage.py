@@ -77,7 +77,7 @@ def finish(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) 
     UserError: the workdir holds a run of another protocol.
   """
   run = workdir / name
-  run_config.save(run, config)
+  run_config.save_config(run, config)
   if (run / 'test' / 'metrics.json').exists():
     return
   labels, unit = ROWS[name]
@@ -93,7 +93,7 @@ def finish(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) 
 def write_cohort(config: ml_collections.ConfigDict, raw_dir: pathlib.Path, *, shuffled: bool, by_slice: bool) -> None:
   """Writes the phantoms of the config under their own names, with other masks, or with slices of each other."""
   cases = covid19_20.find(prepare.draw_phantoms(config.data.image_size, progress=tqdm.tqdm, **config.data.phantom))
-  scans = [nifti.read(case.ct) for case in cases]
+  scans = [nifti.read_scan(case.ct) for case in cases]
   volumes = np.stack([scan.values for scan in scans])
   masks = np.stack([nifti.read_mask(case.mask, scan) for case, scan in zip(cases, scans, strict=True)])
   if shuffled:
@@ -103,8 +103,8 @@ def write_cohort(config: ml_collections.ConfigDict, raw_dir: pathlib.Path, *, sh
   partial = raw_dir.with_name(f'.{raw_dir.name}')
   shutil.rmtree(partial, ignore_errors=True)
   for case, scan, hu, mask in zip(cases, scans, volumes, masks, strict=True):
-    nifti.write(partial / case.ct.name, hu, scan)
-    nifti.write(partial / case.mask.name, mask, scan)
+    nifti.write_volume(partial / case.ct.name, hu, scan)
+    nifti.write_volume(partial / case.mask.name, mask, scan)
   partial.rename(raw_dir)
 
 

@@ -25,8 +25,8 @@ from absl import app, flags, logging
 from configs import seg
 from data.cohorts import phantom
 from fusa_jax import tasks
-from fusa_jax.inference import export, predict, trained
-from fusa_jax.inference.predictor import Predictor, load
+from fusa_jax.inference import bundle, export, predict, trained
+from fusa_jax.inference.predictor import Predictor, load_predictor
 from fusa_jax.runs import checkpoint, run_config
 from fusa_jax.scans import nifti, sources
 from fusa_jax.system import meshes, provenance
@@ -51,23 +51,23 @@ def make_run(workdir: pathlib.Path):
   config = seg.get_config(_MODEL.value)
   config.model.update(width=_WIDTH.value, dtype=_DTYPE.value)
   config.data.image_size, config.train.batch_size = _IMAGE_SIZE.value, _BATCH_SIZE.value
-  run_config.save(workdir, config)
+  run_config.save_config(workdir, config)
   optimizer, _ = train.make_optimizer(config)
   state = train.compile_init(tasks.create(config), optimizer, config, meshes.replicated(meshes.create_mesh()))()
   with checkpoint.Checkpoints(workdir) as checkpoints:
     checkpoints.save(0, state.variables, state.opt_state, None)
-  return run_config.load(workdir)
+  return run_config.load_config(workdir)
 
 
 def make_bundle(workdir: pathlib.Path) -> pathlib.Path:
   """The folder of the run's bundle, of which time and sizes are printed."""
   folder = workdir.with_name('bundle')
   began = time.perf_counter()
-  export.write([workdir], folder)
+  export.write_bundle([workdir], folder)
   exported = time.perf_counter()
-  trained.load([workdir], meshes.create_mesh())
+  trained.load_model([workdir], meshes.create_mesh())
   loaded = time.perf_counter()
-  export.load(folder, meshes.create_mesh())
+  bundle.load_bundle(folder, meshes.create_mesh())
   sizes = ', '.join(f'{path.name} {path.stat().st_size / 1e6:.3f} MB' for path in sorted(folder.iterdir()))
   print(
     f'exported in {exported - began:.1f} s: {sizes}; loading the run {loaded - exported:.1f} s, the bundle '
@@ -91,7 +91,7 @@ def stages(run: Predictor, paths: list[pathlib.Path], output: pathlib.Path) -> d
     scan = timed('read', sources.read, path, 'hu')
     found = timed('compute', run, scan)
     for kind in ('mask', 'probability') if _PROBABILITIES.value else ('mask',):
-      timed('write', nifti.write, output / f'{nifti.stem(path)}_{kind}.nii.gz', getattr(found, kind), scan)
+      timed('write', nifti.write_volume, output / f'{nifti.stem(path)}_{kind}.nii.gz', getattr(found, kind), scan)
   return took
 
 
@@ -102,16 +102,16 @@ def main(_):
     jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
     scans, workdir, output = pathlib.Path(_INPUT.value or folder / 'scans'), folder / 'run', folder / 'out'
     if _INPUT.value is None:
-      phantom.write(scans, patients=_VOLUMES.value, size=_SIZE.value, slices=_SLICES.value)
+      phantom.write_phantoms(scans, patients=_VOLUMES.value, size=_SIZE.value, slices=_SLICES.value)
     paths, config = sources.find(scans, 'hu', folder), make_run(workdir)
     if _BUNDLE.value:
       workdir = make_bundle(workdir)
-    threshold = float(np.quantile(load(workdir)(paths[0]).probability[:, ::8, ::8], 0.99))
-    run, rounds, peak = load(workdir, threshold=threshold), [], None
+    threshold = float(np.quantile(load_predictor(workdir)(paths[0]).probability[:, ::8, ::8], 0.99))
+    run, rounds, peak = load_predictor(workdir, threshold=threshold), [], None
     run(paths[0])  # compiles
     for _ in range(_ROUNDS.value):
       began = time.perf_counter()
-      predict.predict(load(workdir, threshold=threshold), scans, output, _PROBABILITIES.value)
+      predict.predict(load_predictor(workdir, threshold=threshold), scans, output, _PROBABILITIES.value)
       whole = time.perf_counter() - began
       peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
       rounds.append({**stages(run, paths, output), 'predict': whole})

@@ -120,7 +120,7 @@ class Job:
     else:
       train.train(self.config, self.run, self.data_dir)
       result = evaluate.evaluate(self.config, self.run, self.data_dir)
-    report.write(self.run, datasets.card(self.data_dir, self.config.data.fold), command.command(self.config))
+    report.write_report(self.run, datasets.card(self.data_dir, self.config.data.fold), command.command(self.config))
     jax.clear_caches()  # nothing of one model's is of use to the next
     return result[tasks.KINDS[self.config.task].SELECTION]
 
@@ -146,11 +146,11 @@ def make(
       parts = _parts(whole)
       begin = [job for job in parts if not _is_finished(job)]
       if len(parts) > 1:
-        run_config.save(whole.run, whole.config)  # a run of one fold has no place among all
+        run_config.save_config(whole.run, whole.config)  # a run of one fold has no place among all
         if not begin and not results.is_complete(whole.run):
           begin = [whole]
       if begin and (whole.run / 'test').exists():
-        results.clear(whole.run / 'test')  # what is about to change stands in no table
+        results.clear_test(whole.run / 'test')  # what is about to change stands in no table
       todo.extend(begin)
       total += len(parts)
       left[whole] = len(begin)
@@ -183,7 +183,7 @@ def _is_finished(job):
   """Whether a run has been tested as config.evaluate says; refuses one of another protocol."""
   if not cross_validation.is_finished(job.run, job.config):
     return False
-  run_config.save(job.run, job.config)
+  run_config.save_config(job.run, job.config)
   return True
 
 

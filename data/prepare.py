@@ -50,7 +50,7 @@ def draw_phantoms(size: int, patients: int, slices: int, seed: int, progress=sil
     partial = raw_dir.with_name(f'.{raw_dir.name}')
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    phantom.write(partial, patients=patients, size=size, slices=slices, seed=seed, progress=progress)
+    phantom.write_phantoms(partial, patients=patients, size=size, slices=slices, seed=seed, progress=progress)
     partial.rename(raw_dir)
   return raw_dir
 

@@ -34,12 +34,12 @@ def volume(case: Case) -> tuple[volumes.Scan, np.ndarray]:
   """A case's scan, and its mask: uint8 {0, 1}, on the scan's axes.
 
   Raises:
-    UserError: as `nifti.read` and `nifti.read_mask`; of DICOM as `dicom.read` and `dicom_seg.read`, also where there is
-      not one series, or no mask.
+    UserError: as `nifti.read_scan` and `nifti.read_mask`; of DICOM as `dicom.read_series` and `dicom_seg.read_seg`;
+      there is not one series, or no mask.
   """
   if case.ct.is_dir() or is_archive(case.ct):
     return _volume_of_dicom(case)
-  scan = nifti.read(case.ct, case.values or 'hu', case.windowed)
+  scan = nifti.read_scan(case.ct, case.values or 'hu', case.windowed)
   if case.mask is None:
     return scan, np.zeros(scan.values.shape, np.uint8)
   return scan, nifti.read_mask(case.mask, scan, case.lesion_labels)
@@ -49,7 +49,7 @@ def _volume_of_dicom(case):
   with unpacking() as unpacked:
     try:
       paths = [path for path in within(case.ct, unpacked) if dicom.is_dicom(path)]
-      series, left_out = dicom.sort(paths)
+      series, left_out = dicom.sort_series(paths)
       drawn = _segmentation(paths) if case.mask == case.ct else None
       if drawn:
         uid = dicom_seg.series_uid(drawn)
@@ -58,9 +58,9 @@ def _volume_of_dicom(case):
         found = (', '.join(map(str, series)) or 'none') + (f' (left out: {left_out})' if left_out and not drawn else '')
         asked = f'CT series that {drawn.name} refers to' if drawn else 'CT series, the one that the mask was drawn on'
         raise UserError(f'there must be one {asked}, and there is {found}; add it, or take the others out')
-      scan = dicom.read(series[0], case.values or 'hu')
+      scan = dicom.read_series(series[0], case.values or 'hu')
       if drawn:
-        return scan, dicom_seg.read(drawn, scan, case.lesion_labels)
+        return scan, dicom_seg.read_seg(drawn, scan, case.lesion_labels)
     except UserError as error:  # which does not say in which folder, but of the archive that is all
       lines = str(error).removeprefix(f'{case.ct}: ').splitlines()
       raise UserError('\n'.join(f'{case.ct}: {line}' for line in lines)) from None
@@ -68,7 +68,7 @@ def _volume_of_dicom(case):
 
 
 def _segmentation(paths):
-  found = dicom_seg.find(paths)
+  found = dicom_seg.find_segs(paths)
   if len(found) == 1:
     return found[0]
   if found:
@@ -80,7 +80,7 @@ def slices(case: Case) -> Slices:
   """Reads all of a case.
 
   Raises:
-    UserError: as `volume`, `pictures.read` and `pictures.read_mask`.
+    UserError: as `volume`, `pictures.read_picture` and `pictures.read_mask`.
   """
   if isinstance(case.ct, tuple):
     return _pictures(case)
@@ -98,7 +98,7 @@ _shared_volume = functools.lru_cache(maxsize=1)(volume)
 
 
 def _pictures(case):
-  images = [pictures.read(path) for path in case.ct]
+  images = [pictures.read_picture(path) for path in case.ct]
   if case.mask is None:
     masks = [np.zeros(image.shape, np.uint8) for image in images]
     voxels = case.labels or (0,) * len(images)

@@ -10,7 +10,7 @@ def __getattr__(name):
 
     return FUSA
   if name == 'load':
-    from fusa_jax.inference.predictor import load
+    from fusa_jax.inference.predictor import load_predictor
 
-    return load
+    return load_predictor
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

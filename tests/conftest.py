@@ -57,7 +57,7 @@ def processes():
 def raw_dir(tmp_path_factory) -> pathlib.Path:
   """Ten phantoms as NIfTI files, of 16 slices of 32 x 32."""
   folder = tmp_path_factory.mktemp('raw')
-  phantom.write(folder, patients=PATIENTS, size=SIZE, slices=SLICES, seed=0)
+  phantom.write_phantoms(folder, patients=PATIENTS, size=SIZE, slices=SLICES, seed=0)
   return folder
 
 
@@ -86,7 +86,7 @@ def predictors(runs):
   """The runs as functions of scans, each compiled once."""
   from fusa_jax.inference import predictor
 
-  return {name: predictor.load(workdir) for name, workdir in runs.items()}
+  return {name: predictor.load_predictor(workdir) for name, workdir in runs.items()}
 
 
 def final_state(config, workdir):

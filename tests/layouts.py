@@ -68,10 +68,10 @@ def dicom_pairs(raw_dir, out):
     syntax = ('uncompressed', 'jpeg lossless', 'jpeg 2000', 'uncompressed', 'uncompressed')[number % 5]
     folder = dicom_series.save(out / name / 'study' / 'series', made, syntax)
     if number % 5 == 4:  # those of which some have no lesion
-      (series,) = dicom.find(folder.iterdir())
-      of_series = dicom.read(series)
+      (series,) = dicom.find_series(folder.iterdir())
+      of_series = dicom.read_series(series)
       about = {'model': 'none', 'step': 0, 'threshold': 0.5}
-      dicom_seg.write(out / name / 'SEG', nifti.read_mask(mask, of_series), of_series, about)
+      dicom_seg.write_seg(out / name / 'SEG', nifti.read_mask(mask, of_series), of_series, about)
     else:
       copy(mask, out / f'{name}_{"seg" if number % 2 else "mask"}.nii.gz')
     if number == 3:
@@ -129,7 +129,7 @@ def medseg(raw_dir, out):
 def pictures_of(raw_dir):
   """(patient, slice, grey [H, W], mask [H, W]) of each slice, as a radiologist sees it."""
   for number, (scan, mask) in enumerate(files(raw_dir), start=1):
-    scan = nifti.read(scan)
+    scan = nifti.read_scan(scan)
     grey = np.rint(np.clip((scan.values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)
     for index, pair in enumerate(zip(grey, nifti.read_mask(mask, scan), strict=True)):
       yield f'p{number:02d}', index, *pair

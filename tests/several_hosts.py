@@ -119,7 +119,7 @@ def main():
 
   signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores Ctrl-C
   notes, reads = pathlib.Path(sys.argv.pop(1)), {}
-  load = datasets.load
+  load = datasets.load_dataset
 
   def noting(*arguments):
     dataset = load(*arguments)
@@ -130,7 +130,7 @@ def main():
     }
     return dataclasses.replace(dataset, **splits)
 
-  datasets.load = noting
+  datasets.load_dataset = noting
   if limit := os.environ.get('FILE_LIMIT'):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
   if jax.config.jax_enable_x64:

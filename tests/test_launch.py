@@ -112,7 +112,7 @@ def test_masks_and_runs_are_compared(runs, raw_dir, tmp_path):
 def test_a_process_begins_anew_once_with_its_memory_kept(tmp_path):
   script = tmp_path / 'script.py'
   script.write_text(
-    "import os\nfrom fusa_jax.system import memory\nmemory.keep()\nprint(os.environ.get('GLIBC_TUNABLES'))\n"
+    "import os\nfrom fusa_jax.system import memory\nmemory.restart_with_malloc_tunables()\nprint(os.environ.get('GLIBC_TUNABLES'))\n"
   )
   outside = {key: value for key, value in os.environ.items() if key != 'GLIBC_TUNABLES'} | {'PYTHONPATH': str(ROOT)}
 

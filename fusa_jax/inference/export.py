@@ -2,13 +2,12 @@
 
 The program is StableHLO by `jax.export`: weights and slices as a scan has them in, probabilities on the same grid out,
 so that window, resizing, networks, flips, temperature and mean are within. Who runs it needs jax and none of this
-package; to `predictor.load` a bundle is what a run is.
+package.
 
 It computes in float32 at the highest precision, wherever it runs: whoever gets it should find what its card says.
 """
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -20,29 +19,23 @@ from flax import traverse_util
 from jax import export as jax_export
 
 from fusa_jax import tasks
-from fusa_jax.inference import trained
+from fusa_jax.inference import bundle, trained
 from fusa_jax.measures import statistics
-from fusa_jax.runs import operating_point, results, run_config
+from fusa_jax.runs import results, run_config
 from fusa_jax.scans import volumes
 from fusa_jax.system import meshes, pages, provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import new_folder, sha256, write_json
 from fusa_jax.tasks import window
 
-FORMAT, VERSION = 'fusa_jax bundle', 1
 NO_LICENCE = 'not stated: whoever passes it on names it'
-_ABOUT, _PROGRAM, _WEIGHTS = 'bundle.json', 'model.stablehlo', 'weights.safetensors'
-_FILES = (_PROGRAM, _WEIGHTS, 'config.json', 'README.md', 'run.py')
-# What bundle.json has of the model, and what else is read from it.
-_OF_MODEL = ('task', 'values', 'image_size', 'batch_size', 'name', 'step')
-_NEEDED = {*_OF_MODEL, 'operating_point', 'calling_convention_version', 'jax', 'sha256'}
 _PLATFORMS = ('cpu', 'cuda', 'tpu')
 _TEXTS = pages.TEMPLATES / 'bundle'
 # Keys of a config that say where something lay.
 _PLACES = (('data', 'raw_dir'), ('data', 'dir'), ('model', 'init_from'))
 
 
-def write(
+def write_bundle(
   workdirs: Sequence[pathlib.Path],
   folder: pathlib.Path,
   *,
@@ -65,20 +58,20 @@ def write(
       in it; the system refuses to write there.
   """
   for workdir in workdirs:
-    if is_bundle(workdir):
+    if bundle.is_bundle(workdir):
       raise UserError(f'--workdir: {workdir} is a bundle already; copy it, or export the run it was made of')
   networks, point = trained.load_networks(workdirs, meshes.create_mesh(), flips, lungs)
   model = trained.create(networks, point.flips)
   point = point.asked(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
   exported = program(networks, point.flips)
   about = {
-    'format': FORMAT,
-    'version': VERSION,
-    **{key: getattr(model, key) for key in _OF_MODEL},
+    'format': bundle.FORMAT,
+    'version': bundle.VERSION,
+    **{key: getattr(model, key) for key in bundle.OF_MODEL},
     'operating_point': point.about(),
     'dtype': 'float32',
     'inputs': {
-      'weights': f'{_WEIGHTS}: a dict of its arrays by their names',
+      'weights': f'{bundle.WEIGHTS}: a dict of its arrays by their names',
       'slices': f'int16 [batch, height, width], {_VALUES[model.values]}; rows from the front of the chest to the '
       "back, columns from the patient's right to the left; any batch, height and width",
     },
@@ -92,14 +85,14 @@ def write(
   }
   card = _card(about, workdirs, networks)
   with new_folder(folder) as partial:
-    (partial / _PROGRAM).write_bytes(exported.serialize())
-    (partial / _WEIGHTS).write_bytes(safetensors.numpy.save(weights_of(networks)))
+    (partial / bundle.PROGRAM).write_bytes(exported.serialize())
+    (partial / bundle.WEIGHTS).write_bytes(safetensors.numpy.save(weights_of(networks)))
     write_json(partial / 'config.json', [_without_places(network.config) for network in networks])
     script = (_TEXTS / 'run.py').read_text()
     (partial / 'run.py').write_text(script)
-    pages.write(partial / 'README.md', 'bundle/card.md', **card, script=script)
-    digests = {name: sha256((partial / name).read_bytes()) for name in _FILES}
-    write_json(partial / _ABOUT, about | {'sha256': digests})
+    pages.write_page(partial / 'README.md', 'bundle/card.md', **card, script=script)
+    digests = {name: sha256((partial / name).read_bytes()) for name in bundle.FILES}
+    write_json(partial / bundle.ABOUT, about | {'sha256': digests})
 
 
 _VALUES = {'hu': 'Hounsfield units', 'grey': 'grey of 0 to 255'}
@@ -121,7 +114,7 @@ def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Expo
     trees = traverse_util.unflatten_dict(weights, sep='/')
     each = [trees[str(number)] for number in range(len(networks))] if len(networks) > 1 else [trees]
     model = trained.create([network._replace(variables=v) for network, v in zip(networks, each, strict=True)], flips)
-    values = jnp.maximum(slices, volumes.AIR) if is_hu else slices  # as `nifti.read` has it
+    values = jnp.maximum(slices, volumes.AIR) if is_hu else slices  # as `nifti.read_scan` has it
     found = model.function(model.variables, jnp.rint(resize(values, size, size)).astype(jnp.int16))
     return resize(found, *slices.shape[1:]) if gives_masks else found
 
@@ -229,88 +222,3 @@ def _test(workdir, step):
     'flips': any(np.atleast_1d(point.get('flips', False))),
     'at': [('0.5', shown(result)), (', '.join(f'{threshold:.4g}' for threshold in thresholds), shown(point))],
   }
-
-
-def is_bundle(folder: pathlib.Path) -> bool:
-  """Whether a folder is meant to be a bundle, be it a damaged one."""
-  return any((folder / name).exists() for name in (_ABOUT, _PROGRAM))
-
-
-def load(folder: pathlib.Path, mesh, flips: bool | None = None) -> tuple[trained.Model, operating_point.OperatingPoint]:
-  """The model of a bundle, and the point that it is used at: as `trained.load` gives those of a run.
-
-  Args:
-    folder: of the bundle.
-    mesh: for the weights.
-    flips: what is wanted; None: as the bundle was exported.
-
-  Raises:
-    UserError: no bundle of ours; a file that is missing or not as it was exported; a newer format; a jax that cannot
-      read the program; other flips than those it was exported with.
-  """
-  about = _about(folder)
-  content = {name: _content(folder / name, about['sha256'][name]) for name in _FILES}
-  point = about['operating_point']
-  if flips not in (None, point.flips):
-    raise UserError(
-      f'--{"tta" if flips else "notta"}: {folder} was exported {"with" if point.flips else "without"} flips, which '
-      'its program holds; leave the flag out, or export the run again with it'
-    )
-  exported = _program(folder / _PROGRAM, content[_PROGRAM], about)
-  model = trained.Model(
-    function=exported.call,
-    variables=jax.device_put(safetensors.numpy.load(content[_WEIGHTS]), meshes.replicated(mesh)),
-    **{key: about[key] for key in _OF_MODEL},
-  )
-  return model, point
-
-
-def _program(path, content, about):
-  """The program, which is as it was exported: what jax cannot read of it is a matter of versions."""
-  version = about['calling_convention_version']
-  least, most = (getattr(jax_export, f'{end}_supported_calling_convention_version') for end in ('minimum', 'maximum'))
-  try:
-    if not least <= version <= most:
-      raise ValueError(f'calling convention {version}, known are {least} to {most}')
-    return jax_export.deserialize(bytearray(content))
-  except Exception as error:
-    reason = ' '.join(str(error).split())[:200]
-    raise UserError(
-      f'{path}: written by jax {about["jax"]}, and jax {jax.__version__} here does not read it ({reason}); install '
-      'that release, or have the run exported again with this one'
-    ) from None
-
-
-def _about(folder):
-  """What bundle.json holds, which is a bundle's of this version."""
-  path = folder / _ABOUT
-  try:
-    about = json.loads(path.read_text())
-    found = about['format'], about['version']
-  except FileNotFoundError:
-    raise UserError(
-      f'{path}: missing, so this is no bundle of fusa_jax; give the folder that --mode=export wrote'
-    ) from None
-  except (OSError, ValueError, KeyError, TypeError):
-    found = None
-  if not found or found[0] != FORMAT:
-    raise UserError(f'{path}: not of a bundle of fusa_jax; give the folder that --mode=export wrote')
-  if isinstance(found[1], int) and found[1] > VERSION:
-    raise UserError(f'{path}: of format {found[1]}, and this fusa_jax knows {VERSION}; install a newer one')
-  try:
-    if found[1] != VERSION or _NEEDED - about.keys() or set(_FILES) - about['sha256'].keys():
-      raise ValueError('parts of it are missing')
-    about['operating_point'] = operating_point.OperatingPoint(**about['operating_point'])
-  except (AttributeError, TypeError, ValueError) as error:
-    raise UserError(f'{path}: damaged ({error}); copy the bundle again from its source') from None
-  return about
-
-
-def _content(path, digest):
-  try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise UserError(f'{path}: cannot be read ({error.strerror}); copy the bundle again from its source') from None
-  if sha256(content) != digest:
-    raise UserError(f'{path}: not as it was exported (its SHA-256 differs); copy the bundle again from its source')
-  return content

@@ -67,7 +67,7 @@ def _check_for_dicom(run, paths):
   others = [path.name for path in paths if not isinstance(path, dicom.Series)]
   if others:
     raise UserError(f'--dicom: {others[0]} is no DICOM series; give such alone, or leave it out')
-  dicom_seg.check(paths)
+  dicom_seg.check_series(paths)
 
 
 def _predict(run, paths, output, probabilities, as_dicom):
@@ -153,11 +153,11 @@ def _write(output, path, image, found, probabilities, as_dicom):
     if values is None:
       continue
     if drawn:
-      pictures.write(output / f'{name}_{kind}.png', np.rint(values * 255).astype(np.uint8))
+      pictures.write_picture(output / f'{name}_{kind}.png', np.rint(values * 255).astype(np.uint8))
     else:
-      nifti.write(output / f'{name}_{kind}.nii.gz', values, image)
+      nifti.write_volume(output / f'{name}_{kind}.nii.gz', values, image)
   if as_dicom:
-    dicom_seg.write(output / f'{name}_mask.dcm', found.mask, image, {key: found.numbers[key] for key in _ABOUT})
+    dicom_seg.write_seg(output / f'{name}_mask.dcm', found.mask, image, {key: found.numbers[key] for key in _ABOUT})
   numbers = {'picture' if drawn else 'scan': path.name, **found.numbers}
   write_json(output / f'{name}.json', numbers)
   logging.info('%s: %s', path if isinstance(path, dicom.Series) else path.name, _one_line(numbers))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fusa_jax.inference import export, postprocessing, trained
+from fusa_jax.inference import bundle, postprocessing, trained
 from fusa_jax.runs import operating_point
 from fusa_jax.scans import sources, volumes
 from fusa_jax.scans.archives import unpacking
@@ -18,7 +18,7 @@ from fusa_jax.system.errors import UserError
 _CANONICAL = (-1, -1, 1)
 
 
-def load(
+def load_predictor(
   workdir: str | pathlib.Path | Sequence[str | pathlib.Path],
   mesh=None,
   *,
@@ -27,7 +27,7 @@ def load(
   lungs: bool | None = None,
   smallest_ml: float | None = None,
 ) -> 'Predictor':
-  """A trained run, ready for scans: `load('runs/mine')('scan.nii.gz').mask`.
+  """A trained run, ready for scans: `load_predictor('runs/mine')('scan.nii.gz').mask`.
 
   Args:
     workdir: of a run; of a cross-validation or several runs, of which the mean probability is taken; or a bundle that
@@ -39,18 +39,20 @@ def load(
     smallest_ml: lesions of a scan below so many mL are left out.
 
   Raises:
-    UserError: as `trained.load`, `export.load` and `OperatingPoint.asked`; a bundle among several; a mesh that cannot
-      share the run's images.
+    UserError: as `trained.load_model`, `bundle.load_bundle` and `OperatingPoint.asked`; a bundle among several; a mesh
+      that cannot share the run's images.
   """
   mesh = mesh or meshes.create_mesh()
   folders = [workdir] if isinstance(workdir, (str, pathlib.Path)) else workdir
   folders = [pathlib.Path(folder) for folder in folders]
-  bundles = [folder for folder in folders if export.is_bundle(folder)]
+  bundles = [folder for folder in folders if bundle.is_bundle(folder)]
   if bundles and len(folders) > 1:
     raise UserError(
       f'--workdir: {bundles[0]} is a bundle, and stands alone; for the mean of several runs export them together'
     )
-  model, point = export.load(bundles[0], mesh, flips) if bundles else trained.load(folders, mesh, flips, lungs)
+  model, point = (
+    bundle.load_bundle(bundles[0], mesh, flips) if bundles else trained.load_model(folders, mesh, flips, lungs)
+  )
   point = point.asked(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
   return Predictor(model, point, mesh)
 

@@ -52,7 +52,7 @@ class Network(NamedTuple):
   temperature: float
 
 
-def load(
+def load_model(
   workdirs: Sequence[pathlib.Path], mesh, flips: bool | None = None, lungs: bool | None = None
 ) -> tuple[Model, operating_point.OperatingPoint]:
   """The model of one or several runs, and the point that they are used at.
@@ -76,18 +76,18 @@ def load_networks(
   """The networks of one or several runs, and the point that the mean of their probabilities is used at.
 
   Args:
-    workdirs, mesh, flips, lungs: as `load` has them.
+    workdirs, mesh, flips, lungs: as `load_model` has them.
 
   Raises:
     UserError: no run; a cross-validation that is not finished; no checkpoint; runs of other tasks, values or sizes.
   """
   folders = [run for workdir in workdirs for run in runs(workdir)]
-  configs = [run_config.load(folder) for folder in folders]
+  configs = [run_config.load_config(folder) for folder in folders]
   _check_alike(folders, configs)
   networks, points = [], []
   for folder, config in zip(folders, configs, strict=True):
     step, variables = load_variables(config, tasks.create(config), folder, mesh)
-    point = operating_point.load(folder)
+    point = operating_point.load_point(folder)
     if point.step != step:
       point = operating_point.OperatingPoint()
       logging.warning(
@@ -106,7 +106,7 @@ def load_networks(
 
 def runs(workdir: pathlib.Path) -> list[pathlib.Path]:
   """The folder of a run; of a cross-validation, those of its folds."""
-  if run_config.load(workdir).data.fold != 'all':
+  if run_config.load_config(workdir).data.fold != 'all':
     return [workdir]
   if not results.is_complete(workdir):
     raise UserError(

@@ -66,7 +66,7 @@ def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
       name = sources.stem(path)
       written.append(_write_page(masks, name, path, results[name]))
   if len(scans) > 1:
-    pages.write(masks / _INDEX, 'viewer_index.html', results=dict(sorted(results.items())))
+    pages.write_page(masks / _INDEX, 'viewer_index.html', results=dict(sorted(results.items())))
     written.insert(0, masks / _INDEX)
   logging.info('%s: open it in a browser', written[0])
   return written
@@ -117,7 +117,7 @@ def _write_page(masks, name, path, result):
     volumes.check_same_grid(read, scan, 'scan')
     mask = read.mask
   page = masks / f'{name}.html'
-  pages.write(
+  pages.write_page(
     page,
     'viewer.html',
     name=name,
@@ -138,7 +138,7 @@ def _write_page(masks, name, path, result):
 def _embedded(volume, scan):
   """A volume on canonical axes as base64 of a .nii.gz."""
   file = io.BytesIO()
-  nifti.write_to(file, volume, scan, compressed=True)
+  nifti.write_volume_to(file, volume, scan, compressed=True)
   return base64.b64encode(file.getbuffer()).decode()
 
 

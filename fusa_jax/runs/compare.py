@@ -24,7 +24,7 @@ def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path |
   Raises:
     UserError: one of them is no evaluated run; other tasks; other test patients, slices or lesions.
   """
-  configs = [run_config.load(folder) for folder in (workdir, against)]
+  configs = [run_config.load_config(folder) for folder in (workdir, against)]
   if configs[0].task != configs[1].task:
     raise UserError(f'--against: {against} is of {configs[1].task}, {workdir} of {configs[0].task}; compare like tasks')
   tables = [results.read_table(folder) for folder in (workdir, against)]

@@ -94,7 +94,7 @@ class OperatingPoint:
     write_json(workdir / FILE, dataclasses.asdict(self))
 
 
-def load(workdir: pathlib.Path) -> OperatingPoint:
+def load_point(workdir: pathlib.Path) -> OperatingPoint:
   """The one of a run; the default where it has none yet.
 
   Raises:

@@ -21,7 +21,7 @@ _OVERLAYS = 6
 _LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'scipy')
 
 
-def write(workdir: pathlib.Path, data_card: dict, command: str) -> pathlib.Path:
+def write_report(workdir: pathlib.Path, data_card: dict, command: str) -> pathlib.Path:
   """Writes test/report.html of an evaluated run or cross-validation; gives its path.
 
   Args:
@@ -32,16 +32,16 @@ def write(workdir: pathlib.Path, data_card: dict, command: str) -> pathlib.Path:
   Raises:
     UserError: the run was not evaluated.
   """
-  config = run_config.load(workdir)
+  config = run_config.load_config(workdir)
   table = results.read_table(workdir)
   result = results.read_numbers(workdir)
   kind = tasks.KINDS[config.task]
   runs = sorted(workdir.glob('fold*/')) if config.data.fold == 'all' else [workdir]
   charts = {name: figures.svg(figure) for name, figure in figures.charts(table, result).items()}
   curves = figures.learning_curves({run.name: _log(run) for run in runs}, kind.SELECTION)
-  points = {run.name: operating_point.load(run) for run in runs}
+  points = {run.name: operating_point.load_point(run) for run in runs}
   path = workdir / 'test' / 'report.html'
-  pages.write(
+  pages.write_page(
     path,
     'report.html',
     config=config,

@@ -80,7 +80,7 @@ def caveat(result: dict) -> str:
   return '' if split == BY_PATIENT else f' (split {split})'
 
 
-def clear(folder: pathlib.Path) -> None:
+def clear_test(folder: pathlib.Path) -> None:
   """Takes away what must not stand beside the files of another evaluation: its numbers and its pictures."""
   with writing(folder):
     for path in (folder / 'metrics.json', folder / 'report.html', folder / 'volumes.csv', *folder.glob('against-*')):
@@ -88,7 +88,7 @@ def clear(folder: pathlib.Path) -> None:
   shutil.rmtree(folder / 'figures', ignore_errors=True)
 
 
-def write(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict, volumes: list[dict] | None) -> None:
+def write_test(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict, volumes: list[dict] | None) -> None:
   """The files of test/: metrics.json last, so that a folder with it is complete."""
   slices = zip(*(table[key] for key in COLUMNS), strict=True)
   write_csv(folder / 'slices.csv', (dict(zip(COLUMNS, row, strict=True)) for row in slices))

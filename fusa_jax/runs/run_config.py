@@ -15,7 +15,7 @@ _BEFORE = {'lesion_labels': [], 'values': 'hu', 'patients': 'named'}
 _HARMLESS = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.')
 
 
-def save(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+def save_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   """Process 0 writes config.json, or checks a run's own against `config`; all see that they have the same workdir.
 
   Raises:
@@ -30,7 +30,7 @@ def save(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 def _save(workdir, config):
   path = workdir / 'config.json'
   if path.exists():
-    before, now = _flat(load(workdir)), _flat(plain(config))
+    before, now = _flat(load_config(workdir)), _flat(plain(config))
     # Where data are named, no phantom is drawn.
     named = any(flat[key] for flat in (before, now) for key in ('data.raw_dir', 'data.dir'))
     harmless = (*_HARMLESS, 'data.phantom.') if named else _HARMLESS
@@ -82,7 +82,7 @@ def load_split(workdir: pathlib.Path) -> dict[str, list[str]] | None:
   return _read(workdir / 'split.json')
 
 
-def load(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """The config of a run.
 
   Raises:

@@ -1,4 +1,4 @@
-"""CT series in DICOM, found in any mixture of files and brought to the same `Scan` that `nifti.read` gives.
+"""CT series in DICOM, found in any mixture of files and brought to the same `Scan` that `nifti.read_scan` gives.
 
 A series is called by its number and description; neither these nor any result hold a patient's name, ID or dates, and
 no path of a file is in a message: folders of exports are often named by patient. pydicom and its decoders, in
@@ -178,15 +178,15 @@ def is_dicom(path: pathlib.Path) -> bool:
     return False
 
 
-def find(paths: Iterable[pathlib.Path]) -> list[Series]:
-  """The CT series that DICOM files hold, as `sort` gives them; says what is left out."""
-  series, left_out = sort(paths)
+def find_series(paths: Iterable[pathlib.Path]) -> list[Series]:
+  """The CT series that DICOM files hold, as `sort_series` gives them; says what is left out."""
+  series, left_out = sort_series(paths)
   if left_out:
     logging.info('skipped: %s', left_out)
   return series
 
 
-def sort(paths: Iterable[pathlib.Path]) -> tuple[list[Series], str]:
+def sort_series(paths: Iterable[pathlib.Path]) -> tuple[list[Series], str]:
   """The CT series that DICOM files hold, by number; and, counted in words, localizers, dose sheets, what is no CT.
 
   Raises:
@@ -223,11 +223,11 @@ def sort(paths: Iterable[pathlib.Path]) -> tuple[list[Series], str]:
   )
 
 
-def read(series: Series, kind: str = 'hu') -> volumes.Scan:
+def read_series(series: Series, kind: str = 'hu') -> volumes.Scan:
   """Reads a series: Hounsfield units by slope and intercept of each slice, on canonical axes.
 
   Raises:
-    UserError: as `Series.grid` and `nifti.read`; also slices that cannot be decoded.
+    UserError: as `Series.grid` and `nifti.read_scan`; also slices that cannot be decoded.
   """
   headers, affine = series.grid
   values = None

@@ -31,7 +31,7 @@ _OF_STUDY = ('AccessionNumber', 'StudyID', 'StudyDate', 'StudyTime')
 _NUMBER = 1000
 
 
-def check(series: Iterable[dicom.Series]) -> None:
+def check_series(series: Iterable[dicom.Series]) -> None:
   """Raises a UserError, a line for each series of which no SEG can be made, or where highdicom is missing."""
   _highdicom()
   problems = []
@@ -56,7 +56,7 @@ def _check(series):
     _segmentation(series, frames, {'model': 'none', 'threshold': 0.5}).save_as(io.BytesIO(), enforce_file_format=True)
 
 
-def write(path: pathlib.Path, mask: np.ndarray, scan: volumes.Scan, about: Mapping[str, Any]) -> None:
+def write_seg(path: pathlib.Path, mask: np.ndarray, scan: volumes.Scan, about: Mapping[str, Any]) -> None:
   """Writes the mask of a series as one binary segment of the coded type Lesion.
 
   Slices without lesion have no frame; where none has any, each has an empty one. Frames refer to the slices that they
@@ -65,7 +65,7 @@ def write(path: pathlib.Path, mask: np.ndarray, scan: volumes.Scan, about: Mappi
   Args:
     path: of the file, .dcm.
     mask: uint8 {0, 1} [S, H, W] on canonical axes.
-    scan: as `dicom.read` gave it, of a series that `check` let through.
+    scan: as `dicom.read_series` gave it, of a series that `check_series` let through.
     about: what made it, all of which its parameters say: 'model', 'threshold'; 'lungs', 'smallest_ml' and others.
 
   Raises:
@@ -92,8 +92,8 @@ def _without_values(series):
     ) from None
 
 
-def find(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-  """Which of some DICOM files, such as `dicom.find` has read, are SEGs."""
+def find_segs(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+  """Which of some DICOM files, such as `dicom.find_series` has read, are SEGs."""
   from pydicom import filereader
 
   of_class = lambda path: str(filereader.read_file_meta_info(path).get('MediaStorageSOPClassUID', ''))
@@ -111,12 +111,12 @@ def series_uid(path: pathlib.Path) -> str:
     return ''
 
 
-def read(path: pathlib.Path, scan: volumes.Scan, lesion_labels: Sequence[int] = ()) -> np.ndarray:
+def read_seg(path: pathlib.Path, scan: volumes.Scan, lesion_labels: Sequence[int] = ()) -> np.ndarray:
   """A SEG as the lesion mask of its series: uint8 {0, 1} [S, H, W], of scan.values's shape and axes.
 
   Args:
     path: of the SEG, whosever. Its frames lie on slices of the series, in any order; slices without one are empty.
-    scan: of the series, as `dicom.read` gave it.
+    scan: of the series, as `dicom.read_series` gave it.
     lesion_labels: the numbers of the segments that are lesion; () where it has one only.
 
   Raises:

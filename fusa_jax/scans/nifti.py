@@ -27,7 +27,7 @@ def stem(path: pathlib.Path) -> str:
   return path.name.removesuffix('.gz').removesuffix('.nii')
 
 
-def read(path: pathlib.Path, kind: str = 'hu', windowed: bool = False) -> Scan:
+def read_scan(path: pathlib.Path, kind: str = 'hu', windowed: bool = False) -> Scan:
   """Reads a CT scan from .nii or .nii.gz, in whatever orientation and with whatever affine and scaling.
 
   Args:
@@ -52,8 +52,8 @@ def read_mask(path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = (
     lesion_labels: the values of the file that are lesion, all others being none; () where it holds 0 and 1 only.
 
   Raises:
-    UserError: as `read`; also a shape or affine that differs from the scan's, and values other than whole numbers or,
-      without labels, than 0 and 1.
+    UserError: as `read_scan`; also a shape or affine that differs from the scan's, and values other than whole numbers
+      or, without labels, than 0 and 1.
   """
   values, grid = _read_canonical(pathlib.Path(path))
   volumes.check_same_grid(grid, scan, 'scan')
@@ -68,7 +68,7 @@ def read_labels(path: pathlib.Path) -> Mask:
   """Reads a lesion mask that is compared with other masks, not with a scan.
 
   Raises:
-    UserError: as `read`, but for HU; also values other than 0 and 1.
+    UserError: as `read_scan`, but for HU; also values other than 0 and 1.
   """
   values, grid = _read_canonical(pathlib.Path(path))
   return Mask(**vars(grid), mask=_binary(values, grid.path, 'save one lesion label as 1'))
@@ -78,23 +78,23 @@ def read_grid(path: pathlib.Path) -> Grid:
   """Where a file's voxels lie.
 
   Raises:
-    UserError: as `read`, but for HU.
+    UserError: as `read_scan`, but for HU.
   """
   return _read_canonical(pathlib.Path(path))[1]
 
 
-def write(path: pathlib.Path, volume: np.ndarray, scan: Scan) -> None:
+def write_volume(path: pathlib.Path, volume: np.ndarray, scan: Scan) -> None:
   """Writes a volume made on canonical axes [S, H, W] on the scan's own grid, with its own affines and their codes.
 
   The dtype on disk is that of `volume`. Nothing else of the scan's header is copied: its text fields and extensions
   may name the patient.
   """
   with replacing(path) as partial, partial.open('wb') as file:
-    write_to(file, volume, scan, compressed=path.suffix == '.gz')
+    write_volume_to(file, volume, scan, compressed=path.suffix == '.gz')
 
 
-def write_to(file: BinaryIO, volume: np.ndarray, scan: Scan, compressed: bool) -> None:
-  """As `write`, into an open file."""
+def write_volume_to(file: BinaryIO, volume: np.ndarray, scan: Scan, compressed: bool) -> None:
+  """As `write_volume`, into an open file."""
   data = volumes.to_own_axes(volume, scan)
   header = type(scan.header)()
   header.set_data_shape(scan.header.get_data_shape())

@@ -16,7 +16,7 @@ def is_picture(path: pathlib.Path) -> bool:
   return path.suffix.lower() in ('.png', '.jpg', '.jpeg') and not path.name.startswith('.')
 
 
-def read(path: pathlib.Path) -> np.ndarray:
+def read_picture(path: pathlib.Path) -> np.ndarray:
   """A slice as uint8 [H, W].
 
   Raises:
@@ -41,12 +41,12 @@ def read_mask(path: pathlib.Path, shape: tuple[int, int], lesion_labels: tuple[i
     lesion_labels: its values that are lesion; () where it holds 0 and 255, or 0 and 1, only.
 
   Raises:
-    UserError: as `read`; also of another shape, or with other values.
+    UserError: as `read_picture`; also of another shape, or with other values.
   """
   image = _open(path)
   # Colours of a palette stand for labels, whose numbers are its indices; of a grey palette, the grey is meant.
   indexed = image.mode == 'P' and (lesion_labels or _is_coloured(image))
-  values = np.asarray(image) if indexed else read(path)
+  values = np.asarray(image) if indexed else read_picture(path)
   if values.shape != tuple(shape):
     raise UserError(f'{path}: the mask has {values.shape} pixels and its slice {tuple(shape)}; save it in that size')
   if lesion_labels:
@@ -61,7 +61,7 @@ def read_mask(path: pathlib.Path, shape: tuple[int, int], lesion_labels: tuple[i
   return (values > 0).astype(np.uint8)
 
 
-def write(path: pathlib.Path, values: np.ndarray) -> None:
+def write_picture(path: pathlib.Path, values: np.ndarray) -> None:
   """Writes uint8 [H, W] as a grey PNG."""
   with replacing(path) as partial:
     Image.fromarray(values).save(partial, 'PNG')

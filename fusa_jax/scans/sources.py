@@ -34,7 +34,7 @@ def find(source: pathlib.Path, kind: str | None, unpacked: pathlib.Path) -> list
   ]
   if files == [source] and not of_dicom:  # a file that was named is read or refused, whatever its name
     paths = files
-  paths += dicom.find(of_dicom) if of_dicom else []
+  paths += dicom.find_series(of_dicom) if of_dicom else []
   scans = [path for path in paths if not is_picture(path)]
   if kind != 'grey':
     if paths and not scans:
@@ -54,10 +54,10 @@ def find(source: pathlib.Path, kind: str | None, unpacked: pathlib.Path) -> list
 
 
 def read(path: pathlib.Path | dicom.Series, kind: str) -> volumes.Scan | np.ndarray:
-  """A scan, or a picture's values [H, W]; raises UserError as `nifti.read`, `dicom.read` and `pictures.read`."""
+  """A scan, or a picture's values [H, W]; raises UserError as the reader of its format."""
   if isinstance(path, dicom.Series):
-    return dicom.read(path, kind)
-  return pictures.read(path) if is_picture(path) else nifti.read(path, kind)
+    return dicom.read_series(path, kind)
+  return pictures.read_picture(path) if is_picture(path) else nifti.read_scan(path, kind)
 
 
 def is_dicom(path: pathlib.Path) -> bool:

@@ -5,7 +5,7 @@ import os
 import sys
 
 
-def keep() -> None:
+def restart_with_malloc_tunables() -> None:
   """Begins the process anew, once, with glibc told to use huge pages and to keep what is freed; before JAX is imported.
 
   XLA takes the memory of each step from malloc and frees it, and malloc gives it back to the kernel: in pages of 4 kB

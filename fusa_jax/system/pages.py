@@ -11,7 +11,7 @@ from fusa_jax.system.files import replacing
 TEMPLATES = pathlib.Path(__file__).parent / 'templates'
 
 
-def write(path: pathlib.Path, template: str, **values: Any) -> None:
+def write_page(path: pathlib.Path, template: str, **values: Any) -> None:
   """Writes the page that a template and its values make.
 
   Raises:

@@ -28,14 +28,14 @@ def cross_validate(
   Raises:
     UserError: as `train.train` and `evaluate.evaluate`; folds of a cohort that has changed meanwhile.
   """
-  run_config.save(workdir, config)
+  run_config.save_config(workdir, config)
   for run, one in runs(config, workdir, data_dir).items():
     if hosts.on_main(lambda run=run, one=one: is_finished(run, one)):
-      run_config.save(run, one)  # refuses a run of another config
+      run_config.save_config(run, one)  # refuses a run of another config
       continue
     logging.info('fold %d', one.data.fold)
     # Until it is tested as now asked for, what it was tested as before is not its test.
-    hosts.on_main(lambda run=run: results.clear(run / 'test'))
+    hosts.on_main(lambda run=run: results.clear_test(run / 'test'))
     train.train(one, run, data_dir)
     evaluate.evaluate(one, run, data_dir, scans)
   return pool(config, workdir, data_dir)
@@ -45,7 +45,7 @@ def is_finished(run: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
   """Whether the run of a fold has been tested as config.evaluate says."""
   if not results.is_complete(run):
     return False
-  return run_config.load(run).evaluate.to_json() == run_config.plain(config).evaluate.to_json()
+  return run_config.load_config(run).evaluate.to_json() == run_config.plain(config).evaluate.to_json()
 
 
 def evaluate_again(config, workdir, data_dir, scans=None) -> dict:
@@ -112,8 +112,8 @@ def _pool(config, workdir, data_dir):
   }
   if volumes:
     result['volumes'] = masks.summary(volumes)
-  results.clear(workdir / 'test')
-  results.write(workdir / 'test', table, result, volumes)
+  results.clear_test(workdir / 'test')
+  results.write_test(workdir / 'test', table, result, volumes)
   logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(kind, result))
   for name, spread in result['over_folds'].items():
     if spread:

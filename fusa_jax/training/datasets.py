@@ -58,13 +58,13 @@ class Dataset:
     return {name: [] if part is None else np.unique(part.patient).tolist() for name, part in parts.items()}
 
 
-def load_for(config: ml_collections.ConfigDict, data_dir: str | pathlib.Path) -> Dataset:
+def load_dataset_for(config: ml_collections.ConfigDict, data_dir: str | pathlib.Path) -> Dataset:
   """The dataset that a config's task is trained and tested on.
 
   Raises:
-    UserError: as `load`; values of another kind than the config's; labels only, and a task that needs masks.
+    UserError: as `load_dataset`; values of another kind than the config's; labels only, and a task that needs masks.
   """
-  dataset = load(data_dir, config.data.fold, config.data.image_size)
+  dataset = load_dataset(data_dir, config.data.fold, config.data.image_size)
   if dataset.values != config.data['values']:
     raise UserError(
       f'data.values: {config.data["values"]}, but {data_dir} holds {dataset.values}: a network of one cannot read the '
@@ -75,7 +75,7 @@ def load_for(config: ml_collections.ConfigDict, data_dir: str | pathlib.Path) ->
   return dataset
 
 
-def load(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
+def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
   """Opens a prepared dataset: test = fold k, validation = fold k + 1, the rest is trained on.
 
   A cohort of two patients has two folds and nothing left to validate on: `validation` is None (`parts`).

@@ -96,12 +96,12 @@ def evaluate(
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
   batch_size = meshes.fitting_batch(mesh, config.train.batch_size)
   meshes.check_divides(mesh, batch_size, config.data.image_size)
-  dataset = datasets.load_for(config, data_dir)
+  dataset = datasets.load_dataset_for(config, data_dir)
   task = tasks.create(config)
   step, variables = trained.load_variables(config, task, workdir, mesh)
 
   # ---- the operating point: the validation fold's or, on other data than the run's own, the one it has
-  split, point = check_unseen(workdir, dataset), operating_point.load(workdir)
+  split, point = check_unseen(workdir, dataset), operating_point.load_point(workdir)
   if point.step != step:
     point = operating_point.OperatingPoint(step=step)
   own = split is None or split['validation'] == dataset.patients()['validation']
@@ -147,9 +147,9 @@ def evaluate(
   if volumes:
     result['volumes'] = masks.summary(volumes)
   if hosts.is_main():
-    results.clear(workdir / 'test')
+    results.clear_test(workdir / 'test')
     _draw(config, task, variables, dataset, table, point, workdir / 'test' / 'figures')
-    results.write(workdir / 'test', table, result, volumes)
+    results.write_test(workdir / 'test', table, result, volumes)
     logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.kind, result))
   return result
 

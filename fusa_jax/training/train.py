@@ -49,7 +49,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   operating_point.check(config)
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
-  dataset = datasets.load_for(config, data_dir)
+  dataset = datasets.load_dataset_for(config, data_dir)
   task = tasks.create(config)
   optimizer, learning_rate = make_optimizer(config)
   # ---- shapes before arrays
@@ -60,7 +60,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   if config.model.init_from and not checkpoint.exists(workdir):
     pretrained, notes = torch_weights.initial(config.model.init_from, config.model.name, like.variables)
   # What does not fit has been said by now, so that no refused config leaves a workdir behind.
-  run_config.save(workdir, config)
+  run_config.save_config(workdir, config)
   run_config.save_split(workdir, dataset.patients())
   report_parameters(like.variables)
 

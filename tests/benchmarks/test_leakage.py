@@ -29,7 +29,7 @@ def config(tmp_path, monkeypatch):
 def read(folder):
   """Scans and masks [N, S, H, W] of a cohort."""
   cases = covid19_20.find(folder)
-  scans = [nifti.read(case.ct) for case in cases]
+  scans = [nifti.read_scan(case.ct) for case in cases]
   masks = [nifti.read_mask(case.mask, scan) for case, scan in zip(cases, scans, strict=True)]
   return np.stack([scan.values for scan in scans]), np.stack(masks)
 

@@ -32,7 +32,7 @@ def test_every_slice_is_stored_in_order_with_its_facts(data_dir, raw_dir):
     source = builder.as_data_source(split=fold)
     examples = iter(source[i] for i in range(len(source)))
     for entry in entries:
-      scan = nifti.read(raw_dir / f'{entry["patient"]}_ct.nii.gz')
+      scan = nifti.read_scan(raw_dir / f'{entry["patient"]}_ct.nii.gz')
       mask = nifti.read_mask(raw_dir / f'{entry["patient"]}_seg.nii.gz', scan)
       assert entry['lesion_voxels'] == mask.sum(axis=(1, 2)).tolist()
       assert entry['lesion_ml'] == pytest.approx(mask.sum() * scan.voxel_ml)
@@ -58,7 +58,7 @@ def test_other_sizes_are_resized(raw_dir, tmp_path):
   builder = tfds.builder_from_directory(prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), 16))
   example = builder.as_data_source(split='fold0')[SLICES // 2]
   assert example['image'].shape == example['mask'].shape == (16, 16)
-  scan = nifti.read(raw_dir / f'{example["patient"].decode()}_ct.nii.gz')
+  scan = nifti.read_scan(raw_dir / f'{example["patient"].decode()}_ct.nii.gz')
   np.testing.assert_array_equal(example['image'], volumes.network_slices(scan.values, 16)[SLICES // 2])
 
 
@@ -202,7 +202,7 @@ def test_preparing_and_reading_leave_tensorflow_alone(data_dir):
 import sys
 from data import prepare
 from fusa_jax.training import datasets
-dataset = datasets.load({str(data_dir)!r}, 0, {SIZE})
+dataset = datasets.load_dataset({str(data_dir)!r}, 0, {SIZE})
 dataset.test.source[0]
 assert 'tensorflow' not in sys.modules
 """

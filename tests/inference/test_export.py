@@ -15,7 +15,7 @@ from conftest import SIZE, SLICES, tiny
 
 from configs import cls, seg
 from fusa_jax import models, tasks
-from fusa_jax.inference import export, predict, predictor, trained
+from fusa_jax.inference import bundle, export, predict, predictor, trained
 from fusa_jax.runs import checkpoint, run_config
 from fusa_jax.scans import volumes
 from fusa_jax.system import meshes, provenance
@@ -30,15 +30,15 @@ def bundles(runs, tmp_path_factory):
   folder = tmp_path_factory.mktemp('bundles')
   config = tiny(seg, **{'model.name': 'resunet', 'model.init_from': 'a_patients_name.pth'})
   other = folder / 'a_patients_name'
-  run_config.save(other, config)
+  run_config.save_config(other, config)
   variables = jax.jit(lambda key: tasks.create(config).init(key, SIZE))(jax.random.key(1))
   with checkpoint.Checkpoints(other) as checkpoints:
     checkpoints.save(0, variables, {'count': jnp.zeros(1)}, None)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(provenance, 'commit', lambda: '0123abc')
     for name, workdir in runs.items():
-      export.write([workdir], folder / name, licence='CC-BY-4.0')
-  export.write([runs['seg'], other], folder / 'both', flips=True, lungs=False, threshold=0.25, smallest_ml=0.5)
+      export.write_bundle([workdir], folder / name, licence='CC-BY-4.0')
+  export.write_bundle([runs['seg'], other], folder / 'both', flips=True, lungs=False, threshold=0.25, smallest_ml=0.5)
   return {name: folder / name for name in ('seg', 'cls', 'both')} | {'other': other}
 
 
@@ -47,26 +47,26 @@ def slices_of(shape, seed=0):
 
 
 def run_bundle(folder, slices):
-  run = predictor.load(folder)
+  run = predictor.load_predictor(folder)
   return np.asarray(jax.jit(run.model.function)(run.model.variables, slices))
 
 
 def test_a_bundle_predicts_as_its_run(bundles, predictors, raw_dir):
   """A whole scan, on eight devices that share its batches."""
-  found, expected = (run(raw_dir / SCAN) for run in (predictor.load(bundles['seg']), predictors['seg']))
+  found, expected = (run(raw_dir / SCAN) for run in (predictor.load_predictor(bundles['seg']), predictors['seg']))
   np.testing.assert_allclose(found.probability, expected.probability, atol=1e-5)
   np.testing.assert_array_equal(found.mask, expected.mask)
   assert found.numbers == expected.numbers
   assert np.ptp(found.probability) > 0.01
-  scored, other = (run(raw_dir / SCAN).numbers for run in (predictor.load(bundles['cls']), predictors['cls']))
+  scored, other = (run(raw_dir / SCAN).numbers for run in (predictor.load_predictor(bundles['cls']), predictors['cls']))
   np.testing.assert_allclose(scored.pop('slice_scores'), other.pop('slice_scores'), atol=1.01e-4)  # they are rounded
   assert scored == other
 
 
 def test_the_mean_of_networks_and_flips(bundles, runs, raw_dir):
   asked = {'flips': True, 'threshold': 0.25, 'smallest_ml': 0.5, 'lungs': False}
-  run = predictor.load([runs['seg'], bundles['other']], **asked)
-  bundle = predictor.load(bundles['both'], meshes.create_mesh(4, 2))  # two devices share an image
+  run = predictor.load_predictor([runs['seg'], bundles['other']], **asked)
+  bundle = predictor.load_predictor(bundles['both'], meshes.create_mesh(4, 2))  # two devices share an image
   found, expected = bundle(raw_dir / SCAN), run(raw_dir / SCAN)
   np.testing.assert_allclose(found.probability, expected.probability, atol=1e-5)
   assert np.ptp(found.probability) > 0.01
@@ -126,11 +126,11 @@ def test_nothing_names_where_it_came_from(bundles, runs, raw_dir, data_dir):
   names = [*patients, 'a_patients_name', *map(str, (*runs.values(), bundles['other'].parent, raw_dir, data_dir, root))]
   for folder in (bundles['seg'], bundles['cls'], bundles['both']):
     files = {path.name: path.read_bytes() for path in folder.rglob('*')}
-    assert files.keys() == {'bundle.json', *export._FILES}
+    assert files.keys() == {'bundle.json', *bundle.FILES}
     found = [(file, name) for file, content in files.items() for name in names if name.encode() in content]
     assert not found
   saved = json.loads((bundles['seg'] / 'config.json').read_text())
-  wanted = run_config.load(runs['seg']).to_dict()
+  wanted = run_config.load_config(runs['seg']).to_dict()
   wanted['data'] |= {'raw_dir': '', 'dir': ''}
   assert saved == [wanted]
 
@@ -205,7 +205,7 @@ def test_damaged_and_foreign_bundles_are_refused(bundles, tmp_path, act, reason)
   shutil.copytree(bundles['cls'], tmp_path / 'b')
   act(tmp_path / 'b')
   with pytest.raises(UserError, match=reason) as error:
-    predictor.load(tmp_path / 'b')
+    predictor.load_predictor(tmp_path / 'b')
   assert len(str(error.value).splitlines()) == 1
 
 
@@ -217,31 +217,31 @@ def test_a_program_that_jax_cannot_read(bundles, tmp_path):
   digests['model.stablehlo'] = export.sha256(b'of a later form')
   change(tmp_path / 'b' / 'bundle.json', sha256=digests)
   with pytest.raises(UserError, match=r'b/model.stablehlo: written by jax \S+, and jax \S+ here does not read it'):
-    predictor.load(tmp_path / 'b')
+    predictor.load_predictor(tmp_path / 'b')
 
 
 def test_what_does_not_go_with_a_bundle(bundles, runs, tmp_path):
   refused = lambda reason: pytest.raises(UserError, match=reason)
   with refused(r'--workdir: .*seg is a bundle, and stands alone; for the mean of several'):
-    predictor.load([bundles['seg'], runs['seg']])
+    predictor.load_predictor([bundles['seg'], runs['seg']])
   with refused(r'--tta: .*seg was exported without flips, which its program holds; leave'):
-    predictor.load(bundles['seg'], flips=True)
+    predictor.load_predictor(bundles['seg'], flips=True)
   with refused(r'--notta: .*both was exported with flips'):
-    predictor.load(bundles['both'], flips=False)
+    predictor.load_predictor(bundles['both'], flips=False)
   with refused(r'--lungs: is about masks, and this model gives none'):
-    predictor.load(bundles['cls'], lungs=True)
+    predictor.load_predictor(bundles['cls'], lungs=True)
   with refused(r'--smallest_ml: is about masks, and this model gives none'):
-    export.write([runs['cls']], tmp_path / 'none', smallest_ml=1.0)
+    export.write_bundle([runs['cls']], tmp_path / 'none', smallest_ml=1.0)
   with refused(r'--workdir: .*seg is a bundle already; copy it'):
-    export.write([bundles['seg']], tmp_path / 'none')
+    export.write_bundle([bundles['seg']], tmp_path / 'none')
   with refused(r'seg: no run in it \(config.json is of something else'):
-    run_config.load(bundles['seg'])
+    run_config.load_config(bundles['seg'])
   with refused(r'cls: is there already; name a new folder, or delete this one'):
-    export.write([runs['seg']], bundles['cls'])
-  assert predictor.load(bundles['seg'], flips=False, threshold=0.9).point.threshold == 0.9
+    export.write_bundle([runs['seg']], bundles['cls'])
+  assert predictor.load_predictor(bundles['seg'], flips=False, threshold=0.9).point.threshold == 0.9
   assert list(tmp_path.iterdir()) == []
 
 
 def test_predict_takes_a_bundle(bundles, raw_dir, tmp_path):
-  predict.predict(predictor.load([bundles['seg']]), raw_dir / SCAN, tmp_path)
+  predict.predict(predictor.load_predictor([bundles['seg']]), raw_dir / SCAN, tmp_path)
   assert json.loads((tmp_path / SCAN.replace('.nii.gz', '.json')).read_text())['num_slices'] == SLICES

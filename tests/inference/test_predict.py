@@ -114,25 +114,25 @@ def test_what_is_written_can_be_viewed(predictions, tmp_path):
 def test_images_may_be_shared_between_devices(runs, predictions, tmp_path):
   """Two devices for each image: the same scores. Three cannot share 32 rows."""
   scans, out = predictions
-  predict.predict(predictor.load(runs['seg'], meshes.create_mesh(4, 2)), scans / 'LPS_ct.nii.gz', tmp_path)
+  predict.predict(predictor.load_predictor(runs['seg'], meshes.create_mesh(4, 2)), scans / 'LPS_ct.nii.gz', tmp_path)
   shared, alone = (json.loads((folder / 'LPS_ct.json').read_text()) for folder in (tmp_path, out))
   np.testing.assert_allclose(shared['slice_scores'], alone['slice_scores'], atol=2e-4)
   three = meshes.create_mesh(1, 3, jax.devices()[:3])
   with pytest.raises(UserError, match=r'data.image_size: 32 does not divide over mesh.space=3; 30 or 33 does'):
-    predict.predict(predictor.load(runs['seg'], three), scans / 'LPS_ct.nii.gz', tmp_path / 'none')
+    predict.predict(predictor.load_predictor(runs['seg'], three), scans / 'LPS_ct.nii.gz', tmp_path / 'none')
   assert not (tmp_path / 'none').exists()
 
 
 def test_refused_scans_are_all_named_before_anything_is_written(predictors, raw_dir, tmp_path):
   folder = tmp_path / 'in'
   folder.mkdir()
-  good = nifti.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  good = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   for name, values in (
     ('a', good.values),
     ('b', np.clip(good.values, -160, 240)),
     ('c', (good.values + 1024).clip(0, 255)),
   ):
-    nifti.write(folder / f'{name}.nii.gz', values.astype(np.int16), good)
+    nifti.write_volume(folder / f'{name}.nii.gz', values.astype(np.int16), good)
   with pytest.raises(UserError) as caught:
     predict.predict(predictors['seg'], folder, tmp_path / 'out')
   lines = str(caught.value).splitlines()
@@ -151,14 +151,16 @@ def test_refused_scans_are_all_named_before_anything_is_written(predictors, raw_
 )
 def test_missing_inputs(runs, tmp_path, source, workdir, reason):
   with pytest.raises(UserError, match=reason):
-    predict.predict(predictor.load(tmp_path / workdir if workdir else runs['seg']), tmp_path / source, tmp_path / 'out')
+    predict.predict(
+      predictor.load_predictor(tmp_path / workdir if workdir else runs['seg']), tmp_path / source, tmp_path / 'out'
+    )
 
 
 def test_the_threshold_is_the_runs_own_unless_another_is_given(predictors, runs, raw_dir, tmp_path):
   scan = raw_dir / 'volume-phantom-A-0001_ct.nii.gz'
   own = json.loads((runs['seg'] / 'operating_point.json').read_text())
   predict.predict(predictors['seg'], scan, tmp_path / 'own')
-  predict.predict(predictor.load(runs['seg'], threshold=0.25), scan, tmp_path / 'given', probabilities=True)
+  predict.predict(predictor.load_predictor(runs['seg'], threshold=0.25), scan, tmp_path / 'given', probabilities=True)
   results = {k: json.loads((tmp_path / k / 'volume-phantom-A-0001_ct.json').read_text()) for k in ('own', 'given')}
   assert (results['own']['threshold'], results['own']['chosen_by']) == (own['threshold'], own['chosen_by'])
   assert (results['given']['threshold'], results['given']['chosen_by']) == (0.25, '--threshold')
@@ -168,7 +170,7 @@ def test_the_threshold_is_the_runs_own_unless_another_is_given(predictors, runs,
   )
   np.testing.assert_array_equal(mask, probability >= 0.25)
   with pytest.raises(UserError, match=r'--threshold: 50.0 is no probability; give one from 0 to 1'):
-    predict.predict(predictor.load(runs['seg'], threshold=50.0), scan, tmp_path / 'none')
+    predict.predict(predictor.load_predictor(runs['seg'], threshold=50.0), scan, tmp_path / 'none')
 
 
 def test_an_operating_point_of_another_checkpoint_is_not_used(runs, raw_dir, tmp_path, caplog):
@@ -176,7 +178,7 @@ def test_an_operating_point_of_another_checkpoint_is_not_used(runs, raw_dir, tmp
   shutil.copytree(runs['cls'], workdir)
   point = json.loads((workdir / 'operating_point.json').read_text())
   (workdir / 'operating_point.json').write_text(json.dumps(point | {'step': 1}))
-  predict.predict(predictor.load(workdir), raw_dir / 'volume-phantom-A-0001_ct.nii.gz', tmp_path / 'out')
+  predict.predict(predictor.load_predictor(workdir), raw_dir / 'volume-phantom-A-0001_ct.nii.gz', tmp_path / 'out')
   result = json.loads((tmp_path / 'out' / 'volume-phantom-A-0001_ct.json').read_text())
   assert result['threshold'] == 0.5
   assert 'no operating point for step' in caplog.text
@@ -309,7 +311,7 @@ def listed(folder):
 def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_path, monkeypatch, caplog):
   """The first mask is not written before the second scan is computed and the fourth read. Four scans live at a time."""
   caplog.set_level(logging.INFO)
-  run, read, write = predictor.Predictor.probabilities, sources.read, nifti.write
+  run, read, write = predictor.Predictor.probabilities, sources.read, nifti.write_volume
   begun, scans, alive, computed = collections.Counter(), [], [], threading.Event()
   fourth = threading.Event()
 
@@ -338,7 +340,7 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
   computing_counts = [0]
   monkeypatch.setattr(sources, 'read', reading)
   monkeypatch.setattr(predictor.Predictor, 'probabilities', computing)
-  monkeypatch.setattr(nifti, 'write', writing)
+  monkeypatch.setattr(nifti, 'write_volume', writing)
   predict.predict(predictors['seg'], folder, tmp_path / 'out')
   assert listed(tmp_path / 'out') == written(*'abcdefghij')
   assert [m.partition('.nii.gz: ')[0] for m in caplog.messages if '.nii.gz: ' in m] == list('abcdefghij')
@@ -419,15 +421,18 @@ def test_runs_that_differ_are_taken_as_is_asked(runs, tmp_path):
   point = json.loads((other / 'operating_point.json').read_text())
   (other / 'operating_point.json').write_text(json.dumps(point | {'lungs': True}))
   both = [runs['seg'], other]
-  assert predictor.load(both, lungs=True).point.lungs and not predictor.load(both, lungs=False).point.lungs
+  assert (
+    predictor.load_predictor(both, lungs=True).point.lungs
+    and not predictor.load_predictor(both, lungs=False).point.lungs
+  )
   with pytest.raises(UserError, match=r'--workdir: the runs differ in evaluate.lungs; say --lungs or --nolungs'):
-    predictor.load(both)
+    predictor.load_predictor(both)
 
 
 def test_in_code_a_scan_is_predicted_as_its_file(predictors, raw_dir, tmp_path):
   """By path, as DICOM in a folder, and as an array, whose mL need its spacing."""
   path, run = raw_dir / 'volume-phantom-A-0001_ct.nii.gz', predictors['seg']
-  scan = nifti.read(path)
+  scan = nifti.read_scan(path)
   expected = run(scan)
   image = nib.load(path)
   dicom_series.save(tmp_path / 'series', dicom_series.slices(np.asarray(image.dataobj), image.affine, 3))

@@ -54,6 +54,6 @@ def test_runs_that_do_not_go_together_are_refused(tmp_path, other, reason):
     config = tiny(seg)
     for key, value in overrides.items():
       config.data[key.removeprefix('data.')] = value
-    run_config.save(tmp_path / name, config)
+    run_config.save_config(tmp_path / name, config)
   with pytest.raises(UserError, match=reason):
-    trained.load([tmp_path / 'a', tmp_path / 'b'], None)
+    trained.load_model([tmp_path / 'a', tmp_path / 'b'], None)

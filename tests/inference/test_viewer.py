@@ -174,7 +174,7 @@ def test_a_dicom_series_is_shown_and_names_nobody(tmp_path):
   source, masks = case(tmp_path)
   (source / 'a.nii.gz').unlink()
   folder = dicom_series.save(source / 'x', dicom_series.slices(hu(), AFFINE))
-  (series,) = dicom.find(folder.iterdir())
+  (series,) = dicom.find_series(folder.iterdir())
   (masks / 'a.json').rename(masks / f'{series.name}.json')
   (masks / 'a_mask.nii.gz').rename(masks / f'{series.name}_mask.nii.gz')
   (path,) = viewer.view(source, masks)

@@ -210,6 +210,6 @@ def test_other_tasks_and_runs_that_are_none_are_refused(runs, tmp_path):
     compare.compare(runs['seg'], runs['cls'])
   with pytest.raises(UserError, match='no run in it'):
     compare.compare(runs['seg'], tmp_path / 'nowhere')
-  run_config.save(tmp_path / 'new', tiny())
+  run_config.save_config(tmp_path / 'new', tiny())
   with pytest.raises(UserError, match=r'table.npz: missing; evaluate the run with --mode=evaluate'):
     compare.compare(runs['seg'], tmp_path / 'new')

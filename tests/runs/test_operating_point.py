@@ -73,11 +73,11 @@ def test_temperature_is_the_likeliest_and_moves_no_mask(validation):
 def test_saved_and_loaded(validation, tmp_path):
   point = choose(validation[2])
   point.save(tmp_path)
-  assert operating_point.load(tmp_path) == point
-  assert operating_point.load(tmp_path / 'none').threshold == 0.5
+  assert operating_point.load_point(tmp_path) == point
+  assert operating_point.load_point(tmp_path / 'none').threshold == 0.5
   (tmp_path / operating_point.FILE).write_text('{"threshold":')
   with pytest.raises(UserError, match=r'operating_point.json: damaged .* make it anew with --mode=evaluate'):
-    operating_point.load(tmp_path)
+    operating_point.load_point(tmp_path)
 
 
 def test_nothing_to_choose_on(validation):

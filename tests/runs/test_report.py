@@ -40,7 +40,9 @@ class Page(html.parser.HTMLParser):
 
 @pytest.mark.parametrize('kind', ['seg', 'cls'])
 def test_page_is_whole_and_needs_nothing_else(runs, data_dir, kind):
-  path = report.write(runs[kind], datasets.card(data_dir, 0), f'python launch.py --config=configs/{kind}.py:demo')
+  path = report.write_report(
+    runs[kind], datasets.card(data_dir, 0), f'python launch.py --config=configs/{kind}.py:demo'
+  )
   text = path.read_text()
   page = Page(text)
   assert not page.open
@@ -51,7 +53,7 @@ def test_page_is_whole_and_needs_nothing_else(runs, data_dir, kind):
   assert '<script' not in text
   words = ' '.join(' '.join(page.words).split())
   result = json.loads((runs[kind] / 'test' / 'metrics.json').read_text())
-  config = run_config.load(runs[kind])
+  config = run_config.load_config(runs[kind])
   for name in tasks.KINDS[config.task].SHOWN:
     value, pair = result[name], result['intervals'][name]
     shown = 'undefined' if value is None else f'{value:.4f}'
@@ -71,15 +73,15 @@ def test_every_number_has_a_definition(runs):
 
 
 def test_the_same_run_gives_the_same_page(runs, data_dir):
-  pages = [report.write(runs['seg'], datasets.card(data_dir, 0), 'x').read_text() for _ in range(2)]
+  pages = [report.write_report(runs['seg'], datasets.card(data_dir, 0), 'x').read_text() for _ in range(2)]
   assert pages[0] == pages[1]
   (runs['seg'] / 'test' / 'report.html').unlink()
 
 
 def test_a_run_that_was_not_evaluated_has_none(data_dir, tmp_path):
-  run_config.save(tmp_path, seg.get_config('demo'))
+  run_config.save_config(tmp_path, seg.get_config('demo'))
   with pytest.raises(UserError, match='evaluate the run with --mode=evaluate'):
-    report.write(tmp_path, datasets.card(data_dir, 0), 'x')
+    report.write_report(tmp_path, datasets.card(data_dir, 0), 'x')
 
 
 @pytest.mark.parametrize(
@@ -112,5 +114,5 @@ def test_the_command_repeats_the_run(module, preset, given, line, tmp_path):
   config = module.get_config(preset)
   config.update_from_flattened_dict(given)
   assert command.command(config) == line
-  run_config.save(tmp_path, config)
-  assert command.command(run_config.load(tmp_path)) == line
+  run_config.save_config(tmp_path, config)
+  assert command.command(run_config.load_config(tmp_path)) == line

@@ -25,7 +25,7 @@ REAL = pathlib.Path('../shared/ct/Train/volume-lung1_ct.nii.gz')
 
 def read(folder):
   (series,) = find(folder)
-  return dicom.read(series)
+  return dicom.read_series(series)
 
 
 def of_dcm2niix(folder, tmp_path):
@@ -54,11 +54,11 @@ def test_values_lie_where_dcm2niix_has_them(tmp_path, affine):
   scan = read(dicom_series.save(tmp_path / 'in', dicom_series.slices(hu, affine)))
   other, _ = of_dcm2niix(tmp_path / 'in', tmp_path)
   nib.save(nib.Nifti1Image(np.asarray(other.dataobj), other.affine), tmp_path / 'other.nii')
-  other = nifti.read(tmp_path / 'other.nii')
+  other = nifti.read_scan(tmp_path / 'other.nii')
   np.testing.assert_allclose(scan.affine, other.affine, atol=2e-4)
   np.testing.assert_array_equal(scan.values, other.values)
   # The mask that is written has the same affine.
-  nifti.write(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
+  nifti.write_volume(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
   mask = nib.load(tmp_path / 'mask.nii.gz')
   np.testing.assert_allclose(mask.get_qform(), mask.affine, atol=1e-3)
   mask, true = (nib.as_closest_canonical(image) for image in (mask, nib.Nifti1Image(hu, affine)))
@@ -91,7 +91,7 @@ def test_a_tilted_gantry_is_said_and_kept_as_shear(tmp_path, caplog):
   assert caplog.messages == [
     f'{scan.path}: the gantry was tilted by 15.0 degrees; the mask has the same shear in its affine'
   ]
-  nifti.write(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
+  nifti.write_volume(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
   mask = nib.load(tmp_path / 'mask.nii.gz')
   np.testing.assert_allclose(mask.affine, affine, atol=1e-4)
   np.testing.assert_array_equal(np.asarray(mask.dataobj), chest() > 0)
@@ -297,6 +297,6 @@ def test_without_a_decoder_the_line_names_the_syntax(tmp_path):
 def test_a_real_scan(tmp_path, syntax):
   image = nib.load(REAL)
   made = dicom_series.slices(np.asarray(image.dataobj), image.affine)
-  scan, of_file = read(dicom_series.save(tmp_path / 'in', made, syntax)), nifti.read(REAL)
+  scan, of_file = read(dicom_series.save(tmp_path / 'in', made, syntax)), nifti.read_scan(REAL)
   np.testing.assert_array_equal(scan.values, of_file.values)
   np.testing.assert_allclose(scan.affine, of_file.affine, atol=1e-4)

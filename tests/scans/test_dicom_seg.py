@@ -33,8 +33,8 @@ AFFINES = {
 
 def read(folder):
   (series,) = find(folder)
-  dicom_seg.check([series])
-  return dicom.read(series)
+  dicom_seg.check_series([series])
+  return dicom.read_series(series)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def mask_of(scan):
 
 
 def saved(path, scan, mask):
-  dicom_seg.write(path, mask, scan, ABOUT)
+  dicom_seg.write_seg(path, mask, scan, ABOUT)
   return pydicom.dcmread(path)
 
 
@@ -63,7 +63,7 @@ def test_each_pixel_is_where_the_mask_in_nifti_has_it(tmp_path, name):
   if name in ('coronal', 'sagittal'):
     mask[:, 2] = mask[:, :, 2] = 0  # one of them is a slice as stored
   seg = saved(tmp_path / 'a_mask.dcm', scan, mask)
-  nifti.write(tmp_path / 'a_mask.nii.gz', mask, scan)
+  nifti.write_volume(tmp_path / 'a_mask.nii.gz', mask, scan)
   stored = nib.load(tmp_path / 'a_mask.nii.gz')
   values, back = np.asarray(stored.dataobj), np.linalg.inv(stored.affine)
   of_uid = {source.SOPInstanceUID: source for source in sources}
@@ -87,7 +87,7 @@ def test_each_pixel_is_where_the_mask_in_nifti_has_it(tmp_path, name):
   uids = [header.SOPInstanceUID for header in headers]
   own = again.get_pixels_by_source_instance(uids, combine_segments=True, assert_missing_frames_are_empty=True)
   np.testing.assert_array_equal(own, volumes.to_own_axes(mask, scan).transpose(2, 1, 0))
-  np.testing.assert_array_equal(dicom_seg.read(tmp_path / 'a_mask.dcm', scan), mask)
+  np.testing.assert_array_equal(dicom_seg.read_seg(tmp_path / 'a_mask.dcm', scan), mask)
 
 
 def test_what_the_seg_says(tmp_path, series):
@@ -122,7 +122,7 @@ def test_what_the_seg_says(tmp_path, series):
 
 def test_what_limits_the_mask_is_said(tmp_path, series):
   about = ABOUT | {'temperature': (1.25, 0.8), 'flips': True, 'lungs': True, 'smallest_ml': 0.05, 'threshold': 0.4375}
-  dicom_seg.write(tmp_path / 'a.dcm', series[1], series[0], about)
+  dicom_seg.write_seg(tmp_path / 'a.dcm', series[1], series[0], about)
   seg = pydicom.dcmread(tmp_path / 'a.dcm')
   assert seg.ContentDescription == 'Lesions, probability from 0.438, in lungs, from 0.05 mL'
   parameters = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters
@@ -134,7 +134,7 @@ def test_no_lesion_is_a_seg_of_empty_frames(tmp_path, series):
   scan, mask = series
   seg = saved(tmp_path / 'a.dcm', scan, 0 * mask)
   assert seg.NumberOfFrames == 5 and not seg.pixel_array.any()
-  assert not dicom_seg.read(tmp_path / 'a.dcm', scan).any()
+  assert not dicom_seg.read_seg(tmp_path / 'a.dcm', scan).any()
 
 
 def test_headers_as_they_come(tmp_path, monkeypatch, caplog, capfd):
@@ -154,15 +154,17 @@ def test_headers_as_they_come(tmp_path, monkeypatch, caplog, capfd):
       del one.SliceThickness, one.StudyDate
     made[0].StudyTime = 'MARKERTIME'
     folder = dicom_series.save(tmp_path / 'in', made)
+  caplog.clear()  # what making them said is not under test
+  capfd.readouterr()
   scan = read(folder)
   with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter('always')
     mask = mask_of(scan)
-    dicom_seg.write(tmp_path / 'a.dcm', mask, scan, ABOUT)
+    dicom_seg.write_seg(tmp_path / 'a.dcm', mask, scan, ABOUT)
   assert not warned and not caplog.messages and capfd.readouterr() == ('', '')
   seg = pydicom.dcmread(tmp_path / 'a.dcm')
   assert {key: seg.get(key) for key in odd} == odd and seg.SeriesNumber == 1000
-  np.testing.assert_array_equal(dicom_seg.read(tmp_path / 'a.dcm', scan), mask)
+  np.testing.assert_array_equal(dicom_seg.read_seg(tmp_path / 'a.dcm', scan), mask)
 
 
 def test_series_that_cannot_be_referred_to_are_refused(tmp_path, monkeypatch):
@@ -185,7 +187,7 @@ def test_series_that_cannot_be_referred_to_are_refused(tmp_path, monkeypatch):
   dicom_seg._highdicom.cache_clear()
   monkeypatch.setattr(builtins, '__import__', without)
   with pytest.raises(UserError, match=r'^--dicom: highdicom, .* is not installed; pip install -r requirements-dicom'):
-    dicom_seg.check([])
+    dicom_seg.check_series([])
 
 
 @pytest.mark.parametrize(
@@ -245,10 +247,10 @@ def test_segs_of_others(tmp_path, series):
   """By segment; each refusal's reason."""
   scan, mask = series
   path = of_others(tmp_path / 'IM1', tmp_path / 'in', mask)
-  np.testing.assert_array_equal(dicom_seg.read(path, scan, (1,)), mask)
-  np.testing.assert_array_equal(dicom_seg.read(path, scan, (2, 7)), 1 - mask)
-  assert dicom_seg.read(path, scan, (1, 2)).all()
-  assert dicom_seg.find([*sorted((tmp_path / 'in').iterdir()), path]) == [path]
+  np.testing.assert_array_equal(dicom_seg.read_seg(path, scan, (1,)), mask)
+  np.testing.assert_array_equal(dicom_seg.read_seg(path, scan, (2, 7)), 1 - mask)
+  assert dicom_seg.read_seg(path, scan, (1, 2)).all()
+  assert dicom_seg.find_segs([*sorted((tmp_path / 'in').iterdir()), path]) == [path]
 
   def refused(reason, change=lambda seg: None, labels=(1,), **options):
     other = of_others(tmp_path / 'IM2', tmp_path / 'in', mask, **options)
@@ -256,7 +258,7 @@ def test_segs_of_others(tmp_path, series):
     change(seg)
     seg.save_as(other)
     with pytest.raises(UserError, match=rf'^IM2: a DICOM SEG {reason}'):
-      dicom_seg.read(other, scan, labels)
+      dicom_seg.read_seg(other, scan, labels)
 
   refused(r'with the segments 1, 2; name those that are lesion, as in --config.data.lesion_labels="\(1,\)"$', labels=())
   refused(r'of another type than binary; save it as a binary one$', segmentation_type='FRACTIONAL')
@@ -284,7 +286,7 @@ def test_segs_of_others(tmp_path, series):
 
 def test_damaged_segs_are_refused_or_read_and_nothing_else(tmp_path, series):
   scan, mask = series
-  dicom_seg.write(tmp_path / 'a.dcm', mask, scan, ABOUT)
+  dicom_seg.write_seg(tmp_path / 'a.dcm', mask, scan, ABOUT)
   whole, rng, outcomes = (tmp_path / 'a.dcm').read_bytes(), np.random.default_rng(0), set()
   for _ in range(100):
     raw = bytearray(whole)
@@ -293,7 +295,7 @@ def test_damaged_segs_are_refused_or_read_and_nothing_else(tmp_path, series):
     (tmp_path / 'a.dcm').write_bytes(raw[: rng.integers(132, len(raw)) if rng.random() < 0.1 else None])
     try:
       assert isinstance(dicom_seg.series_uid(tmp_path / 'a.dcm'), str)
-      read = dicom_seg.read(tmp_path / 'a.dcm', scan)
+      read = dicom_seg.read_seg(tmp_path / 'a.dcm', scan)
       assert read.shape == mask.shape and read.max() <= 1
       message = 'read'
     except UserError as error:

@@ -23,7 +23,7 @@ ORIENTATIONS = [
 @pytest.mark.parametrize('codes', ORIENTATIONS)
 def test_every_orientation_is_brought_to_canonical_axes_and_back(tmp_path, codes):
   path = save(tmp_path / 'a_ct.nii.gz', chest(), codes, oblique=0.2)
-  scan = nifti.read(path)
+  scan = nifti.read_scan(path)
   stored = nib.load(path)
   data = np.asarray(stored.dataobj)
   assert nib.aff2axcodes(scan.affine) == ('L', 'P', 'S')
@@ -33,7 +33,7 @@ def test_every_orientation_is_brought_to_canonical_axes_and_back(tmp_path, codes
     place = affines.apply_affine(np.linalg.inv(stored.affine), world)
     np.testing.assert_allclose(place, np.rint(place), atol=1e-4)
     assert scan.values[s, r, c] == data[tuple(np.rint(place).astype(int))]
-  nifti.write(tmp_path / 'back.nii.gz', scan.values, scan)
+  nifti.write_volume(tmp_path / 'back.nii.gz', scan.values, scan)
   back = nib.load(tmp_path / 'back.nii.gz')
   np.testing.assert_array_equal(np.asarray(back.dataobj), data)
   np.testing.assert_array_equal(back.affine, stored.affine)
@@ -46,9 +46,9 @@ def test_mask_keeps_both_affines_and_their_codes_but_no_text(tmp_path, sform):
   image.header['descrip'] = b'John Doe'
   image.header.extensions.append(nib.nifti1.Nifti1Extension('comment', b'born 1950'))
   nib.save(image, tmp_path / 'named.nii.gz')
-  scan = nifti.read(tmp_path / 'named.nii.gz')
+  scan = nifti.read_scan(tmp_path / 'named.nii.gz')
   mask = (scan.values > 0).astype(np.uint8)
-  nifti.write(tmp_path / 'out' / 'mask.nii.gz', mask, scan)
+  nifti.write_volume(tmp_path / 'out' / 'mask.nii.gz', mask, scan)
   out = nib.load(tmp_path / 'out' / 'mask.nii.gz')
   assert out.get_data_dtype() == np.uint8
   assert out.header.get_slope_inter() in ((None, None), (1.0, 0.0))
@@ -69,7 +69,7 @@ def test_scaling_is_applied(tmp_path, slope, intercept, dtype):
   nib.save(image, tmp_path / 'a.nii.gz')
   # Nibabel writes slope 1 where it can: whatever it wrote, its own reading is the truth.
   expected = np.rint(nib.load(tmp_path / 'a.nii.gz').get_fdata()).transpose(2, 1, 0)
-  np.testing.assert_array_equal(nifti.read(tmp_path / 'a.nii.gz').values, expected)
+  np.testing.assert_array_equal(nifti.read_scan(tmp_path / 'a.nii.gz').values, expected)
 
 
 @pytest.mark.parametrize('shear', [0.0, 0.3])
@@ -79,10 +79,10 @@ def test_a_volume_read_by_other_means_is_the_file_of_it(tmp_path, shear):
   affine = stored.affine @ affines.from_matvec([[1, 0, 0], [0, 1, shear], [0, 0, 1]])
   stored.set_sform(affine, 1)
   nib.save(stored, tmp_path / 'a.nii.gz')
-  scan, of_file = volumes.from_volume(chest(), affine, 'series 3'), nifti.read(tmp_path / 'a.nii.gz')
+  scan, of_file = volumes.from_volume(chest(), affine, 'series 3'), nifti.read_scan(tmp_path / 'a.nii.gz')
   np.testing.assert_array_equal(scan.values, of_file.values)
   np.testing.assert_array_equal(scan.affine, of_file.affine)
-  nifti.write(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
+  nifti.write_volume(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
   mask = nib.load(tmp_path / 'mask.nii.gz')
   np.testing.assert_array_equal(np.asarray(mask.dataobj), chest() > 0)
   np.testing.assert_allclose(mask.affine, affine, rtol=1e-6)
@@ -98,11 +98,11 @@ def test_a_volume_read_by_other_means_is_the_file_of_it(tmp_path, shear):
 @pytest.mark.parametrize('name', ['a.nii', 'a.nii.gz'])
 @pytest.mark.parametrize('image_class', [nib.Nifti1Image, nib.Nifti2Image])
 def test_both_formats(tmp_path, name, image_class):
-  scan = nifti.read(save(tmp_path / name, chest(), image_class=image_class))
+  scan = nifti.read_scan(save(tmp_path / name, chest(), image_class=image_class))
   np.testing.assert_array_equal(scan.values, chest().transpose(2, 1, 0))
   np.testing.assert_allclose(scan.spacing, (5.0, 0.8, 0.7))
   np.testing.assert_allclose(scan.voxel_ml, 0.7 * 0.8 * 5 / 1000)
-  nifti.write(tmp_path / 'out.nii.gz', scan.values, scan)
+  nifti.write_volume(tmp_path / 'out.nii.gz', scan.values, scan)
   assert isinstance(nib.load(tmp_path / 'out.nii.gz'), image_class)
 
 
@@ -110,7 +110,7 @@ def test_padding_is_clipped_to_air(tmp_path):
   data = chest()
   data[0] = -3024
   data[1, 0, 0] = 3071
-  hu = nifti.read(save(tmp_path / 'a.nii.gz', data)).values
+  hu = nifti.read_scan(save(tmp_path / 'a.nii.gz', data)).values
   assert hu.dtype == np.int16
   np.testing.assert_array_equal(hu, np.maximum(data, -1024).transpose(2, 1, 0))
 
@@ -118,7 +118,7 @@ def test_padding_is_clipped_to_air(tmp_path):
 def test_mask_stored_in_another_orientation_than_its_scan(tmp_path):
   data = chest()
   mask = (data > 100).astype(np.uint8)
-  scan = nifti.read(save(tmp_path / 'a_ct.nii.gz', data))
+  scan = nifti.read_scan(save(tmp_path / 'a_ct.nii.gz', data))
   image = nib.load(save(tmp_path / 'a_seg.nii.gz', mask))
   turned = image.as_reoriented(
     orientations.ornt_transform(orientations.axcodes2ornt('LPS'), orientations.axcodes2ornt('IRA'))
@@ -217,7 +217,7 @@ def test_refusals_name_the_file_and_the_reason(tmp_path, kind):
   path = tmp_path / 'bad_ct.nii.gz'
   bad(kind, path)
   with pytest.raises(UserError, match=REFUSALS[kind]) as caught:
-    nifti.read(path)
+    nifti.read_scan(path)
   message = str(caught.value)
   assert message.startswith(f'{path}: ')
   assert '\n' not in message
@@ -236,7 +236,7 @@ def test_refusals_name_the_file_and_the_reason(tmp_path, kind):
 )
 def test_masks_that_are_refused(tmp_path, change, reason):
   data = chest()
-  scan = nifti.read(save(tmp_path / 'a_ct.nii.gz', data))
+  scan = nifti.read_scan(save(tmp_path / 'a_ct.nii.gz', data))
   mask, affine = change((data > 100).astype(np.uint8), nib.load(tmp_path / 'a_ct.nii.gz').affine)
   nib.save(nib.Nifti1Image(mask, affine), tmp_path / 'a_seg.nii.gz')
   with pytest.raises(UserError, match=reason) as caught:
@@ -247,7 +247,7 @@ def test_masks_that_are_refused(tmp_path, change, reason):
 def test_affines_that_differ_by_float32_are_the_same_grid(tmp_path):
   """A quaternion in float32 (mask: qform only) beside the matrix in float32 (scan: sform)."""
   data = chest()
-  scan = nifti.read(save(tmp_path / 'a_ct.nii.gz', data, oblique=0.3))
+  scan = nifti.read_scan(save(tmp_path / 'a_ct.nii.gz', data, oblique=0.3))
   mask = (data > 100).astype(np.uint8)
   save(tmp_path / 'a_seg.nii.gz', mask, oblique=0.3, sform=False)
   assert not np.array_equal(nib.load(tmp_path / 'a_seg.nii.gz').affine, nib.load(tmp_path / 'a_ct.nii.gz').affine)
@@ -258,7 +258,7 @@ def test_a_mask_without_a_scan(tmp_path):
   """The same as beside its scan, on a grid of its own."""
   data = chest()
   labels = (data > 100).astype(np.uint8)
-  scan = nifti.read(save(tmp_path / 'a_ct.nii.gz', data, 'RAS', oblique=0.2))
+  scan = nifti.read_scan(save(tmp_path / 'a_ct.nii.gz', data, 'RAS', oblique=0.2))
   mask = nifti.read_labels(save(tmp_path / 'a_seg.nii.gz', labels, 'RAS', oblique=0.2))
   np.testing.assert_array_equal(mask.mask, nifti.read_mask(mask.path, scan))
   assert mask.mask.dtype == np.uint8 and mask.shape == mask.mask.shape == scan.shape == scan.values.shape
@@ -298,18 +298,18 @@ def test_damaged_gzip_is_refused_where_python_refuses_it(tmp_path):
       expected = gzip.decompress(content) == gzip.decompress(whole)
     except (OSError, EOFError, zlib.error):
       with pytest.raises(UserError, match='truncated or unreadable'):
-        nifti.read(path)
+        nifti.read_scan(path)
       outcomes.add('refused')
     else:
       assert expected
-      np.testing.assert_array_equal(nifti.read(path).values, chest().transpose(2, 1, 0))
+      np.testing.assert_array_equal(nifti.read_scan(path).values, chest().transpose(2, 1, 0))
       outcomes.add('read')
   assert outcomes == {'refused', 'read'}
 
 
 def test_the_same_volume_is_the_same_file(tmp_path):
-  scan = nifti.read(save(tmp_path / 'a.nii', chest()))
+  scan = nifti.read_scan(save(tmp_path / 'a.nii', chest()))
   for name in ('b.nii.gz', 'c.nii.gz', 'd.nii'):
-    nifti.write(tmp_path / name, scan.values, scan)
+    nifti.write_volume(tmp_path / name, scan.values, scan)
   first, second, plain = ((tmp_path / name).read_bytes() for name in ('b.nii.gz', 'c.nii.gz', 'd.nii'))
   assert first == second and gzip.decompress(first) == plain

@@ -50,7 +50,7 @@ def run(folder, tmp_path_factory):
 def test_predictions_are_the_evaluations(folder, run, tmp_path):
   images = tmp_path / 'images'
   shutil.copytree(folder / 'images', images)
-  predict.predict(predictor.load(run), images, images, probabilities=True)
+  predict.predict(predictor.load_predictor(run), images, images, probabilities=True)
   with (run / 'test' / 'slices.csv').open() as file:
     rows = list(csv.DictReader(file))
   point = json.loads((run / 'operating_point.json').read_text())
@@ -71,17 +71,17 @@ def test_predictions_are_the_evaluations(folder, run, tmp_path):
     np.testing.assert_array_equal((mask > 0)[clear], (probability / 255 >= point['threshold'])[clear])
   # A second time, masks and probabilities lie beside the pictures: they are none.
   before = sorted(path.name for path in images.iterdir())
-  predict.predict(predictor.load(run), images / '0001_00.png', tmp_path / 'one')
+  predict.predict(predictor.load_predictor(run), images / '0001_00.png', tmp_path / 'one')
   assert sorted(p.name for p in (tmp_path / 'one').iterdir()) == ['0001_00.json', '0001_00_mask.png']
   assert json.loads((tmp_path / 'one' / '0001_00.json').read_text()) == json.loads(
     (images / '0001_00.json').read_text()
   )
-  predict.predict(predictor.load(run), images, images)
+  predict.predict(predictor.load_predictor(run), images, images)
   assert sorted(path.name for path in images.iterdir()) == before
 
 
 def test_in_code_a_picture_is_predicted_as_its_file(folder, run, tmp_path):
-  path, function = folder / 'images' / '0001_00.png', predictor.load(run, threshold=0.3, smallest_ml=1)
+  path, function = folder / 'images' / '0001_00.png', predictor.load_predictor(run, threshold=0.3, smallest_ml=1)
   predict.predict(function, path, tmp_path)
   expected = np.asarray(Image.open(tmp_path / '0001_00_mask.png')) == 255
   assert expected.any()
@@ -100,10 +100,10 @@ def test_in_code_a_picture_is_predicted_as_its_file(folder, run, tmp_path):
 
 
 def test_a_grey_scan_is_predicted_on_its_own_grid(run, raw_dir, tmp_path):
-  scan = nifti.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   grey = np.rint(np.clip((scan.values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)
-  nifti.write(tmp_path / 'in' / 'a.nii.gz', grey, scan)
-  predict.predict(predictor.load(run), tmp_path / 'in', tmp_path / 'out')
+  nifti.write_volume(tmp_path / 'in' / 'a.nii.gz', grey, scan)
+  predict.predict(predictor.load_predictor(run), tmp_path / 'in', tmp_path / 'out')
   mask = nib.load(tmp_path / 'out' / 'a_mask.nii.gz')
   assert mask.shape == nib.load(scan.path).shape
   np.testing.assert_array_equal(mask.affine, nib.load(scan.path).affine)
@@ -130,16 +130,16 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
     ),
   ):
     with pytest.raises(UserError) as caught:
-      predict.predict(predictor.load(workdir), source, tmp_path / 'out')
+      predict.predict(predictor.load_predictor(workdir), source, tmp_path / 'out')
     assert str(caught.value) == line
     assert not (tmp_path / 'out').exists()
   # An 8-bit scan, to a run of HU and to a cohort of HU.
-  image = nifti.read(scan)
+  image = nifti.read_scan(scan)
   grey = np.clip((image.values + 1000) / 1300, 0, 1) * 255
-  nifti.write(tmp_path / 'grey' / 'a.nii.gz', grey.astype(np.uint8), image)
+  nifti.write_volume(tmp_path / 'grey' / 'a.nii.gz', grey.astype(np.uint8), image)
   shutil.copy(scan.with_name('volume-phantom-A-0001_seg.nii.gz'), tmp_path / 'grey' / 'a_mask.nii.gz')
   for attempt in (
-    lambda: predict.predict(predictor.load(runs['seg']), tmp_path / 'grey' / 'a.nii.gz', tmp_path / 'out'),
+    lambda: predict.predict(predictor.load_predictor(runs['seg']), tmp_path / 'grey' / 'a.nii.gz', tmp_path / 'out'),
     lambda: prepare.prepare(str(tmp_path / 'grey'), str(tmp_path / 'data'), SIZE),
   ):
     with pytest.raises(UserError) as caught:
@@ -152,10 +152,10 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
   # A folder of both, for a run of either: pictures are not for HU, and the scan is not for grey.
   shutil.copy(scan, tmp_path / 'grey' / 'b.nii.gz')
   with pytest.raises(UserError, match=r'b.nii.gz: values .* are Hounsfield units or the like'):
-    predict.predict(predictor.load(run), tmp_path / 'grey', tmp_path / 'out')
+    predict.predict(predictor.load_predictor(run), tmp_path / 'grey', tmp_path / 'out')
   shutil.copy(folder / 'images' / '0001_00.png', tmp_path / 'grey' / 'b.png')
   with pytest.raises(UserError, match=r'b.png and b.nii.gz would be written under one name; rename one'):
-    predict.predict(predictor.load(run), tmp_path / 'grey', tmp_path / 'out')
+    predict.predict(predictor.load_predictor(run), tmp_path / 'grey', tmp_path / 'out')
 
 
 def test_pictures_are_read_as_they_are_seen(tmp_path):
@@ -169,10 +169,10 @@ def test_pictures_are_read_as_they_are_seen(tmp_path):
     'palette.png': grey.convert('P'),
   }.items():
     image.save(tmp_path / name)
-    np.testing.assert_array_equal(pictures.read(tmp_path / name), ramp, name)
+    np.testing.assert_array_equal(pictures.read_picture(tmp_path / name), ramp, name)
   grey.resize((64, 64)).convert('RGB').save(tmp_path / 'a.JPG', 'JPEG', quality=70)
   assert pictures.is_picture(tmp_path / 'a.JPG')
-  assert np.abs(pictures.read(tmp_path / 'a.JPG') - np.asarray(grey.resize((64, 64)), int)).mean() < 3
+  assert np.abs(pictures.read_picture(tmp_path / 'a.JPG') - np.asarray(grey.resize((64, 64)), int)).mean() < 3
   # Labels as a palette's colours: the indices count.
   labels = Image.fromarray((ramp % 4).astype(np.uint8), 'L').convert('P')
   labels.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
@@ -187,5 +187,5 @@ def test_pictures_are_read_as_they_are_seen(tmp_path):
   indices.putpalette([255, 255, 255, 0, 0, 0])
   indices.save(tmp_path / 'inverted.png')
   np.testing.assert_array_equal(pictures.read_mask(tmp_path / 'inverted.png', (16, 16)), square)
-  pictures.write(tmp_path / 'out' / 'mask.png', found * 255)
+  pictures.write_picture(tmp_path / 'out' / 'mask.png', found * 255)
   np.testing.assert_array_equal(pictures.read_mask(tmp_path / 'out' / 'mask.png', (16, 16)), found)

@@ -41,7 +41,7 @@ def test_every_patient_is_tested_once_by_a_model_that_has_not_seen_it(made, data
   for fold in range(5):
     with (made / f'fold{fold}' / 'test' / 'slices.csv').open(newline='') as file:
       tested = {row['patient'] for row in csv.DictReader(file)}
-    dataset = datasets.load(data_dir, fold, SIZE)
+    dataset = datasets.load_dataset(data_dir, fold, SIZE)
     assert tested == set(dataset.test.patient.tolist())
     assert not tested & (set(dataset.train.patient.tolist()) | set(dataset.validation.patient.tolist()))
   label, score = (np.array([float(row[key]) for row in rows]) for key in ('label', 'score'))
@@ -111,7 +111,7 @@ def test_evaluated_again_and_reported(made, data_dir):
   before = result_of(made)
   cross_validation.evaluate_again(protocol(), made, data_dir)
   assert result_of(made) == before
-  text = report.write(made, datasets.card(data_dir, 'all'), 'python launch.py').read_text()
+  text = report.write_report(made, datasets.card(data_dir, 'all'), 'python launch.py').read_text()
   assert 'all folds, each patient tested once' in text
   assert 'Single folds, which share training patients' in text
 
@@ -119,9 +119,12 @@ def test_evaluated_again_and_reported(made, data_dir):
 @pytest.mark.slow
 def test_it_predicts_the_mean_of_its_folds(made, raw_dir):
   """As NumPy averages what each fold gives alone; threshold and all else are the folds' means."""
-  scan = nifti.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   scores = lambda run: run.probabilities(run.prepare([scan]))
-  folds, together = [predictor.load(made / f'fold{fold}') for fold in range(5)], predictor.load(made)
+  folds, together = (
+    [predictor.load_predictor(made / f'fold{fold}') for fold in range(5)],
+    predictor.load_predictor(made),
+  )
   each = [scores(fold) for fold in folds]
   assert np.std(each, axis=0).min() > 1e-4
   np.testing.assert_allclose(scores(together), np.mean(each, axis=0, dtype=np.float64), atol=1e-6)
@@ -131,9 +134,9 @@ def test_it_predicts_the_mean_of_its_folds(made, raw_dir):
 
 @pytest.mark.slow
 def test_its_bundle_is_the_mean_and_says_whose_numbers_it_has(made, raw_dir, tmp_path):
-  export.write([made], tmp_path / 'bundle')
-  scan = nifti.read(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
-  bundle, together = predictor.load(tmp_path / 'bundle'), predictor.load(made)
+  export.write_bundle([made], tmp_path / 'bundle')
+  scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  bundle, together = predictor.load_predictor(tmp_path / 'bundle'), predictor.load_predictor(made)
   found, expected = (run.probabilities(run.prepare([scan])) for run in (bundle, together))
   np.testing.assert_allclose(found, expected, atol=1e-5)
   assert bundle(scan).numbers['step'] == together(scan).numbers['step']
@@ -143,12 +146,12 @@ def test_its_bundle_is_the_mean_and_says_whose_numbers_it_has(made, raw_dir, tmp
 
 
 def test_prediction_wants_it_finished(tmp_path):
-  run_config.save(tmp_path, protocol())
+  run_config.save_config(tmp_path, protocol())
   with pytest.raises(UserError, match=r'is a cross-validation that is not finished; .*, .*fold0'):
-    predictor.load(tmp_path)
+    predictor.load_predictor(tmp_path)
 
 
 @pytest.mark.parametrize('fold', ['one', 5, -1, 1.5])
 def test_a_fold_that_is_none_is_refused(data_dir, fold):
   with pytest.raises(UserError, match=r"data.fold: .*, but the folds of .* are 0 to 4; or 'all' of them in turn"):
-    datasets.load(data_dir, fold, SIZE)
+    datasets.load_dataset(data_dir, fold, SIZE)

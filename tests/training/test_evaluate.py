@@ -36,7 +36,7 @@ def read(workdir):
 @pytest.mark.parametrize('kind', ['seg', 'cls'])
 def test_slices_csv_has_every_test_slice_once(runs, data_dir, kind):
   rows, result = read(runs[kind])
-  test = datasets.load(data_dir, 0, SIZE).test
+  test = datasets.load_dataset(data_dir, 0, SIZE).test
   assert list(rows[0]) == ['patient', 'slice', 'label', 'score', 'tp', 'fp', 'fn', 'tn']
   assert [(r['patient'], int(r['slice'])) for r in rows] == list(
     zip(test.patient.tolist(), test.slice.tolist(), strict=True)
@@ -53,7 +53,7 @@ def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
   config = tiny()
   task = tasks.create(config)
   _, variables = trained.load_variables(config, task, runs['seg'], meshes.create_mesh())
-  test = datasets.load(data_dir, 0, SIZE).test
+  test = datasets.load_dataset(data_dir, 0, SIZE).test
   run = jax.jit(task.probabilities)
   examples = [test.source[i] for i in range(len(test))]
   probability = np.concatenate([run(variables, example['image'][None]) for example in examples])
@@ -87,7 +87,7 @@ def test_the_table_does_not_depend_on_batch_or_devices(runs, data_dir, batch_siz
   task = tasks.create(config)
   mesh = meshes.create_mesh(data, space, jax.devices()[: data * space])
   _, variables = trained.load_variables(config, task, runs['cls'], mesh)
-  split = datasets.load(data_dir, 0, SIZE).test
+  split = datasets.load_dataset(data_dir, 0, SIZE).test
   table = evaluate.Scorer(task, mesh, batch_size).table(variables, split)
   rows, _ = read(runs['cls'])
   np.testing.assert_allclose(table['score'], [float(r['score']) for r in rows], atol=1e-5)
@@ -130,7 +130,7 @@ def test_numbers_at_the_operating_point_are_those_of_its_threshold(runs, data_di
   config, (_, result) = tiny(), read(runs['seg'])
   task = tasks.create(config)
   _, variables = trained.load_variables(config, task, runs['seg'], meshes.create_mesh())
-  test = datasets.load(data_dir, 0, SIZE).test
+  test = datasets.load_dataset(data_dir, 0, SIZE).test
   examples = [test.source[i] for i in range(len(test))]
   probability = np.asarray(jax.jit(task.probabilities)(variables, np.stack([e['image'] for e in examples])))
   truth = np.stack([example['mask'] for example in examples])
@@ -159,13 +159,13 @@ class Untouchable:
 def test_the_test_fold_is_not_looked_at_before_the_threshold_is_saved(runs, data_dir, tmp_path, monkeypatch):
   """Evaluation gets as far as the operating point, and has saved it, with a test fold that nothing can be asked of."""
   shutil.copytree(runs['seg'] / 'checkpoints', tmp_path / 'checkpoints')
-  original = datasets.load
+  original = datasets.load_dataset
   hidden = lambda *args: dataclasses.replace(original(*args), test=Untouchable())
-  monkeypatch.setattr(datasets, 'load', hidden)
+  monkeypatch.setattr(datasets, 'load_dataset', hidden)
   with pytest.raises(AssertionError, match='the test fold was looked at'):
     evaluate.evaluate(tiny(), tmp_path, data_dir)
-  point = operating_point.load(tmp_path)
-  assert point == operating_point.load(runs['seg'])
+  point = operating_point.load_point(tmp_path)
+  assert point == operating_point.load_point(runs['seg'])
   assert point.validation['chosen']['dice'] >= point.validation['half']['dice']
 
 
@@ -178,7 +178,7 @@ def test_patients_trained_on_are_not_tested(runs, data_dir, tmp_path):
   """Files added to a cohort deal its folds anew: what was trained on lands among those to be tested."""
   workdir = copy_of(runs['seg'], tmp_path / 'run')
   split = json.loads((workdir / 'split.json').read_text())
-  dataset = datasets.load(data_dir, 0, SIZE)
+  dataset = datasets.load_dataset(data_dir, 0, SIZE)
   assert split == dataset.patients()
   moved = split | {'train': split['train'] + split['test'][:1], 'test': split['test'][1:]}
   (workdir / 'split.json').write_text(json.dumps(moved))
@@ -197,12 +197,12 @@ def test_on_another_cohort_the_run_keeps_its_own_operating_point(runs, data_dir,
   split = json.loads((workdir / 'split.json').read_text())
   other = {part: [f'other-{name}' for name in names] for part, names in split.items()}
   (workdir / 'split.json').write_text(json.dumps(other))
-  before = operating_point.load(workdir)
+  before = operating_point.load_point(workdir)
   (workdir / 'operating_point.json').write_text(
     json.dumps(dataclasses.asdict(before) | {'threshold': 0.75, 'bin': 273, 'flips': True})
   )
   result = evaluate.evaluate(tiny(), workdir, data_dir)
-  kept = operating_point.load(workdir)
+  kept = operating_point.load_point(workdir)
   assert result['operating_point']['threshold'] == kept.threshold == 0.75
   assert result['operating_point']['flips'] and kept.flips
   assert result['brier'] != read(runs['seg'])[1]['brier']  # with flips
@@ -216,7 +216,7 @@ def test_a_run_of_before_has_no_split_and_no_new_options(runs, data_dir, tmp_pat
   config['evaluate'] = {'num_overlays': 1}
   del config['data']['lesion_labels']
   (workdir / 'config.json').write_text(json.dumps(config))
-  result = evaluate.evaluate(run_config.load(workdir), workdir, data_dir)
+  result = evaluate.evaluate(run_config.load_config(workdir), workdir, data_dir)
   assert result['auc'] == read(runs['cls'])[1]['auc']
   train.train(tiny(cls), workdir, data_dir)  # finished, and not refused
 
@@ -226,7 +226,7 @@ def test_logits_that_are_not_finite_are_an_error(runs, data_dir):
   task, mesh = tasks.create(config), meshes.create_mesh()
   _, variables = trained.load_variables(config, task, runs['cls'], mesh)
   broken = jax.tree.map(lambda x: x * np.nan, variables)
-  split = datasets.load(data_dir, 0, SIZE).test
+  split = datasets.load_dataset(data_dir, 0, SIZE).test
   with pytest.raises(UserError, match='the model gives 32 of 32 slices a logit that is not finite'):
     evaluate.Scorer(task, mesh, 8).table(broken, split)
 
@@ -235,7 +235,7 @@ def test_a_target_sensitivity_is_met_on_the_validation_fold(runs, data_dir, tmp_
   shutil.copytree(runs['cls'] / 'checkpoints', tmp_path / 'checkpoints')
   config = tiny(cls, **{'evaluate.target_sensitivity': 0.9, 'evaluate.fit_temperature': True})
   result = evaluate.evaluate(config, tmp_path, data_dir)
-  point = operating_point.load(tmp_path)
+  point = operating_point.load_point(tmp_path)
   assert point.validation['chosen']['sensitivity'] >= 0.9
   assert result['operating_point']['chosen_by'] == 'sensitivity of at least 0.9 on the validation fold'
   assert result['operating_point']['temperature'] == point.temperature != 1
@@ -251,8 +251,8 @@ def test_volumes_are_those_of_prediction(runs, raw_dir, tmp_path):
   assert sorted(row['case'] for row in rows) == patients
   for row in rows:
     name = row['case']
-    predict.predict(predictor.load(runs['seg']), raw_dir / f'{name}_ct.nii.gz', tmp_path)
-    scan = nifti.read(raw_dir / f'{name}_ct.nii.gz')
+    predict.predict(predictor.load_predictor(runs['seg']), raw_dir / f'{name}_ct.nii.gz', tmp_path)
+    scan = nifti.read_scan(raw_dir / f'{name}_ct.nii.gz')
     truth = nifti.read_mask(raw_dir / f'{name}_seg.nii.gz', scan)
     mask = nifti.read_mask(tmp_path / f'{name}_ct_mask.nii.gz', scan)
     if truth.any() or mask.any():
@@ -269,13 +269,13 @@ def test_flips_lungs_and_the_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
   asked = {f'evaluate.{key}': True for key in ('flips', 'lungs', 'fit_smallest')}
   config, scans = tiny(**asked), prepare.scans(raw_dir)
   result = evaluate.evaluate(config, tmp_path / 'run', data_dir, scans)
-  point = operating_point.load(tmp_path / 'run')
+  point = operating_point.load_point(tmp_path / 'run')
   assert point.flips and point.lungs and len(point.validation['dice_of_volumes']) == len(operating_point.SMALLEST_ML)
   assert result['operating_point']['smallest_ml'] == point.smallest_ml
 
   task = tasks.create(config)
   _, variables = trained.load_variables(config, task, runs['seg'], meshes.create_mesh())
-  test, probabilities = datasets.load(data_dir, 0, SIZE).test, jax.jit(task.probabilities)
+  test, probabilities = datasets.load_dataset(data_dir, 0, SIZE).test, jax.jit(task.probabilities)
   images = np.stack([test.source[i]['image'] for i in range(len(test))])
   both = [probabilities(variables, images), probabilities(variables, images[:, :, ::-1])[:, :, ::-1]]
   scores = np.array([float(row['score']) for row in read(tmp_path / 'run')[0]])
@@ -283,7 +283,7 @@ def test_flips_lungs_and_the_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
   assert np.abs(scores - both[0].max(axis=(1, 2))).max() > 1e-4
 
   # A threshold under which much is marked, so that there is something to take away.
-  whole = predictor.load(tmp_path / 'run', threshold=float(np.median(both[0])), lungs=False, smallest_ml=0)
+  whole = predictor.load_predictor(tmp_path / 'run', threshold=float(np.median(both[0])), lungs=False, smallest_ml=0)
   (name,) = list(scans)[:1]
   scan, _ = scans[name]()
   marked, field = whole(scan).mask, lungs.field(scan)

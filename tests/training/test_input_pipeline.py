@@ -14,7 +14,7 @@ from fusa_jax.training import datasets, input_pipeline
 
 @pytest.fixture(scope='module')
 def dataset(data_dir):
-  return datasets.load(data_dir, fold=0, image_size=SIZE)
+  return datasets.load_dataset(data_dir, fold=0, image_size=SIZE)
 
 
 @pytest.fixture(scope='module')
@@ -35,11 +35,11 @@ def indices(batches):
 def test_folds_share_no_patient_and_cover_all(data_dir):
   tested = []
   for fold in range(5):
-    dataset = datasets.load(data_dir, fold, SIZE)
+    dataset = datasets.load_dataset(data_dir, fold, SIZE)
     parts = [set(split.patient) for split in (dataset.train, dataset.validation, dataset.test)]
     assert sum(map(len, parts)) == PATIENTS == len(set.union(*parts))
     assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == PATIENTS * SLICES
-    following = datasets.load(data_dir, (fold + 1) % 5, SIZE)
+    following = datasets.load_dataset(data_dir, (fold + 1) % 5, SIZE)
     assert parts[1] == set(following.test.patient)
     tested += parts[2]
   assert sorted(tested) == sorted(set(tested)) and len(tested) == PATIENTS
@@ -55,7 +55,7 @@ def test_a_batch_holds_what_the_files_hold(dataset, mesh, raw_dir):
   }
   for row, index in enumerate(batch['index']):
     patient, number = dataset.train.patient[index], dataset.train.slice[index]
-    scan = nifti.read(raw_dir / f'{patient}_ct.nii.gz')
+    scan = nifti.read_scan(raw_dir / f'{patient}_ct.nii.gz')
     mask = nifti.read_mask(raw_dir / f'{patient}_seg.nii.gz', scan)
     np.testing.assert_array_equal(batch['image'][row], scan.values[number])
     np.testing.assert_array_equal(batch['mask'][row], mask[number])
@@ -125,7 +125,7 @@ def test_two_patients_leave_no_validation(tmp_path, raw_dir):
   for number in (1, 2):
     for kind in ('ct', 'seg'):
       shutil.copy(raw_dir / f'volume-phantom-A-{number:04d}_{kind}.nii.gz', tmp_path)
-  dataset = datasets.load(prepare.prepare(str(tmp_path), str(tmp_path / 'out'), SIZE), 1, SIZE)
+  dataset = datasets.load_dataset(prepare.prepare(str(tmp_path), str(tmp_path / 'out'), SIZE), 1, SIZE)
   assert dataset.validation is None
   assert set(dataset.train.patient).isdisjoint(dataset.test.patient)
 
@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_refused(data_dir, tmp_path, options, reason):
   if options.get('data_dir') == 'empty':
     options = options | {'data_dir': tmp_path}
   with pytest.raises(UserError, match=reason):
-    datasets.load(**{'data_dir': data_dir, 'fold': 0, 'image_size': SIZE} | options)
+    datasets.load_dataset(**{'data_dir': data_dir, 'fold': 0, 'image_size': SIZE} | options)
 
 
 def test_balance_needs_both_kinds():

@@ -90,7 +90,7 @@ def test_workdir_has_what_was_agreed(runs):
     assert [e['step'] for e in entries if 'train/loss' in e] == [1, 2, 3, 4]
     assert [e['step'] for e in entries if any(key.startswith('validation/') for key in e)] == [2, 4]
     assert list((workdir / 'tensorboard').glob('events.out.tfevents.*'))
-  assert run_config.load(runs['seg']).model.name == 'fusa_resunet'
+  assert run_config.load_config(runs['seg']).model.name == 'fusa_resunet'
 
 
 def test_loss_that_is_not_finite_stops_with_its_step(data_dir, tmp_path):
@@ -102,14 +102,14 @@ def test_loss_that_is_not_finite_stops_with_its_step(data_dir, tmp_path):
 
 def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
   harmless = tiny(**{'train.log_every': 2, 'data.raw_dir': 'elsewhere'})
-  run_config.save(runs['seg'], harmless)
-  run_config.save(runs['seg'], tiny())
+  run_config.save_config(runs['seg'], harmless)
+  run_config.save_config(runs['seg'], tiny())
   # No phantom is drawn where data are named; where none are, others would be trained on.
   other = {'data.phantom.patients': 7}
-  run_config.save(runs['seg'], tiny(**other, **{'data.dir': 'elsewhere'}))
-  run_config.save(runs['seg'], tiny())
+  run_config.save_config(runs['seg'], tiny(**other, **{'data.dir': 'elsewhere'}))
+  run_config.save_config(runs['seg'], tiny())
   with pytest.raises(UserError, match=r'data.phantom.patients \(100 -> 7\)'):
-    run_config.save(runs['seg'], tiny(**other))
+    run_config.save_config(runs['seg'], tiny(**other))
   changed = tiny(**{'train.learning_rate': 0.5, 'seed': 3})
   with pytest.raises(UserError, match=r'seed \(0 -> 3\), train.learning_rate \(0.003 -> 0.5\); name another --workdir'):
     train.train(changed, runs['seg'], data_dir)
@@ -186,7 +186,7 @@ def losses(config, mesh, data_dir):
   init = train.compile_init(task, optimizer, config, everywhere)
   step = train.compile_step(task, optimizer, config, mesh, checkpoint.shapes(jax.eval_shape(init), everywhere))
   state, out = init(), []
-  dataset = datasets.load(data_dir, config.data.fold, SIZE)
+  dataset = datasets.load_dataset(data_dir, config.data.fold, SIZE)
   for batch in input_pipeline.train_batches(
     dataset.train, mesh, batch_size=8, seed=0, first_step=0, last_step=config.train.steps, balanced=True
   ):

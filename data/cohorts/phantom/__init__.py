@@ -151,7 +151,7 @@ def _write_patient(job):
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
-def write(
+def write_phantoms(
   raw_dir: pathlib.Path,
   *,
   patients: int,

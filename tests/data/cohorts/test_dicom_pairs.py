@@ -39,7 +39,7 @@ def test_the_dataset_is_that_of_the_same_volumes_in_nifti(laid, data_dir, proces
   assert not list((tmp_path / 'tmp').glob('fusa-jax-*'))
   lesions = 0
   for part in ('train', 'validation', 'test'):
-    ours, of_nifti = (getattr(datasets.load(each, 0, SIZE), part) for each in (prepared, data_dir))
+    ours, of_nifti = (getattr(datasets.load_dataset(each, 0, SIZE), part) for each in (prepared, data_dir))
     assert len(ours) == len(of_nifti) > 0
     for index in range(len(ours)):
       one, other = ours.source[index], of_nifti.source[index]
@@ -62,7 +62,7 @@ def test_masks_are_scored_as_volumes(laid, raw_dir, caplog):
   assert len(scans) == 10
   for path, mask in files(raw_dir)[3:5]:  # an archive, and a folder with a SEG
     scan, read = scans[nifti.stem(path).removesuffix('_ct')]()
-    expected = nifti.read(path)
+    expected = nifti.read_scan(path)
     np.testing.assert_array_equal(scan.values, expected.values)
     np.testing.assert_allclose(scan.affine, expected.affine, atol=1e-3)
     np.testing.assert_array_equal(read, nifti.read_mask(mask, expected))
@@ -106,7 +106,7 @@ def test_what_is_wrong_is_named(laid, raw_dir, tmp_path):
   assert not list((tmp_path / 'out').rglob('*array_record*'))
   text = str(caught.value).replace(f'{folder}/volume-phantom-A-00', '')
   assert 'arker' not in text
-  series = lambda number: next(str(one) for one in dicom.find((laid / name(number)).rglob('IM*')))
+  series = lambda number: next(str(one) for one in dicom.find_series((laid / name(number)).rglob('IM*')))
   lines = text.splitlines()
   assert len(lines) == 9
   assert lines[0] == f'01: {series(1)}: 1 slices are missing between the 15 that are there; copy it again'

@@ -33,7 +33,7 @@ def test_found_and_prepared_with_the_lesions_that_were_written(laid, raw_dir, tm
   found = [patient for fold in datasets.folds(prepared) for patient in fold]
   voxels = [int(np.asarray(nib.load(mask).dataobj).sum()) for _, mask in files(raw_dir)]
   assert sorted(sum(patient['lesion_voxels']) for patient in found) == sorted(voxels)
-  assert datasets.load(prepared, 0, SIZE).name.startswith(f'covid_ct/{name}_{SIZE}/')
+  assert datasets.load_dataset(prepared, 0, SIZE).name.startswith(f'covid_ct/{name}_{SIZE}/')
 
 
 @pytest.mark.slow
@@ -56,7 +56,7 @@ def test_trained_one_step_and_evaluated(laid, tmp_path, name, wanted, module):
   train.train(config, tmp_path / 'run', data_dir)
   scans = prepare.scans(laid[name], wanted) if module is seg else None
   result = evaluate.evaluate(config, tmp_path / 'run', data_dir, scans)
-  tested = datasets.load(data_dir, 0, SIZE).test
+  tested = datasets.load_dataset(data_dir, 0, SIZE).test
   assert result['num_slices'] == len(tested) and result['num_patients'] == len(set(tested.patient.tolist()))
   assert result['tp'] + result['fn'] == (tested.label.sum() if module is cls else _lesion_pixels(tested))
   assert result['values'] == wanted.values
@@ -65,7 +65,7 @@ def test_trained_one_step_and_evaluated(laid, tmp_path, name, wanted, module):
   scored = [patient for patient in set(tested.patient.tolist()) if scans and patient in scans]
   assert result.get('volumes', {}).get('num_volumes', 0) == len(scored)
   assert (len(scored) > 0) == (name not in ('slices', 'classes'))
-  page = report.write(tmp_path / 'run', datasets.card(data_dir, 0), 'command').read_text()
+  page = report.write_report(tmp_path / 'run', datasets.card(data_dir, 0), 'command').read_text()
   assert ('Not tested on new patients' in page) == (wanted.patients == 'each_slice')
   assert ('grey values 0 to 255' in page) == (wanted.values == 'grey')
 
@@ -85,7 +85,7 @@ def test_labels_that_nobody_said_are_lesion_are_refused(raw_dir, tmp_path):
     'a mask holds 0 and 1 only, this one has 0, 3; name those that are lesion, as in --config.data.lesion_labels="(3,)"'
   )
   prepared = prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, wanted=Wanted((2, 3)))
-  assert datasets.load(prepared, 0, SIZE).train.label.any()
+  assert datasets.load_dataset(prepared, 0, SIZE).train.label.any()
   with pytest.raises(UserError, match=r'was prepared with other data.lesion_labels \(\[2, 3\]\); name another folder'):
     prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, wanted=Wanted((3,)))
 

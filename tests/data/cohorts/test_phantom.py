@@ -24,7 +24,7 @@ def cohort():
 def folder(tmp_path_factory):
   """A small cohort as `write` leaves it; the pool draws it."""
   raw_dir = tmp_path_factory.mktemp('raw') / 'new'
-  phantom.write(raw_dir, patients=5, seed=3, **SMALL)
+  phantom.write_phantoms(raw_dir, patients=5, seed=3, **SMALL)
   return raw_dir
 
 
@@ -56,7 +56,7 @@ def test_a_patient_out_of_range_is_an_error(wrong):
 
 def test_a_cohort_of_nobody_is_an_error(tmp_path):
   with pytest.raises(ValueError, match='patients=0'):
-    phantom.write(tmp_path / 'raw', patients=0)
+    phantom.write_phantoms(tmp_path / 'raw', patients=0)
   assert not (tmp_path / 'raw').exists()
 
 
@@ -91,7 +91,7 @@ def test_files_hold_the_patient_in_either_orientation(folder, number):
 def test_a_file_does_not_depend_on_the_cohort_or_the_pool(folder, processes, tmp_path, monkeypatch):
   monkeypatch.setattr(workers, 'ProcessPoolExecutor', processes)
   seen = []
-  phantom.write(tmp_path, patients=1, seed=3, progress=lambda jobs, **_: map(seen.append, jobs), **SMALL)
+  phantom.write_phantoms(tmp_path, patients=1, seed=3, progress=lambda jobs, **_: map(seen.append, jobs), **SMALL)
   assert len(seen) == 1
   for path in tmp_path.iterdir():
     assert path.read_bytes() == (folder / path.name).read_bytes()
@@ -189,7 +189,7 @@ def test_fields_of_view_are_the_patients_own(cohort):
 
 def test_every_phantom_is_taken_for_a_scan_in_hu(folder):
   for path in sorted(folder.glob('*_ct.nii.gz')):
-    nifti.read(path)  # refuses what is windowed, rescaled, or without air
+    nifti.read_scan(path)  # refuses what is windowed, rescaled, or without air
 
 
 def test_lesions(cohort):

@@ -24,7 +24,7 @@ def laid(raw_dir, tmp_path_factory):
 
 def test_pictures_are_prepared_as_they_are(laid, raw_dir, tmp_path):
   prepared = prepare.prepare(str(laid['slices']), str(tmp_path), SIZE, wanted=Wanted(values='grey'))
-  split = datasets.load(prepared, 0, SIZE).test
+  split = datasets.load_dataset(prepared, 0, SIZE).test
   truth = {(patient, index): (grey, mask) for patient, index, grey, mask in pictures_of(raw_dir)}
   for index in range(len(split)):
     example = split.source[index]
