@@ -30,7 +30,7 @@ from absl import flags
 
 from benchmarks import accelerator_report
 from fusa_jax import models
-from fusa_jax.system import exits
+from fusa_jax.system import exits, program
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import write_json
 
@@ -100,9 +100,7 @@ def define_flags() -> None:
 
 
 def main(_):
-  import launch
-
-  launch.start_logging()
+  program.start_logging()
   asked = flags.FLAGS
   if not asked.out:
     raise UserError('--out: missing; name a file for the numbers')
@@ -211,13 +209,12 @@ def _work(connection, name: str, asked: Asked) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command too, which ends this
   import tqdm
 
-  import launch
   from benchmarks import jobs
 
   tqdm.tqdm.set_lock(threading.RLock())  # one that processes share would be reported as leaked
   threading.Thread(target=jobs.leave_with_parent, daemon=True).start()
-  launch.start_logging()
-  launch.use_compilation_cache()
+  program.start_logging()
+  program.use_compilation_cache()
   try:
     if 'torch' in PARTS[name].needs:
       from benchmarks import compare  # noqa: F401 (before JAX takes the GPU's memory: PyTorch needs some)
@@ -243,10 +240,10 @@ def _work(connection, name: str, asked: Asked) -> None:
 if __name__ == '__main__':
   define_flags()
   try:
-    import launch
+    from fusa_jax.runs import arguments
   except ModuleNotFoundError as error:
     exits.fail(UserError(f'{error.name}: missing on this machine; docs/benchmarks.md says which wheels to carry'))
   # Under its own name, by which the parts' processes know it.
   from benchmarks import accelerator
 
-  launch.start(accelerator.main)
+  arguments.start(accelerator.main)

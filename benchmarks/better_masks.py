@@ -15,12 +15,11 @@ import jax
 import numpy as np
 from absl import flags
 
-import launch
 from data import prepare
 from fusa_jax.inference import predictor
 from fusa_jax.measures import statistics
-from fusa_jax.runs import results, run_config
-from fusa_jax.system import provenance
+from fusa_jax.runs import arguments, experiment, results, run_config
+from fusa_jax.system import program, provenance
 from fusa_jax.system.files import replacing
 from fusa_jax.training import cross_validation, evaluate
 
@@ -47,11 +46,11 @@ MEASURES = {
 
 
 def main(_):
-  launch.start_logging()
-  launch.use_compilation_cache()
-  workdir = launch.path_flag(flags.FLAGS['workdir'])
+  program.start_logging()
+  program.use_compilation_cache()
+  workdir = arguments.path_flag('workdir')
   config = run_config.load_config(workdir)
-  data_dir, scans = launch.prepared(config), launch.scans(config)
+  data_dir, scans = experiment.prepared(config), experiment.scans_at_hand(config)
   tested, folders = {}, {}
   for name, options in VARIANTS.items():
     folders[name] = [
@@ -132,4 +131,4 @@ def shown(values: np.ndarray, digits: int, signed: bool) -> str:
 
 
 if __name__ == '__main__':
-  launch.start(main)
+  arguments.start(main)

@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from absl import flags
 
-import launch
 from benchmarks import compare_table, torch_reference, workload
 from fusa_jax import torch_weights
-from fusa_jax.system import provenance
+from fusa_jax.runs import arguments
+from fusa_jax.system import program, provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import write_json
 
@@ -209,8 +209,8 @@ def compare(name: str, settings: workload.Settings, frameworks: Sequence[str] = 
 
 
 def main(_):
-  launch.start_logging()
-  launch.use_compilation_cache()
+  program.start_logging()
+  program.use_compilation_cache()
   asked = flags.FLAGS
   settings = workload.Settings(asked.image_size, asked.batch_size, asked.rounds, asked.steps)
   frameworks = FRAMEWORKS if asked.torch_compile else FRAMEWORKS[:2]
@@ -233,4 +233,4 @@ def main(_):
 
 if __name__ == '__main__':
   define_flags()
-  launch.start(main)
+  arguments.start(main)

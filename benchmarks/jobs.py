@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import tqdm
 
-import launch
+from fusa_jax.system import program
 from fusa_jax.system.errors import Terminated, UserError
 
 # Seconds that a worker has, once told to stop, for saving the step that it is at.
@@ -171,14 +171,14 @@ def _work(connection, share):
   """A worker's life: does what it is sent; gives (None, value), or (error, None)."""
   share.take()
   threading.Thread(target=leave_with_parent, daemon=True).start()
-  launch.start_logging()
+  program.start_logging()
   logging.getLogger().setLevel(logging.WARNING)
   logging.captureWarnings(True)
   # Progress bars of several runs would mix; each run's log has its own numbers. Their lock, by default one that other
   # processes could share, would be reported as leaked when a worker is stopped.
   sys.stdout = sys.stderr = open(os.devnull, 'w')  # noqa: SIM115
   tqdm.tqdm.set_lock(threading.RLock())
-  launch.use_compilation_cache()
+  program.use_compilation_cache()
   while True:
     job = connection.recv()
     try:

@@ -23,17 +23,16 @@ import numpy as np
 import tqdm
 from absl import flags
 
-import launch
 from configs import cls
 from data import prepare
 from data.cohorts import covid19_20
-from fusa_jax.runs import results, run_config
+from fusa_jax.runs import arguments, results, run_config
 from fusa_jax.scans import nifti
-from fusa_jax.system import exits
-from fusa_jax.system.errors import UserError
+from fusa_jax.system import exits, program
 from fusa_jax.system.files import replacing
 from fusa_jax.training import evaluate, train
 
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the four runs; default: runs/leakage-seedN')
 _SEED = flags.DEFINE_integer('seed', 0, 'of the shuffled labels, of initialisation and of sampling')
 
 # By the name of its run: labels and split, as the table has them.
@@ -46,11 +45,9 @@ ROWS = {
 
 
 def main(_):
-  launch.start_logging()
-  launch.use_compilation_cache()
-  if flags.FLAGS.config is not None:
-    raise UserError('--config: this command has a config of its own; leave it out')
-  config, workdir = protocol(_SEED.value), pathlib.Path(flags.FLAGS.workdir or f'runs/leakage-seed{_SEED.value}')
+  program.start_logging()
+  program.use_compilation_cache()
+  config, workdir = protocol(_SEED.value), pathlib.Path(_WORKDIR.value or f'runs/leakage-seed{_SEED.value}')
   for name in ROWS:
     finish(config, workdir, name)
   no_leak, text = write_table(config, workdir)
@@ -202,4 +199,4 @@ def _caption(config, tests):
 
 
 if __name__ == '__main__':
-  launch.start(main)
+  arguments.start(main)

@@ -19,20 +19,21 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-import launch
 from benchmarks import jobs, study_table
-from configs import command
 from fusa_jax import models, tasks
 from fusa_jax.measures import statistics
-from fusa_jax.runs import report, results, run_config
+from fusa_jax.runs import arguments, experiment, report, results, run_config
+from fusa_jax.system import program
 from fusa_jax.system.errors import UserError
-from fusa_jax.training import cross_validation, datasets, evaluate, train
+from fusa_jax.training import cross_validation, datasets
 
 _OF_TASK = {'classification': models.CLASSIFIERS, 'segmentation': models.SEGMENTERS}
 
 
 def define_flags() -> None:
-  """Those of launch.py are there as well. Not on import: other benchmarks have a --models of their own."""
+  """Not on import: other benchmarks have a --models of their own."""
+  arguments.define_config()
+  flags.DEFINE_string('workdir', None, "of the study; default: runs/study/ or runs/tables/ and the config's name")
   flags.DEFINE_list('models', None, "of the registry; default: those of the paper's table")
   flags.DEFINE_list('seeds', ['0'], 'of initialisation, sampling and augmentation; each row is the mean over them')
   flags.DEFINE_string('folds', None, "all, or the number of one; default: the config's data.fold")
@@ -40,8 +41,8 @@ def define_flags() -> None:
 
 
 def main(_):
-  launch.start_logging()
-  config, name = launch.resolve_config()
+  program.start_logging()
+  config, name, _ = arguments.named_experiment()
   run(config, flags.FLAGS.workdir or f'runs/study/{name}')
 
 
@@ -52,9 +53,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   if flags.FLAGS.folds is not None:
     given = config_flags.get_override_values(flags.FLAGS['config']).get('data.fold')
     config.data.fold = read_fold(flags.FLAGS.folds, given)
-  launch.use_compilation_cache()
+  program.use_compilation_cache()
   machine, shares = jobs.prepare(flags.FLAGS.jobs)
-  print(make(config, names, seeds, pathlib.Path(workdir), launch.prepared(config), machine, shares))
+  print(make(config, names, seeds, pathlib.Path(workdir), experiment.prepared(config), machine, shares))
 
 
 def read_models(texts: list[str] | None, task: str) -> list[str]:
@@ -115,12 +116,8 @@ class Job:
 
   def __call__(self) -> float | None:
     """Gives the score by which the task chooses."""
-    if self.config.data.fold == 'all':
-      result = cross_validation.cross_validate(self.config, self.run, self.data_dir)
-    else:
-      train.train(self.config, self.run, self.data_dir)
-      result = evaluate.evaluate(self.config, self.run, self.data_dir)
-    report.write_report(self.run, datasets.card(self.data_dir, self.config.data.fold), command.command(self.config))
+    result = cross_validation.train_and_test(self.config, self.run, self.data_dir)
+    report.write_report(self.run, datasets.card(self.data_dir, self.config.data.fold))
     jax.clear_caches()  # nothing of one model's is of use to the next
     return result[tasks.KINDS[self.config.task].SELECTION]
 
@@ -155,12 +152,12 @@ def make(
       total += len(parts)
       left[whole] = len(begin)
       wholes |= dict.fromkeys([whole, *parts], whole)
-  done = total - sum(job.config.data.fold != 'all' for job in todo)
+  done = total - sum(not run_config.is_cross_validation(job.config) for job in todo)
   if done:
     logging.info('%d of %d runs are finished', done, total)
   write = lambda: study_table.write(config, names, seeds, workdir, machine, max(1, len(shares)))
   for job, score, seconds in jobs.run(todo, shares):
-    done += job.config.data.fold != 'all'
+    done += not run_config.is_cross_validation(job.config)
     logging.info('[%d/%d] %s: %s, %.0f s', done, total, job, statistics.shown(score), seconds)
     whole = wholes[job]
     left[whole] -= 1
@@ -173,7 +170,7 @@ def make(
 
 def _parts(whole):
   """The runs that a model and a seed are made of: one, or one for each fold."""
-  if whole.config.data.fold != 'all':
+  if not run_config.is_cross_validation(whole.config):
     return [whole]
   runs = cross_validation.runs(whole.config, whole.run, whole.data_dir)
   return [dataclasses.replace(whole, config=one, run=run) for run, one in runs.items()]
@@ -189,4 +186,4 @@ def _is_finished(job):
 
 if __name__ == '__main__':
   define_flags()
-  launch.start(main)
+  arguments.start(main)

@@ -12,7 +12,7 @@ import ml_collections
 from benchmarks import model_table
 from benchmarks.jobs import Machine
 from fusa_jax import models, tasks
-from fusa_jax.runs import compare, results
+from fusa_jax.runs import compare, results, run_config
 from fusa_jax.system.files import replacing, write_csv, write_json
 
 # The paper's rows, in its order and spelling, with the names of our registry.
@@ -163,7 +163,7 @@ def _seeds(seeds):
 def _caption(config, workdir, finished, seeds, machine, jobs):
   name, done = next((name, done) for name, done in finished.items() if done)
   result = results.read_numbers(folder(workdir, name, done[0]))
-  fold = 'all folds, each patient tested once' if config.data.fold == 'all' else f'fold {config.data.fold}'
+  fold = 'all folds, each patient tested once' if run_config.is_cross_validation(config) else f'fold {config.data.fold}'
   missing = [f'{name} {len(done)} of {len(seeds)}' for name, done in finished.items() if len(done) < len(seeds)]
   return (
     f'{result["dataset"]}, {fold}{results.caveat(result)}: '

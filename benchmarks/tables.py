@@ -9,8 +9,9 @@ Flags, files and what happens when it is stopped are the study's.
 from absl import flags
 from ml_collections import config_flags
 
-import launch
 from benchmarks import study
+from fusa_jax.runs import arguments
+from fusa_jax.system import program
 from fusa_jax.system.errors import UserError
 
 # A table trains five or seven models: fewer than the demo of segmentation alone takes.
@@ -18,10 +19,10 @@ _DEMO_STEPS = {'classification': 1000, 'segmentation': 900}
 
 
 def main(_):
-  launch.start_logging()
+  program.start_logging()
   if flags.FLAGS.models is not None:
     raise UserError("--models: a table has all of the paper's; python -m benchmarks.study takes some")
-  config, name = launch.resolve_config()
+  config, name, _ = arguments.named_experiment()
   if '-demo' in name and 'train.steps' not in config_flags.get_override_values(flags.FLAGS['config']):
     config.train.steps = _DEMO_STEPS[config.task]
   study.run(config, flags.FLAGS.workdir or f'runs/tables/{name}')
@@ -29,4 +30,4 @@ def main(_):
 
 if __name__ == '__main__':
   study.define_flags()
-  launch.start(main)
+  arguments.start(main)

@@ -4,17 +4,6 @@ import ml_collections
 from ml_collections import config_dict
 
 
-class _Data(ml_collections.ConfigDict):
-  """config.data, whose key `values` is called as a method of ConfigDict is: flags read keys as attributes.
-
-  Elsewhere it is config.data['values'], since copies of a config are of the plain class.
-  """
-
-  @property
-  def values(self):
-    return self['values']
-
-
 def paper() -> ml_collections.ConfigDict:
   """The keys that both tasks have: the paper's experiment, and our choice where it is silent (docs/paper.md)."""
   config = ml_collections.ConfigDict()
@@ -30,10 +19,10 @@ def paper() -> ml_collections.ConfigDict:
   config.model.init_from = ''  # PyTorch weights to start from: .safetensors, .pth
   config.model.dtype = 'auto'  # of activations: bfloat16 on accelerators, float32 on CPU
 
-  config.data = _Data()
+  config.data = ml_collections.ConfigDict()
   config.data.raw_dir = ''  # CT and masks as released, in one of the layouts of docs/data.md
   config.data.lesion_labels = ()  # values of the masks that are lesion; () is what the cohort says
-  config.data['values'] = 'hu'  # or 'grey': images of 0 to 255 that were windowed before, as PNG and JPEG are
+  config.data.intensity = 'hu'  # or 'grey': images of 0 to 255 that were windowed before, as PNG and JPEG are
   config.data.patients = 'named'  # or 'each_slice': slices of unknown patients may be dealt one by one
   config.data.dir = ''  # prepared dataset; '' is a cache folder keyed by raw_dir's files
   # Tested on; the next fold is validated on, the others are trained on. 'all': each fold in turn, and pooled.

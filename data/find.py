@@ -7,7 +7,7 @@ import pathlib
 from data.cohorts import (
   AS_RELEASED,
   Case,
-  Wanted,
+  CohortOptions,
   covid19_20,
   decathlon,
   dicom_pairs,
@@ -37,22 +37,22 @@ COHORTS = {
 PATIENTS = ('named', 'each_slice')
 
 
-def find(raw_dir: str | pathlib.Path, wanted: Wanted = AS_RELEASED) -> tuple[str, list[Case]]:
-  """The cohort's name and its cases as wanted, sorted by patient.
+def find(raw_dir: str | pathlib.Path, options: CohortOptions = AS_RELEASED) -> tuple[str, list[Case]]:
+  """The cohort's name and its cases as options, sorted by patient.
 
   Args:
     raw_dir: the folder, as it was unpacked.
-    wanted: what its user says of it.
+    options: what its user says of it.
 
   Raises:
     UserError: no folder; a layout that is none of COHORTS'; files that are missing, a line each; values of the other
       kind; slices of unknown patients where that was not said.
   """
   folder = pathlib.Path(raw_dir)
-  if wanted.values not in volumes.VALUES:
-    raise UserError(f'data.values: there is no {wanted.values!r}; one of {", ".join(volumes.VALUES)}')
-  if wanted.patients not in PATIENTS:
-    raise UserError(f'data.patients: there is no {wanted.patients!r}; one of {", ".join(PATIENTS)}')
+  if options.intensity not in volumes.VALUES:
+    raise UserError(f'data.intensity: there is no {options.intensity!r}; one of {", ".join(volumes.VALUES)}')
+  if options.patients not in PATIENTS:
+    raise UserError(f'data.patients: there is no {options.patients!r}; one of {", ".join(PATIENTS)}')
   if not folder.is_dir():
     raise UserError(f'data.raw_dir: {folder} is no folder; give the one that holds the scans')
   tried = itertools.product(dict.fromkeys((folder, only_folder(folder))), COHORTS.items())
@@ -61,9 +61,9 @@ def find(raw_dir: str | pathlib.Path, wanted: Wanted = AS_RELEASED) -> tuple[str
       cases = cohort.find(place)
       if not cases:
         raise UserError(f'{place}: laid out as {name}, but without any scan; unpack it again')
-      cases = _of_known_patients(folder, _of_values(folder, cases, wanted), wanted)
-      if wanted.lesion_labels:
-        cases = [case._replace(lesion_labels=tuple(wanted.lesion_labels)) for case in cases]
+      cases = _of_known_patients(folder, _of_intensity(folder, cases, options), options)
+      if options.lesion_labels:
+        cases = [case._replace(lesion_labels=tuple(options.lesion_labels)) for case in cases]
       return name, sorted(cases, key=lambda case: case.patient)
   raise UserError(
     f'{folder}: no scans with masks in a naming that is known (X_ct.nii.gz beside X_seg.nii.gz, X.nii.gz or a folder X '
@@ -72,19 +72,19 @@ def find(raw_dir: str | pathlib.Path, wanted: Wanted = AS_RELEASED) -> tuple[str
   )
 
 
-def _of_values(folder, cases, wanted):
-  """The cases of that kind of values, said to be so; those of the other kind are left out."""
-  chosen = [case._replace(values=wanted.values) for case in cases if case.values in (None, wanted.values)]
+def _of_intensity(folder, cases, options):
+  """The cases of that intensity, said to be so; those of the other one are left out."""
+  chosen = [case._replace(intensity=options.intensity) for case in cases if case.intensity in (None, options.intensity)]
   if not chosen:
-    if wanted.values == 'hu':
-      raise UserError(f'{folder}: holds 8-bit grey values, not HU; say so with --config.data.values=grey')
-    raise UserError(f'{folder}: holds Hounsfield units, not grey values; leave out --config.data.values=grey')
+    if options.intensity == 'hu':
+      raise UserError(f'{folder}: holds 8-bit grey values, not HU; say so with --config.data.intensity=grey')
+    raise UserError(f'{folder}: holds Hounsfield units, not grey values; leave out --config.data.intensity=grey')
   return chosen
 
 
-def _of_known_patients(folder, cases, wanted):
+def _of_known_patients(folder, cases, options):
   """The cases whose patients are known, or all where that is not asked for."""
-  if wanted.patients == 'each_slice':
+  if options.patients == 'each_slice':
     return cases
   named = [case for case in cases if case.named]
   if not named:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import tensorflow_datasets as tfds
 
 from data import read, survey
-from data.cohorts import AS_RELEASED, Case, Wanted, phantom
+from data.cohorts import AS_RELEASED, Case, CohortOptions, phantom
 from data.covid_ct import Builder, Config
 from data.find import find
 from data.workers import silent
@@ -21,7 +21,9 @@ from fusa_jax.system.errors import UserError
 CACHE = pathlib.Path('~/.cache/fusa_jax').expanduser()
 
 
-def prepare(raw_dir: str, data_dir: str, size: int, progress=silent, wanted: Wanted = AS_RELEASED) -> pathlib.Path:
+def prepare(
+  raw_dir: str, data_dir: str, size: int, progress=silent, options: CohortOptions = AS_RELEASED
+) -> pathlib.Path:
   """Prepares the cohort in `raw_dir` at size x size, or finds it prepared; gives the folder that training reads.
 
   Args:
@@ -29,12 +31,12 @@ def prepare(raw_dir: str, data_dir: str, size: int, progress=silent, wanted: Wan
     data_dir: where the dataset goes; '' takes a cache folder that is keyed by the cohort's files and the size.
     size: side of the square slices.
     progress: wraps an iterable, as tqdm.tqdm does, and shows how far it is.
-    wanted: what its user says of the cohort.
+    options: what its user says of the cohort.
 
   Raises:
     UserError: what is wrong with the cohort's files, all of it; or `data_dir` holds another cohort.
   """
-  return _build(*find(raw_dir, wanted), raw_dir, data_dir, size, progress)
+  return _build(*find(raw_dir, options), raw_dir, data_dir, size, progress)
 
 
 def prepare_phantom(data_dir: str, size: int, patients: int, slices: int, seed: int, progress=silent) -> pathlib.Path:
@@ -55,7 +57,7 @@ def draw_phantoms(size: int, patients: int, slices: int, seed: int, progress=sil
   return raw_dir
 
 
-def scans(raw_dir: str | pathlib.Path, wanted: Wanted = AS_RELEASED) -> dict[str, Callable]:
+def scans(raw_dir: str | pathlib.Path, options: CohortOptions = AS_RELEASED) -> dict[str, Callable]:
   """By patient, a function of nothing that reads the scan and its mask as released (`read.volume`).
 
   Pictures and loose slices, which are no volumes, are not among them.
@@ -63,7 +65,7 @@ def scans(raw_dir: str | pathlib.Path, wanted: Wanted = AS_RELEASED) -> dict[str
   Raises:
     UserError: as `prepare`, for files that are missing.
   """
-  cases = [case for case in find(raw_dir, wanted)[1] if not isinstance(case.ct, tuple) and case.slice is None]
+  cases = [case for case in find(raw_dir, options)[1] if not isinstance(case.ct, tuple) and case.slice is None]
   return {case.patient: functools.partial(read.volume, case) for case in cases}
 
 

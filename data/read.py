@@ -39,7 +39,7 @@ def volume(case: Case) -> tuple[volumes.Scan, np.ndarray]:
   """
   if case.ct.is_dir() or is_archive(case.ct):
     return _volume_of_dicom(case)
-  scan = nifti.read_scan(case.ct, case.values or 'hu', case.windowed)
+  scan = nifti.read_scan(case.ct, case.intensity or 'hu', case.windowed)
   if case.mask is None:
     return scan, np.zeros(scan.values.shape, np.uint8)
   return scan, nifti.read_mask(case.mask, scan, case.lesion_labels)
@@ -58,7 +58,7 @@ def _volume_of_dicom(case):
         found = (', '.join(map(str, series)) or 'none') + (f' (left out: {left_out})' if left_out and not drawn else '')
         asked = f'CT series that {drawn.name} refers to' if drawn else 'CT series, the one that the mask was drawn on'
         raise UserError(f'there must be one {asked}, and there is {found}; add it, or take the others out')
-      scan = dicom.read_series(series[0], case.values or 'hu')
+      scan = dicom.read_series(series[0], case.intensity or 'hu')
       if drawn:
         return scan, dicom_seg.read_seg(drawn, scan, case.lesion_labels)
     except UserError as error:  # which does not say in which folder, but of the archive that is all

@@ -110,7 +110,7 @@ def _measure(case: Case) -> _Measured | str:
     return str(error)
   patient = Patient(case, found.lesion_voxels, found.lesion_ml)
   if found.lesion_ml is not None:
-    return _Measured(patient, {str(case.ct): _digest(found.images)}, _thumbnail(found.images, case.values))
+    return _Measured(patient, {str(case.ct): _digest(found.images)}, _thumbnail(found.images, case.intensity))
   names = map(str, case.ct) if isinstance(case.ct, tuple) else [f'{case.ct}, slice {case.slice}']
   images = zip(names, found.images, strict=True)
   return _Measured(patient, {name: _digest(image) for name, image in images if np.ptp(image)}, None)
@@ -168,7 +168,7 @@ def taken(cases: Sequence[Case]) -> dict:
   """How a cohort's files were taken, in the keys of config.data of the same names."""
   return {
     'lesion_labels': list(cases[0].lesion_labels),
-    'values': cases[0].values,
+    'intensity': cases[0].intensity,
     'patients': 'named' if all(case.named for case in cases) else 'each_slice',
   }
 

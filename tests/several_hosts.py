@@ -19,6 +19,8 @@ import sys
 
 from conftest import SIZE
 
+from fusa_jax import cli
+
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
   '--config=configs/seg.py:demo',
@@ -113,7 +115,6 @@ def main():
 
   import jax
 
-  import launch
   from fusa_jax import tasks
   from fusa_jax.training import datasets
 
@@ -137,7 +138,7 @@ def main():
     init = tasks.Task.init
     tasks.Task.init = lambda *arguments: jax.tree.map(lambda x: x.astype('float64'), init(*arguments))
   atexit.register(lambda: notes.write_text(json.dumps(reads)))
-  launch.start(launch.main)
+  cli.start()
 
 
 if __name__ == '__main__':

@@ -31,15 +31,15 @@ TINY = [
       ['--config=configs/seg.py', '--config.train.stepz=3'],
       'error: --config: no key \'stepz\' (Did you mean "steps" instead',
     ),
-    (['--config=README.md'], 'error: --config: no Python (unterminated string literal'),
+    (['--config=README.md'], 'error: --config: not Python (unterminated string literal'),
     (['--config=configs/seg.py', '--config.step=3'], "error: --config: no key 'step'; see"),
     (['--config=configs/seg.py', '--config.train.steps=three'], 'three'),
     (['--colour=red'], 'colour'),
     (['--mode=dance'], 'dance'),
-    (['--config=configs/seg.py', 'stray'], "'stray' is no flag"),
+    (['--config=configs/seg.py', 'stray'], "'stray' is not a flag"),
     (['--config=configs/seg.py', '--config.data.raw_dir=nowhere'], 'data.raw_dir: nowhere is no folder'),
     (
-      ['--config=configs/seg.py', '--config.data.raw_dir=.', '--config.data.values=gray'],
+      ['--config=configs/seg.py', '--config.data.raw_dir=.', '--config.data.intensity=gray'],
       "there is no 'gray'; one of hu",
     ),
     (['--config=configs/seg.py', '--config.data.dir=nowhere'], 'data.dir: nowhere is no folder'),
@@ -48,7 +48,18 @@ TINY = [
     (['--mode=evaluate', '--workdir=nowhere'], 'nowhere: no run in it'),
     (
       ['--mode=evaluate', '--workdir=nowhere', '--tta'],
-      'error: --tta: is of --mode=predict and export, not of evaluate; there it is --config.evaluate.flips',
+      'error: --tta: applies to --mode=predict, export, not to evaluate; in evaluate use --config.evaluate.flips',
+    ),
+    (
+      ['--mode=predict', '--workdir=x', '--input=x', '--output=y', '--truth=z'],
+      'error: --truth: applies to --mode=score, not to predict; leave it out',
+    ),
+    (['--mode=score', '--config=configs/seg.py'], 'error: --config: applies to --mode=train, evaluate, predict, prepa'),
+    (['--mode=export', '--num_processes=2'], 'error: --num_processes: applies to --mode=train, evaluate, predict, pre'),
+    (['--mode=doctor', '--workdir=x'], 'error: --workdir: applies to --mode=train, evaluate, predict, export, compare'),
+    (
+      ['--config=nowhere/config.json'],
+      'error: --config: nowhere/config.json: missing; restore it, or train again in another',
     ),
     (['--mode=export', '--workdir=nowhere', '--output=y'], 'nowhere: no run in it'),
     (['--mode=compare', '--workdir=nowhere', '--against=here'], 'nowhere: no run in it'),
@@ -86,10 +97,13 @@ def test_the_demo_from_nothing(tmp_path):
   assert 'Total:' in first.stderr  # the parameter table
   result = json.loads((tmp_path / 'run' / 'test' / 'metrics.json').read_text())
   assert result['step'] == 2
-  assert result['dataset'] == f'covid_ct/phantom_{SIZE}/1.2.0'
+  assert result['dataset'] == f'covid_ct/phantom_{SIZE}/1.3.0'
   assert 'compiled the training step' in first.stderr
   page = (tmp_path / 'run' / 'test' / 'report.html').read_text()
-  assert '--config.train.steps=2' in page  # the command that repeats it
+  assert f'--config={tmp_path / "run"}/config.json' in page
+  repeated = launch(f'--config={tmp_path / "run"}/config.json', f'--workdir={tmp_path / "repeated"}', home=tmp_path)
+  assert repeated.returncode == 0, repeated.stderr
+  assert json.loads((tmp_path / 'repeated' / 'test' / 'metrics.json').read_text()) == result
   again = launch('--mode=evaluate', f'--workdir={tmp_path / "run"}', home=tmp_path)
   assert again.returncode == 0, again.stderr
   assert 'compiled the training step' not in again.stderr
@@ -112,7 +126,8 @@ def test_masks_and_runs_are_compared(runs, raw_dir, tmp_path):
 def test_a_process_begins_anew_once_with_its_memory_kept(tmp_path):
   script = tmp_path / 'script.py'
   script.write_text(
-    "import os\nfrom fusa_jax.system import memory\nmemory.restart_with_malloc_tunables()\nprint(os.environ.get('GLIBC_TUNABLES'))\n"
+    'import os\nfrom fusa_jax.system import memory\nmemory.restart_with_malloc_tunables()\n'
+    "print(os.environ.get('GLIBC_TUNABLES'))\n"
   )
   outside = {key: value for key, value in os.environ.items() if key != 'GLIBC_TUNABLES'} | {'PYTHONPATH': str(ROOT)}
 
@@ -123,3 +138,10 @@ def test_a_process_begins_anew_once_with_its_memory_kept(tmp_path):
   assert 'glibc.malloc.hugetlb=1' in said([script], outside)
   assert said([script], outside | {'GLIBC_TUNABLES': ''}) == '\n'  # the user's own stays
   assert said(['-'], outside, input=script.read_text()) == 'None\n'  # nothing would be left to begin anew
+
+
+def test_help_names_each_mode_and_flag():
+  result = launch('--help')
+  assert result.returncode == 0
+  assert '--mode=predict: marks lesions in new scans\n    --workdir --input --output [--config]' in result.stdout
+  assert '\n--smallest_ml: leave out lesions below so many mL' in result.stdout

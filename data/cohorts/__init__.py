@@ -21,7 +21,7 @@ class Case(NamedTuple):
       there is none: the release says that there is no lesion or, with `labels`, only on which slices.
     lesion_labels: values of the mask, or segments, that are lesion; () where it holds 0 and 1 (pictures: 0 and 255), or
       one segment, only.
-    values: 'hu' or 'grey', where the release says which; None: what the user says (`Wanted`) is tried.
+    intensity: 'hu' or 'grey', where the release says which; None: what the user says (`CohortOptions`) is tried.
     named: False where nobody knows whose slice it is, and `patient` is only the slice's name.
     labels: of each picture, 1 with lesion or 0 without; None where masks say so.
     slice: the one of a volume of loose slices, of many patients, that this case is; None: all of the scan.
@@ -33,7 +33,7 @@ class Case(NamedTuple):
   ct: pathlib.Path | tuple[pathlib.Path, ...]
   mask: pathlib.Path | tuple[pathlib.Path, ...] | None
   lesion_labels: tuple[int, ...] = ()
-  values: str | None = None
+  intensity: str | None = None
   named: bool = True
   labels: tuple[int, ...] | None = None
   slice: int | None = None
@@ -51,21 +51,21 @@ class Case(NamedTuple):
     ]
 
 
-class Wanted(NamedTuple):
+class CohortOptions(NamedTuple):
   """What a user says of a cohort, in the keys of config.data of the same names.
 
   Attributes:
     lesion_labels: values of the masks that are lesion; () leaves what the cohort says.
-    values: 'hu', or 'grey' for images of 0 to 255 that were windowed before: the two are never mixed.
+    intensity: 'hu', or 'grey' for images of 0 to 255 that were windowed before: the two are never mixed.
     patients: 'named'; or 'each_slice', so that slices of which nobody knows whose they are may be dealt one by one.
   """
 
   lesion_labels: tuple[int, ...] = ()
-  values: str = 'hu'
+  intensity: str = 'hu'
   patients: str = 'named'
 
 
-AS_RELEASED = Wanted()
+AS_RELEASED = CohortOptions()
 
 
 def only_folder(folder: pathlib.Path) -> pathlib.Path:

@@ -37,7 +37,7 @@ def find(folder: pathlib.Path) -> list[Case]:
     )
   masks = of_seg | of_mask
   refuse_lonely(masks, patients, lambda name: f'its folder of DICOM, {name}, is missing; add it, or take the mask out')
-  return [Case(name, path, masks.get(name, path), values='hu') for name, path in sorted(patients.items())]
+  return [Case(name, path, masks.get(name, path), intensity='hu') for name, path in sorted(patients.items())]
 
 
 def _patients(folder):

@@ -57,8 +57,8 @@ def find(folder: pathlib.Path) -> list[Case]:
 def _case(patient, group, named):
   paths, masks, labels = zip(*group, strict=True)
   if labels[0] is None:
-    return Case(patient, paths, masks, values='grey', named=named)
-  return Case(patient, paths, None, values='grey', named=named, labels=labels)
+    return Case(patient, paths, masks, intensity='grey', named=named)
+  return Case(patient, paths, None, intensity='grey', named=named, labels=labels)
 
 
 def _images_and_masks(folder):

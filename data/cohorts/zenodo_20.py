@@ -27,8 +27,8 @@ def find(folder: pathlib.Path) -> list[Case]:
   cases = paired(by_name(folder / _SCANS), masks, lambda patient: f'{kind}/{patient}.nii.gz', _MASKS[kind])
   return [
     # radiopaedia_CASE_STUDY_SERIES: two of the eight cases have two scans.
-    case._replace(values='grey', owner='_'.join(case.patient.split('_')[:2]))
+    case._replace(intensity='grey', owner='_'.join(case.patient.split('_')[:2]))
     if case.patient.startswith('radiopaedia')
-    else case._replace(values='hu')
+    else case._replace(intensity='hu')
     for case in cases
   ]

@@ -50,7 +50,7 @@ class Builder(tfds.core.ShardBasedBuilder):
   whether there are masks or labels only.
   """
 
-  VERSION = tfds.core.Version('1.2.0')
+  VERSION = tfds.core.Version('1.3.0')
   BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
     *(Config(name=name, description=module.__doc__) for name, module in COHORTS.items()),
     Config(name='phantom', description='Synthetic chests in HU, in the naming of COVID-19-20.'),

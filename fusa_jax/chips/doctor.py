@@ -18,10 +18,10 @@ import ml_collections
 from packaging.requirements import Requirement
 
 from fusa_jax.scans import decoder
-from fusa_jax.system import meshes, provenance
+from fusa_jax.system import home, meshes, provenance
 from fusa_jax.system.errors import UserError
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_ROOT = home.PACKAGE.parent
 # Brought by the packages in requirements.txt, or there on request.
 _OTHERS = (
   *('jaxlib', 'tensorstore', 'torch', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin'),

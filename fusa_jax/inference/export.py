@@ -107,7 +107,7 @@ def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Expo
     flips: whether slices are also taken mirrored, and the mean of both.
   """
   config = networks[0].config
-  size, is_hu, gives_masks = config.data.image_size, config.data['values'] == 'hu', config.task == 'segmentation'
+  size, is_hu, gives_masks = config.data.image_size, config.data.intensity == 'hu', config.task == 'segmentation'
   networks = [network._replace(config=_in_float32(network.config)) for network in networks]
 
   def lesion_probability(weights, slices):

@@ -106,7 +106,7 @@ def load_networks(
 
 def runs(workdir: pathlib.Path) -> list[pathlib.Path]:
   """The folder of a run; of a cross-validation, those of its folds."""
-  if run_config.load_config(workdir).data.fold != 'all':
+  if not run_config.is_cross_validation(run_config.load_config(workdir)):
     return [workdir]
   if not results.is_complete(workdir):
     raise UserError(
@@ -119,7 +119,7 @@ def runs(workdir: pathlib.Path) -> list[pathlib.Path]:
 def _check_alike(folders, configs):
   for key, of in (
     ('task', lambda config: config.task),
-    ('data.values', lambda config: config.data['values']),
+    ('data.intensity', lambda config: config.data.intensity),
     ('data.image_size', lambda config: config.data.image_size),
   ):
     for folder, config in zip(folders, configs, strict=True):
@@ -163,7 +163,7 @@ def create(networks: Sequence[Network], flips: bool) -> Model:
     function=function,
     variables=tuple(_stacked(group) for group in groups.values()),
     task=first.task,
-    values=first.data['values'],
+    values=first.data.intensity,
     image_size=first.data.image_size,
     batch_size=first.train.batch_size,
     name=names[0] if len(networks) == 1 else f'mean of {len(networks)}: {", ".join(names)}',

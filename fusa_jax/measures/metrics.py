@@ -66,7 +66,7 @@ class Patients:
 
 
 def by_patient(table: dict[str, np.ndarray], suffix: str = '') -> Patients:
-  """A table of slices (evaluate.Scorer) added up by patient.
+  """A table of slices (scorer.Scorer) added up by patient.
 
   Args:
     table: with patient, label, logit, the counts of COUNTS, reliability and squared_error.

@@ -135,15 +135,15 @@ def mean(points: Sequence[OperatingPoint]) -> OperatingPoint:
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises a UserError where config.evaluate asks for a share that is none, or for what the task or values lack."""
   options = config.evaluate
-  masks = [key for key in ('lungs', 'fit_smallest') if options.get(key)]
+  masks = [key for key in ('lungs', 'fit_smallest') if options[key]]
   if masks and config.task != 'segmentation':
     raise UserError(f'evaluate.{masks[0]}: is about masks, and {config.task} gives none; leave it out')
-  if options.get('lungs') and config.data['values'] != 'hu':
+  if options.lungs and config.data.intensity != 'hu':
     raise UserError('evaluate.lungs: lungs are found by their HU, and these are grey values; leave it out')
-  target = options.get('target_sensitivity')
+  target = options.target_sensitivity
   if target is not None and not 0 < target <= 1:
     raise UserError(f'evaluate.target_sensitivity: {target} is no share; give one above 0, up to 1')
-  for share in options.get('prevalences', ()):
+  for share in options.prevalences:
     if not 0 < share < 1:
       raise UserError(f'evaluate.prevalences: {share} is no share; give some between 0 and 1')
 

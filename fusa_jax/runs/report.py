@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import pathlib
+import shlex
 
 import jax
 from PIL import Image
@@ -21,13 +22,12 @@ _OVERLAYS = 6
 _LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'scipy')
 
 
-def write_report(workdir: pathlib.Path, data_card: dict, command: str) -> pathlib.Path:
+def write_report(workdir: pathlib.Path, data_card: dict) -> pathlib.Path:
   """Writes test/report.html of an evaluated run or cross-validation; gives its path.
 
   Args:
     workdir: of the run.
     data_card: `datasets.card` of what it was tested on.
-    command: the line that repeats the run.
 
   Raises:
     UserError: the run was not evaluated.
@@ -36,7 +36,7 @@ def write_report(workdir: pathlib.Path, data_card: dict, command: str) -> pathli
   table = results.read_table(workdir)
   result = results.read_numbers(workdir)
   kind = tasks.KINDS[config.task]
-  runs = sorted(workdir.glob('fold*/')) if config.data.fold == 'all' else [workdir]
+  runs = sorted(workdir.glob('fold*/')) if run_config.is_cross_validation(config) else [workdir]
   charts = {name: figures.svg(figure) for name, figure in figures.charts(table, result).items()}
   curves = figures.learning_curves({run.name: _log(run) for run in runs}, kind.SELECTION)
   points = {run.name: operating_point.load_point(run) for run in runs}
@@ -47,7 +47,7 @@ def write_report(workdir: pathlib.Path, data_card: dict, command: str) -> pathli
     config=config,
     result=result,
     kind=kind,
-    command=command,
+    command=shlex.join(['python', 'launch.py', f'--config={workdir}/config.json', '--workdir=NEW_FOLDER']),
     definitions=metrics.DEFINITIONS,
     charts=charts,
     curves=figures.svg(curves),
@@ -56,7 +56,7 @@ def write_report(workdir: pathlib.Path, data_card: dict, command: str) -> pathli
     },
     data=data_card['folds'],
     caveat=results.caveat(result),
-    low_high=window.black_and_white(config.data['values'], config.data.window),
+    low_high=window.black_and_white(config.data.intensity, config.data.window),
     validated=data_card['validated'],
     overlays=list(_overlays(kind, table, runs)),
     is_phantom='phantom' in result['dataset'],

@@ -5,12 +5,10 @@ import pathlib
 
 import ml_collections
 
-from fusa_jax.system import hosts
+from fusa_jax.system import home, hosts  # noqa: F401 (configs/ is found by home)
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import write_json
+from fusa_jax.system.files import read_json, write_json
 
-# What a run had, before there was such a key.
-_BEFORE = {'lesion_labels': [], 'values': 'hu', 'patients': 'named'}
 # Keys that may change between the stops of one run: they do not change its result.
 _HARMLESS = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.')
 
@@ -30,16 +28,12 @@ def save_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Non
 def _save(workdir, config):
   path = workdir / 'config.json'
   if path.exists():
-    before, now = _flat(load_config(workdir)), _flat(plain(config))
+    before, now = (_flat(plain(each).to_dict()) for each in (load_config(workdir), config))
     # Where data are named, no phantom is drawn.
     named = any(flat[key] for flat in (before, now) for key in ('data.raw_dir', 'data.dir'))
     harmless = (*_HARMLESS, 'data.phantom.') if named else _HARMLESS
     differ = sorted(
-      key
-      for key in before.keys() | now.keys()
-      if before.get(key) != now.get(key)
-      and not key.startswith(harmless)
-      and (key in before or now[key])  # a key that is newer than the run, and is off
+      key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(harmless)
     )
     if differ == ['train.steps']:
       raise UserError(
@@ -79,44 +73,63 @@ def load_split(workdir: pathlib.Path) -> dict[str, list[str]] | None:
   Raises:
     UserError: the file is damaged.
   """
-  return _read(workdir / 'split.json')
+  path = workdir / 'split.json'
+  return read_json(path, 'restore it, or train again in another --workdir') if path.exists() else None
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config of a run.
+  """The config of a run, each key of the type that configs/base.py gives it.
 
   Raises:
-    UserError: there is no run in the workdir.
+    UserError: there is no run of this version in the workdir.
   """
-  config = _read(workdir / 'config.json')
-  if config is None:
+  path = workdir / 'config.json'
+  if not path.exists():
     raise UserError(f'{workdir}: no run in it (config.json is missing); give --workdir of a trained run')
-  if 'data' not in config:
-    raise UserError(f'{workdir}: no run in it (config.json is of something else, as a bundle); give --workdir of a run')
-  config['data'] = _BEFORE | config['data']
-  return ml_collections.ConfigDict(config)
+  return get_config(str(path))
 
 
-def _read(path):
-  """What a JSON file of a run holds; None where there is none."""
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    return None
-  except json.JSONDecodeError as error:
-    raise UserError(f'{path}: damaged ({error}); restore it, or train anew in another --workdir') from None
+def get_config(path: str) -> ml_collections.ConfigDict:
+  """As `load_config`, of a config.json; by this name and argument, this module is the config file that --config reads.
+
+  `--config=RUN/config.json` is that run again.
+  """
+  from configs import base
+
+  saved = read_json(pathlib.Path(path), 'restore it, or train again in another --workdir')
+  config = base.paper()
+  config.task, config.model.name = '', ''
+  if not isinstance(saved, dict) or not isinstance(saved.get('data'), dict):
+    raise UserError(f'{path}: of something else than a run, as a bundle; name the folder of a run')
+  unlike = _flat(saved).keys() ^ _flat(config.to_dict()).keys()
+  if unlike:
+    raise UserError(
+      f'{path}: of a run of another version, by its keys {", ".join(sorted(unlike))}; train again with this version'
+    )
+  config.update(_with_tuples(saved))
+  return config
 
 
-def plain(config):
+def is_cross_validation(config: ml_collections.ConfigDict) -> bool:
+  """Whether it is of all folds in turn, each a run of its own."""
+  return config.data.fold == 'all'
+
+
+def plain(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """As JSON would give it back: tuples are lists."""
   return ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict())))
 
 
-def _flat(config):
+def _with_tuples(values):
+  """Lists as the tuples that they were before JSON."""
+  if isinstance(values, dict):
+    return {key: _with_tuples(value) for key, value in values.items()}
+  return tuple(values) if isinstance(values, list) else values
+
+
+def _flat(values: dict, prefix: str = '') -> dict:
+  """Nested dictionaries as one, by keys with dots."""
   flat = {}
-  for key, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
-      flat |= {f'{key}.{inner}': v for inner, v in _flat(value).items()}
-    else:
-      flat[key] = value
+  for key, value in values.items():
+    flat |= _flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {f'{prefix}{key}': value}
   return flat

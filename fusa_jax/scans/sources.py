@@ -40,7 +40,7 @@ def find(source: pathlib.Path, kind: str | None, unpacked: pathlib.Path) -> list
     if paths and not scans:
       advice = 'give scans'
       if kind == 'hu':
-        advice = 'and this run was trained on HU; give scans in HU, or a run trained with data.values=grey'
+        advice = 'and this run was trained on HU; give scans in HU, or a run trained with data.intensity=grey'
       raise UserError(f'--input: {paths[0]} is a picture of grey values, {advice}')
     paths = scans
   if not paths:

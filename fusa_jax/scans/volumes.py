@@ -211,7 +211,7 @@ def check_grey(values: np.ndarray, path: Any) -> None:
     kind = 'Hounsfield units or the like' if low < 0 else _kind(values)
     raise UserError(
       f'{path}: values {low:g} to {high:g} are {kind}, not grey values of an 8-bit image (0 to 255), which is what '
-      'data.values=grey stands for; give such, or train on HU without it'
+      'data.intensity=grey stands for; give such, or train on HU without it'
     )
 
 
@@ -222,7 +222,7 @@ def _check_hu(values, path, windowed):
   if low >= 0:
     kind = _kind(values)
     if kind == 'a 0-255 image':
-      advice += '; or train on such images, and predict them, with --config.data.values=grey'
+      advice += '; or train on such images, and predict them, with --config.data.intensity=grey'
     raise UserError(f'{path}: values {low:g} to {high:g} are {kind}, not HU (air is -1000); {advice}')
   # Air, in the lungs and around the body, is a large part of any chest CT.
   air = np.count_nonzero(values < -500) / values.size

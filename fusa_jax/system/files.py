@@ -69,8 +69,34 @@ def sha256(content: bytes) -> str:
   return hashlib.sha256(content).hexdigest()
 
 
+def read_json(path: pathlib.Path, advice: str) -> Any:
+  """What a JSON file holds.
+
+  Args:
+    path: of the file.
+    advice: what to do where it cannot be read or is damaged.
+
+  Raises:
+    UserError: it is missing, cannot be read or is damaged.
+  """
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    raise UserError(f'{path}: missing; {advice}') from None
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror}); {advice}') from None
+  except ValueError as error:  # of JSON, or of an encoding
+    raise UserError(f'{path}: damaged ({one_line(error)}); {advice}') from None
+
+
+def one_line(error: Exception, most: int = 120) -> str:
+  """An error's text in one line, shortened; its type where it has none."""
+  text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+  return ' '.join(text.split())[:most] or type(error).__name__
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Anything that JSON can hold, for programs and for eyes.
+  """Writes indented JSON atomically.
 
   Raises:
     UserError: the system refuses to write there.

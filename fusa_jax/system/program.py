@@ -1,14 +1,19 @@
 """A main function as a program: the house's errors, signals and exit codes, and the other processes of the run told."""
 
+import logging
+import pathlib
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 
+import absl.logging
 from absl import app
 
 from fusa_jax.system import exits
 from fusa_jax.system.errors import DoesNotFitError, Terminated, UserError
+
+COMPILED = pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()
 
 
 def start(main: Callable, parse_flags: Callable) -> None:
@@ -46,3 +51,21 @@ def start(main: Callable, parse_flags: Callable) -> None:
 
 def _terminate(*_) -> None:
   raise Terminated('by SIGTERM')
+
+
+def start_logging() -> None:
+  """Messages as plain lines on stderr, beside the progress bars; libraries only where they warn."""
+  logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
+  logging.getLogger().setLevel(logging.INFO)
+  for name in ('jax', 'orbax', 'matplotlib', 'tensorboardX', 'grain'):
+    logging.getLogger(name).setLevel(logging.WARNING)
+  # Through absl, TFDS warns of folders that it has yet to write, and Orbax prints errors that it raises as well.
+  absl.logging.set_verbosity(absl.logging.FATAL)
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs on disk: a second run of the same shapes starts in seconds."""
+  import jax
+
+  jax.config.update('jax_compilation_cache_dir', str(COMPILED))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

@@ -91,9 +91,9 @@ def create(config: ml_collections.ConfigDict) -> Task:
   low, high = config.data.window
   if not low < high:
     raise UserError(f'data.window: {low} is not below {high}; give the lowest and the highest HU, in this order')
-  if config.data['values'] not in volumes.VALUES:
-    raise UserError(f'data.values: there is no {config.data["values"]!r}; one of {", ".join(volumes.VALUES)}')
-  inputs = grey_input if config.data['values'] == 'grey' else functools.partial(network_input, window=(low, high))
+  if config.data.intensity not in volumes.VALUES:
+    raise UserError(f'data.intensity: there is no {config.data.intensity!r}; one of {", ".join(volumes.VALUES)}')
+  inputs = grey_input if config.data.intensity == 'grey' else functools.partial(network_input, window=(low, high))
   dtype = config.model.dtype
   if dtype == 'auto':
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'

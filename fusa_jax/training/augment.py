@@ -39,7 +39,7 @@ class Augmentation(NamedTuple):
 def create(config: ml_collections.ConfigDict) -> Augmentation:
   """What config.augment asks for, in the values of config.data; black and white of grey are the HU window's ends."""
   options = Augmentation(**config.augment)
-  if config.data['values'] == 'hu':
+  if config.data.intensity == 'hu':
     return options
   (black, white), (low, high) = window.GREY, config.data.window
   a_hu = (white - black) / (high - low)

@@ -11,10 +11,43 @@ import numpy as np
 
 from fusa_jax import tasks
 from fusa_jax.measures import masks
-from fusa_jax.runs import operating_point, results, run_config
+from fusa_jax.runs import operating_point, report, results, run_config
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, evaluate, train
+
+
+def train_and_test(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  data_dir: pathlib.Path,
+  scans: Mapping[str, Callable] | None = None,
+) -> dict:
+  """Trains and tests a run or, of data.fold 'all', each fold's; arguments and errors as `evaluate.evaluate`."""
+  evaluate.check_scans(config, scans)
+  if run_config.is_cross_validation(config):
+    return cross_validate(config, workdir, data_dir, scans)
+  train.train(config, workdir, data_dir)
+  return evaluate.evaluate(config, workdir, data_dir, scans)
+
+
+def evaluate_again(config, workdir, data_dir, scans=None) -> dict:
+  """Tests a trained run or, of data.fold 'all', each fold's run again, and pools; arguments as `train_and_test`."""
+  if not run_config.is_cross_validation(config):
+    return evaluate.evaluate(config, workdir, data_dir, scans)
+  for run, one in runs(config, workdir, data_dir).items():
+    evaluate.evaluate(one, run, data_dir, scans)
+  return pool(config, workdir, data_dir)
+
+
+def write_reports(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
+  """Process 0 writes the page of a run that has been tested, and those of its folds."""
+  if not hosts.is_main():
+    return
+  folds = runs(config, workdir, data_dir) if run_config.is_cross_validation(config) else {}
+  for run, one in (folds | {workdir: config}).items():
+    report.write_report(run, datasets.card(data_dir, one.data.fold))
+  logging.info('results: %s', workdir / 'test')
 
 
 def cross_validate(
@@ -46,13 +79,6 @@ def is_finished(run: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
   if not results.is_complete(run):
     return False
   return run_config.load_config(run).evaluate.to_json() == run_config.plain(config).evaluate.to_json()
-
-
-def evaluate_again(config, workdir, data_dir, scans=None) -> dict:
-  """Tests each fold's run again, and pools; arguments as `cross_validate`."""
-  for run, one in runs(config, workdir, data_dir).items():
-    evaluate.evaluate(one, run, data_dir, scans)
-  return pool(config, workdir, data_dir)
 
 
 def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
@@ -90,7 +116,7 @@ def _pool(config, workdir, data_dir):
   volumes = [results.read_volumes(run) for run in folders]
   # Some folds' would pass for all patients'.
   volumes = [row for rows in volumes for row in rows] if all(volumes) else []
-  result = results.numbers(kind, table, config.evaluate.get('prevalences', ()))
+  result = results.numbers(kind, table, config.evaluate.prevalences)
   points = [one['operating_point'] for one in tests]
   result['operating_point'] = {
     name: [point[name] for point in points] for name in operating_point.OperatingPoint().about()

@@ -38,14 +38,14 @@ class Dataset:
   Attributes:
     name: TFDS's, with config and version.
     image_size: of its square slices.
-    values: 'hu' or 'grey'.
+    intensity: 'hu' or 'grey'.
     by_patient: whether folds are of patients; False where nobody knows whose some of the slices are.
     masks: whether it has masks; False for labels of slices only.
   """
 
   name: str
   image_size: int
-  values: str
+  intensity: str
   by_patient: bool
   masks: bool
   train: Split
@@ -65,10 +65,10 @@ def load_dataset_for(config: ml_collections.ConfigDict, data_dir: str | pathlib.
     UserError: as `load_dataset`; values of another kind than the config's; labels only, and a task that needs masks.
   """
   dataset = load_dataset(data_dir, config.data.fold, config.data.image_size)
-  if dataset.values != config.data['values']:
+  if dataset.intensity != config.data.intensity:
     raise UserError(
-      f'data.values: {config.data["values"]}, but {data_dir} holds {dataset.values}: a network of one cannot read the '
-      'other; set one to the other'
+      f'data.intensity: {config.data.intensity}, but {data_dir} holds {dataset.intensity}: a network of one cannot '
+      'read the other; set one to the other'
     )
   if config.task == 'segmentation' and not dataset.masks:
     raise UserError(f'data: {data_dir} has labels of slices and no masks; train a classifier, --config=configs/cls.py')
@@ -84,13 +84,16 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
     UserError: nothing prepared there, prepared at another size, or no such fold.
   """
   builder = _open(pathlib.Path(data_dir))
-  folds, size = builder.info.metadata['folds'], builder.info.metadata['size']
+  metadata = builder.info.metadata
+  missing = {'folds', 'size', 'intensity', 'patients', 'masks'} - metadata.keys()
+  if missing:
+    raise UserError(
+      f'data.dir: {data_dir} was not prepared by this version (its metadata lack {", ".join(sorted(missing))}); '
+      'prepare the scans again, in another folder, with --mode=prepare'
+    )
+  folds, size = metadata['folds'], metadata['size']
   if size != image_size:
     raise UserError(f'data.image_size: {image_size}, but {data_dir} was prepared at {size}; set one to the other')
-  if 'values' not in builder.info.metadata:
-    raise UserError(
-      f'data.dir: {data_dir} was prepared by an older version; delete it, then prepare it anew with --mode=prepare'
-    )
   if fold not in range(len(folds)):
     raise UserError(
       f"data.fold: {fold!r}, but the folds of {data_dir} are 0 to {len(folds) - 1}; or 'all' of them in turn"
@@ -99,9 +102,9 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
   return Dataset(
     name=builder.info.full_name,
     image_size=size,
-    values=builder.info.metadata['values'],
-    by_patient=builder.info.metadata['patients'] == 'named',
-    masks=builder.info.metadata['masks'],
+    intensity=metadata['intensity'],
+    by_patient=metadata['patients'] == 'named',
+    masks=metadata['masks'],
     **split,
   )
 

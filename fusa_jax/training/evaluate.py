@@ -1,9 +1,9 @@
-"""Every slice of a split exactly once -> a table of slices -> numbers, files and pictures of a test."""
+"""The protocol of a test: choose the operating point on validation patients, score the test fold, write test/."""
 
 import logging
-import math
 import pathlib
 from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -18,56 +18,8 @@ from fusa_jax.scans import volumes
 from fusa_jax.system import hosts, meshes, provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import window
-from fusa_jax.training import datasets, input_pipeline
-
-
-class Scorer:
-  """Scores the slices of a split on a mesh, in batches of any size; compiled once."""
-
-  def __init__(self, task: tasks.Task, mesh: jax.sharding.Mesh, batch_size: int, flips: bool = False):
-    self._mesh, self._batch_size = mesh, meshes.fitting_batch(mesh, batch_size)
-
-    def run(variables, batch, temperature):
-      logits = task.logits(variables, batch['image'], flips)
-      highest = logits.reshape(len(logits), -1).max(axis=1)
-      counts = histogram.count(logits, task.kind.truth(batch), temperature)
-      score = jax.nn.sigmoid(highest / temperature)
-      return counts | {'score': score, 'logit': highest, 'index': batch['index']}
-
-    # Every host gets every row: a few thousand numbers each.
-    self._run = hosts.compiled_together(jax.jit(run, out_shardings=meshes.replicated(mesh)))
-
-  def table(
-    self, variables: dict, split: datasets.Split, temperature: float = 1.0, progress: bool = False
-  ) -> dict[str, np.ndarray]:
-    """The table of slices, in the split's order.
-
-    Its columns: those of `results.COLUMNS`, with the counts at threshold 0.5; `logit`, the highest of the slice, by
-    which slices are ranked (probabilities near 0 and 1 round to the same number); and those of `histogram.count`.
-    """
-    columns, seen = {}, np.zeros(len(split), np.int64)
-    steps = math.ceil(len(split) / self._batch_size)
-    batches = input_pipeline.test_batches(split, self._mesh, batch_size=self._batch_size)
-    divisor = jax.device_put(np.float32(temperature), meshes.replicated(self._mesh))
-    for batch in tqdm.tqdm(batches, total=steps, desc='Evaluating', unit='batch', disable=not progress, leave=False):
-      rows = jax.device_get(self._run(variables, batch, divisor))
-      index = rows.pop('index')
-      real = index >= 0
-      seen[index[real]] += 1
-      for key, values in rows.items():
-        if key not in columns:
-          columns[key] = np.zeros((len(split), *values.shape[1:]), values.dtype)
-        columns[key][index[real]] = values[real]
-    assert (seen == 1).all(), 'a slice was read more or less than once'
-    broken = int((~np.isfinite(columns['logit'])).sum())
-    if broken:
-      raise UserError(
-        f'evaluate: the model gives {broken} of {len(split)} slices a logit that is not finite; train again with a '
-        'lower train.learning_rate'
-      )
-    columns['logit'] = columns['logit'].astype(np.float64) / temperature
-    table = {'patient': split.patient, 'slice': split.slice, 'label': split.label.astype(np.int64), **columns}
-    return table | histogram.counts_at(columns['histogram'], histogram.HALF)
+from fusa_jax.training import datasets
+from fusa_jax.training.scorer import Scorer
 
 
 def evaluate(
@@ -99,74 +51,109 @@ def evaluate(
   dataset = datasets.load_dataset_for(config, data_dir)
   task = tasks.create(config)
   step, variables = trained.load_variables(config, task, workdir, mesh)
-
-  # ---- the operating point: the validation fold's or, on other data than the run's own, the one it has
-  split, point = check_unseen(workdir, dataset), operating_point.load_point(workdir)
-  if point.step != step:
-    point = operating_point.OperatingPoint(step=step)
-  own = split is None or split['validation'] == dataset.patients()['validation']
-  flips, lungs = (config.evaluate.get(key, False) if own else getattr(point, key) for key in ('flips', 'lungs'))
-  scorer = Scorer(task, mesh, batch_size, flips)
-  if own:
-    if dataset.validation is not None:
-      point = operating_point.choose(
-        scorer.table(variables, dataset.validation, progress=hosts.is_main()),
-        step=step,
-        score=task.kind.OVERLAP,
-        target_sensitivity=config.evaluate.get('target_sensitivity'),
-        fit_temperature=config.evaluate.get('fit_temperature', False),
-      )
-    point = point.changed(flips=flips, lungs=lungs)
-    if config.evaluate.get('fit_smallest') and dataset.validation is not None:
-      validated = _scanned(dataset.validation, scans or {})
-      check_scans(config, validated)
-      run = _predictor(config, step, variables, point, mesh)
-      point = operating_point.choose_smallest(point, [_true_volumes(run, scans[name]) for name in validated])
-    if hosts.is_main():
-      point.save(workdir)
-
-  # ---- the test fold
-  table = scorer.table(variables, dataset.test, point.temperature, progress=hosts.is_main())
-  chosen = histogram.counts_at(table['histogram'], point.bin)
-  table |= {f'{key}_chosen': values for key, values in chosen.items()}
-  volumes = None
-  scanned = _scanned(dataset.test, scans or {})
-  if scanned and config.task == 'segmentation':
-    volumes = score_volumes(_predictor(config, step, variables, point, mesh), scans, scanned)
-  result = results.numbers(task.kind, table, config.evaluate.get('prevalences', ()))
-  result['operating_point'] = point.about() | result['operating_point']
-  size = sum(x.size for x in jax.tree.leaves(variables['params']))
-  result |= {
-    'step': step,
-    'parameters': size,
-    'dataset': dataset.name,
-    'values': dataset.values,
-    'split': results.BY_PATIENT if dataset.by_patient else results.BY_SLICE,
-    'commit': provenance.commit(),
-  }
-  if volumes:
-    result['volumes'] = masks.summary(volumes)
+  test = _Test(config, workdir, dataset, task, mesh, step, variables, scans or {})
+  point, scorer = _choose_point(test)
+  table, volumes_of_scans = _score(test, point, scorer)
+  result = _numbers(test, point, table, volumes_of_scans)
   if hosts.is_main():
-    results.clear_test(workdir / 'test')
-    _draw(config, task, variables, dataset, table, point, workdir / 'test' / 'figures')
-    results.write_test(workdir / 'test', table, result, volumes)
+    _write(test, point, table, volumes_of_scans, result)
     logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.kind, result))
   return result
 
 
-def _predictor(config, step, variables, point, mesh):
-  network = trained.Network(config, step, variables, point.temperature)
-  return predictor.Predictor(trained.create([network], point.flips), point, mesh)
+class _Test(NamedTuple):
+  """What is tested, on what, and with which devices."""
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  dataset: datasets.Dataset
+  task: tasks.Task
+  mesh: jax.sharding.Mesh
+  step: int
+  variables: dict
+  scans: Mapping[str, Callable]
+
+  def predictor(self, point: operating_point.OperatingPoint) -> predictor.Predictor:
+    network = trained.Network(self.config, self.step, self.variables, point.temperature)
+    return predictor.Predictor(trained.create([network], point.flips), point, self.mesh)
+
+  def scanned(self, split: datasets.Split) -> list[str]:
+    """The patients of a split whose scans are at hand, in its order; pictures and loose slices are not scans."""
+    return [patient for patient in dict.fromkeys(split.patient.tolist()) if patient in self.scans]
 
 
-def _scanned(split, scans):
-  """The patients of a split whose scans are at hand, in its order; pictures and loose slices are no scans."""
-  return [patient for patient in dict.fromkeys(split.patient.tolist()) if patient in scans]
+def _choose_point(test):
+  """The operating point, and what scores slices at it. It is saved before the test fold is read.
+
+  It is chosen on the validation fold or, on other data than the run's own, the one that the run has.
+  """
+  config, workdir, dataset = test.config, test.workdir, test.dataset
+  split, point = check_unseen(workdir, dataset), operating_point.load_point(workdir)
+  if point.step != test.step:
+    point = operating_point.OperatingPoint(step=test.step)
+  own = split is None or split['validation'] == dataset.patients()['validation']
+  flips, lungs = (config.evaluate[key] if own else getattr(point, key) for key in ('flips', 'lungs'))
+  scorer = Scorer(test.task, test.mesh, config.train.batch_size, flips)
+  if not own:
+    return point, scorer
+  if dataset.validation is not None:
+    point = operating_point.choose(
+      scorer.table(test.variables, dataset.validation, progress=hosts.is_main()),
+      step=test.step,
+      score=test.task.kind.OVERLAP,
+      target_sensitivity=config.evaluate.target_sensitivity,
+      fit_temperature=config.evaluate.fit_temperature,
+    )
+  point = point.changed(flips=flips, lungs=lungs)
+  if config.evaluate.fit_smallest and dataset.validation is not None:
+    validated = test.scanned(dataset.validation)
+    check_scans(config, validated)
+    run = test.predictor(point)
+    point = operating_point.choose_smallest(point, [_true_volumes(run, test.scans[name]) for name in validated])
+  if hosts.is_main():
+    point.save(workdir)
+  return point, scorer
+
+
+def _score(test, point, scorer):
+  """The test fold's table of slices, and a row for each of its scans at hand; None where none is."""
+  table = scorer.table(test.variables, test.dataset.test, point.temperature, progress=hosts.is_main())
+  chosen = histogram.counts_at(table['histogram'], point.bin)
+  table |= {f'{key}_chosen': values for key, values in chosen.items()}
+  scanned = test.scanned(test.dataset.test)
+  if not scanned or test.config.task != 'segmentation':
+    return table, None
+  return table, score_volumes(test.predictor(point), test.scans, scanned)
+
+
+def _numbers(test, point, table, volumes_of_scans):
+  """What metrics.json holds."""
+  result = results.numbers(test.task.kind, table, test.config.evaluate.prevalences)
+  result['operating_point'] = point.about() | result['operating_point']
+  result |= {
+    'step': test.step,
+    'parameters': sum(x.size for x in jax.tree.leaves(test.variables['params'])),
+    'dataset': test.dataset.name,
+    'values': test.dataset.intensity,
+    'split': results.BY_PATIENT if test.dataset.by_patient else results.BY_SLICE,
+    'commit': provenance.commit(),
+  }
+  if volumes_of_scans:
+    result['volumes'] = masks.summary(volumes_of_scans)
+  return result
+
+
+def _write(test, point, table, volumes_of_scans, result):
+  """The files of test/."""
+  folder = test.workdir / 'test'
+  results.clear_test(folder)
+  _draw(test, table, point, folder / 'figures')
+  results.write_test(folder, table, result, volumes_of_scans)
 
 
 def check_scans(config: ml_collections.ConfigDict, scans: Collection[str] | None) -> None:
   """Raises a UserError where config.evaluate asks for what needs scans, and there are none."""
-  if config.evaluate.get('fit_smallest') and not scans:
+  if config.evaluate.fit_smallest and not scans:
     raise UserError(
       'evaluate.fit_smallest: needs the scans and masks as released, on one host, and volumes, no slices; name them '
       'with data.raw_dir, or leave it out'
@@ -204,12 +191,13 @@ def _true_volumes(run, read):
   return postprocessing.true_volumes(run(scan).mask, truth, scan.voxel_ml)
 
 
-def _draw(config, task, variables, dataset, table, point, folder):
+def _draw(test, table, point, folder):
   """Overlays of some slices, computed on one device of this process alone."""
-  variables = jax.tree.map(lambda x: x.addressable_data(0), variables)
+  config, task, dataset = test.config, test.task, test.dataset
+  variables = jax.tree.map(lambda x: x.addressable_data(0), test.variables)
   how = point.temperature, point.flips
   probabilities = jax.jit(lambda variables, slices: task.probabilities(variables, slices, *how))
-  shown = window.black_and_white(config.data['values'], config.data.window)
+  shown = window.black_and_white(config.data.intensity, config.data.window)
   for row in tqdm.tqdm(figures.telling_slices(table, config.evaluate.num_overlays), desc='Drawing', leave=False):
     example = dataset.test.source[row]
     predicted = None
@@ -218,4 +206,4 @@ def _draw(config, task, variables, dataset, table, point, folder):
     title = f'{results.overlay_title(task.kind, table, row)}, threshold {point.threshold:.3f}'
     path = folder / results.overlay_name(table, row)
     mask = example['mask'] if dataset.masks else None
-    figures.write_overlay(path, example['image'], mask, predicted, shown, config.data['values'], title)
+    figures.write_overlay(path, example['image'], mask, predicted, shown, config.data.intensity, title)

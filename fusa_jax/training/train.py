@@ -20,7 +20,7 @@ from fusa_jax.runs import checkpoint, operating_point, results, run_config
 from fusa_jax.runs.metric_log import MetricLog
 from fusa_jax.system import hosts, meshes
 from fusa_jax.system.errors import Terminated, UserError
-from fusa_jax.training import augment, datasets, evaluate, input_pipeline
+from fusa_jax.training import augment, datasets, input_pipeline, scorer
 
 
 @flax.struct.dataclass
@@ -84,7 +84,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
 
     # ---- the step, compiled before the first batch is read
     step_function = compile_step(task, optimizer, config, mesh, like)
-    scorer = evaluate.Scorer(task, mesh, config.train.batch_size)
+    validation = scorer.Scorer(task, mesh, config.train.batch_size)
     batches = input_pipeline.train_batches(
       dataset.train,
       mesh,
@@ -141,7 +141,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       if evaluating:
         score = None
         if dataset.validation is not None:
-          summary = results.summary(task.kind, scorer.table(state.variables, dataset.validation))
+          summary = results.summary(task.kind, validation.table(state.variables, dataset.validation))
           score = summary[task.kind.SELECTION]
           log.write(step, {f'validation/{name}': value for name, value in summary.items()})
           if hosts.is_main():

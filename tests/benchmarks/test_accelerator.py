@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import launch
 from benchmarks import accelerator, accelerator_parts, accelerator_report
+from fusa_jax.system import program
 from fusa_jax.system.errors import UserError
 
 ASKED = accelerator.Asked(
@@ -199,7 +199,7 @@ def test_what_cannot_be_is_refused(changes, reason, tmp_path, monkeypatch):
   }
   monkeypatch.setattr(accelerator, 'flags', types.SimpleNamespace(FLAGS=types.SimpleNamespace(**asked | changes)))
   monkeypatch.setattr(accelerator, '_run', lambda *_: pytest.fail('a process was started'))
-  monkeypatch.setattr(launch, 'start_logging', lambda: None)
+  monkeypatch.setattr(program, 'start_logging', lambda: None)
   with pytest.raises(UserError, match=reason):
     accelerator.main([])
   assert not list(tmp_path.iterdir())

@@ -23,8 +23,8 @@ def test_rows_and_json(tmp_path, monkeypatch, capsys):
     models=['resnet18'], torch_compile=False, json=str(tmp_path / 'numbers.json'), **dataclasses.asdict(SETTINGS)
   )
   monkeypatch.setattr(compare, 'flags', types.SimpleNamespace(FLAGS=asked))
-  monkeypatch.setattr(compare.launch, 'start_logging', lambda: None)
-  monkeypatch.setattr(compare.launch, 'use_compilation_cache', lambda: None)
+  monkeypatch.setattr(compare.program, 'start_logging', lambda: None)
+  monkeypatch.setattr(compare.program, 'use_compilation_cache', lambda: None)
   compare.main([])
   written = json.loads((tmp_path / 'numbers.json').read_text())
   assert [row['framework'] for row in written['rows']] == ['JAX', 'PyTorch, eager']

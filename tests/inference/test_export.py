@@ -108,7 +108,7 @@ def test_resize_to_its_own_size_changes_nothing():
 def test_every_model_can_be_exported(name):
   """For any batch and slices, on all three platforms; its products at the highest precision."""
   config = tiny(seg if name in models.SEGMENTERS else cls, **{'model.name': name, 'data.image_size': SIZE})
-  config.data['values'] = 'grey'
+  config.data.intensity = 'grey'
   shapes = jax.eval_shape(lambda: tasks.create(config).init(jax.random.key(0), SIZE))
   variables = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
   exported = export.program([trained.Network(config, 0, variables, 1.0)], flips=False)

@@ -159,6 +159,6 @@ def test_points_of_several_runs():
 )
 def test_what_a_task_or_its_values_lack_is_refused(task, values, asked, reason):
   config = tiny({'cls': cls, 'seg': seg}[task], **{f'evaluate.{asked}': True})
-  config.data['values'] = values
+  config.data.intensity = values
   with pytest.raises(UserError, match=reason):
     operating_point.check(config)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs import seg
 from data import prepare
-from data.cohorts import Wanted
+from data.cohorts import CohortOptions
 from fusa_jax.inference import predict, predictor
 from fusa_jax.scans import nifti, pictures
 from fusa_jax.system.errors import UserError
@@ -38,9 +38,11 @@ def folder(raw_dir, tmp_path_factory):
 @pytest.fixture(scope='module')
 def run(folder, tmp_path_factory):
   """A run of two steps on them."""
-  data_dir = prepare.prepare(str(folder), str(tmp_path_factory.mktemp('data')), SIZE, wanted=Wanted(values='grey'))
+  data_dir = prepare.prepare(
+    str(folder), str(tmp_path_factory.mktemp('data')), SIZE, wanted=CohortOptions(intensity='grey')
+  )
   config = tiny(seg, **{'train.steps': 2})
-  config.data['values'] = 'grey'
+  config.data.intensity = 'grey'
   workdir = tmp_path_factory.mktemp('runs') / 'grey'
   train.train(config, workdir, data_dir)
   evaluate.evaluate(config, workdir, data_dir)
@@ -117,14 +119,14 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
       run,
       scan,
       f'{scan}: values {stored.min()} to {stored.max()} are Hounsfield units or the like, not grey values of an '
-      '8-bit image (0 to 255), which is what data.values=grey stands for; give such, or train on HU without it',
+      '8-bit image (0 to 255), which is what data.intensity=grey stands for; give such, or train on HU without it',
     ),
     *(
       (
         runs['seg'],
         source,
         f'--input: {folder / "images" / "0001_00.png"} is a picture of grey values, and this run was trained on HU; '
-        'give scans in HU, or a run trained with data.values=grey',
+        'give scans in HU, or a run trained with data.intensity=grey',
       )
       for source in (folder / 'images', folder / 'images' / '0001_00.png')
     ),
@@ -147,7 +149,7 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
     assert str(caught.value) == (
       f'{tmp_path / "grey" / "a.nii.gz"}: values 0 to 255 are a 0-255 image, not HU (air is -1000); export the '
       'original Hounsfield units, neither windowed nor rescaled; or train on such images, and predict them, with '
-      '--config.data.values=grey'
+      '--config.data.intensity=grey'
     )
   # A folder of both, for a run of either: pictures are not for HU, and the scan is not for grey.
   shutil.copy(scan, tmp_path / 'grey' / 'b.nii.gz')

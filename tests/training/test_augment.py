@@ -96,7 +96,7 @@ def test_grey_is_changed_as_the_window_it_stands_for():
   config.augment.update(crop_probability=1.0, hu_shift=40.0, hu_scale=0.2)
   key = jax.random.key(3)
   out, out_mask = augment.augment(key, hu, mask, augment.create(config))
-  config.data['values'] = 'grey'
+  config.data.intensity = 'grey'
   grey_out, grey_mask = augment.augment(key, grey, mask, augment.create(config))
   np.testing.assert_array_equal(grey_mask, out_mask)
   seen = window.grey_input(grey_out)

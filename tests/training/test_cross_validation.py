@@ -111,7 +111,7 @@ def test_evaluated_again_and_reported(made, data_dir):
   before = result_of(made)
   cross_validation.evaluate_again(protocol(), made, data_dir)
   assert result_of(made) == before
-  text = report.write_report(made, datasets.card(data_dir, 'all'), 'python launch.py').read_text()
+  text = report.write_report(made, datasets.card(data_dir, 'all')).read_text()
   assert 'all folds, each patient tested once' in text
   assert 'Single folds, which share training patients' in text
 

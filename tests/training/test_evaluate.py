@@ -23,7 +23,7 @@ from fusa_jax.runs import figures, operating_point, results, run_config
 from fusa_jax.scans import lungs, nifti
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
-from fusa_jax.training import datasets, evaluate, train
+from fusa_jax.training import datasets, evaluate, scorer, train
 
 MODULES = {'seg': seg, 'cls': cls}
 
@@ -88,7 +88,7 @@ def test_the_table_does_not_depend_on_batch_or_devices(runs, data_dir, batch_siz
   mesh = meshes.create_mesh(data, space, jax.devices()[: data * space])
   _, variables = trained.load_variables(config, task, runs['cls'], mesh)
   split = datasets.load_dataset(data_dir, 0, SIZE).test
-  table = evaluate.Scorer(task, mesh, batch_size).table(variables, split)
+  table = scorer.Scorer(task, mesh, batch_size).table(variables, split)
   rows, _ = read(runs['cls'])
   np.testing.assert_allclose(table['score'], [float(r['score']) for r in rows], atol=1e-5)
   assert table['tp'].tolist() == [int(r['tp']) for r in rows]
@@ -208,14 +208,10 @@ def test_on_another_cohort_the_run_keeps_its_own_operating_point(runs, data_dir,
   assert result['brier'] != read(runs['seg'])[1]['brier']  # with flips
 
 
-def test_a_run_of_before_has_no_split_and_no_new_options(runs, data_dir, tmp_path):
+def test_a_run_without_split_and_point_is_evaluated_and_resumed(runs, data_dir, tmp_path):
   workdir = copy_of(runs['cls'], tmp_path / 'run')
   for name in ('split.json', 'operating_point.json'):
     (workdir / name).unlink()
-  config = json.loads((workdir / 'config.json').read_text())
-  config['evaluate'] = {'num_overlays': 1}
-  del config['data']['lesion_labels']
-  (workdir / 'config.json').write_text(json.dumps(config))
   result = evaluate.evaluate(run_config.load_config(workdir), workdir, data_dir)
   assert result['auc'] == read(runs['cls'])[1]['auc']
   train.train(tiny(cls), workdir, data_dir)  # finished, and not refused
@@ -228,7 +224,7 @@ def test_logits_that_are_not_finite_are_an_error(runs, data_dir):
   broken = jax.tree.map(lambda x: x * np.nan, variables)
   split = datasets.load_dataset(data_dir, 0, SIZE).test
   with pytest.raises(UserError, match='the model gives 32 of 32 slices a logit that is not finite'):
-    evaluate.Scorer(task, mesh, 8).table(broken, split)
+    scorer.Scorer(task, mesh, 8).table(broken, split)
 
 
 def test_a_target_sensitivity_is_met_on_the_validation_fold(runs, data_dir, tmp_path):

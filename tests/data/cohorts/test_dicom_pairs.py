@@ -14,7 +14,7 @@ from conftest import SIZE
 from layouts import copy, dicom_pairs, files
 
 from data import prepare, read, survey, workers
-from data.cohorts import Wanted
+from data.cohorts import CohortOptions
 from data.cohorts import dicom_pairs as cohort
 from data.find import find
 from fusa_jax.scans import dicom, nifti
@@ -156,7 +156,7 @@ def test_as_it_was_unpacked_and_not_as_grey(laid, tmp_path):
   name, cases = find(tmp_path / 'a')
   assert name == 'dicom_pairs' and len(cases) == 10
   with pytest.raises(UserError, match=r'holds Hounsfield units, not grey values'):
-    find(laid, Wanted(values='grey'))
+    find(laid, CohortOptions(intensity='grey'))
 
 
 def test_pairs_of_nifti_stay_pairs_whatever_lies_beside_them(laid, raw_dir, tmp_path):

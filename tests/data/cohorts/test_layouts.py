@@ -10,7 +10,7 @@ from layouts import LAYOUTS, RADIOPAEDIA, copy, files, relabel, write_all
 
 from configs import cls, seg
 from data import prepare, read, survey
-from data.cohorts import Wanted
+from data.cohorts import CohortOptions
 from data.find import find
 from fusa_jax.runs import report
 from fusa_jax.system.errors import UserError
@@ -24,7 +24,7 @@ def laid(raw_dir, tmp_path_factory):
 
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_found_and_prepared_with_the_lesions_that_were_written(laid, raw_dir, tmp_path, name):
-  wanted = Wanted(values='grey' if name == 'slices' else 'hu')
+  wanted = CohortOptions(intensity='grey' if name == 'slices' else 'hu')
   cohort, cases = find(laid[name], wanted)
   assert cohort == name
   assert len(cases) == len({case.patient for case in cases}) == PATIENTS
@@ -40,34 +40,34 @@ def test_found_and_prepared_with_the_lesions_that_were_written(laid, raw_dir, tm
 @pytest.mark.parametrize(
   ('name', 'wanted', 'module'),
   [
-    *((name, Wanted(), seg) for name in LAYOUTS if name != 'slices'),
-    ('zenodo_20', Wanted(values='grey'), seg),
-    ('medseg', Wanted(patients='each_slice'), seg),
-    ('slices', Wanted(values='grey'), seg),
-    ('slices', Wanted(values='grey'), cls),
-    ('classes', Wanted(values='grey', patients='each_slice'), cls),
+    *((name, CohortOptions(), seg) for name in LAYOUTS if name != 'slices'),
+    ('zenodo_20', CohortOptions(intensity='grey'), seg),
+    ('medseg', CohortOptions(patients='each_slice'), seg),
+    ('slices', CohortOptions(intensity='grey'), seg),
+    ('slices', CohortOptions(intensity='grey'), cls),
+    ('classes', CohortOptions(intensity='grey', patients='each_slice'), cls),
   ],
 )
 def test_trained_one_step_and_evaluated(laid, tmp_path, name, wanted, module):
   data_dir = prepare.prepare(str(laid[name]), str(tmp_path / 'data'), SIZE, wanted=wanted)
   steps = {'train.steps': 1, 'train.evaluate_every': 1, 'data.balanced': False, 'evaluate.num_overlays': 1}
   config = tiny(module, **steps)
-  config.data['values'] = wanted.values
+  config.data.intensity = wanted.intensity
   train.train(config, tmp_path / 'run', data_dir)
   scans = prepare.scans(laid[name], wanted) if module is seg else None
   result = evaluate.evaluate(config, tmp_path / 'run', data_dir, scans)
   tested = datasets.load_dataset(data_dir, 0, SIZE).test
   assert result['num_slices'] == len(tested) and result['num_patients'] == len(set(tested.patient.tolist()))
   assert result['tp'] + result['fn'] == (tested.label.sum() if module is cls else _lesion_pixels(tested))
-  assert result['values'] == wanted.values
+  assert result['values'] == wanted.intensity
   by_slice = 'by slice, not by patient: whose the slices are is not known'
   assert result['split'] == (by_slice if wanted.patients == 'each_slice' else 'by patient')
   scored = [patient for patient in set(tested.patient.tolist()) if scans and patient in scans]
   assert result.get('volumes', {}).get('num_volumes', 0) == len(scored)
   assert (len(scored) > 0) == (name not in ('slices', 'classes'))
-  page = report.write_report(tmp_path / 'run', datasets.card(data_dir, 0), 'command').read_text()
+  page = report.write_report(tmp_path / 'run', datasets.card(data_dir, 0)).read_text()
   assert ('Not tested on new patients' in page) == (wanted.patients == 'each_slice')
-  assert ('grey values 0 to 255' in page) == (wanted.values == 'grey')
+  assert ('grey values 0 to 255' in page) == (wanted.intensity == 'grey')
 
 
 def _lesion_pixels(split):
@@ -84,10 +84,10 @@ def test_labels_that_nobody_said_are_lesion_are_refused(raw_dir, tmp_path):
   assert line.endswith(
     'a mask holds 0 and 1 only, this one has 0, 3; name those that are lesion, as in --config.data.lesion_labels="(3,)"'
   )
-  prepared = prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, wanted=Wanted((2, 3)))
+  prepared = prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, wanted=CohortOptions((2, 3)))
   assert datasets.load_dataset(prepared, 0, SIZE).train.label.any()
   with pytest.raises(UserError, match=r'was prepared with other data.lesion_labels \(\[2, 3\]\); name another folder'):
-    prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, wanted=Wanted((3,)))
+    prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, wanted=CohortOptions((3,)))
 
 
 def test_what_is_missing_is_named(laid, raw_dir, tmp_path):
@@ -124,7 +124,7 @@ def test_what_is_missing_is_named(laid, raw_dir, tmp_path):
 
 
 def test_slices_of_the_kind_and_of_the_patients_that_were_asked_for(laid, caplog):
-  cases = find(laid['zenodo_20'], Wanted(values='grey'))[1]
+  cases = find(laid['zenodo_20'], CohortOptions(intensity='grey'))[1]
   assert sorted(case.patient for case in cases) == sorted(RADIOPAEDIA)
   assert len({case.owner for case in cases}) == 8
   for seed in range(5):  # two scans of one patient are never dealt apart, whatever their lesions
@@ -135,7 +135,7 @@ def test_slices_of_the_kind_and_of_the_patients_that_were_asked_for(laid, caplog
   named = find(laid['medseg'])[1]
   assert len(named) == PATIENTS and all(case.lesion_labels == (1, 2) for case in named)
   assert '100 slices of unknown patients are left out; --config.data.patients=each_slice takes' in caplog.text
-  every = find(laid['medseg'], Wanted(patients='each_slice'))[1]
+  every = find(laid['medseg'], CohortOptions(patients='each_slice'))[1]
   assert len(every) == PATIENTS + 100
   image, mask = (nib.load(laid['medseg'] / f'{name}.nii.gz').get_fdata() for name in ('tr_im', 'tr_mask'))
   found = read.slices(next(case for case in every if case.patient == 'tr_042'))
@@ -146,7 +146,7 @@ def test_slices_of_the_kind_and_of_the_patients_that_were_asked_for(laid, caplog
 
 def test_a_folder_as_it_was_unpacked(laid, tmp_path):
   """In folders that hold nothing else, with what the systems of others leave, and in other words for the same."""
-  wanted = Wanted(values='grey')
+  wanted = CohortOptions(intensity='grey')
   shutil.copytree(laid['slices'], tmp_path / 'a' / 'archive' / 'release')
   (tmp_path / 'a' / '.DS_Store').write_bytes(b'')
   inner = tmp_path / 'a' / 'archive' / 'release'

@@ -11,7 +11,7 @@ from PIL import Image
 
 from configs import seg
 from data import prepare, survey
-from data.cohorts import Wanted, slices
+from data.cohorts import CohortOptions, slices
 from data.find import find
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, train
@@ -23,7 +23,7 @@ def laid(raw_dir, tmp_path_factory):
 
 
 def test_pictures_are_prepared_as_they_are(laid, raw_dir, tmp_path):
-  prepared = prepare.prepare(str(laid['slices']), str(tmp_path), SIZE, wanted=Wanted(values='grey'))
+  prepared = prepare.prepare(str(laid['slices']), str(tmp_path), SIZE, wanted=CohortOptions(intensity='grey'))
   split = datasets.load_dataset(prepared, 0, SIZE).test
   truth = {(patient, index): (grey, mask) for patient, index, grey, mask in pictures_of(raw_dir)}
   for index in range(len(split)):
@@ -35,7 +35,7 @@ def test_pictures_are_prepared_as_they_are(laid, raw_dir, tmp_path):
 
 
 def test_classes_are_told_by_the_name_of_the_one_without_lesion(laid, raw_dir, tmp_path):
-  name, cases = find(laid['classes'], Wanted(values='grey', patients='each_slice'))
+  name, cases = find(laid['classes'], CohortOptions(intensity='grey', patients='each_slice'))
   assert name == 'slices'
   assert sum(case.labels[0] for case in cases) == sum(mask.any() for *_, mask in pictures_of(raw_dir))
   assert {case.patient.rpartition('-')[0]: case.labels[0] for case in cases} == {'CT_COVID': 1, 'CT_NonCOVID': 0}
@@ -58,7 +58,7 @@ def test_classes_are_told_by_the_name_of_the_one_without_lesion(laid, raw_dir, t
     with pytest.raises(
       UserError, match=rf'which of its folders \({names[0]}, {names[1]}\) is without lesion is not clear'
     ):
-      find(folder, Wanted(values='grey'))
+      find(folder, CohortOptions(intensity='grey'))
 
 
 def test_what_is_wrong_with_pictures_is_named(laid, tmp_path):
@@ -71,21 +71,23 @@ def test_what_is_wrong_with_pictures_is_named(laid, tmp_path):
     assert not (tmp_path / 'out').exists() or not list((tmp_path / 'out').rglob('*array_record*'))
     return str(caught.value).replace(f'{folder}', 'X')
 
-  grey = Wanted(values='grey')
-  assert refused('slices', Wanted()) == ('X: holds 8-bit grey values, not HU; say so with --config.data.values=grey')
+  grey = CohortOptions(intensity='grey')
+  assert refused('slices', CohortOptions()) == (
+    'X: holds 8-bit grey values, not HU; say so with --config.data.intensity=grey'
+  )
   assert (
     refused('mosmed', grey)
     .splitlines()[0]
     .endswith(
-      'are Hounsfield units or the like, not grey values of an 8-bit image (0 to 255), which is what data.values=grey '
-      'stands for; give such, or train on HU without it'
+      'are Hounsfield units or the like, not grey values of an 8-bit image (0 to 255), which is what '
+      'data.intensity=grey stands for; give such, or train on HU without it'
     )
   )
   assert refused('classes', grey) == (
     'X: whose slices these are is not known, so that a patient may be both trained on and tested; add slices.csv '
     '(name,patient), or say --config.data.patients=each_slice and take no number for one of new patients'
   )
-  assert refused('slices', grey._replace(values='gray')) == "data.values: there is no 'gray'; one of hu, grey"
+  assert refused('slices', grey._replace(intensity='gray')) == "data.intensity: there is no 'gray'; one of hu, grey"
   assert refused('slices', grey._replace(patients='each')) == (
     "data.patients: there is no 'each'; one of named, each_slice"
   )
@@ -150,14 +152,14 @@ def test_what_is_wrong_with_pictures_is_named(laid, tmp_path):
 
 
 def test_labels_only_are_not_for_segmentation(laid, tmp_path):
-  wanted = Wanted(values='grey', patients='each_slice')
+  wanted = CohortOptions(intensity='grey', patients='each_slice')
   data_dir = prepare.prepare(str(laid['classes']), str(tmp_path / 'data'), SIZE, wanted=wanted)
   shards = list(pathlib.Path(data_dir).glob('*.array_record*'))
   assert len(shards) < 2 * 160 / 32 + 5  # readers keep each one open
   config = tiny(seg)
-  with pytest.raises(UserError, match=r'data.values: hu, but .* holds grey: a network of one cannot read the other'):
+  with pytest.raises(UserError, match=r'data.intensity: hu, but .* holds grey: a network of one cannot read the other'):
     train.train(config, tmp_path / 'run', data_dir)
-  config.data['values'] = 'grey'
+  config.data.intensity = 'grey'
   with pytest.raises(UserError, match=r'has labels of slices and no masks; train a classifier'):
     train.train(config, tmp_path / 'run', data_dir)
   assert not (tmp_path / 'run').exists()
@@ -165,7 +167,7 @@ def test_labels_only_are_not_for_segmentation(laid, tmp_path):
 
 def test_what_is_said_of_pictures_is_part_of_the_dataset(laid, tmp_path):
   """A corrected list of patients, or a slice moved to the other class, is another cohort of the same files."""
-  folder, wanted = tmp_path / 'raw', Wanted(values='grey')
+  folder, wanted = tmp_path / 'raw', CohortOptions(intensity='grey')
   shutil.copytree(laid['slices'], folder)
   before = survey.fingerprint(find(folder, wanted)[1])
   prepare.prepare(str(folder), str(tmp_path / 'data'), SIZE, wanted=wanted)
@@ -174,7 +176,7 @@ def test_what_is_said_of_pictures_is_part_of_the_dataset(laid, tmp_path):
   assert survey.fingerprint(find(folder, wanted)[1]) != before
   with pytest.raises(UserError, match=r'was prepared from other files than .* holds now'):
     prepare.prepare(str(folder), str(tmp_path / 'data'), SIZE, wanted=wanted)
-  folder, wanted = tmp_path / 'classes', Wanted(values='grey', patients='each_slice')
+  folder, wanted = tmp_path / 'classes', CohortOptions(intensity='grey', patients='each_slice')
   shutil.copytree(laid['classes'], folder)
   names = sorted(path.name for path in (folder / 'CT_COVID').iterdir())
   lines = [f'{"CT_COVID/" if (folder / "CT_NonCOVID" / name).exists() else ""}{name},p{name[0]}' for name in names]
@@ -205,6 +207,6 @@ def test_equal_pictures_are_a_matter_between_patients(tmp_path):
       Image.fromarray(black).save(tmp_path / 'masks' / f'{name}.png')
       lines.append(f'{name},{patient}')
   (tmp_path / 'slices.csv').write_text('\n'.join(lines))
-  cases = find(tmp_path, Wanted(values='grey'))[1]
+  cases = find(tmp_path, CohortOptions(intensity='grey'))[1]
   assert [path.stem for path in cases[0].ct] == ['a8', 'a9', 'a10', 'a11']
   assert [found.case.patient for found in survey.survey(cases)] == ['a', 'b']

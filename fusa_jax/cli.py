@@ -1,0 +1,220 @@
+"""The command line: a table of modes, each with its function and its flags, and what each function calls."""
+
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from absl import flags
+
+from fusa_jax.runs import arguments, experiment
+from fusa_jax.system import home, program
+from fusa_jax.system.errors import UserError
+
+FLAGS = flags.FLAGS
+_HOSTS = ('coordinator', 'num_processes', 'process_id', 'connect_timeout', 'heartbeat_timeout')
+
+
+class Mode(NamedTuple):
+  """A verb of the user's work.
+
+  Attributes:
+    function: what it calls.
+    does: in a line, for --help.
+    needs: flags that must be given.
+    takes: flags that may be given.
+    together: whether all processes of a run take part; otherwise this one works alone.
+  """
+
+  function: Callable[[], None]
+  does: str
+  needs: tuple[str, ...] = ()
+  takes: tuple[str, ...] = ()
+  together: bool = False
+
+  @property
+  def flags(self) -> tuple[str, ...]:
+    """All that it knows."""
+    return (*self.needs, *self.takes, *(_HOSTS if self.together else ()))
+
+
+def train() -> None:
+  from fusa_jax.training import cross_validation
+
+  config, name, _ = arguments.named_experiment()
+  data_dir = experiment.prepared(config)
+  workdir, scans = pathlib.Path(FLAGS.workdir or f'runs/{name}'), experiment.scans_at_hand(config)
+  cross_validation.train_and_test(config, workdir, data_dir, scans)
+  cross_validation.write_reports(config, workdir, data_dir)
+
+
+def evaluate() -> None:
+  from fusa_jax.runs import run_config
+  from fusa_jax.training import cross_validation
+
+  workdir = pathlib.Path(FLAGS.workdir)
+  config = experiment.to_evaluate(run_config.load_config(workdir), arguments.named_config() if FLAGS.config else None)
+  data_dir = experiment.prepared(config)
+  cross_validation.evaluate_again(config, workdir, data_dir, experiment.scans_at_hand(config))
+  cross_validation.write_reports(config, workdir, data_dir)
+
+
+def predict() -> None:
+  from fusa_jax.inference import predict, predictor
+  from fusa_jax.system import meshes
+
+  mesh = None
+  if FLAGS.config is not None:
+    experiment.check_changes(arguments.named_config().overrides, ('mesh.',))
+    mesh = meshes.create_mesh(**FLAGS.config.mesh)
+  run = predictor.load_predictor(arguments.workdirs(), mesh, **arguments.operating_point())
+  predict.predict(run, pathlib.Path(FLAGS.input), pathlib.Path(FLAGS.output), FLAGS.probabilities, FLAGS.dicom)
+
+
+def export() -> None:
+  from fusa_jax.inference import export
+
+  output = pathlib.Path(FLAGS.output)
+  export.write_bundle(
+    arguments.workdirs(), output, **arguments.operating_point(), licence=FLAGS.license or export.NO_LICENCE
+  )
+  logging.info('exported: %s', output)
+
+
+def prepare() -> None:
+  config = arguments.named_experiment().config
+  if config.data.dir and not config.data.raw_dir:
+    raise UserError('--config.data.raw_dir: missing; --mode=prepare needs the folder of the scans')
+  logging.info('prepared: %s', experiment.prepared(config))
+
+
+def view() -> None:
+  from fusa_jax.inference import viewer
+
+  viewer.view(pathlib.Path(FLAGS.input), pathlib.Path(FLAGS.output))
+
+
+def score() -> None:
+  from fusa_jax.measures import score
+
+  score.score(pathlib.Path(FLAGS.input), pathlib.Path(FLAGS.truth), pathlib.Path(FLAGS.output))
+
+
+def compare() -> None:
+  from fusa_jax.runs import compare
+
+  output = pathlib.Path(FLAGS.output) if FLAGS.output else None
+  compare.compare(pathlib.Path(FLAGS.workdir), pathlib.Path(FLAGS.against), output)
+
+
+def compile_ahead() -> None:
+  import jax
+
+  from fusa_jax.chips import aot, tpu
+
+  jax.config.update('jax_platforms', 'cpu')  # whatever is here, it is not what the step is compiled for
+  named = arguments.named_config()
+  name = f'{pathlib.Path(named.path).stem}-{pathlib.Path(named.preset).stem}'
+  topology = tpu.Topology.parse(FLAGS.topology, FLAGS.slices)
+  if FLAGS.sweep:
+    aot.sweep(named.config, name, topology.kind, pathlib.Path('docs/scaling.md'))
+  else:
+    aot.aot(named.config, name, topology, pathlib.Path(FLAGS.output or 'runs/aot'))
+
+
+def doctor() -> None:
+  from data import prepare
+  from fusa_jax.chips import doctor
+
+  caches = {'prepared datasets': prepare.CACHE, 'compiled programs, of these': program.COMPILED}
+  doctor.doctor(experiment.load_preset(home.HOME / 'configs' / 'seg.py', 'demo'), caches)
+
+
+_BOTH = ('input', 'output')
+MODES = {
+  'train': Mode(train, 'prepares what is missing, trains or resumes, evaluates', ('config',), ('workdir',), True),
+  'evaluate': Mode(evaluate, 'evaluates a trained run again', ('workdir',), ('config',), True),
+  'predict': Mode(
+    predict,
+    'marks lesions in new scans',
+    ('workdir', *_BOTH),
+    ('config', *arguments.POINT, 'probabilities', 'dicom'),
+    True,
+  ),
+  'prepare': Mode(prepare, 'checks a cohort and prepares its dataset', ('config',), (), True),
+  'export': Mode(export, 'writes a bundle to pass on', ('workdir', 'output'), (*arguments.POINT, 'license')),
+  'view': Mode(view, 'writes pages of scans and predicted masks for a browser', _BOTH),
+  'score': Mode(score, 'scores masks against true masks', ('input', 'truth', 'output')),
+  'compare': Mode(compare, 'compares two runs patient by patient', ('workdir', 'against'), ('output',)),
+  'aot': Mode(
+    compile_ahead, 'compiles the training step for a TPU slice', ('config',), ('topology', 'slices', 'sweep', 'output')
+  ),
+  'doctor': Mode(doctor, 'says what is installed, and whether it works'),
+}
+# What takes the place of flags in modes that choose the operating point.
+_KEYS = {'threshold': 'target_sensitivity', 'tta': 'flips', 'lungs': 'lungs', 'smallest_ml': 'fit_smallest'}
+
+
+def check_flags(mode: str) -> None:
+  """Raises a UserError where a flag was given that the mode does not take, or one that it needs was not."""
+  known = {name for each in MODES.values() for name in each.flags}
+  for name in sorted(known - set(MODES[mode].flags)):
+    if FLAGS[name].present:
+      modes = [other for other, each in MODES.items() if name in each.flags]
+      instead = 'leave it out'
+      if mode in ('train', 'evaluate') and name in _KEYS:
+        instead = f'in {mode} use --config.evaluate.{_KEYS[name]}'
+      raise UserError(f'--{name}: applies to --mode={", ".join(modes)}, not to {mode}; {instead}')
+  for name in MODES[mode].needs:
+    if name == 'config':
+      arguments.named_config()
+    elif not FLAGS[name].value:
+      raise UserError(f'--{name}: missing; --mode={mode} needs it')
+
+
+def help_text() -> str:
+  """What --help prints: modes with their flags, then what each flag means."""
+  lines = ['usage: python launch.py --mode=MODE --FLAG=VALUE ...   (installed: fusa-jax)', '']
+  for name, mode in MODES.items():
+    needed = ' '.join(f'--{flag}' for flag in mode.needs)
+    taken = ' '.join(f'[--{flag}]' for flag in mode.takes)
+    lines += (
+      [f'--mode={name}: {mode.does}', f'    {needed} {taken}'.rstrip()]
+      if mode.flags
+      else [f'--mode={name}: {mode.does}']
+    )
+  together = ', '.join(name for name, mode in MODES.items() if mode.together)
+  lines += ['', f'on several hosts ({together}): {" ".join(f"[--{flag}]" for flag in _HOSTS)}', '']
+  known = dict.fromkeys(['mode', 'config', *(flag for mode in MODES.values() for flag in mode.flags)])
+  lines += [f'--{flag}: {FLAGS[flag].help}' for flag in known]
+  return '\n'.join([*lines, '--config.KEY=VALUE: any key of configs/base.py', '--helpfull: the flags of the libraries'])
+
+
+def main(_) -> None:
+  """Dispatches on --mode. Modules are imported where they are needed: a refused command should not wait for JAX."""
+  program.start_logging()
+  check_flags(FLAGS.mode)
+  mode = MODES[FLAGS.mode]
+  if not mode.together:
+    mode.function()
+    return
+  from fusa_jax.system import hosts
+
+  program.use_compilation_cache()
+  hosts.connect(
+    FLAGS.coordinator,
+    FLAGS.num_processes,
+    FLAGS.process_id,
+    connect_timeout=FLAGS.connect_timeout,
+    heartbeat_timeout=FLAGS.heartbeat_timeout,
+  )
+  if not hosts.is_main():
+    logging.getLogger().setLevel(logging.WARNING)
+  mode.function()
+  hosts.disconnect()
+
+
+def start() -> None:
+  """The command fusa-jax, and launch.py."""
+  arguments.define_flags(list(MODES))
+  arguments.start(main, help_text)
