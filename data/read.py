@@ -58,7 +58,7 @@ def _volume_of_dicom(case):
         found = (', '.join(map(str, series)) or 'none') + (f' (left out: {left_out})' if left_out and not drawn else '')
         asked = f'CT series that {drawn.name} refers to' if drawn else 'CT series, the one that the mask was drawn on'
         raise UserError(f'there must be one {asked}, and there is {found}; add it, or take the others out')
-      scan = dicom.read_series(series[0], case.intensity or 'hu')
+      scan = series[0].read_image(case.intensity or 'hu')
       if drawn:
         return scan, dicom_seg.read_seg(drawn, scan, case.lesion_labels)
     except UserError as error:  # which does not say in which folder, but of the archive that is all

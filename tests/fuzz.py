@@ -77,8 +77,8 @@ def outcome(folder: pathlib.Path, values: str, file: pathlib.Path) -> str:
   try:
     with tempfile.TemporaryDirectory() as unpacked, warnings.catch_warnings():
       warnings.simplefilter('error')
-      for one in sources.find(folder, values, pathlib.Path(unpacked)):
-        sources.read(one, values)
+      for one in sources.find_sources(folder, values, pathlib.Path(unpacked)):
+        one.read_image(values)
   except UserError as error:
     named = str(error).startswith((f'{file}: ', f'{file.name}: ', 'series', '--input: ', unpacked))
     personal = any(part in str(error) for part in ('Marker', 'MARKER', '19030714'))

@@ -7,7 +7,7 @@ The mask is `X_seg.nii.gz` or `X_mask.nii.gz` beside it, or a DICOM SEG in it th
 import pathlib
 
 from data.cohorts import Case, by_name, refuse_lonely
-from fusa_jax.scans import archives, sources
+from fusa_jax.scans import archives, dicom, sources
 from fusa_jax.system.errors import UserError
 
 
@@ -62,8 +62,8 @@ def _masks(folder):
 
 
 def _may_hold_dicom(folder):
-  return any(archives.is_archive(path) or sources.is_dicom(path) for path in archives.in_folder(folder))
+  return any(map(archives.is_archive, archives.in_folder(folder))) or _holds_dicom(folder)
 
 
 def _holds_dicom(folder):
-  return any(map(sources.is_dicom, archives.in_folder(folder)))
+  return any(sources.format_of(path) is dicom.Series for path in archives.in_folder(folder))

@@ -108,7 +108,7 @@ def _by_stem(folder):
   found = {}
   natural = lambda path: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', path.name)]
   for path in sorted(folder.iterdir(), key=natural):
-    if pictures.is_picture(path):
+    if pictures.is_picture_file(path):
       if path.stem in found:
         raise UserError(f'{path}: a second picture of the name {path.stem}; remove one, or rename it')
       found[path.stem] = path

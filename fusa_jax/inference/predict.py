@@ -14,8 +14,9 @@ import numpy as np
 import tqdm
 
 from fusa_jax.inference.predictor import Predictor
-from fusa_jax.scans import dicom, dicom_seg, nifti, pictures, sources
+from fusa_jax.scans import dicom_seg, nifti, pictures
 from fusa_jax.scans.archives import unpacking
+from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import write_json
@@ -55,62 +56,54 @@ def predict(
       one is predicted); DICOM SEG is wanted of a model without masks, or of anything but DICOM series.
   """
   with unpacking() as unpacked:
-    paths = sources.find(source, run.model.values, unpacked)
+    sources = find_sources(source, run.model.values, unpacked)
     if as_dicom:
-      _check_for_dicom(run, paths)
-    _predict(run, paths, output, probabilities, as_dicom)
+      if run.model.task != 'segmentation':
+        raise UserError('--dicom: is about masks, and this model gives none; leave it out')
+      dicom_seg.check_series(sources)
+    _predict(run, sources, output, probabilities, as_dicom)
 
 
-def _check_for_dicom(run, paths):
-  if run.model.task != 'segmentation':
-    raise UserError('--dicom: is about masks, and this model gives none; leave it out')
-  others = [path.name for path in paths if not isinstance(path, dicom.Series)]
-  if others:
-    raise UserError(f'--dicom: {others[0]} is no DICOM series; give such alone, or leave it out')
-  dicom_seg.check_series(paths)
-
-
-def _predict(run, paths, output, probabilities, as_dicom):
-  kind = run.model.values
-  if len(paths) > 1:
-    _check(paths, kind)
-  drawn = [path for path in paths if sources.is_picture(path)]
+def _predict(run, sources, output, probabilities, as_dicom):
+  if len(sources) > 1:
+    _check(sources, run.model.values)
+  drawn = [source for source in sources if source.is_picture]
   # A scan fills batches of its own; pictures share them.
-  parts = [[path] for path in paths if not sources.is_picture(path)]
+  parts = [[source] for source in sources if not source.is_picture]
   parts += [drawn[start : start + _TOGETHER] for start in range(0, len(drawn), _TOGETHER)]
 
   def read_part(part):
-    images = [sources.read(path, kind) for path in part]
+    images = [source.read_image(run.model.values) for source in part]
     return part, images, run.prepare(images)
 
   def write_part(read_and_computed):
     part, images, found = read_and_computed
-    of_each = found if sources.is_picture(part[0]) else [found]
+    of_each = found if part[0].is_picture else [found]
     if hosts.is_main():
-      for path, image, probability in zip(part, images, of_each, strict=True):
-        _write(output, path, image, run.result(image, probability), probabilities, as_dicom)
+      for source, image, probability in zip(part, images, of_each, strict=True):
+        _write(output, source, image, run.result(image, probability), probabilities, as_dicom)
     return len(part)
 
   # A write that has begun is waited for, whatever happens: nothing is half-written.
   with futures.ThreadPoolExecutor(1) as writer, _readers() as reader:
     parts_read = _overlapping(reader, read_part, parts, _AHEAD + 1)
     computed = ((part, images, run.probabilities(prepared)) for part, images, prepared in parts_read)
-    with tqdm.tqdm(total=len(paths), desc='Predicting', disable=len(paths) == 1 or not hosts.is_main()) as bar:
+    with tqdm.tqdm(total=len(sources), desc='Predicting', disable=len(sources) == 1 or not hosts.is_main()) as bar:
       for count in _overlapping(writer, write_part, computed, 1):
         bar.update(count)
 
 
-def _check(paths, kind):
-  """Reads all files, several at a time; raises a UserError of a line for each that is refused."""
+def _check(sources, values):
+  """Reads all sources, several at a time; raises a UserError of a line for each that is refused."""
 
-  def problem(path):
+  def problem(source):
     try:
-      sources.read(path, kind)
+      source.read_image(values)
     except UserError as error:
       return str(error)
 
   with _readers() as reader:
-    problems = [line for line in reader.map(problem, paths) if line]
+    problems = [line for line in reader.map(problem, sources) if line]
   if problems:
     raise UserError('\n'.join(problems))
 
@@ -145,22 +138,22 @@ def _overlapping(pool, function, items, at_once):
     yield begun.popleft().result()
 
 
-def _write(output, path, image, found, probabilities, as_dicom):
+def _write(output, source, image, found, probabilities, as_dicom):
   """Of a scan or a picture: its mask, its probabilities on request, and its numbers last."""
-  name, drawn = sources.stem(path), sources.is_picture(path)
+  name = source.stem
   volumes = {'mask': found.mask, 'probability': found.probability if probabilities else None}
   for kind, values in volumes.items():
     if values is None:
       continue
-    if drawn:
+    if source.is_picture:
       pictures.write_picture(output / f'{name}_{kind}.png', np.rint(values * 255).astype(np.uint8))
     else:
       nifti.write_volume(output / f'{name}_{kind}.nii.gz', values, image)
   if as_dicom:
     dicom_seg.write_seg(output / f'{name}_mask.dcm', found.mask, image, {key: found.numbers[key] for key in _ABOUT})
-  numbers = {'picture' if drawn else 'scan': path.name, **found.numbers}
+  numbers = {'picture' if source.is_picture else 'scan': source.name, **found.numbers}
   write_json(output / f'{name}.json', numbers)
-  logging.info('%s: %s', path if isinstance(path, dicom.Series) else path.name, _one_line(numbers))
+  logging.info('%s: %s', source.title, _one_line(numbers))
 
 
 def _one_line(result):

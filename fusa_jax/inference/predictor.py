@@ -9,8 +9,9 @@ import numpy as np
 
 from fusa_jax.inference import bundle, postprocessing, trained
 from fusa_jax.runs import operating_point
-from fusa_jax.scans import sources, volumes
+from fusa_jax.scans import volumes
 from fusa_jax.scans.archives import unpacking
+from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import hosts, meshes
 from fusa_jax.system.errors import UserError
 
@@ -97,7 +98,7 @@ class Predictor:
       spacing: of an array [S, H, W], mm between slices, rows and columns. Without it a voxel counts as 1 mm³.
 
     Raises:
-      UserError: as `sources.find`, `sources.read` and `volumes.from_volume`; several scans; an array of other
+      UserError: as `find_sources`, `Source.read_image` and `volumes.from_volume`; several scans; an array of other
         dimensions; lesions to be left out, or limited to the lungs, in an array without spacing.
     """
     if isinstance(image, (str, pathlib.Path)):
@@ -109,10 +110,10 @@ class Predictor:
 
   def _read(self, path):
     with unpacking() as unpacked:
-      paths = sources.find(path, self.model.values, unpacked)
-      if len(paths) > 1:
-        raise UserError(f'{path}: holds {len(paths)} scans or pictures; give one, or all to --mode=predict')
-      return sources.read(paths[0], self.model.values)
+      sources = find_sources(path, self.model.values, unpacked)
+      if len(sources) > 1:
+        raise UserError(f'{path}: holds {len(sources)} scans or pictures; give one, or all to --mode=predict')
+      return sources[0].read_image(self.model.values)
 
   def _from_array(self, array, spacing):
     if array.ndim == 2 and self.model.values == 'grey':

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from fusa_jax.scans import nifti, sources, volumes
+from fusa_jax.scans import nifti, volumes
 from fusa_jax.scans.archives import unpacking
+from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import pages
 from fusa_jax.system.errors import UserError
 
@@ -50,11 +51,11 @@ def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
       written); a scan that is refused, or whose mask is or lies on another grid (after the pages of those before it).
   """
   with unpacking() as unpacked:
-    scans = sources.find(source, None, unpacked)
+    scans = find_sources(source, None, unpacked)
     results, problems = {}, []
-    for path in scans:
+    for scan in scans:
       try:
-        results[sources.stem(path)] = _result(masks, sources.stem(path))
+        results[scan.stem] = _result(masks, scan.stem)
       except UserError as error:
         problems.append(str(error))
     if problems:
@@ -62,9 +63,8 @@ def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
     if len(scans) > 1 and pathlib.Path(_INDEX).stem in results:
       raise UserError(f'--input: the page of {_INDEX} would be that of all scans; rename the scan, or give it alone')
     written = []
-    for path in tqdm.tqdm(scans, desc='Writing pages', disable=len(scans) == 1):
-      name = sources.stem(path)
-      written.append(_write_page(masks, name, path, results[name]))
+    for scan in tqdm.tqdm(scans, desc='Writing pages', disable=len(scans) == 1):
+      written.append(_write_page(masks, scan, results[scan.stem]))
   if len(scans) > 1:
     pages.write_page(masks / _INDEX, 'viewer_index.html', results=dict(sorted(results.items())))
     written.insert(0, masks / _INDEX)
@@ -104,8 +104,8 @@ def _mask(masks, name):
   return masks / f'{name}_mask.nii.gz'
 
 
-def _write_page(masks, name, path, result):
-  scan = volumes.on_canonical_axes(sources.read(path, result['values']))
+def _write_page(masks, source, result):
+  name, scan = source.stem, volumes.on_canonical_axes(source.read_image(result['values']))
   if len(scan.values) != result['num_slices']:
     raise UserError(
       f'{masks / name}.json: of {result["num_slices"]} slices, and the scan {scan.path.name} has {len(scan.values)}; '

@@ -1,1 +1,1 @@
-"""A file <-> a scan: NIfTI, DICOM, pictures, archives, and the lungs in a scan. Open it to add a file format."""
+"""A file <-> a scan: NIfTI, DICOM, pictures, archives, and the lungs in a scan. formats.py says how to add one."""

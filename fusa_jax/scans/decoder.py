@@ -1,7 +1,11 @@
-"""Decoding in a process of its own: on some damaged files, GDCM ends the process that it is in.
+"""Runs functions in a process of its own: on some damaged files, GDCM kills the process that it runs in.
 
-Each thread has one such process, from its first file on. As a script, this is that process: it takes (function,
-arguments) by pickle on the standard input, and gives back what the function gives, or its UserError.
+Each thread starts one such worker at its first file and keeps it. Run as a script, this module is the worker: it reads
+(function, arguments) by pickle from the standard input, and writes the result or the UserError to the standard output.
+
+ProcessPoolExecutor does not replace it. A spawned worker first imports modules of the current folder and the main
+module: launch.py takes 0.6 s, the worker here 0.03 s, and a script that Python reads from the standard input fails. The
+pool also waits forever for a worker that dies while it sends an image, and its worker survives a killed parent.
 """
 
 import os
@@ -14,19 +18,19 @@ from collections.abc import Callable
 from fusa_jax.system.errors import UserError
 
 
-class _Apart:
-  """The process: `self(function, *arguments)` is what it gives there; None where the process ended over it."""
+class _Worker:
+  """The process. `self(function, *arguments)` returns the result or the UserError; None where the process ended."""
 
   def __init__(self):
     self.owner = os.getpid()
     self._process = subprocess.Popen(
-      # With this process' path of modules, and nothing that lies in the current folder.
+      # -P: import nothing from the current folder. PYTHONPATH: find the same modules as this process.
       [sys.executable, '-P', '-m', 'fusa_jax.scans.decoder'],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,  # decoders written in C print to it, beside what they give back
+      stderr=subprocess.DEVNULL,  # decoders written in C print warnings to it
       env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
-      start_new_session=True,  # Ctrl-C is for this process; that one ends when nothing can be asked of it any more
+      start_new_session=True,  # keeps Ctrl-C away from the worker; it ends when its standard input closes
     )
 
   def __call__(self, function, *arguments):
@@ -47,31 +51,31 @@ _of_thread = threading.local()
 
 
 def apart(function: Callable, *arguments):
-  """function(*arguments), of a module's own function and of what can be pickled; computed in the thread's process.
+  """Computes function(*arguments) in the thread's worker; the function must be a module's own, all must be picklable.
 
   Raises:
-    UserError: as the function; or the process ended, without more to say; or the system gives none.
+    UserError: the function raised it; the worker died; or the system refuses to start one.
   """
-  process = getattr(_of_thread, 'process', None)
-  if process is None or process.owner != os.getpid():  # after a fork it answers another one
+  worker = getattr(_of_thread, 'worker', None)
+  if worker is None or worker.owner != os.getpid():  # after a fork, the worker belongs to the parent process
     try:
-      process = _Apart()
+      worker = _Worker()
     except OSError as error:
       raise UserError(f'no process to decode it in ({error.strerror}); close others, and start again') from None
-  # Until it has answered it is nobody's: an answer that was not waited for would be taken for the next file's.
-  _of_thread.process = None
-  found = process(function, *arguments)
-  if found is None:
+  # Detach the worker until it replies, so that a late reply cannot be matched to the next file.
+  _of_thread.worker = None
+  result = worker(function, *arguments)
+  if result is None:
     raise UserError('a slice cannot be decoded (its decoder broke down); copy it again from its source')
-  _of_thread.process = process
-  if isinstance(found, UserError):
-    raise found
-  return found
+  _of_thread.worker = worker
+  if isinstance(result, UserError):
+    raise result
+  return result
 
 
 def main():
-  # What libraries print goes elsewhere than what is given back.
-  given = os.fdopen(os.dup(sys.stdout.fileno()), 'wb')
+  # Keep the standard output for results: send to the standard error what libraries print.
+  results = os.fdopen(os.dup(sys.stdout.fileno()), 'wb')
   os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
   while True:
     try:
@@ -79,11 +83,11 @@ def main():
     except EOFError:
       return
     try:
-      found = function(*arguments)
+      result = function(*arguments)
     except UserError as error:
-      found = error
-    pickle.dump(found, given)
-    given.flush()
+      result = error
+    pickle.dump(result, results)
+    results.flush()
 
 
 if __name__ == '__main__':

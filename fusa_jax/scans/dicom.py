@@ -16,11 +16,11 @@ import pathlib
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from fusa_jax.scans import decoder, volumes
+from fusa_jax.scans import decoder, formats, volumes
 from fusa_jax.system.errors import UserError
 
 _INSTALL = 'pip install -r requirements-dicom.txt'
@@ -55,8 +55,17 @@ _ROUNDING = 0.1
 _TILT = 0.5
 
 
+def is_dicom(path: pathlib.Path) -> bool:
+  """Whether a file begins as DICOM files do, whatever its name."""
+  try:
+    with path.open('rb') as file:
+      return file.read(132)[128:] == b'DICM'
+  except OSError:
+    return False
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Series:
+class Series(formats.Source):
   """The slices of one series, unread and unchecked.
 
   Attributes:
@@ -66,6 +75,15 @@ class Series:
 
   uid: str
   headers: Sequence[Any]
+  title = property(str)
+  claims = staticmethod(is_dicom)
+
+  @classmethod
+  def from_files(cls, paths: Iterable[pathlib.Path]) -> list[Self]:
+    return find_series(paths)
+
+  def read_image(self, values: str) -> volumes.Scan:
+    return read_series(self, values)
 
   @property
   def number(self) -> int | None:
@@ -74,7 +92,7 @@ class Series:
 
   @property
   def name(self) -> str:
-    """What result files begin with: the number and eight digits of the UID's SHA-256."""
+    """The number and eight digits of the UID's SHA-256."""
     return f'series{"" if self.number is None else self.number}_{hashlib.sha256(self.uid.encode()).hexdigest()[:8]}'
 
   def __str__(self) -> str:
@@ -167,15 +185,6 @@ class Series:
         '%s: the gantry was tilted by %.1f degrees; the mask has the same shear in its affine', self, tilt
       )
     return step
-
-
-def is_dicom(path: pathlib.Path) -> bool:
-  """Whether a file begins as DICOM files do, whatever its name."""
-  try:
-    with path.open('rb') as file:
-      return file.read(132)[128:] == b'DICM'
-  except OSError:
-    return False
 
 
 def find_series(paths: Iterable[pathlib.Path]) -> list[Series]:

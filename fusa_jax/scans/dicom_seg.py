@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fusa_jax.scans import dicom, volumes
+from fusa_jax.scans import dicom, formats, volumes
 from fusa_jax.system import provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing
@@ -31,11 +31,14 @@ _OF_STUDY = ('AccessionNumber', 'StudyID', 'StudyDate', 'StudyTime')
 _NUMBER = 1000
 
 
-def check_series(series: Iterable[dicom.Series]) -> None:
-  """Raises a UserError, a line for each series of which no SEG can be made, or where highdicom is missing."""
+def check_series(sources: Sequence[formats.Source]) -> None:
+  """Raises a UserError: a source is no series; a line for each of which no SEG can be made; highdicom is missing."""
+  others = [source.name for source in sources if not isinstance(source, dicom.Series)]
+  if others:
+    raise UserError(f'--dicom: {others[0]} is no DICOM series; give such alone, or leave it out')
   _highdicom()
   problems = []
-  for one in series:
+  for one in sources:
     lacking = [key for key in _REFERRED if not all(header.get(key) for header in one.headers)]
     if lacking:
       problems.append(f'{one}: its slices lack {", ".join(lacking)}, which a SEG refers to; leave out --dicom')

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
 
-from fusa_jax.scans import volumes
+from fusa_jax.scans import formats, volumes
 from fusa_jax.scans.volumes import Grid, Mask, Scan
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing
@@ -25,6 +25,17 @@ def is_nifti(path: pathlib.Path) -> bool:
 def stem(path: pathlib.Path) -> str:
   """The file's name without .nii or .nii.gz."""
   return path.name.removesuffix('.gz').removesuffix('.nii')
+
+
+class NiftiFile(formats.FileSource):
+  """A scan in one file."""
+
+  endings = '.nii, .nii.gz'
+  stem = property(lambda self: stem(self.path))
+  claims = staticmethod(is_nifti)
+
+  def read_image(self, values: str) -> Scan:
+    return read_scan(self.path, values)
 
 
 def read_scan(path: pathlib.Path, kind: str = 'hu', windowed: bool = False) -> Scan:

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from fusa_jax.scans import formats
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing
 
@@ -12,8 +13,19 @@ from fusa_jax.system.files import replacing
 _COLOURLESS = 24
 
 
-def is_picture(path: pathlib.Path) -> bool:
+def is_picture_file(path: pathlib.Path) -> bool:
   return path.suffix.lower() in ('.png', '.jpg', '.jpeg') and not path.name.startswith('.')
+
+
+class PictureFile(formats.FileSource):
+  """A slice in one file."""
+
+  endings = '.png, .jpg'
+  is_picture = True
+  claims = staticmethod(is_picture_file)
+
+  def read_image(self, values: str) -> np.ndarray:
+    return read_picture(self.path)
 
 
 def read_picture(path: pathlib.Path) -> np.ndarray:

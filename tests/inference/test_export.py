@@ -130,7 +130,7 @@ def test_nothing_names_where_it_came_from(bundles, runs, raw_dir, data_dir):
     found = [(file, name) for file, content in files.items() for name in names if name.encode() in content]
     assert not found
   saved = json.loads((bundles['seg'] / 'config.json').read_text())
-  wanted = run_config.load_config(runs['seg']).to_dict()
+  wanted = run_config.plain(run_config.load_config(runs['seg'])).to_dict()
   wanted['data'] |= {'raw_dir': '', 'dir': ''}
   assert saved == [wanted]
 
@@ -234,7 +234,7 @@ def test_what_does_not_go_with_a_bundle(bundles, runs, tmp_path):
     export.write_bundle([runs['cls']], tmp_path / 'none', smallest_ml=1.0)
   with refused(r'--workdir: .*seg is a bundle already; copy it'):
     export.write_bundle([bundles['seg']], tmp_path / 'none')
-  with refused(r'seg: no run in it \(config.json is of something else'):
+  with refused(r'seg/config.json: of something else than a run, as a bundle; name the folder of a run'):
     run_config.load_config(bundles['seg'])
   with refused(r'cls: is there already; name a new folder, or delete this one'):
     export.write_bundle([runs['seg']], bundles['cls'])

@@ -24,7 +24,7 @@ from conftest import SLICES
 from nibabel import orientations
 
 from fusa_jax.inference import predict, predictor, viewer
-from fusa_jax.scans import nifti, sources
+from fusa_jax.scans import nifti
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 
@@ -311,17 +311,17 @@ def listed(folder):
 def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_path, monkeypatch, caplog):
   """The first mask is not written before the second scan is computed and the fourth read. Four scans live at a time."""
   caplog.set_level(logging.INFO)
-  run, read, write = predictor.Predictor.probabilities, sources.read, nifti.write_volume
+  run, read, write = predictor.Predictor.probabilities, nifti.NiftiFile.read_image, nifti.write_volume
   begun, scans, alive, computed = collections.Counter(), [], [], threading.Event()
   fourth = threading.Event()
 
-  def reading(path, kind):
-    begun[path.name] += 1
-    scan = read(path, kind)
-    if begun[path.name] == 2:  # after the check
+  def reading(source, values):
+    begun[source.name] += 1
+    scan = read(source, values)
+    if begun[source.name] == 2:  # after the check
       scans.append(weakref.ref(scan))
       alive.append(sum(ref() is not None for ref in scans))
-      if path.name == 'd.nii.gz':
+      if source.name == 'd.nii.gz':
         fourth.set()
     return scan
 
@@ -338,7 +338,7 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
     write(path, volume, scan)
 
   computing_counts = [0]
-  monkeypatch.setattr(sources, 'read', reading)
+  monkeypatch.setattr(nifti.NiftiFile, 'read_image', reading)
   monkeypatch.setattr(predictor.Predictor, 'probabilities', computing)
   monkeypatch.setattr(nifti, 'write_volume', writing)
   predict.predict(predictors['seg'], folder, tmp_path / 'out')
@@ -350,17 +350,18 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
 
 def test_a_scan_that_is_damaged_meanwhile_ends_it_behind_those_before(predictors, folder, tmp_path, monkeypatch):
   """The third, after the check: the first two are whole, and the error is the one that a check would give."""
-  read, damaged = sources.read, folder / 'c.nii.gz'
+  read, damaged = nifti.NiftiFile.read_image, folder / 'c.nii.gz'
   whole = damaged.read_bytes()
 
-  def reading(path, kind):
-    scan = read(path, kind)
+  def reading(source, values):
+    scan = read(source, values)
+    path = source.path
     if path == damaged and path.is_symlink():
       path.unlink()
       path.write_bytes(whole[:-100])
     return scan
 
-  monkeypatch.setattr(sources, 'read', reading)
+  monkeypatch.setattr(nifti.NiftiFile, 'read_image', reading)
   with pytest.raises(UserError, match=r'c.nii.gz: truncated or unreadable'):
     predict.predict(predictors['seg'], folder, tmp_path / 'out')
   assert listed(tmp_path / 'out') == written('a', 'b')

@@ -189,7 +189,7 @@ def test_a_dicom_series_is_shown_and_names_nobody(tmp_path):
 
 def test_grey_scans_have_their_own_window(tmp_path):
   grey = ((hu().astype(int) + 1000) // 8).astype(np.int16)
-  (path,) = viewer.view(*case(tmp_path, scan=grey, intensity='grey'))
+  (path,) = viewer.view(*case(tmp_path, scan=grey, values='grey'))
   page = Page(path)
   windows = [
     (row['data-centre'], row['data-width']) for tag, row in page.tags if tag == 'button' and 'data-centre' in row

@@ -39,7 +39,7 @@ def folder(raw_dir, tmp_path_factory):
 def run(folder, tmp_path_factory):
   """A run of two steps on them."""
   data_dir = prepare.prepare(
-    str(folder), str(tmp_path_factory.mktemp('data')), SIZE, wanted=CohortOptions(intensity='grey')
+    str(folder), str(tmp_path_factory.mktemp('data')), SIZE, options=CohortOptions(intensity='grey')
   )
   config = tiny(seg, **{'train.steps': 2})
   config.data.intensity = 'grey'
@@ -173,7 +173,7 @@ def test_pictures_are_read_as_they_are_seen(tmp_path):
     image.save(tmp_path / name)
     np.testing.assert_array_equal(pictures.read_picture(tmp_path / name), ramp, name)
   grey.resize((64, 64)).convert('RGB').save(tmp_path / 'a.JPG', 'JPEG', quality=70)
-  assert pictures.is_picture(tmp_path / 'a.JPG')
+  assert pictures.is_picture_file(tmp_path / 'a.JPG')
   assert np.abs(pictures.read_picture(tmp_path / 'a.JPG') - np.asarray(grey.resize((64, 64)), int)).mean() < 3
   # Labels as a palette's colours: the indices count.
   labels = Image.fromarray((ramp % 4).astype(np.uint8), 'L').convert('P')

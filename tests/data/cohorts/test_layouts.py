@@ -24,12 +24,12 @@ def laid(raw_dir, tmp_path_factory):
 
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_found_and_prepared_with_the_lesions_that_were_written(laid, raw_dir, tmp_path, name):
-  wanted = CohortOptions(intensity='grey' if name == 'slices' else 'hu')
-  cohort, cases = find(laid[name], wanted)
+  options = CohortOptions(intensity='grey' if name == 'slices' else 'hu')
+  cohort, cases = find(laid[name], options)
   assert cohort == name
   assert len(cases) == len({case.patient for case in cases}) == PATIENTS
   assert [case.patient for case in cases] == sorted(case.patient for case in cases)
-  prepared = prepare.prepare(str(laid[name]), str(tmp_path), SIZE, wanted=wanted)
+  prepared = prepare.prepare(str(laid[name]), str(tmp_path), SIZE, options=options)
   found = [patient for fold in datasets.folds(prepared) for patient in fold]
   voxels = [int(np.asarray(nib.load(mask).dataobj).sum()) for _, mask in files(raw_dir)]
   assert sorted(sum(patient['lesion_voxels']) for patient in found) == sorted(voxels)
@@ -38,7 +38,7 @@ def test_found_and_prepared_with_the_lesions_that_were_written(laid, raw_dir, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('name', 'wanted', 'module'),
+  ('name', 'options', 'module'),
   [
     *((name, CohortOptions(), seg) for name in LAYOUTS if name != 'slices'),
     ('zenodo_20', CohortOptions(intensity='grey'), seg),
@@ -48,26 +48,26 @@ def test_found_and_prepared_with_the_lesions_that_were_written(laid, raw_dir, tm
     ('classes', CohortOptions(intensity='grey', patients='each_slice'), cls),
   ],
 )
-def test_trained_one_step_and_evaluated(laid, tmp_path, name, wanted, module):
-  data_dir = prepare.prepare(str(laid[name]), str(tmp_path / 'data'), SIZE, wanted=wanted)
+def test_trained_one_step_and_evaluated(laid, tmp_path, name, options, module):
+  data_dir = prepare.prepare(str(laid[name]), str(tmp_path / 'data'), SIZE, options=options)
   steps = {'train.steps': 1, 'train.evaluate_every': 1, 'data.balanced': False, 'evaluate.num_overlays': 1}
   config = tiny(module, **steps)
-  config.data.intensity = wanted.intensity
+  config.data.intensity = options.intensity
   train.train(config, tmp_path / 'run', data_dir)
-  scans = prepare.scans(laid[name], wanted) if module is seg else None
+  scans = prepare.scans(laid[name], options) if module is seg else None
   result = evaluate.evaluate(config, tmp_path / 'run', data_dir, scans)
   tested = datasets.load_dataset(data_dir, 0, SIZE).test
   assert result['num_slices'] == len(tested) and result['num_patients'] == len(set(tested.patient.tolist()))
   assert result['tp'] + result['fn'] == (tested.label.sum() if module is cls else _lesion_pixels(tested))
-  assert result['values'] == wanted.intensity
+  assert result['values'] == options.intensity
   by_slice = 'by slice, not by patient: whose the slices are is not known'
-  assert result['split'] == (by_slice if wanted.patients == 'each_slice' else 'by patient')
+  assert result['split'] == (by_slice if options.patients == 'each_slice' else 'by patient')
   scored = [patient for patient in set(tested.patient.tolist()) if scans and patient in scans]
   assert result.get('volumes', {}).get('num_volumes', 0) == len(scored)
   assert (len(scored) > 0) == (name not in ('slices', 'classes'))
   page = report.write_report(tmp_path / 'run', datasets.card(data_dir, 0)).read_text()
-  assert ('Not tested on new patients' in page) == (wanted.patients == 'each_slice')
-  assert ('grey values 0 to 255' in page) == (wanted.intensity == 'grey')
+  assert ('Not tested on new patients' in page) == (options.patients == 'each_slice')
+  assert ('grey values 0 to 255' in page) == (options.intensity == 'grey')
 
 
 def _lesion_pixels(split):
@@ -84,10 +84,10 @@ def test_labels_that_nobody_said_are_lesion_are_refused(raw_dir, tmp_path):
   assert line.endswith(
     'a mask holds 0 and 1 only, this one has 0, 3; name those that are lesion, as in --config.data.lesion_labels="(3,)"'
   )
-  prepared = prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, wanted=CohortOptions((2, 3)))
+  prepared = prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, options=CohortOptions((2, 3)))
   assert datasets.load_dataset(prepared, 0, SIZE).train.label.any()
   with pytest.raises(UserError, match=r'was prepared with other data.lesion_labels \(\[2, 3\]\); name another folder'):
-    prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, wanted=CohortOptions((3,)))
+    prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, options=CohortOptions((3,)))
 
 
 def test_what_is_missing_is_named(laid, raw_dir, tmp_path):
@@ -146,19 +146,19 @@ def test_slices_of_the_kind_and_of_the_patients_that_were_asked_for(laid, caplog
 
 def test_a_folder_as_it_was_unpacked(laid, tmp_path):
   """In folders that hold nothing else, with what the systems of others leave, and in other words for the same."""
-  wanted = CohortOptions(intensity='grey')
+  options = CohortOptions(intensity='grey')
   shutil.copytree(laid['slices'], tmp_path / 'a' / 'archive' / 'release')
   (tmp_path / 'a' / '.DS_Store').write_bytes(b'')
   inner = tmp_path / 'a' / 'archive' / 'release'
   (inner / 'images' / '._0000.jpg').write_bytes(b'resource fork')
   (inner / 'images').rename(inner / 'Image')
   (inner / 'masks').rename(inner / 'Mask')
-  assert [case.patient for case in find(tmp_path / 'a', wanted)[1]] == [f'p{n:02d}' for n in range(1, PATIENTS + 1)]
+  assert [case.patient for case in find(tmp_path / 'a', options)[1]] == [f'p{n:02d}' for n in range(1, PATIENTS + 1)]
   shutil.copytree(laid['covid19_20'], tmp_path / 'b' / 'COVID-19-20_v2')
   assert find(tmp_path / 'b')[0] == 'covid19_20'
   for name in ('CT_COVID', 'CT_NonCOVID'):
     shutil.copytree(laid['classes'] / name, tmp_path / 'c' / name / name)
-  unknown = wanted._replace(patients='each_slice')
+  unknown = options._replace(patients='each_slice')
   cases, flat = find(tmp_path / 'c', unknown)[1], find(laid['classes'], unknown)[1]
   assert [(case.patient, case.labels) for case in cases] == [(case.patient, case.labels) for case in flat]
   shutil.copytree(laid['classes'] / 'CT_COVID', tmp_path / 'c' / 'lesion_masks')

@@ -23,7 +23,7 @@ def laid(raw_dir, tmp_path_factory):
 
 
 def test_pictures_are_prepared_as_they_are(laid, raw_dir, tmp_path):
-  prepared = prepare.prepare(str(laid['slices']), str(tmp_path), SIZE, wanted=CohortOptions(intensity='grey'))
+  prepared = prepare.prepare(str(laid['slices']), str(tmp_path), SIZE, options=CohortOptions(intensity='grey'))
   split = datasets.load_dataset(prepared, 0, SIZE).test
   truth = {(patient, index): (grey, mask) for patient, index, grey, mask in pictures_of(raw_dir)}
   for index in range(len(split)):
@@ -62,12 +62,12 @@ def test_classes_are_told_by_the_name_of_the_one_without_lesion(laid, raw_dir, t
 
 
 def test_what_is_wrong_with_pictures_is_named(laid, tmp_path):
-  def refused(name, wanted, change=lambda folder: None):
+  def refused(name, options, change=lambda folder: None):
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
     shutil.copytree(laid[name], folder)
     change(folder)
     with pytest.raises(UserError) as caught:
-      prepare.prepare(str(folder), str(tmp_path / 'out'), SIZE, wanted=wanted)
+      prepare.prepare(str(folder), str(tmp_path / 'out'), SIZE, options=options)
     assert not (tmp_path / 'out').exists() or not list((tmp_path / 'out').rglob('*array_record*'))
     return str(caught.value).replace(f'{folder}', 'X')
 
@@ -152,8 +152,8 @@ def test_what_is_wrong_with_pictures_is_named(laid, tmp_path):
 
 
 def test_labels_only_are_not_for_segmentation(laid, tmp_path):
-  wanted = CohortOptions(intensity='grey', patients='each_slice')
-  data_dir = prepare.prepare(str(laid['classes']), str(tmp_path / 'data'), SIZE, wanted=wanted)
+  options = CohortOptions(intensity='grey', patients='each_slice')
+  data_dir = prepare.prepare(str(laid['classes']), str(tmp_path / 'data'), SIZE, options=options)
   shards = list(pathlib.Path(data_dir).glob('*.array_record*'))
   assert len(shards) < 2 * 160 / 32 + 5  # readers keep each one open
   config = tiny(seg)
@@ -167,29 +167,29 @@ def test_labels_only_are_not_for_segmentation(laid, tmp_path):
 
 def test_what_is_said_of_pictures_is_part_of_the_dataset(laid, tmp_path):
   """A corrected list of patients, or a slice moved to the other class, is another cohort of the same files."""
-  folder, wanted = tmp_path / 'raw', CohortOptions(intensity='grey')
+  folder, options = tmp_path / 'raw', CohortOptions(intensity='grey')
   shutil.copytree(laid['slices'], folder)
-  before = survey.fingerprint(find(folder, wanted)[1])
-  prepare.prepare(str(folder), str(tmp_path / 'data'), SIZE, wanted=wanted)
+  before = survey.fingerprint(find(folder, options)[1])
+  prepare.prepare(str(folder), str(tmp_path / 'data'), SIZE, options=options)
   text = (folder / 'slices.csv').read_text()
   (folder / 'slices.csv').write_text(text.replace('0159,p10', '0159,p09'))
-  assert survey.fingerprint(find(folder, wanted)[1]) != before
+  assert survey.fingerprint(find(folder, options)[1]) != before
   with pytest.raises(UserError, match=r'was prepared from other files than .* holds now'):
-    prepare.prepare(str(folder), str(tmp_path / 'data'), SIZE, wanted=wanted)
-  folder, wanted = tmp_path / 'classes', CohortOptions(intensity='grey', patients='each_slice')
+    prepare.prepare(str(folder), str(tmp_path / 'data'), SIZE, options=options)
+  folder, options = tmp_path / 'classes', CohortOptions(intensity='grey', patients='each_slice')
   shutil.copytree(laid['classes'], folder)
   names = sorted(path.name for path in (folder / 'CT_COVID').iterdir())
   lines = [f'{"CT_COVID/" if (folder / "CT_NonCOVID" / name).exists() else ""}{name},p{name[0]}' for name in names]
   lines += [f'CT_NonCOVID/{path.name},p{path.name[0]}' for path in (folder / 'CT_NonCOVID').iterdir()]
   (folder / 'slices.csv').write_text('\n'.join(['name,patient', *lines]))
   moved = next(path for path in (folder / 'CT_NonCOVID').iterdir() if path.name not in names)
-  before = find(folder, wanted)[1]
+  before = find(folder, options)[1]
   fingerprint = survey.fingerprint(before)
   moved.rename(folder / 'CT_COVID' / moved.name)
   (folder / 'slices.csv').write_text(
     (folder / 'slices.csv').read_text().replace(f'CT_NonCOVID/{moved.name}', f'CT_COVID/{moved.name}')
   )
-  after = find(folder, wanted)[1]
+  after = find(folder, options)[1]
   assert sum(sum(case.labels) for case in after) == sum(sum(case.labels) for case in before) + 1
   assert survey.fingerprint(after) != fingerprint
 

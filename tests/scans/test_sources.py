@@ -1,0 +1,137 @@
+"""A format in the list is found, named, read, predicted and viewed, by what its own module says of it alone."""
+
+import json
+import shutil
+import zipfile
+
+import dicom_series
+import numpy as np
+import pytest
+from nifti_files import chest, save
+from PIL import Image
+
+from fusa_jax.inference import predict, viewer
+from fusa_jax.scans import dicom, formats, nifti, pictures, sources, volumes
+from fusa_jax.system.errors import UserError
+
+
+class ArrayFile(formats.FileSource):
+  """A made-up format: an array [x, y, z] of HU as .npy, in voxels of 2 x 2 x 5 mm."""
+
+  endings = '.npy'
+
+  @classmethod
+  def claims(cls, path):
+    return path.suffix == '.npy'
+
+  def read_image(self, values):
+    return volumes.from_volume(np.load(self.path), np.diag([-2, -2, 5, 1]), self, values)
+
+
+@pytest.fixture
+def with_arrays(monkeypatch):
+  monkeypatch.setattr(sources, 'FORMATS', (ArrayFile, *sources.FORMATS))
+
+
+def found(path, values, tmp_path):
+  unpacked = tmp_path / 'unpacked'
+  shutil.rmtree(unpacked, ignore_errors=True)
+  unpacked.mkdir()
+  return sources.find_sources(path, values, unpacked)
+
+
+@pytest.fixture
+def mixture(tmp_path):
+  """A folder of every format, with masks, hidden files and an archive."""
+  folder = tmp_path / 'in'
+  save_nifti = lambda name: save(folder / name, chest())
+  dicom_series.save(folder / 'series', dicom_series.slices(chest((9, 8, 4)), dicom_series.affine_of('LPS')))
+  for name in ('b.nii.gz', 'a.nii', 'b_seg.nii.gz', '.hidden.nii'):
+    save_nifti(name)
+  for name in ('p.png', 'q.JPEG', 'p_mask.png'):
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(folder / name)
+  np.save(folder / 'n.npy', chest())
+  np.save(folder / 'n_seg.npy', chest())
+  (folder / 'notes.txt').write_text('no scan')
+  with zipfile.ZipFile(folder / 'packed.zip', 'w') as packed:
+    packed.write(folder / 'a.nii', 'c.nii')
+  return folder
+
+
+def test_each_file_goes_to_one_format(mixture, tmp_path):
+  of_all = found(mixture, 'grey', tmp_path)
+  types = [nifti.NiftiFile] * 3 + [pictures.PictureFile] * 2 + [dicom.Series]
+  assert [type(source) for source in of_all] == types
+  series = of_all[-1]
+  assert [source.stem for source in of_all] == ['a', 'b', 'c', 'p', 'q', series.name]
+  assert [source.name for source in of_all] == ['a.nii', 'b.nii.gz', 'c.nii', 'p.png', 'q.JPEG', series.name]
+  assert [source.title for source in of_all[:-1]] == [source.name for source in of_all[:-1]]
+  assert str(of_all[0]) == str(mixture / 'a.nii') and series.title == str(series) == f'{series.name} (Chest 5.0)'
+  for values in ('hu', None):
+    assert [source.stem for source in found(mixture, values, tmp_path)] == ['a', 'b', 'c', series.name]
+  np.testing.assert_array_equal(of_all[0].read_image('hu').values, nifti.read_scan(mixture / 'a.nii').values)
+  np.testing.assert_array_equal(of_all[3].read_image('grey'), pictures.read_picture(mixture / 'p.png'))
+  np.testing.assert_array_equal(series.read_image('hu').values, dicom.read_series(series).values)
+
+
+def test_a_file_that_is_named_is_read_or_refused_whatever_its_name(mixture, tmp_path):
+  (mask,) = found(mixture / 'b_seg.nii.gz', 'hu', tmp_path)
+  assert mask == nifti.NiftiFile(mixture / 'b_seg.nii.gz')
+  (notes,) = found(mixture / 'notes.txt', 'hu', tmp_path)
+  with pytest.raises(UserError, match=r'notes\.txt: not a NIfTI file'):
+    notes.read_image('hu')
+
+
+@pytest.mark.parametrize(
+  ('name', 'values', 'message'),
+  [
+    (
+      'nowhere',
+      'hu',
+      '--input: {} does not exist; give a scan (.nii, .nii.gz; of grey values also .png, .jpg), or a folder or .zip of '
+      'scans or DICOM series',
+    ),
+    ('', 'hu', '--input: no scan (.nii, .nii.gz, DICOM) in {}; give a scan, or a folder of scans'),
+    ('', None, '--input: no scan (.nii, .nii.gz, DICOM) in {}; give a scan, or a folder of scans'),
+    (
+      '',
+      'grey',
+      '--input: no scan (.nii, .nii.gz) or picture (.png, .jpg) in {}; give a scan, or a folder of scans',
+    ),
+  ],
+)
+def test_what_is_missing_is_said_with_the_endings_of_the_formats(tmp_path, name, values, message):
+  folder = tmp_path / 'in'
+  folder.mkdir()
+  with pytest.raises(UserError) as caught:
+    found(folder / name, values, tmp_path)
+  assert str(caught.value) == message.format(folder / name)
+
+
+def test_a_format_in_the_list_is_found_named_and_read(with_arrays, mixture, tmp_path):
+  of_all = found(mixture, 'hu', tmp_path)
+  assert [source.stem for source in of_all[:-1]] == ['n', 'a', 'b', 'c'] and sources.format_of(mixture) is None
+  scan = of_all[0].read_image('hu')
+  assert scan.values.shape == chest().shape[::-1] and scan.path.name == 'n.npy'
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(UserError, match=r'no scan \(\.npy, \.nii, \.nii\.gz, DICOM\) in'):
+    found(tmp_path / 'empty', 'hu', tmp_path)
+  (mixture / 'a.npy').touch()
+  with pytest.raises(UserError, match=r'a\.nii and a\.npy would be written under one name; rename one'):
+    found(mixture, 'hu', tmp_path)
+
+
+def test_a_format_in_the_list_is_predicted_and_viewed(with_arrays, predictors, raw_dir, tmp_path):
+  """As the same scan in NIfTI; and refused before it where masks are wanted as DICOM."""
+  scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  path, out = tmp_path / 'mine.npy', tmp_path / 'out'
+  np.save(path, scan.values.transpose(2, 1, 0))
+  with pytest.raises(UserError, match=r'^--dicom: mine\.npy is no DICOM series'):
+    predict.predict(predictors['seg'], path, out, as_dicom=True)
+  predict.predict(predictors['seg'], path, out)
+  assert sorted(made.name for made in out.iterdir()) == ['mine.json', 'mine_mask.nii.gz']
+  assert json.loads((out / 'mine.json').read_text())['scan'] == 'mine.npy'
+  expected = predictors['seg'](scan.values, (5, 2, 2))
+  np.testing.assert_array_equal(nifti.read_labels(out / 'mine_mask.nii.gz').mask, expected.mask)
+  np.testing.assert_array_equal(predictors['seg'](path).mask, expected.mask)
+  assert viewer.view(path, out) == [out / 'mine.html']
