@@ -1,23 +1,21 @@
-"""All that is to be known of one accelerator, in one command of at most eight minutes.
+"""Measures training, memory, input and prediction on one accelerator, in one command of at most eight minutes.
 
   python -m benchmarks.accelerator --out=FILE
 
-JAX_PLATFORMS=cpu and tiny sizes rehearse it anywhere; docs/benchmarks.md has that command, and which wheels must be
-carried to a machine that has jax, flax, optax, torch and torchvision but no internet.
+It runs on a CPU too, with JAX_PLATFORMS=cpu and tiny sizes: docs/benchmarks.md has the command. The same page lists the
+wheels to carry to a machine that has jax, flax, optax, torch and torchvision but no internet.
 
-Each part is a process of its own, with a share of the time: what crashes, hangs or runs out of memory costs its own
-numbers only. FILE is written anew, whole, at each number found. What a part could not give, FILE and the tables say:
-a package that is missing, the end of its time, an error.
+Each part runs in its own process and has a share of the time. A part that crashes, hangs or runs out of memory loses
+only its own numbers. Each new number rewrites FILE as a whole. FILE and the tables also give the reason why a part is
+incomplete: a missing package, the end of its time, or an error.
 """
 
 import dataclasses
 import datetime
 import importlib.util
 import logging
-import multiprocessing
 import os
 import pathlib
-import signal
 import sys
 import tempfile
 import threading
@@ -28,13 +26,14 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks import accelerator_report
+from benchmarks import accelerator_report, processes
+from benchmarks.settings import Options
 from fusa_jax import models
 from fusa_jax.system import exits, program
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import write_json
 
-# What training and prediction import, besides what jax, flax and optax bring: no part can do without.
+# Packages that every part needs and that jax, flax and optax do not install.
 EVERYWHERE = (
   'clu',
   'grain',
@@ -52,22 +51,13 @@ _OWN_TIME = 15  # seconds, for the command itself to start and end
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-  """The command's flags, and a folder for what a part must write."""
-
-  models: tuple[str, ...]
-  image_size: int
-  batch_size: int
-  width: int | None
-  rounds: int
-  steps: int
-  memory_limit: int | None
-  folder: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Part:
-  """A function of benchmarks/accelerator_parts.py; of eight minutes it has `seconds`, and what parts before it left."""
+  """A function of benchmarks/accelerator_parts.py.
+
+  Attributes:
+    seconds: its share of eight minutes; it may also use the time that the parts before it left.
+    needs: packages that it needs besides those of EVERYWHERE.
+  """
 
   seconds: int
   needs: tuple[str, ...] = ()
@@ -86,7 +76,7 @@ PARTS = {
 
 
 def define_flags() -> None:
-  """Not on import: other benchmarks have flags of these names."""
+  """Defines the flags; not on import, since other benchmarks use the same names."""
   flags.DEFINE_string('out', None, 'a file for the numbers, as JSON')
   flags.DEFINE_list('models', ['fusa_resunet', 'resunet', 'fusa_resnet50', 'resnet50'], 'of the registry')
   flags.DEFINE_list('parts', list(PARTS), 'which of the parts')
@@ -101,42 +91,42 @@ def define_flags() -> None:
 
 def main(_):
   program.start_logging()
-  asked = flags.FLAGS
-  if not asked.out:
+  values = flags.FLAGS
+  if not values.out:
     raise UserError('--out: missing; name a file for the numbers')
-  for flag, given, known in (('parts', asked.parts, PARTS), ('models', asked.models, models.NAMES)):
+  for flag, given, known in (('parts', values.parts, PARTS), ('models', values.models, models.NAMES)):
     for name in given or ['']:
       if name not in known:
         raise UserError(f'--{flag}: there is no {name!r}; one or more of {", ".join(known)}')
-  limit = asked.memory_limit_mb * 10**6 if asked.memory_limit_mb else None
+  limit = values.memory_limit_mb * 10**6 if values.memory_limit_mb else None
   with tempfile.TemporaryDirectory() as folder:
-    wanted = Asked(
-      models=tuple(asked.models),
-      image_size=asked.image_size,
-      batch_size=asked.batch_size,
-      width=asked.width,
-      rounds=asked.rounds,
-      steps=asked.steps,
+    options = Options(
+      models=tuple(values.models),
+      image_size=values.image_size,
+      batch_size=values.batch_size,
+      width=values.width,
+      rounds=values.rounds,
+      steps=values.steps,
       memory_limit=limit,
       folder=folder,
     )
-    report = measure(wanted, asked.parts, 60 * asked.minutes, pathlib.Path(asked.out))
+    report = measure(options, values.parts, 60 * values.minutes, pathlib.Path(values.out))
   if not report['parts']:
     reasons = '\n'.join(f'{name}: {reason}' for name, reason in report['not_whole'].items())
     raise UserError(f'nothing was measured\n{reasons}')
   print(accelerator_report.markdown(report))
 
 
-def measure(asked: Asked, parts: list[str], seconds: float, out: pathlib.Path) -> dict:
-  """Runs the parts, writing the report to `out` whenever something is found; gives the report.
+def measure(options: Options, parts: list[str], seconds: float, out: pathlib.Path) -> dict:
+  """Runs the parts for at most `seconds` and returns the report; writes it to `out` at each new number.
 
-  It has `device`, `date`, `commit`, `versions`; `settings`; `parts`, what each of them found; `not_whole`, why one
-  found nothing or not all; and `seconds`, how long each took.
+  Its keys are `device`, `date`, `commit`, `versions` and `settings`; `parts`: the numbers of each part; `not_whole`:
+  why a part is incomplete; and `seconds`: how long each part took.
 
   Raises:
     UserError: `out` cannot be written.
   """
-  settings = dataclasses.asdict(asked)
+  settings = dataclasses.asdict(options)
   del settings['folder']
   report = {
     'device': None,
@@ -162,7 +152,7 @@ def measure(asked: Asked, parts: list[str], seconds: float, out: pathlib.Path) -
     else:
       logging.info('%s: %.0f s at most', name, until - started)
       reason = None
-      for kind, value in _run(name, asked, until):
+      for kind, value in _run(name, options, until):
         if kind == 'facts':
           report.update(value)
         elif kind == 'found':
@@ -178,18 +168,13 @@ def measure(asked: Asked, parts: list[str], seconds: float, out: pathlib.Path) -
   return report
 
 
-def _run(name: str, asked: Asked, until: float) -> Iterator[tuple[str, Any]]:
-  """What the part's process sends, until it has ended or its time is over: ('facts' | 'found', a dict), or a reason."""
-  # Spawned, not forked: it must find the device as a new process does.
-  context = multiprocessing.get_context('spawn')
-  here, there = context.Pipe(duplex=False)
-  process = context.Process(target=_work, args=(there, name, asked))
+def _run(name: str, options: Options, until: float) -> Iterator[tuple[str, Any]]:
+  """Yields what the part's process sends until `until` (time.monotonic): ('facts' | 'found', dict), ('reason', str)."""
   started = time.monotonic()
-  process.start()
-  there.close()  # so that the part's end is the only one, and its death is seen
+  process, connection = processes.start(_work, name, options)
   try:
-    while here.poll(max(0.0, until - time.monotonic())):
-      kind, value = here.recv()
+    while connection.poll(max(0.0, until - time.monotonic())):
+      kind, value = connection.recv()
       if kind == 'done':
         return
       yield kind, value
@@ -204,24 +189,20 @@ def _run(name: str, asked: Asked, until: float) -> Iterator[tuple[str, Any]]:
     process.join()
 
 
-def _work(connection, name: str, asked: Asked) -> None:
-  """A part's process."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command too, which ends this
+def _work(connection, name: str, options: Options) -> None:
+  """Measures a part in its own process; sends ('facts' | 'found', dict), and at the end ('done', None) or a reason."""
   import tqdm
 
-  from benchmarks import jobs
-
-  tqdm.tqdm.set_lock(threading.RLock())  # one that processes share would be reported as leaked
-  threading.Thread(target=jobs.leave_with_parent, daemon=True).start()
+  tqdm.tqdm.set_lock(threading.RLock())  # tqdm's default lock is a semaphore, which Python would report as leaked
   program.start_logging()
   program.use_compilation_cache()
   try:
     if 'torch' in PARTS[name].needs:
-      from benchmarks import compare  # noqa: F401 (before JAX takes the GPU's memory: PyTorch needs some)
+      from benchmarks import compare  # noqa: F401 (keeps JAX from taking all of the GPU's memory)
     from benchmarks import accelerator_parts
 
     connection.send(('facts', accelerator_parts.facts()))
-    for found in getattr(accelerator_parts, name)(asked):
+    for found in getattr(accelerator_parts, name)(options):
       connection.send(('found', found))
     connection.send(('done', None))
   except UserError as error:
@@ -234,7 +215,7 @@ def _work(connection, name: str, asked: Asked) -> None:
   connection.close()
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(0)  # threads of the input pipeline and of Orbax have nothing left to finish
+  os._exit(0)  # do not wait for the threads of the input pipeline and of Orbax
 
 
 if __name__ == '__main__':
@@ -243,7 +224,7 @@ if __name__ == '__main__':
     from fusa_jax.runs import arguments
   except ModuleNotFoundError as error:
     exits.fail(UserError(f'{error.name}: missing on this machine; docs/benchmarks.md says which wheels to carry'))
-  # Under its own name, by which the parts' processes know it.
+  # Import this file by its module name, by which the parts' processes find _work.
   from benchmarks import accelerator
 
   arguments.start(accelerator.main)

@@ -1,5 +1,7 @@
-"""What benchmarks/accelerator.py measures. Each part is a function of what is asked for, of the name in its table; it
-yields all that it has found so far, as it finds it, and says by a UserError why it can find nothing.
+"""What benchmarks/accelerator.py measures: a function per part, named as in its table of parts.
+
+Each function takes the options and yields everything found so far, at each new result. It raises UserError with the
+reason where it can find nothing.
 """
 
 import dataclasses
@@ -17,8 +19,8 @@ import nibabel as nib
 import numpy as np
 
 from benchmarks import input_pipeline, workload
-from benchmarks.accelerator import Asked
 from benchmarks.accelerator_report import mfu, peak_tflops
+from benchmarks.settings import Options
 from data import prepare
 from data.cohorts import phantom
 from fusa_jax import FUSA, models
@@ -31,47 +33,47 @@ from fusa_jax.system.errors import UserError
 _VOLUME = 300  # slices
 
 
-def compare(asked: Asked) -> Iterator[dict]:
+def compare(options: Options) -> Iterator[dict]:
   """benchmarks/compare.py's rows of ours and of eager PyTorch, with MFU."""
-  yield from _compared(asked, ('JAX', 'PyTorch, eager'))
+  yield from _compared(options, ('JAX', 'PyTorch, eager'))
 
 
-def torch_compile(asked: Asked) -> Iterator[dict]:
+def torch_compile(options: Options) -> Iterator[dict]:
   """The same of torch.compile beside eager PyTorch; by itself, since to compile takes it minutes."""
-  yield from _compared(asked, ('PyTorch, eager', 'PyTorch, torch.compile'))
+  yield from _compared(options, ('PyTorch, eager', 'PyTorch, torch.compile'))
 
 
-def _compared(asked, frameworks):
+def _compared(options, frameworks):
   from benchmarks import compare
 
   rows = []
-  for name in asked.models:
-    for row in compare.compare(name, settings_of(asked), frameworks):
+  for name in options.models:
+    for row in compare.compare(name, options, frameworks):
       rows.append(row | {'train_mfu': mfu(row['train_gflops_per_second'], device_kind())})
     yield {'rows': rows}
 
 
-def fusa_share(asked: Asked) -> Iterator[dict]:
+def fusa_share(options: Options) -> Iterator[dict]:
   """The training step of each fusa_ model: without attention, with FUSA, and with its literal form."""
   done = []
-  for name in asked.models:
+  for name in options.models:
     if not name.startswith('fusa_'):
       continue
-    gflops = 3 * workload.forward_gflops(name, settings_of(asked))
+    gflops = 3 * workload.forward_gflops(name, options)
     running = {}
     forms = {'without': None, 'FUSA': FUSA, 'literal': functools.partial(FUSA, literal=True)}
     for form, attention in forms.items():
-      work = workload.create(workload.config_of(name, settings_of(asked)), attention=attention)
+      work = workload.create(workload.config_of(name, options), attention=attention)
       running[form] = workload.Running(work)
       running[form].step()
       running[form].wait()
       if form == 'without':
         continue
-      # Two forms first, then all three anew: what the literal one needs, or the end of the time, costs no more than it.
+      # Time two forms first, then all three: if the literal form lacks memory or time, only its own row is lost.
       steps = {key: each.step for key, each in running.items()}
-      seconds = workload.in_turn(steps, {key: each.wait for key, each in running.items()}, settings_of(asked))
+      seconds = workload.in_turn(steps, {key: each.wait for key, each in running.items()}, options)
       memory = {key: each.memory() for key, each in running.items()}
-      yield {'rows': done + (rows := share_rows(name, seconds, memory, asked.batch_size, gflops, device_kind()))}
+      yield {'rows': done + (rows := share_rows(name, seconds, memory, options.batch_size, gflops, device_kind()))}
     done += rows
   if not done:
     raise UserError('--models: none of them has FUSA')
@@ -98,16 +100,16 @@ def share_rows(
   ]
 
 
-def largest_batch(asked: Asked) -> Iterator[dict]:
+def largest_batch(options: Options) -> Iterator[dict]:
   """The largest batch of the first model whose training step fits into the device's memory."""
   stats = jax.devices()[0].memory_stats() or {}
-  limit = asked.memory_limit or stats.get('bytes_limit')
+  limit = options.memory_limit or stats.get('bytes_limit')
   if limit is None:
     raise UserError(f'{device_kind()} does not tell how much memory it has; give --memory_limit_mb')
-  name = asked.models[0]
+  name = options.models[0]
 
   def attempt(batch):
-    settings = dataclasses.replace(settings_of(asked), batch_size=batch)
+    settings = dataclasses.replace(options, batch_size=batch)
     needs = None
     try:
       running = workload.Running(workload.create(workload.config_of(name, settings)))
@@ -122,7 +124,7 @@ def largest_batch(asked: Asked) -> Iterator[dict]:
         raise
       return needs, False
 
-  for found in search_batch(attempt, limit, asked.batch_size):
+  for found in search_batch(attempt, limit, options.batch_size):
     yield {'model': name, 'limit_bytes': limit, **found}
 
 
@@ -160,22 +162,22 @@ def search_batch(attempt: Callable[[int], tuple[int | None, bool]], limit: int, 
       batch = guess if fits + least <= guess < too_large else (fits + too_large) // 2
 
 
-def input_path(asked: Asked) -> Iterator[dict]:
+def input_path(options: Options) -> Iterator[dict]:
   """What benchmarks/input_pipeline.py measures, of phantoms that are drawn and prepared first."""
-  data_dir = prepare.prepare_phantom('', asked.image_size, patients=10, slices=16, seed=0)
-  yield {'slices_per_second': input_pipeline.rate(data_dir, asked.image_size, asked.batch_size, steps=60)}
+  data_dir = prepare.prepare_phantom('', options.image_size, patients=10, slices=16, seed=0)
+  yield {'slices_per_second': input_pipeline.rate(data_dir, options.image_size, options.batch_size, steps=60)}
 
 
-def prediction(asked: Asked) -> Iterator[dict]:
+def prediction(options: Options) -> Iterator[dict]:
   """A volume of many slices, from file to written mask, by the first segmentation model; twice: once without compiling.
 
   The weights are random and the threshold 1, so that the mask is empty: real ones nearly are, and compress alike.
   """
-  name = next((name for name in asked.models if name in models.SEGMENTERS), None)
+  name = next((name for name in options.models if name in models.SEGMENTERS), None)
   if name is None:
     raise UserError('--models: none of them is for segmentation')
-  folder, size = pathlib.Path(asked.folder), asked.image_size
-  config = workload.config_of(name, settings_of(asked))
+  folder, size = pathlib.Path(options.folder), options.image_size
+  config = workload.config_of(name, options)
   run_config.save_config(folder / 'run', config)
   with checkpoint.Checkpoints(folder / 'run') as checkpoints:
     checkpoints.save(1, workload.create(config).init().variables, {'none': jnp.zeros(())}, None)
@@ -196,20 +198,20 @@ def prediction(asked: Asked) -> Iterator[dict]:
     yield found | {'slices_per_second': _VOLUME / found[key]}
 
 
-def profile(asked: Asked) -> Iterator[dict]:
+def profile(options: Options) -> Iterator[dict]:
   """The ten kernels that take most of the first model's training step."""
-  running = workload.Running(workload.create(workload.config_of(asked.models[0], settings_of(asked))))
+  running = workload.Running(workload.create(workload.config_of(options.models[0], options)))
   running.step()
   running.wait()
-  with jax.profiler.trace(asked.folder):
-    for _ in range(asked.steps):
+  with jax.profiler.trace(options.folder):
+    for _ in range(options.steps):
       running.step()
     running.wait()
-  paths = list(pathlib.Path(asked.folder).rglob('*.xplane.pb'))
+  paths = list(pathlib.Path(options.folder).rglob('*.xplane.pb'))
   rows = top_kernels(kernel_seconds(paths[0])) if paths else []
   if not rows:
     raise UserError('the profiler saw no kernel')
-  yield {'model': asked.models[0], 'steps': asked.steps, 'rows': rows}
+  yield {'model': options.models[0], 'steps': options.steps, 'rows': rows}
 
 
 def kernel_seconds(path: pathlib.Path) -> dict[str, tuple[float, int]]:
@@ -238,10 +240,6 @@ def top_kernels(kernels: dict[str, tuple[float, int]], count: int = 10) -> list[
     for name, (seconds, calls) in longest
     if total
   ]
-
-
-def settings_of(asked: Asked) -> workload.Settings:
-  return workload.Settings(asked.image_size, asked.batch_size, asked.rounds, asked.steps, asked.width)
 
 
 def device_kind() -> str:

@@ -1,11 +1,11 @@
-"""The report of benchmarks/accelerator.py: what follows of its numbers, and its tables."""
+"""The report of benchmarks/accelerator.py: numbers derived from the measured ones, and tables."""
 
 import re
 
 from benchmarks import compare_table
 
-# Of dense products in bfloat16, without sparsity, in 10^12 a second, as the makers' data sheets have it. The first that
-# is found in the device's name counts. A T4 and a V100 have no bfloat16.
+# TFLOP/s of dense bfloat16 matrix products, without sparsity, from the makers' data sheets. The first pattern found in
+# the device's name counts. T4 and V100 have no bfloat16.
 PEAK_TFLOPS = {
   r'GB200|B200': 2250,
   r'GH200': 989,
@@ -29,18 +29,18 @@ PEAK_TFLOPS = {
 
 
 def mfu(gflops_per_second: float, kind: str) -> float | None:
-  """The share of the published peak that the model's own operations take; None where the device's is not known."""
+  """Model FLOP utilisation: the model's FLOP/s / the device's published peak; None where that peak is unknown."""
   peak = peak_tflops(kind)
   return None if peak is None else gflops_per_second / (1e3 * peak)
 
 
 def peak_tflops(kind: str) -> float | None:
-  """Of PEAK_TFLOPS, by the device's name."""
+  """The device's peak, by its name; None where PEAK_TFLOPS lacks it."""
   return next((peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, kind)), None)
 
 
 def finished(report: dict) -> dict:
-  """With what follows of two parts: how many times as fast as the fastest of our training steps the input path is."""
+  """Adds `to_training`: the input path's slices/s / those of the fastest training step in JAX."""
   parts = report['parts']
   rates = [
     row['train_slices_per_second'] for row in parts.get('compare', {}).get('rows', ()) if row['framework'] == 'JAX'
@@ -52,7 +52,7 @@ def finished(report: dict) -> dict:
 
 
 def markdown(report: dict) -> str:
-  """The report as tables."""
+  """Returns the report as Markdown tables and sentences."""
   parts, settings = report['parts'], report['settings']
   lines = [
     f'Device {report["device"]}, {report["date"]}, commit {(report["commit"] or "not known")[:7]}, '

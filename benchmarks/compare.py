@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from absl import flags
 
 from benchmarks import compare_table, torch_reference, workload
+from benchmarks.settings import Settings
 from fusa_jax import torch_weights
 from fusa_jax.runs import arguments
 from fusa_jax.system import program, provenance
@@ -67,14 +68,14 @@ class Contestant:
   memory: Callable[[], int]
 
 
-def ours(name: str, settings: workload.Settings) -> Contestant:
+def ours(name: str, settings: Settings) -> Contestant:
   work = workload.create(workload.config_of(name, settings))
   state_dict = original(name, settings).state_dict()
   running = workload.Running(work, torch_weights.from_torch(name, state_dict, **workload.options_of(settings)))
   return Contestant(running.step, running.infer, running.wait, running.memory)
 
 
-def original(name: str, settings: workload.Settings) -> torch.nn.Module:
+def original(name: str, settings: Settings) -> torch.nn.Module:
   """PyTorch's model, with the weights that all contestants start from.
 
   Raises:
@@ -87,7 +88,7 @@ def original(name: str, settings: workload.Settings) -> torch.nn.Module:
   return torch_reference.create(name, **options)
 
 
-def theirs(name: str, settings: workload.Settings, compiled: bool) -> Contestant:
+def theirs(name: str, settings: Settings, compiled: bool) -> Contestant:
   config = workload.config_of(name, settings)
   low, high = config.data.window
   model = original(name, settings).to(DEVICE, memory_format=torch.channels_last)
@@ -155,7 +156,7 @@ def _resident():
   return _status('VmRSS')
 
 
-def compare(name: str, settings: workload.Settings, frameworks: Sequence[str] = FRAMEWORKS) -> list[dict]:
+def compare(name: str, settings: Settings, frameworks: Sequence[str] = FRAMEWORKS) -> list[dict]:
   """The rows of one model, one for each of the frameworks; eager PyTorch, to which all ratios are, must be among them.
 
   Raises:
@@ -212,7 +213,7 @@ def main(_):
   program.start_logging()
   program.use_compilation_cache()
   asked = flags.FLAGS
-  settings = workload.Settings(asked.image_size, asked.batch_size, asked.rounds, asked.steps)
+  settings = Settings(asked.image_size, asked.batch_size, asked.rounds, asked.steps)
   frameworks = FRAMEWORKS if asked.torch_compile else FRAMEWORKS[:2]
   rows = [row for name in asked.models for row in compare(name, settings, frameworks)]
   print(compare_table.table(rows))

@@ -1,8 +1,8 @@
-"""The rows of benchmarks/compare.py for eyes; by itself, since PyTorch takes seconds to import."""
+"""The table of benchmarks/compare.py. It has its own module so that the accelerator's report needs no PyTorch."""
 
 
 def table(rows: list[dict]) -> str:
-  """Markdown; ratios are to eager PyTorch, above 1 is faster."""
+  """Returns Markdown; ratios are to eager PyTorch, above 1 is faster."""
   lines = [
     '| model | framework | training: slices/s | ratio | GFLOP/s | peak MB | inference: slices/s | ratio | GFLOP/s |',
     '| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |',

@@ -1,12 +1,15 @@
-"""Independent jobs on one machine: one after the other in this process, or several at a time, each with its share."""
+"""Runs independent jobs on one machine: in order in this process, or several at a time, each on a share of the machine.
+
+Each worker is a process with a pipe. ProcessPoolExecutor would take more lines: before Python 3.14 it cannot stop its
+workers, and it neither keeps Ctrl-C from them nor ends them when their parent is killed.
+"""
 
 import collections
+import contextlib
 import dataclasses
 import logging
-import multiprocessing
 import multiprocessing.connection
 import os
-import signal
 import sys
 import threading
 import time
@@ -17,22 +20,23 @@ from typing import Any
 import jax
 import tqdm
 
+from benchmarks import processes
 from fusa_jax.system import program
 from fusa_jax.system.errors import Terminated, UserError
 
-# Seconds that a worker has, once told to stop, for saving the step that it is at.
+# Seconds that a worker has to save its step after SIGTERM; then it is killed.
 _PATIENCE = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """What of the machine a worker may use: these cores, this device; None is all."""
+  """The cores and the device that a worker may use; None: all of them."""
 
   cores: tuple[int, ...] | None = None
   device: str | None = None
 
   def take(self) -> None:
-    """Keeps this process to its share; before JAX looks for devices."""
+    """Restricts this process to its share; call it before JAX looks for devices."""
     if self.cores:
       os.sched_setaffinity(0, self.cores)
     if self.device:
@@ -41,7 +45,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """What jobs run on: `platform` and `kind` as JAX names them, and how many devices of it there are."""
+  """The devices that jobs run on: JAX's names of their platform and kind, and their number."""
 
   platform: str
   kind: str
@@ -52,30 +56,30 @@ class Machine:
 
 
 def machine() -> Machine:
-  """This process's devices."""
+  """Describes this process's devices."""
   device = jax.devices()[0]
   return Machine(device.platform, device.device_kind, jax.device_count())
 
 
 def prepare(count: int) -> tuple[Machine, list[Share]]:
-  """The machine, and its shares for so many jobs at a time; for one, none: it is this process's own.
+  """Returns the machine and its shares for `count` jobs at a time; no shares for one job, which runs in this process.
 
   Raises:
-    UserError: it cannot be shared by so many.
+    UserError: the machine cannot be divided into so many shares.
   """
   if count == 1:
     return machine(), []
-  # Another process looks: this one would hold the memory of the GPUs that its workers need.
+  # Look for devices in another process: this one would take the GPU memory that its workers need.
   ((_, found, _),) = run(collections.deque([machine]), [Share()])
   jax.config.update('jax_platforms', 'cpu')
   return found, shares(count, found)
 
 
 def shares(count: int, found: Machine) -> list[Share]:
-  """As many equal parts of the machine: its cores, or a GPU each.
+  """Divides the machine into `count` shares: equal numbers of CPU cores, or one GPU per share.
 
   Raises:
-    UserError: there are fewer; or the machine is a TPU, all of whose chips belong to one process.
+    UserError: there are fewer cores or GPUs; or the machine is a TPU, which only one process can use.
   """
   if found.platform == 'tpu':
     raise UserError(f'--jobs: {count}, but a TPU belongs to one process; leave --jobs out')
@@ -87,7 +91,7 @@ def shares(count: int, found: Machine) -> list[Share]:
     named = os.environ.get('CUDA_VISIBLE_DEVICES', '')
     return [Share(device=name) for name in (named.split(',') if named else map(str, range(there)))][:count]
   if not hasattr(os, 'sched_setaffinity'):
-    return [Share()] * count  # the system deals the cores
+    return [Share()] * count  # the system assigns the cores
   return [Share(tuple(cores[k * there // count : (k + 1) * there // count])) for k in range(count)]
 
 
@@ -96,16 +100,17 @@ def _cores():
 
 
 def run(todo: collections.deque[Callable[[], Any]], shares: list[Share]) -> Iterator[tuple[Callable, Any, float]]:
-  """Yields (job, its value, seconds) as jobs end. Whoever iterates may add to `todo` meanwhile.
+  """Yields (job, its value, seconds) as jobs end. The caller may add jobs to `todo` between two of them.
+
+  After an error, or when the caller stops iterating, no further job starts, and running jobs are stopped.
 
   Args:
-    todo: jobs without arguments; with shares, such as can be pickled.
-    shares: a worker process for each; none of them: jobs run in this process, in order.
+    todo: jobs, called without arguments; with shares, they must be picklable.
+    shares: one worker process per share; empty: jobs run in this process, in order.
 
   Raises:
-    UserError: of a job, which it names where there are shares. No other is begun, and those that run are stopped; so
-      they are when the caller leaves.
-    RuntimeError: a job failed otherwise, or its process was killed.
+    UserError: a job raised it; with shares, the text also names the job.
+    RuntimeError: with shares, a job raised another error, or its process was killed.
   """
   if not shares:
     while todo:
@@ -116,13 +121,14 @@ def run(todo: collections.deque[Callable[[], Any]], shares: list[Share]) -> Iter
   workers, idle, busy = [], [], {}
   try:
     for share in shares[: len(todo)]:
-      process, connection = _start(share)
+      process, connection = processes.start(_work, share)
       workers.append(process)
       idle.append(connection)
     while todo or busy:
       while todo and idle:
         job, connection = todo.popleft(), idle.pop()
-        connection.send(job)
+        with contextlib.suppress(ConnectionError):  # a dead worker: reading from it reports that
+          connection.send(job)
         busy[connection] = job, time.monotonic()
       connection = multiprocessing.connection.wait(list(busy))[0]
       job, began = busy.pop(connection)
@@ -138,23 +144,8 @@ def run(todo: collections.deque[Callable[[], Any]], shares: list[Share]) -> Iter
     _stop(workers)
 
 
-def _start(share):
-  """A worker process that waits for jobs, and the connection to it."""
-  here, there = multiprocessing.Pipe()
-  # Spawned, not forked: JAX has threads.
-  process = multiprocessing.get_context('spawn').Process(target=_work, args=(there, share))
-  # Ctrl-C reaches all processes of a terminal. This one hears it and stops the others, which would print tracebacks.
-  heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
-  try:
-    process.start()
-  finally:
-    signal.signal(signal.SIGINT, heard)
-  there.close()  # so that the worker's end is the only one, and its death is seen
-  return process, here
-
-
 def _stop(workers):
-  """By SIGTERM, at which training saves its step; those that take too long are killed."""
+  """Sends SIGTERM, at which training saves its step; kills workers that take too long."""
   for process in workers:
     process.terminate()
   until = time.monotonic() + _PATIENCE
@@ -168,14 +159,13 @@ def _stop(workers):
 
 
 def _work(connection, share):
-  """A worker's life: does what it is sent; gives (None, value), or (error, None)."""
+  """The worker's main function: runs each job that it receives, and sends (None, value) or (error, None)."""
   share.take()
-  threading.Thread(target=leave_with_parent, daemon=True).start()
   program.start_logging()
   logging.getLogger().setLevel(logging.WARNING)
   logging.captureWarnings(True)
-  # Progress bars of several runs would mix; each run's log has its own numbers. Their lock, by default one that other
-  # processes could share, would be reported as leaked when a worker is stopped.
+  # Progress bars of several runs would mix; each run's log has its own numbers. Python would report the default lock of
+  # tqdm, a semaphore, as leaked when a worker is stopped.
   sys.stdout = sys.stderr = open(os.devnull, 'w')  # noqa: SIM115
   tqdm.tqdm.set_lock(threading.RLock())
   program.use_compilation_cache()
@@ -190,9 +180,3 @@ def _work(connection, share):
     except Exception:
       answer = RuntimeError(f'{job}\n{traceback.format_exc()}'), None
     connection.send(answer)
-
-
-def leave_with_parent():
-  """What was killed without a word is not worked for."""
-  multiprocessing.parent_process().join()
-  os._exit(1)

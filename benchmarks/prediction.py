@@ -28,7 +28,9 @@ from fusa_jax import tasks
 from fusa_jax.inference import bundle, export, predict, trained
 from fusa_jax.inference.predictor import Predictor, load_predictor
 from fusa_jax.runs import checkpoint, run_config
-from fusa_jax.scans import nifti, sources
+from fusa_jax.scans import nifti
+from fusa_jax.scans.formats import Source
+from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import meshes, provenance
 from fusa_jax.training import train
 
@@ -77,7 +79,7 @@ def make_bundle(workdir: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def stages(run: Predictor, paths: list[pathlib.Path], output: pathlib.Path) -> dict[str, float]:
+def stages(run: Predictor, sources: list[Source], output: pathlib.Path) -> dict[str, float]:
   """Seconds of each stage, over all scans."""
   took = collections.Counter()
 
@@ -87,11 +89,11 @@ def stages(run: Predictor, paths: list[pathlib.Path], output: pathlib.Path) -> d
     took[stage] += time.perf_counter() - began
     return value
 
-  for path in paths:
-    scan = timed('read', sources.read, path, 'hu')
+  for source in sources:
+    scan = timed('read', source.read_image, 'hu')
     found = timed('compute', run, scan)
     for kind in ('mask', 'probability') if _PROBABILITIES.value else ('mask',):
-      timed('write', nifti.write_volume, output / f'{nifti.stem(path)}_{kind}.nii.gz', getattr(found, kind), scan)
+      timed('write', nifti.write_volume, output / f'{source.stem}_{kind}.nii.gz', getattr(found, kind), scan)
   return took
 
 
@@ -103,23 +105,23 @@ def main(_):
     scans, workdir, output = pathlib.Path(_INPUT.value or folder / 'scans'), folder / 'run', folder / 'out'
     if _INPUT.value is None:
       phantom.write_phantoms(scans, patients=_VOLUMES.value, size=_SIZE.value, slices=_SLICES.value)
-    paths, config = sources.find(scans, 'hu', folder), make_run(workdir)
+    sources, config = find_sources(scans, 'hu', folder), make_run(workdir)
     if _BUNDLE.value:
       workdir = make_bundle(workdir)
-    threshold = float(np.quantile(load_predictor(workdir)(paths[0]).probability[:, ::8, ::8], 0.99))
+    threshold = float(np.quantile(load_predictor(workdir)(sources[0].read_image('hu')).probability[:, ::8, ::8], 0.99))
     run, rounds, peak = load_predictor(workdir, threshold=threshold), [], None
-    run(paths[0])  # compiles
+    run(sources[0].read_image('hu'))  # compiles
     for _ in range(_ROUNDS.value):
       began = time.perf_counter()
       predict.predict(load_predictor(workdir, threshold=threshold), scans, output, _PROBABILITIES.value)
       whole = time.perf_counter() - began
       peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-      rounds.append({**stages(run, paths, output), 'predict': whole})
+      rounds.append({**stages(run, sources, output), 'predict': whole})
   least = {stage: min(each[stage] for each in rounds) for stage in rounds[0]}
   print(f'| {" | ".join(least)} | peak MB |\n|{" ---: |" * (len(least) + 1)}')
   print(f'| {" | ".join(f"{seconds:.2f}" for seconds in least.values())} | {peak:.0f} |')
   print(
-    f'\n{len(paths)} scans, {_MODEL.value} of width {_WIDTH.value} on {_IMAGE_SIZE.value} x {_IMAGE_SIZE.value}, '
+    f'\n{len(sources)} scans, {_MODEL.value} of width {_WIDTH.value} on {_IMAGE_SIZE.value} x {_IMAGE_SIZE.value}, '
     f'batch {_BATCH_SIZE.value}, {config.model.dtype}{", probabilities" if _PROBABILITIES.value else ""}, seconds, '
     f'{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, '
     f'{datetime.date.today()}, commit {provenance.commit()}'

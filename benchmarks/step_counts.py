@@ -20,11 +20,12 @@ import jax
 from absl import app
 
 from benchmarks import workload
+from benchmarks.settings import Settings
 from fusa_jax import models
 from fusa_jax.system.files import write_json
 
 PAGE = pathlib.Path('docs/step_counts.json')
-SETTINGS = workload.Settings(image_size=64, batch_size=2, width=8)
+SETTINGS = Settings(image_size=64, batch_size=2, width=8)
 # Both kinds of task, of block and of upsampling; a compilation takes from 5 to 30 seconds.
 COMPILED = ('fusa_resnet18', 'fusa_resunet')
 # The least growth that is one: releases of jax lower the same model with some scalars more or less (0.05% seen), and

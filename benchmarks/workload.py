@@ -14,26 +14,13 @@ import numpy as np
 import optax
 
 from benchmarks import model_table
+from benchmarks.settings import Settings
 from configs import cls, seg
 from fusa_jax import models, tasks, torch_weights
 from fusa_jax.runs import checkpoint
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import train
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """Of what size the work is, and how often it is done: `rounds` times in turn with others, so many steps each time.
-
-  `width` None is each model's own.
-  """
-
-  image_size: int = 512
-  batch_size: int = 8
-  rounds: int = 5
-  steps: int = 3
-  width: int | None = None
 
 
 def config_of(name: str, settings: Settings) -> ml_collections.ConfigDict:

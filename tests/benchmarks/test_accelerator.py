@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import accelerator, accelerator_parts, accelerator_report
+from benchmarks.settings import Options
 from fusa_jax.system import program
 from fusa_jax.system.errors import UserError
 
-ASKED = accelerator.Asked(
+OPTIONS = Options(
   models=('fusa_resunet',),
   image_size=32,
   batch_size=2,
@@ -109,7 +110,7 @@ def test_a_kill_between_parts_loses_nothing(tmp_path, monkeypatch):
   """The first part finds something twice; the command is stopped in the second."""
   out, seen = tmp_path / 'numbers.json', []
 
-  def run(name, asked, until):
+  def run(name, options, until):
     if name == 'profile':
       raise KeyboardInterrupt
     yield 'facts', {'device': 'a device', 'commit': None}
@@ -119,7 +120,7 @@ def test_a_kill_between_parts_loses_nothing(tmp_path, monkeypatch):
 
   monkeypatch.setattr(accelerator, '_run', run)
   with pytest.raises(KeyboardInterrupt):
-    accelerator.measure(ASKED, ['input_path', 'profile'], 480, out)
+    accelerator.measure(OPTIONS, ['input_path', 'profile'], 480, out)
   written = json.loads(out.read_text())
   assert seen == [5.0, 7.0]
   assert written['device'] == 'a device' and written['parts'] == {'input_path': {'slices_per_second': 7.0}}
@@ -131,8 +132,8 @@ def test_parts_have_their_share_and_what_was_left(tmp_path, monkeypatch):
   ends = {}
   began = time.monotonic()
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)  # PyTorch need not be here
-  monkeypatch.setattr(accelerator, '_run', lambda name, asked, until: ends.update({name: until - began}) or ())
-  accelerator.measure(ASKED, list(accelerator.PARTS), 480, tmp_path / 'numbers.json')
+  monkeypatch.setattr(accelerator, '_run', lambda name, options, until: ends.update({name: until - began}) or ())
+  accelerator.measure(OPTIONS, list(accelerator.PARTS), 480, tmp_path / 'numbers.json')
   shares = [part.seconds for part in accelerator.PARTS.values()]
   times = list(ends.values())
   assert times == sorted(times) and times[-1] <= 480
@@ -142,13 +143,13 @@ def test_parts_have_their_share_and_what_was_left(tmp_path, monkeypatch):
 
 def test_a_part_that_takes_too_long_is_stopped():
   """It has not even imported JAX by then."""
-  (found,) = accelerator._run('profile', ASKED, time.monotonic() + 0.5)
+  (found,) = accelerator._run('profile', OPTIONS, time.monotonic() + 0.5)
   assert found[0] == 'reason' and re.fullmatch(r'stopped after \d+ s: its share of the time was over', found[1])
 
 
 def test_a_part_that_dies_says_so(monkeypatch):
   monkeypatch.setattr(accelerator, '_work', print)  # it ends without a word to the command
-  (found,) = accelerator._run('profile', ASKED, time.monotonic() + 600)
+  (found,) = accelerator._run('profile', OPTIONS, time.monotonic() + 600)
   assert found == ('reason', 'its process died with code 0, perhaps for want of memory')
 
 
@@ -156,7 +157,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
   find = importlib.util.find_spec
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name in ('nibabel', 'torch') else find(name))
   monkeypatch.setattr(accelerator, '_run', lambda *_: pytest.fail('a process was started'))
-  report = accelerator.measure(ASKED, ['prediction', 'compare'], 480, tmp_path / 'numbers.json')
+  report = accelerator.measure(OPTIONS, ['prediction', 'compare'], 480, tmp_path / 'numbers.json')
   assert report['not_whole']['prediction'].startswith('needs nibabel, which the machine lacks')
   assert 'torch' in report['not_whole']['compare'] and 'nibabel' in report['not_whole']['compare']
   assert not report['parts']
@@ -185,7 +186,7 @@ def test_the_input_path_is_set_against_training():
   ],
 )
 def test_what_cannot_be_is_refused(changes, reason, tmp_path, monkeypatch):
-  asked = {
+  values = {
     'out': str(tmp_path / 'numbers.json'),
     'models': ['fusa_resunet'],
     'parts': ['profile'],
@@ -197,7 +198,7 @@ def test_what_cannot_be_is_refused(changes, reason, tmp_path, monkeypatch):
     'steps': 1,
     'memory_limit_mb': None,
   }
-  monkeypatch.setattr(accelerator, 'flags', types.SimpleNamespace(FLAGS=types.SimpleNamespace(**asked | changes)))
+  monkeypatch.setattr(accelerator, 'flags', types.SimpleNamespace(FLAGS=types.SimpleNamespace(**values | changes)))
   monkeypatch.setattr(accelerator, '_run', lambda *_: pytest.fail('a process was started'))
   monkeypatch.setattr(program, 'start_logging', lambda: None)
   with pytest.raises(UserError, match=reason):

@@ -10,11 +10,12 @@ import pytest
 
 torch = pytest.importorskip('torch')
 from benchmarks import compare, compare_table, workload  # noqa: E402 (needs torch)
+from benchmarks.settings import Settings  # noqa: E402
 from fusa_jax import tasks, torch_weights  # noqa: E402
 from fusa_jax.system.errors import UserError  # noqa: E402
 from fusa_jax.training import augment, train  # noqa: E402
 
-SETTINGS = workload.Settings(image_size=32, batch_size=2, rounds=1, steps=1)
+SETTINGS = Settings(image_size=32, batch_size=2, rounds=1, steps=1)
 
 
 @pytest.mark.slow
@@ -63,7 +64,7 @@ def test_both_sides_compute_the_same_loss(name, monkeypatch):
   weights = {}
   monkeypatch.setattr(compare.torch_reference, 'create', remember)
   # Enough values for each norm, of which the last see 16, to be well conditioned.
-  settings = workload.Settings(image_size=64, batch_size=4)
+  settings = Settings(image_size=64, batch_size=4)
   batch = workload.batch_of(64, 4)
   compare.theirs(name, settings, compiled=False).step()
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks import jobs
+from benchmarks import jobs, processes
 from fusa_jax.system.errors import UserError
 
 # Functions of this file can be run by workers, which import it by name.
@@ -101,9 +101,22 @@ def test_workers_keep_to_their_share_and_leave_ctrl_c_to_the_first_process():
 )
 def test_an_error_stops_the_other_workers(job, error, reason, monkeypatch):
   """The other would sleep for ten minutes."""
-  started, start = [], jobs._start
-  monkeypatch.setattr(jobs, '_start', lambda share: started.append(start(share)) or started[-1])
+  started, start = [], processes.start
+  monkeypatch.setattr(processes, 'start', lambda *args: started.append(start(*args)) or started[-1])
   with pytest.raises(error, match=reason):
     list(jobs.run(collections.deque([sleep, job]), [jobs.Share()] * 2))
   assert len(started) == 2
   assert not any(process.is_alive() for process, _ in started)
+
+
+def test_a_worker_that_was_killed_between_jobs_is_reported(monkeypatch):
+  started, start = [], processes.start
+  monkeypatch.setattr(processes, 'start', lambda *args: started.append(start(*args)) or started[-1])
+  todo = collections.deque([Say('a')])
+  running = jobs.run(todo, [jobs.Share()])
+  next(running)
+  started[0][0].kill()
+  started[0][0].join()
+  todo.append(Say('b'))
+  with pytest.raises(RuntimeError, match='^job b: its process was killed, perhaps for want of memory$'):
+    next(running)

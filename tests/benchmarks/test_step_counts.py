@@ -6,7 +6,8 @@ import pathlib
 
 import pytest
 
-from benchmarks import step_counts, workload
+from benchmarks import step_counts
+from benchmarks.settings import Settings
 from fusa_jax import FUSA, models
 
 WRITTEN = json.loads(pathlib.Path('docs/step_counts.json').read_text())
@@ -22,7 +23,7 @@ def check(now, before, kind):
 
 def test_the_file_is_of_every_model_at_the_size_that_is_counted():
   size = {key: WRITTEN[key] for key in ('image_size', 'batch_size', 'width')}
-  assert workload.Settings(**size) == step_counts.SETTINGS
+  assert Settings(**size) == step_counts.SETTINGS
   assert set(WRITTEN['lowered']) == set(models.NAMES)
   every = [*WRITTEN['lowered'].values(), *(one for found in WRITTEN['compiled'].values() for one in found.values())]
   for counts in every:
