@@ -32,7 +32,7 @@ from fusa_jax.scans import nifti
 from fusa_jax.scans.formats import Source
 from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import meshes, provenance
-from fusa_jax.training import train
+from fusa_jax.training import optimizers, train
 
 _INPUT = flags.DEFINE_string('input', None, 'a folder of scans in HU, instead of phantoms')
 _VOLUMES = flags.DEFINE_integer('volumes', 6, 'phantoms')
@@ -54,7 +54,7 @@ def make_run(workdir: pathlib.Path):
   config.model.update(width=_WIDTH.value, dtype=_DTYPE.value)
   config.data.image_size, config.train.batch_size = _IMAGE_SIZE.value, _BATCH_SIZE.value
   run_config.save_config(workdir, config)
-  optimizer, _ = train.make_optimizer(config)
+  optimizer, _ = optimizers.make_optimizer(config)
   state = train.compile_init(tasks.create(config), optimizer, config, meshes.replicated(meshes.create_mesh()))()
   with checkpoint.Checkpoints(workdir) as checkpoints:
     checkpoints.save(0, state.variables, state.opt_state, None)

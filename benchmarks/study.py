@@ -20,14 +20,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from benchmarks import jobs, study_table
-from fusa_jax import models, tasks
+from fusa_jax import tasks
 from fusa_jax.measures import statistics
 from fusa_jax.runs import arguments, experiment, report, results, run_config
 from fusa_jax.system import program
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import cross_validation, datasets
-
-_OF_TASK = {'classification': models.CLASSIFIERS, 'segmentation': models.SEGMENTERS}
 
 
 def define_flags() -> None:
@@ -66,7 +64,7 @@ def read_models(texts: list[str] | None, task: str) -> list[str]:
   """
   if texts is None:
     return list(study_table.ROWS[task].values())
-  known = _OF_TASK[task]
+  known = tasks.type_of(task).models
   for name in texts or ['']:
     if name not in known:
       raise UserError(f'--models: {name!r} is no model of {task}; one or more of {", ".join(known)}')
@@ -119,7 +117,7 @@ class Job:
     result = cross_validation.train_and_test(self.config, self.run, self.data_dir)
     report.write_report(self.run, datasets.card(self.data_dir, self.config.data.fold))
     jax.clear_caches()  # nothing of one model's is of use to the next
-    return result[tasks.KINDS[self.config.task].SELECTION]
+    return result[tasks.type_of(self.config.task).selection]
 
 
 def make(

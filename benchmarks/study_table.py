@@ -153,7 +153,7 @@ def _differences(config, workdir, finished) -> Iterator[dict]:
     for seeds in ([common] if len(common) > 1 else []) + [[seed] for seed in common]:
       one, other = ([tables[name][seed] for seed in seeds] for name in (fusa, plain))
       about = {'run': fusa, 'against': plain, 'fold': config.data.fold, 'seeds': seeds}
-      yield about | compare.paired(tasks.KINDS[config.task], one, other)
+      yield about | compare.paired(tasks.type_of(config.task), one, other)
 
 
 def _seeds(seeds):

@@ -17,10 +17,9 @@ from benchmarks import model_table
 from benchmarks.settings import Settings
 from configs import cls, seg
 from fusa_jax import models, tasks, torch_weights
-from fusa_jax.runs import checkpoint
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
-from fusa_jax.training import train
+from fusa_jax.training import optimizers, train
 
 
 def config_of(name: str, settings: Settings) -> ml_collections.ConfigDict:
@@ -70,8 +69,8 @@ class Workload:
   """A config's work on one device, not yet compiled; no array is made.
 
   Attributes:
-    init: a jitted function of nothing, the state of step 0.
-    like: that state's shapes.
+    init: a jitted initialiser of the train state.
+    shapes: of the train state.
   """
 
   config: ml_collections.ConfigDict
@@ -79,28 +78,28 @@ class Workload:
   mesh: jax.sharding.Mesh
   optimizer: optax.GradientTransformation
   init: Callable[[], train.TrainState]
-  like: train.TrainState
+  shapes: train.TrainState
 
   def lower_step(self) -> jax.stages.Lowered:
     """The loop's own step."""
-    return train.lower_step(self.task, self.optimizer, self.config, self.mesh, self.like)
+    return train.lower_step(self.task, self.optimizer, self.config, self.mesh, self.shapes)
 
   def lower_infer(self) -> jax.stages.Lowered:
     """Slices -> probabilities."""
     size, count = self.config.data.image_size, self.config.train.batch_size
     slices = jax.ShapeDtypeStruct((count, size, size), np.int16, sharding=meshes.batched(self.mesh, 3))
-    return jax.jit(self.task.probabilities).lower(self.like.variables, slices)
+    return jax.jit(self.task.probabilities).lower(self.shapes.variables, slices)
 
 
 def create(config: ml_collections.ConfigDict, **changes) -> Workload:
   """The workload of a config; `changes` are of the model's attributes, as `attention=None`."""
   mesh = meshes.create_mesh(1, 1, jax.devices()[:1])
-  everywhere = meshes.replicated(mesh)
   task = tasks.create(config)
   task = dataclasses.replace(task, model=task.model.clone(**changes))
-  optimizer, _ = train.make_optimizer(config)
-  init = train.compile_init(task, optimizer, config, everywhere)
-  return Workload(config, task, mesh, optimizer, init, checkpoint.shapes(jax.eval_shape(init), everywhere))
+  optimizer, _ = optimizers.make_optimizer(config)
+  init = train.compile_init(task, optimizer, config, meshes.replicated(mesh))
+  shapes = train.state_shapes(task, optimizer, config, mesh)
+  return Workload(config, task, mesh, optimizer, init, shapes)
 
 
 class Running:

@@ -7,9 +7,11 @@ from ml_collections import config_dict
 def paper() -> ml_collections.ConfigDict:
   """The keys that both tasks have: the paper's experiment, and our choice where it is silent (docs/paper.md)."""
   config = ml_collections.ConfigDict()
+  config.task = ''  # segmentation or classification, set by seg.py and cls.py
   config.seed = 0
 
   config.model = ml_collections.ConfigDict()
+  config.model.name = ''  # one of models.NAMES, set by the preset
   config.model.width = config_dict.placeholder(int)  # channels of the first level; None: the architecture's own
   config.model.encoder = config_dict.placeholder(str)  # of linknet, pspnet, deeplabv3: resnet18, resnet34, resnet50
   # Shallower than the architecture's own (None): of resunet the channels of each level over `width`, as (1, 2, 4) for
@@ -45,9 +47,13 @@ def paper() -> ml_collections.ConfigDict:
   config.train = ml_collections.ConfigDict()
   config.train.steps = 20_000
   config.train.batch_size = 16  # over all devices of all hosts
-  config.train.learning_rate = 1e-3
-  config.train.warmup_steps = 500
-  config.train.weight_decay = 1e-4
+  # A name in fusa_jax/tasks/losses.py, set by seg.py and cls.py: cross_entropy, cross_entropy_dice, dice, focal.
+  config.train.loss = ''
+  config.train.optimizer = 'adamw'  # or 'sgd', with Nesterov momentum 0.99 (fusa_jax/training/optimizers.py)
+  config.train.schedule = 'warmup_cosine'  # or 'polynomial', 'constant' (fusa_jax/training/optimizers.py)
+  config.train.learning_rate = 1e-3  # the highest
+  config.train.warmup_steps = 500  # of warmup_cosine; the other schedules have no warm-up
+  config.train.weight_decay = 1e-4  # kernels only
   config.train.log_every = 50
   config.train.evaluate_every = 1000  # validation, then a checkpoint
 

@@ -14,6 +14,7 @@ def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
   is_demo, name = base.read_preset(preset, 'configs/cls.py', models.CLASSIFIERS)
   config = base.paper()
   config.task = 'classification'
+  config.train.loss = 'cross_entropy'
   config.model.name = name or ('fusa_resnet18' if is_demo else 'fusa_resnet50')
   if is_demo:
     base.demo(config)

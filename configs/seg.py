@@ -14,6 +14,7 @@ def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
   is_demo, name = base.read_preset(preset, 'configs/seg.py', models.SEGMENTERS)
   config = base.paper()
   config.task = 'segmentation'
+  config.train.loss = 'cross_entropy_dice'
   config.model.name = name or 'fusa_resunet'
   if is_demo:
     base.demo(config)

@@ -134,13 +134,13 @@ def from_torch(name: str, state_dict: Mapping[str, Any], **options) -> dict:
     options.setdefault('num_classes', len(head))
   module = models.create(name, **options)
   images = jnp.zeros((1, 64, 64, 1 if first is None else first.shape[1]))
-  like = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), images)
-  found, problems = _match(_flat(like), tensors, rules)
+  shapes = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), images)
+  found, problems = _match(_flat(shapes), tensors, rules)
   _refuse(problems, f'state dict does not fit {name}')
   return _nested(found)
 
 
-def initial(path: str | pathlib.Path, name: str, like: dict) -> tuple[dict, list[str]]:
+def initial(path: str | pathlib.Path, name: str, shapes: dict) -> tuple[dict, list[str]]:
   """What a file of PyTorch weights has to start the training of a model from.
 
   Beside the whole of a state dict of this very model it takes, of the same architecture:
@@ -153,17 +153,17 @@ def initial(path: str | pathlib.Path, name: str, like: dict) -> tuple[dict, list
   Args:
     path: a .safetensors file, or a .pth or .pt file (which needs PyTorch to be opened).
     name: of the model.
-    like: its variables, or their shapes.
+    shapes: {'params', 'batch_stats'} of the model, as arrays or as shapes.
 
   Returns:
-    (variables, notes): the variables found, NumPy arrays nested as in `like`; and what was left out or changed, a line
-    each.
+    (variables, notes): the variables found, NumPy arrays nested as in `shapes`; and what was left out or changed, a
+    line each.
 
   Raises:
     UserError: the file cannot be read, or does not fit; names the tensors.
   """
   tensors, rules, notes = _canonical(name, read(path)), _rules(name), []
-  wanted = _flat(like)
+  wanted = _flat(shapes)
 
   is_encoders = lambda key: '/encoder/' in key
   if name in models.SEGMENTERS and any(map(is_encoders, wanted)) and not any(k.startswith('encoder.') for k in tensors):

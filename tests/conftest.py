@@ -93,12 +93,11 @@ def final_state(config, workdir):
   """(step, items) of a run's latest checkpoint, on the host."""
   from fusa_jax import tasks
   from fusa_jax.runs import checkpoint
-  from fusa_jax.training import train
+  from fusa_jax.training import optimizers, train
 
   task = tasks.create(config)
-  optimizer, _ = train.make_optimizer(config)
-  everywhere = meshes.replicated(meshes.create_mesh())
-  like = checkpoint.shapes(jax.eval_shape(train.compile_init(task, optimizer, config, everywhere)), everywhere)
+  optimizer, _ = optimizers.make_optimizer(config)
+  shapes = train.state_shapes(task, optimizer, config, meshes.create_mesh())
   with checkpoint.Checkpoints(workdir) as checkpoints:
     step = checkpoints.latest()
-    return step, jax.device_get(checkpoints.restore(step, variables=like.variables, optimizer=like.opt_state))
+    return step, jax.device_get(checkpoints.restore(step, variables=shapes.variables, optimizer=shapes.opt_state))

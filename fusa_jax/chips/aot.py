@@ -18,11 +18,10 @@ import ml_collections
 
 from fusa_jax import tasks
 from fusa_jax.chips import tpu
-from fusa_jax.runs import checkpoint
 from fusa_jax.system import meshes, provenance
 from fusa_jax.system.errors import DoesNotFitError
 from fusa_jax.system.files import replacing, write_json
-from fusa_jax.training import train
+from fusa_jax.training import optimizers, train
 
 _MOVEMENTS, _SHOWN = 50, 10  # operations in a report, and of these in its table
 
@@ -46,10 +45,9 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space, topology.devices())
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
   task = tasks.create(config)
-  optimizer, _ = train.make_optimizer(config)
-  init = train.compile_init(task, optimizer, config, None)
-  like = checkpoint.shapes(jax.eval_shape(init), meshes.replicated(mesh))
-  lowered = train.lower_step(task, optimizer, config, mesh, like)
+  optimizer, _ = optimizers.make_optimizer(config)
+  shapes = train.state_shapes(task, optimizer, config, mesh)
+  lowered = train.lower_step(task, optimizer, config, mesh, shapes)
   began = time.perf_counter()
   try:
     compiled = lowered.compile()
@@ -60,7 +58,7 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
   compile_seconds = time.perf_counter() - began
 
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  parameters, state = _nbytes(like.variables['params']), _nbytes(like)
+  parameters, state = _nbytes(shapes.variables['params']), _nbytes(shapes)
   program = compiled.as_text()
   network, movements = tpu.collectives(program, mesh.devices.size), tpu.hbm_movements(program)
   moved = sum(movement.nbytes for movement in movements)

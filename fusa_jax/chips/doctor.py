@@ -170,7 +170,7 @@ def self_check(config: ml_collections.ConfigDict):
   import numpy as np
 
   from fusa_jax import FUSA, models, tasks
-  from fusa_jax.training import train
+  from fusa_jax.training import optimizers, train
 
   began, options = time.perf_counter(), train.options_to_run_once()
 
@@ -197,13 +197,13 @@ def self_check(config: ml_collections.ConfigDict):
   config.train.update(steps=3, warmup_steps=0, batch_size=count, learning_rate=0.01)
   small = models.create('fusa_resunet', width=8, multiples=(1, 2))
   task = dataclasses.replace(tasks.create(config), model=small)
-  optimizer, _ = train.make_optimizer(config)
-  like = jax.eval_shape(train.compile_init(task, optimizer, config, None))
-  step = train.lower_step(task, optimizer, config, mesh, like).compile(options)
+  optimizer, _ = optimizers.make_optimizer(config)
+  shapes = train.state_shapes(task, optimizer, config, mesh)
+  step = train.lower_step(task, optimizer, config, mesh, shapes).compile(options)
   # Parameters of one draw here: a program that draws each on the devices would take a third of all the time.
   draw = lambda leaf: np.random.default_rng(0).normal(0, 0.1, leaf.shape).astype(leaf.dtype)
   zeros = lambda leaf: np.zeros(leaf.shape, leaf.dtype)
-  state = train.TrainState(zeros(like.step), jax.tree.map(draw, like.variables), jax.tree.map(zeros, like.opt_state))
+  state = jax.tree.map(zeros, shapes).replace(variables=jax.tree.map(draw, shapes.variables))
   state = jax.device_put(state, meshes.replicated(mesh))
   # Soft tissue, with a square of a lesion's HU in lung.
   image, mask = np.full((count, size, size), 40, np.int16), np.zeros((count, size, size), np.uint8)

@@ -75,7 +75,7 @@ def write_bundle(
       'slices': f'int16 [batch, height, width], {_VALUES[model.values]}; rows from the front of the chest to the '
       "back, columns from the patient's right to the left; any batch, height and width",
     },
-    'output': 'float32 probability of lesion, ' + _OUTPUTS[model.task],
+    'output': 'float32 probability of lesion, ' + tasks.type_of(model.task).output,
     'platforms': list(exported.platforms),
     'calling_convention_version': exported.calling_convention_version,
     'jax': jax.__version__,
@@ -96,7 +96,6 @@ def write_bundle(
 
 
 _VALUES = {'hu': 'Hounsfield units', 'grey': 'grey of 0 to 255'}
-_OUTPUTS = {'segmentation': 'of each pixel [batch, height, width]', 'classification': 'of each slice [batch]'}
 
 
 def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Exported:
@@ -107,7 +106,7 @@ def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Expo
     flips: whether slices are also taken mirrored, and the mean of both.
   """
   config = networks[0].config
-  size, is_hu, gives_masks = config.data.image_size, config.data.intensity == 'hu', config.task == 'segmentation'
+  size, is_hu, gives_masks = config.data.image_size, config.data.intensity == 'hu', tasks.type_of(config.task).has_masks
   networks = [network._replace(config=_in_float32(network.config)) for network in networks]
 
   def lesion_probability(weights, slices):
@@ -200,7 +199,7 @@ def _card(about, workdirs, networks):
     'tests': tests,
     'datasets': datasets,
     'is_phantom': any('phantom' in dataset for dataset in datasets),
-    'names': tasks.KINDS[about['task']].SHOWN,
+    'names': tasks.type_of(about['task']).shown,
   }
 
 

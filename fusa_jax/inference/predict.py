@@ -13,6 +13,7 @@ from concurrent import futures
 import numpy as np
 import tqdm
 
+from fusa_jax import tasks
 from fusa_jax.inference.predictor import Predictor
 from fusa_jax.scans import dicom_seg, nifti, pictures
 from fusa_jax.scans.archives import unpacking
@@ -58,7 +59,7 @@ def predict(
   with unpacking() as unpacked:
     sources = find_sources(source, run.model.values, unpacked)
     if as_dicom:
-      if run.model.task != 'segmentation':
+      if not tasks.type_of(run.model.task).has_masks:
         raise UserError('--dicom: is about masks, and this model gives none; leave it out')
       dicom_seg.check_series(sources)
     _predict(run, sources, output, probabilities, as_dicom)

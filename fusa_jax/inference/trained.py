@@ -25,7 +25,7 @@ class Model:
   Attributes:
     function: (variables, slices [B, size, size]) -> probability of lesion, float32 [B] or [B, size, size].
     variables: of the function, on all devices of a mesh.
-    task: 'segmentation' or 'classification'.
+    task: name of its type in tasks.TASKS.
     values: of the slices, one of volumes.VALUES.
     image_size: of the slices.
     batch_size: slices that were trained on at once.
@@ -135,11 +135,10 @@ def load_variables(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tup
   Raises:
     UserError: the run has no checkpoint.
   """
-  init = lambda: task.init(jax.random.key(0), config.data.image_size)
-  like = checkpoint.shapes(jax.eval_shape(init), meshes.replicated(mesh))
+  shapes = meshes.replicated_shapes(lambda: task.init(jax.random.key(0), config.data.image_size), mesh)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     step = checkpoints.best()
-    return step, checkpoints.restore(step, variables=like)['variables']
+    return step, checkpoints.restore(step, variables=shapes)['variables']
 
 
 def create(networks: Sequence[Network], flips: bool) -> Model:

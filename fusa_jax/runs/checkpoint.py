@@ -77,10 +77,10 @@ class Checkpoints:
     scored = {step: score for step, score in self._scores.items() if score is not None}
     return max(scored, key=lambda step: (scored[step], step)) if scored else max(self._scores)
 
-  def restore(self, step: int, **like: Any) -> dict[str, Any]:
-    """Items by name as saved at `step`, each into the shapes, dtypes and shardings of the tree given for it."""
+  def restore(self, step: int, **shapes: Any) -> dict[str, Any]:
+    """Items by name, as saved at `step`, into the shapes, dtypes and shardings of the tree given for each."""
     with ocp.StandardCheckpointer() as checkpointer:
-      return {name: checkpointer.restore(self._folder / str(step) / name, tree) for name, tree in like.items()}
+      return {name: checkpointer.restore(self._folder / str(step) / name, tree) for name, tree in shapes.items()}
 
   def save(self, step: int, variables: Any, optimizer: Any, score: float | None) -> None:
     """Begins to save; the arrays are copied before this returns.
@@ -240,8 +240,3 @@ def exists(workdir: pathlib.Path) -> bool:
 
 def _score(metrics):
   return metrics['score']
-
-
-def shapes(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-  """The tree's shapes and dtypes, all with one sharding: what `restore` takes."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -29,7 +29,7 @@ def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path |
     raise UserError(f'--against: {against} is of {configs[1].task}, {workdir} of {configs[0].task}; compare like tasks')
   tables = [results.read_table(folder) for folder in (workdir, against)]
   try:
-    found = paired(tasks.KINDS[configs[0].task], *([table] for table in tables))
+    found = paired(tasks.type_of(configs[0].task), *([table] for table in tables))
   except UserError as error:
     raise UserError(f'--against: {workdir} and {against}: {error}') from None
   split = results.read_numbers(workdir)['split']
@@ -55,7 +55,9 @@ def _difference_of_tests(one: dict[str, np.ndarray], other: dict[str, np.ndarray
   return None
 
 
-def paired(kind, one: Sequence[dict[str, np.ndarray]], other: Sequence[dict[str, np.ndarray]]) -> dict:
+def paired(
+  task_type: tasks.TaskType, one: Sequence[dict[str, np.ndarray]], other: Sequence[dict[str, np.ndarray]]
+) -> dict:
   """Every number of both sides and their difference, at threshold 0.5, under the same draws of patients.
 
   A side is the tables of one or more runs of a model, as those of several seeds: its numbers, and the score of each
@@ -76,12 +78,12 @@ def paired(kind, one: Sequence[dict[str, np.ndarray]], other: Sequence[dict[str,
       raise UserError(f'the test sets differ ({reason}); evaluate both on the same fold and data')
   sides = [[metrics.by_patient(table) for table in side] for side in (one, other)]
   patients = len(sides[0][0])
-  statistic = [statistics.average([each.statistic(kind.definition) for each in side]) for side in sides]
+  statistic = [statistics.average([each.statistic(task_type.definition) for each in side]) for side in sides]
   difference = statistics.difference(*statistic)
   values = [statistics.estimates(s, patients) for s in (*statistic, difference)]
   spread = statistics.intervals(difference, patients)
   names = dict(zip(('run', 'against', 'difference'), values, strict=True))
-  scores = [np.mean([kind.patient_score(each.sums) for each in side], axis=0) for side in sides]
+  scores = [np.mean([task_type.patient_score(each.sums) for each in side], axis=0) for side in sides]
   gains = scores[0] - scores[1]
   mean = lambda weights: {'difference': statistics.mean(gains, weights)}
   return {
@@ -90,7 +92,7 @@ def paired(kind, one: Sequence[dict[str, np.ndarray]], other: Sequence[dict[str,
       name: {key: found[name] for key, found in names.items()} | {'interval': spread[name]} for name in values[0]
     },
     'per_patient': {
-      'score': kind.PATIENT_SCORE,
+      'score': task_type.patient_score_name,
       'patients': int(np.isfinite(gains).sum()),
       'left_out': int((~np.isfinite(gains)).sum()),
       'better': int((gains > 0).sum()),

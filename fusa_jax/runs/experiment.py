@@ -87,9 +87,10 @@ def scans_at_hand(config: ml_collections.ConfigDict) -> dict[str, Callable] | No
   import jax
 
   from data import prepare
+  from fusa_jax import tasks
 
   options = config.data
-  if config.task != 'segmentation' or (options.dir and not options.raw_dir):
+  if not tasks.type_of(config.task).has_masks or (options.dir and not options.raw_dir):
     return None
   if jax.process_count() > 1:
     # Only process 0 needs to have them, and prediction is work for all.

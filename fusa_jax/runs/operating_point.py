@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 from scipy import optimize, special
 
+from fusa_jax import tasks
 from fusa_jax.measures import histogram, metrics
 from fusa_jax.measures.statistics import defined, ratio
 from fusa_jax.system.errors import UserError
@@ -78,12 +79,12 @@ class OperatingPoint:
     return dataclasses.replace(self, **given, **({'chosen_by': '--threshold'} if 'threshold' in given else {}))
 
   def asked(self, task: str, values: str, lungs: bool | None = None, smallest_ml: float | None = None, **given):
-    """As `changed`, for a model of a task and of a kind of values.
+    """As `changed`, for a model of a task and one of volumes.VALUES.
 
     Raises:
       UserError: as `changed`; `lungs` of grey values; `lungs` or `smallest_ml` of a model without masks.
     """
-    if task != 'segmentation' and (lungs or smallest_ml):
+    if not tasks.type_of(task).has_masks and (lungs or smallest_ml):
       flag = 'lungs' if lungs else 'smallest_ml'
       raise UserError(f'--{flag}: is about masks, and this model gives none; leave it out')
     if values != 'hu' and lungs:
@@ -136,7 +137,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   """Raises a UserError where config.evaluate asks for a share that is none, or for what the task or values lack."""
   options = config.evaluate
   masks = [key for key in ('lungs', 'fit_smallest') if options[key]]
-  if masks and config.task != 'segmentation':
+  if masks and not tasks.type_of(config.task).has_masks:
     raise UserError(f'evaluate.{masks[0]}: is about masks, and {config.task} gives none; leave it out')
   if options.lungs and config.data.intensity != 'hu':
     raise UserError('evaluate.lungs: lungs are found by their HU, and these are grey values; leave it out')

@@ -35,10 +35,10 @@ def write_report(workdir: pathlib.Path, data_card: dict) -> pathlib.Path:
   config = run_config.load_config(workdir)
   table = results.read_table(workdir)
   result = results.read_numbers(workdir)
-  kind = tasks.KINDS[config.task]
+  task_type = tasks.type_of(config.task)
   runs = sorted(workdir.glob('fold*/')) if run_config.is_cross_validation(config) else [workdir]
   charts = {name: figures.svg(figure) for name, figure in figures.charts(table, result).items()}
-  curves = figures.learning_curves({run.name: _log(run) for run in runs}, kind.SELECTION)
+  curves = figures.learning_curves({run.name: _log(run) for run in runs}, task_type.selection)
   points = {run.name: operating_point.load_point(run) for run in runs}
   path = workdir / 'test' / 'report.html'
   pages.write_page(
@@ -46,7 +46,7 @@ def write_report(workdir: pathlib.Path, data_card: dict) -> pathlib.Path:
     'report.html',
     config=config,
     result=result,
-    kind=kind,
+    task_type=task_type,
     command=shlex.join(['python', 'launch.py', f'--config={workdir}/config.json', '--workdir=NEW_FOLDER']),
     definitions=metrics.DEFINITIONS,
     charts=charts,
@@ -58,7 +58,7 @@ def write_report(workdir: pathlib.Path, data_card: dict) -> pathlib.Path:
     caveat=results.caveat(result),
     low_high=window.black_and_white(config.data.intensity, config.data.window),
     validated=data_card['validated'],
-    overlays=list(_overlays(kind, table, runs)),
+    overlays=list(_overlays(task_type, table, runs)),
     is_phantom='phantom' in result['dataset'],
     libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
     device=jax.devices()[0].device_kind,
@@ -67,7 +67,7 @@ def write_report(workdir: pathlib.Path, data_card: dict) -> pathlib.Path:
   return path
 
 
-def _overlays(kind, table, runs):
+def _overlays(task_type, table, runs):
   """The pictures that evaluation drew of the worst and the best patients, as data URLs."""
   for row in figures.telling_slices(table, _OVERLAYS):
     name = results.overlay_name(table, row)
@@ -76,7 +76,7 @@ def _overlays(kind, table, runs):
         out = io.BytesIO()
         Image.open(path).convert('RGB').save(out, 'WEBP', quality=90)
         url = 'data:image/webp;base64,' + base64.b64encode(out.getvalue()).decode()
-        yield {'title': results.overlay_title(kind, table, row), 'url': url}
+        yield {'title': results.overlay_title(task_type, table, row), 'url': url}
 
 
 def _log(run):

@@ -6,7 +6,6 @@ import pathlib
 import shutil
 import zipfile
 import zlib
-from types import ModuleType
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from fusa_jax.measures import metrics, statistics
 from fusa_jax.runs import figures
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing, write_csv, write_json, writing
+from fusa_jax.tasks import TaskType
 
 COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS)
 TABLE = 'table.npz'
@@ -23,16 +23,16 @@ BY_PATIENT, BY_SLICE = 'by patient', 'by slice, not by patient: whose the slices
 _OF_SCORES = ('auc', 'brier', 'ece')
 
 
-def summary(kind: ModuleType, table: dict[str, np.ndarray]) -> dict[str, float | int | None]:
+def summary(task_type: TaskType, table: dict[str, np.ndarray]) -> dict[str, float | int | None]:
   """A table's numbers and counts at threshold 0.5, without intervals: what is looked at while training."""
   patients = metrics.by_patient(table)
-  return statistics.estimates(patients.statistic(kind.definition), len(patients)) | _counts(patients)
+  return statistics.estimates(patients.statistic(task_type.definition), len(patients)) | _counts(patients)
 
 
-def numbers(kind: ModuleType, table: dict[str, np.ndarray], prevalences=()) -> dict:
+def numbers(task_type: TaskType, table: dict[str, np.ndarray], prevalences=()) -> dict:
   """All that follows from a table of slices, each number with its interval: what metrics.json holds of them."""
   half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
-  at_chosen = _with_intervals(chosen, kind.definition)
+  at_chosen = _with_intervals(chosen, task_type.definition)
   for name in _OF_SCORES:
     at_chosen.pop(name, None)
     at_chosen['intervals'].pop(name, None)
@@ -41,11 +41,11 @@ def numbers(kind: ModuleType, table: dict[str, np.ndarray], prevalences=()) -> d
     {'prevalence': share, **_with_intervals(chosen, lambda totals, at=share: metrics.detection_at(totals, at))}
     for share in prevalences
   ]
-  at_half = _with_intervals(half, kind.definition)
+  at_half = _with_intervals(half, task_type.definition)
   return {
     **{name: value for name, value in at_half.items() if name != 'intervals'},
     **_counts(half),
-    'counted': kind.COUNTED,
+    'counted': task_type.counted,
     'threshold': 0.5,
     'num_slices': len(table['label']),
     'num_patients': len(half),
@@ -66,10 +66,10 @@ def _counts(patients):
   return {key: int(patients.sums[key].sum()) for key in metrics.COUNTS}
 
 
-def one_line(kind: ModuleType, summary: dict) -> str:
+def one_line(task_type: TaskType, summary: dict) -> str:
   """The scores for a log: those of the paper's table, with intervals and the split's flaw where there are any."""
   scores = ', '.join(
-    f'{name} {statistics.shown(summary[name], summary.get("intervals", {}).get(name))}' for name in kind.SHOWN
+    f'{name} {statistics.shown(summary[name], summary.get("intervals", {}).get(name))}' for name in task_type.shown
   )
   return scores + caveat(summary)
 
@@ -154,14 +154,9 @@ def read_table(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     ) from None
 
 
-def overlay_title(kind: ModuleType, table: dict[str, np.ndarray], row: int) -> str:
-  """Patient, slice, and how well the model did on it at the operating point."""
-  tp, fp, fn, tn = (table[f'{key}_chosen'][row] for key in metrics.COUNTS)
-  if kind.COUNTED == 'pixels':
-    how = f'Dice {statistics.shown(statistics.defined(metrics.dice(tp, fp, fn)))}'
-  else:
-    how = f'score {table["score"][row]:.3f}, {"rightly" if tp + tn else "wrongly"} called {("no ", "")[tp + fp]}lesion'
-  return f'patient {table["patient"][row]}, slice {table["slice"][row]}: {how}'
+def overlay_title(task_type: TaskType, table: dict[str, np.ndarray], row: int) -> str:
+  """Patient, slice, and the result on it at the operating point."""
+  return f'patient {table["patient"][row]}, slice {table["slice"][row]}: {task_type.slice_result(table, row)}'
 
 
 def overlay_name(table: dict[str, np.ndarray], row: int) -> str:

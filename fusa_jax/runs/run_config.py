@@ -98,7 +98,6 @@ def get_config(path: str) -> ml_collections.ConfigDict:
 
   saved = read_json(pathlib.Path(path), 'restore it, or train again in another --workdir')
   config = base.paper()
-  config.task, config.model.name = '', ''
   if not isinstance(saved, dict) or not isinstance(saved.get('data'), dict):
     raise UserError(f'{path}: of something else than a run, as a bundle; name the folder of a run')
   unlike = _flat(saved).keys() ^ _flat(config.to_dict()).keys()

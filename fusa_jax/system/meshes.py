@@ -3,6 +3,9 @@
 On the mesh ('data', 'space') the batch is split over 'data', image height over 'space'; parameters are everywhere.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
@@ -57,6 +60,12 @@ def fitting_batch(mesh: Mesh, batch_size: int) -> int:
 
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
+
+
+def replicated_shapes(make: Callable[[], Any], mesh: Mesh) -> Any:
+  """Shapes and dtypes of the arrays that `make` returns, each on all devices of the mesh. No array is made."""
+  sharding = replicated(mesh)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make))
 
 
 def batched(mesh: Mesh, ndim: int) -> NamedSharding:

@@ -1,15 +1,11 @@
-"""A task: a model, what makes its inputs of stored values, and all that differs between the two kinds of task.
+"""A task: what a config computes from slices. `TASKS` holds the types of task, segmentation and classification.
 
-`kind` is one of the modules beside this file. Both have the same: `loss` and `truth`; the `definition` of their numbers
-(fusa_jax.measures.metrics), the one by which the best checkpoint is chosen (`SELECTION`), those of a log line
-(`SHOWN`), what they count (`COUNTED`) and what Dice of that is called (`OVERLAP`); `patient_score`, by which runs are
-compared.
+`TaskType` documents what a type of task has. Open this package to add a type of task or a loss.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from types import ModuleType
 
 import flax.linen as nn
 import jax
@@ -18,27 +14,32 @@ import ml_collections
 
 from fusa_jax import models
 from fusa_jax.scans import volumes
-from fusa_jax.system.errors import UserError
-from fusa_jax.tasks import classification, segmentation
+from fusa_jax.system.errors import UserError, look_up
+from fusa_jax.tasks import losses
+from fusa_jax.tasks.classification import CLASSIFICATION
+from fusa_jax.tasks.segmentation import SEGMENTATION
+from fusa_jax.tasks.task_type import TaskType
 from fusa_jax.tasks.window import grey_input, network_input
 
 _DEPTHS = {'multiples', 'stage_sizes'}
-KINDS = {'segmentation': segmentation, 'classification': classification}
+TASKS = {task_type.name: task_type for task_type in (SEGMENTATION, CLASSIFICATION)}  # by the value of config.task
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What is computed from slices.
+  """What a config computes from slices.
 
   Attributes:
-    kind: the module of the task's kind.
-    model: takes [B, H, W, 1].
-    inputs: makes that of slices [B, H, W], which are in HU, or grey.
+    type: the type of task.
+    model: takes images [B, H, W, 1] and returns logits [B, ..., 1].
+    inputs: converts slices [B, H, W], in HU or grey values, to those images.
+    loss: takes logits [B, ..., 1] and the truth [B, ...] of `type.truth`; returns a scalar.
   """
 
-  kind: ModuleType
+  type: TaskType
   model: nn.Module
   inputs: Callable[[jax.Array], jax.Array]
+  loss: losses.Loss
 
   def init(self, key: jax.Array, size: int) -> dict:
     """Variables {'params', 'batch_stats'} for slices of size x size."""
@@ -77,17 +78,24 @@ def mean_logits(*logits: jax.Array) -> jax.Array:
   return lesion - none
 
 
+def type_of(name: str) -> TaskType:
+  """The type of task with that name, which is the value of config.task.
+
+  Raises:
+    UserError: there is no such type.
+  """
+  return look_up(TASKS, name, 'task')
+
+
 def create(config: ml_collections.ConfigDict) -> Task:
   """The task of a config.
 
   Raises:
-    UserError: an unknown task, model or kind of values; a model of the other kind of task; no window.
+    UserError: an unknown task, loss, model or value of data.values; a model of another type of task; no window.
   """
-  if config.task not in KINDS:
-    raise UserError(f'task: there is no {config.task!r}; one of {", ".join(KINDS)}')
-  fits = models.SEGMENTERS if config.task == 'segmentation' else models.CLASSIFIERS
-  if config.model.name in models.NAMES and config.model.name not in fits:
-    raise UserError(f'model.name: {config.model.name} is not for {config.task}; one of {", ".join(fits)}')
+  task_type, loss = type_of(config.task), losses.get_loss(config.train.loss)
+  if config.model.name in models.NAMES and config.model.name not in task_type.models:
+    raise UserError(f'model.name: {config.model.name} is not for {config.task}; one of {", ".join(task_type.models)}')
   low, high = config.data.window
   if not low < high:
     raise UserError(f'data.window: {low} is not below {high}; give the lowest and the highest HU, in this order')
@@ -104,4 +112,4 @@ def create(config: ml_collections.ConfigDict) -> Task:
       raise UserError(f'model.{key}: {options[key]} is no list of whole numbers from 1 on; give (1, 2), for example')
     options[key] = tuple(options[key])  # from a run's folder it comes as a list
   model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(dtype), **options)
-  return Task(KINDS[config.task], model, inputs)
+  return Task(task_type, model, inputs, loss)

@@ -1,30 +1,42 @@
-"""Classification of slices into those with and those without a lesion (paper, section III-C)."""
+"""Classification of slices: with a lesion or without (paper, section III-C)."""
 
 import jax
 import numpy as np
-import optax
 
+from fusa_jax import models
 from fusa_jax.measures import metrics
 from fusa_jax.measures.statistics import ratio
+from fusa_jax.tasks.task_type import TaskType
 
-SELECTION = 'auc'
-COUNTED = 'slices'
-OVERLAP = 'F1'
-SHOWN = ('accuracy', 'precision', 'recall', 'f1', 'auc')
-PATIENT_SCORE = 'share of slices called rightly'
-definition = metrics.classification
+# The counts of one slice are one 1 and three 0.
+_OUTCOMES = {'tp': 'true positive', 'fp': 'false positive', 'fn': 'false negative', 'tn': 'true negative'}
 
 
-def loss(logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-  """Binary cross-entropy of logits [B, 1] and batch['label'] [B]; a scalar."""
-  return optax.losses.sigmoid_binary_cross_entropy(logits[:, 0], batch['label'].astype(logits.dtype)).mean()
-
-
-def truth(batch: dict[str, jax.Array]) -> jax.Array:
-  """What a batch's logits should tell: label [B]."""
+def _truth(batch: dict[str, jax.Array]) -> jax.Array:
   return batch['label']
 
 
-def patient_score(sums: dict[str, np.ndarray]) -> np.ndarray:
-  """The score of each patient alone [P] that runs are compared by; NaN where it is undefined."""
+def _patient_score(sums: dict[str, np.ndarray]) -> np.ndarray:
   return ratio(sums['tp'] + sums['tn'], sums['slices'])
+
+
+def _slice_result(table: dict[str, np.ndarray], row: int) -> str:
+  (outcome,) = (name for key, name in _OUTCOMES.items() if table[f'{key}_chosen'][row])
+  return f'score {table["score"][row]:.3f}, {outcome}'
+
+
+CLASSIFICATION = TaskType(
+  name='classification',
+  models=models.CLASSIFIERS,
+  has_masks=False,
+  output='of each slice [batch]',
+  truth=_truth,
+  definition=metrics.classification,
+  selection='auc',
+  shown=('accuracy', 'precision', 'recall', 'f1', 'auc'),
+  counted='slices',
+  overlap='F1',
+  patient_score_name='slice accuracy',
+  patient_score=_patient_score,
+  slice_result=_slice_result,
+)

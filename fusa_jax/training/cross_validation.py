@@ -101,7 +101,7 @@ def pool(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pat
 
 
 def _pool(config, workdir, data_dir):
-  kind = tasks.KINDS[config.task]
+  task_type = tasks.type_of(config.task)
   folders = list(runs(config, workdir, data_dir))
   tables = [results.read_table(run) for run in folders]
   tested = [patient for one in tables for patient in np.unique(one['patient']).tolist()]
@@ -116,7 +116,7 @@ def _pool(config, workdir, data_dir):
   volumes = [results.read_volumes(run) for run in folders]
   # Some folds' would pass for all patients'.
   volumes = [row for rows in volumes for row in rows] if all(volumes) else []
-  result = results.numbers(kind, table, config.evaluate.prevalences)
+  result = results.numbers(task_type, table, config.evaluate.prevalences)
   points = [one['operating_point'] for one in tests]
   result['operating_point'] = {
     name: [point[name] for point in points] for name in operating_point.OperatingPoint().about()
@@ -127,11 +127,11 @@ def _pool(config, workdir, data_dir):
         'fold': fold,
         'step': one['step'],
         'num_patients': one['num_patients'],
-        **{name: one[name] for name in kind.SHOWN},
+        **{name: one[name] for name in task_type.shown},
       }
       for fold, one in enumerate(tests)
     ],
-    'over_folds': {name: _spread([one[name] for one in tests]) for name in kind.SHOWN},
+    'over_folds': {name: _spread([one[name] for one in tests]) for name in task_type.shown},
     'step': [one['step'] for one in tests],
     'parameters': tests[0]['parameters'],
     **{name: tests[0][name] for name in ('dataset', 'values', 'split', 'commit')},
@@ -140,7 +140,7 @@ def _pool(config, workdir, data_dir):
     result['volumes'] = masks.summary(volumes)
   results.clear_test(workdir / 'test')
   results.write_test(workdir / 'test', table, result, volumes)
-  logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(kind, result))
+  logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(task_type, result))
   for name, spread in result['over_folds'].items():
     if spread:
       logging.info('%s of single folds: %.4f to %.4f, mean %.4f, sd %.4f', name, *spread.values())

@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 
+from fusa_jax import tasks
 from fusa_jax.system.errors import UserError
 
 
@@ -70,7 +71,7 @@ def load_dataset_for(config: ml_collections.ConfigDict, data_dir: str | pathlib.
       f'data.intensity: {config.data.intensity}, but {data_dir} holds {dataset.intensity}: a network of one cannot '
       'read the other; set one to the other'
     )
-  if config.task == 'segmentation' and not dataset.masks:
+  if tasks.type_of(config.task).has_masks and not dataset.masks:
     raise UserError(f'data: {data_dir} has labels of slices and no masks; train a classifier, --config=configs/cls.py')
   return dataset
 

@@ -57,7 +57,7 @@ def evaluate(
   result = _numbers(test, point, table, volumes_of_scans)
   if hosts.is_main():
     _write(test, point, table, volumes_of_scans, result)
-    logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.kind, result))
+    logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.type, result))
   return result
 
 
@@ -100,7 +100,7 @@ def _choose_point(test):
     point = operating_point.choose(
       scorer.table(test.variables, dataset.validation, progress=hosts.is_main()),
       step=test.step,
-      score=test.task.kind.OVERLAP,
+      score=test.task.type.overlap,
       target_sensitivity=config.evaluate.target_sensitivity,
       fit_temperature=config.evaluate.fit_temperature,
     )
@@ -121,14 +121,14 @@ def _score(test, point, scorer):
   chosen = histogram.counts_at(table['histogram'], point.bin)
   table |= {f'{key}_chosen': values for key, values in chosen.items()}
   scanned = test.scanned(test.dataset.test)
-  if not scanned or test.config.task != 'segmentation':
+  if not scanned or not test.task.type.has_masks:
     return table, None
   return table, score_volumes(test.predictor(point), test.scans, scanned)
 
 
 def _numbers(test, point, table, volumes_of_scans):
   """What metrics.json holds."""
-  result = results.numbers(test.task.kind, table, test.config.evaluate.prevalences)
+  result = results.numbers(test.task.type, table, test.config.evaluate.prevalences)
   result['operating_point'] = point.about() | result['operating_point']
   result |= {
     'step': test.step,
@@ -201,9 +201,9 @@ def _draw(test, table, point, folder):
   for row in tqdm.tqdm(figures.telling_slices(table, config.evaluate.num_overlays), desc='Drawing', leave=False):
     example = dataset.test.source[row]
     predicted = None
-    if config.task == 'segmentation':
+    if task.type.has_masks:
       predicted = np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)
-    title = f'{results.overlay_title(task.kind, table, row)}, threshold {point.threshold:.3f}'
+    title = f'{results.overlay_title(task.type, table, row)}, threshold {point.threshold:.3f}'
     path = folder / results.overlay_name(table, row)
     mask = example['mask'] if dataset.masks else None
     figures.write_overlay(path, example['image'], mask, predicted, shown, config.data.intensity, title)

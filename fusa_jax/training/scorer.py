@@ -22,7 +22,7 @@ class Scorer:
     def run(variables, batch, temperature):
       logits = task.logits(variables, batch['image'], flips)
       highest = logits.reshape(len(logits), -1).max(axis=1)
-      counts = histogram.count(logits, task.kind.truth(batch), temperature)
+      counts = histogram.count(logits, task.type.truth(batch), temperature)
       score = jax.nn.sigmoid(highest / temperature)
       return counts | {'score': score, 'logit': highest, 'index': batch['index']}
 

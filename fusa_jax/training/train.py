@@ -5,6 +5,7 @@ import itertools
 import logging
 import pathlib
 import time
+from collections.abc import Callable
 
 import clu.parameter_overview
 import flax
@@ -20,12 +21,18 @@ from fusa_jax.runs import checkpoint, operating_point, results, run_config
 from fusa_jax.runs.metric_log import MetricLog
 from fusa_jax.system import hosts, meshes
 from fusa_jax.system.errors import Terminated, UserError
-from fusa_jax.training import augment, datasets, input_pipeline, scorer
+from fusa_jax.training import augment, datasets, input_pipeline, optimizers, scorer
 
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a step changes. The step's number is in opt_state's counters too; this one is the loop's own."""
+  """Everything that a training step changes.
+
+  Attributes:
+    step: number of steps taken, int32 scalar. The optimizer keeps counters of its own in `opt_state`.
+    variables: {'params', 'batch_stats'} of the model.
+    opt_state: state of the optimizer.
+  """
 
   step: jax.Array
   variables: dict
@@ -51,31 +58,30 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
   dataset = datasets.load_dataset_for(config, data_dir)
   task = tasks.create(config)
-  optimizer, learning_rate = make_optimizer(config)
+  optimizer, learning_rate = optimizers.make_optimizer(config)
   # ---- shapes before arrays
-  everywhere = meshes.replicated(mesh)
-  init = compile_init(task, optimizer, config, everywhere)
-  like = checkpoint.shapes(jax.eval_shape(init), everywhere)
+  shapes = state_shapes(task, optimizer, config, mesh)
   pretrained = None
   if config.model.init_from and not checkpoint.exists(workdir):
-    pretrained, notes = torch_weights.initial(config.model.init_from, config.model.name, like.variables)
+    pretrained, notes = torch_weights.initial(config.model.init_from, config.model.name, shapes.variables)
   # What does not fit has been said by now, so that no refused config leaves a workdir behind.
   run_config.save_config(workdir, config)
   run_config.save_split(workdir, dataset.patients())
-  report_parameters(like.variables)
+  report_parameters(shapes.variables)
 
   with contextlib.ExitStack() as stack:
     # ---- the state: restored, or initialised on the devices
+    everywhere = meshes.replicated(mesh)
     preemption = stack.enter_context(checkpoint.Preemption())
     checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
     first_step = checkpoints.latest() or 0
     if first_step:
-      items = checkpoints.restore(first_step, variables=like.variables, optimizer=like.opt_state)
+      items = checkpoints.restore(first_step, variables=shapes.variables, optimizer=shapes.opt_state)
       step = jax.device_put(jnp.asarray(first_step, jnp.int32), everywhere)
       state = TrainState(step, items['variables'], items['optimizer'])
       logging.info('resuming %s at step %d of %d', workdir, first_step, config.train.steps)
     else:
-      state = init()
+      state = compile_init(task, optimizer, config, everywhere)()
       if pretrained:
         state = state.replace(variables=torch_weights.overlay(state.variables, pretrained))
         logging.info('\n'.join([f'weights from {config.model.init_from}', *(f'- {note}' for note in notes)]))
@@ -83,7 +89,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       return
 
     # ---- the step, compiled before the first batch is read
-    step_function = compile_step(task, optimizer, config, mesh, like)
+    step_function = compile_step(task, optimizer, config, mesh, shapes)
     validation = scorer.Scorer(task, mesh, config.train.batch_size)
     batches = input_pipeline.train_batches(
       dataset.train,
@@ -141,11 +147,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       if evaluating:
         score = None
         if dataset.validation is not None:
-          summary = results.summary(task.kind, validation.table(state.variables, dataset.validation))
-          score = summary[task.kind.SELECTION]
+          summary = results.summary(task.type, validation.table(state.variables, dataset.validation))
+          score = summary[task.type.selection]
           log.write(step, {f'validation/{name}': value for name, value in summary.items()})
           if hosts.is_main():
-            bar.write(f'step {step}: validation {results.one_line(task.kind, summary)}')
+            bar.write(f'step {step}: validation {results.one_line(task.type, summary)}')
         checkpoints.save(step, state.variables, state.opt_state, score)
         began = time.perf_counter()
       elif stopping:
@@ -154,40 +160,31 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
         raise Terminated(f'by SIGTERM at step {step}, which is saved')
 
 
-def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """AdamW (kernels only are decayed) with linear warm-up and cosine decay to zero; and its learning rate by step.
-
-  The warm-up takes at most half of the steps, so that a short trial of a long config runs.
-
-  Raises:
-    UserError: no steps, or a negative warm-up.
-  """
-  train = config.train
-  if train.steps < 1 or train.warmup_steps < 0:
-    raise UserError(
-      f'train: {train.steps} steps, of which {train.warmup_steps} to warm up; train.steps is at least 1, '
-      'train.warmup_steps at least 0'
-    )
-  warmup = min(train.warmup_steps, train.steps // 2)
-  schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, warmup, train.steps)
-  is_kernel = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-  return optax.adamw(schedule, weight_decay=train.weight_decay, mask=is_kernel), schedule
+def initial_state(task: tasks.Task, optimizer: optax.GradientTransformation, config) -> TrainState:
+  """The train state of step 0, with parameters drawn from config.seed."""
+  variables = task.init(jax.random.key(config.seed), config.data.image_size)
+  return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables['params']))
 
 
-def compile_init(task: tasks.Task, optimizer: optax.GradientTransformation, config, sharding):
-  """A jitted function of nothing: the state of step 0 with that sharding, as config.seed has it."""
+def state_shapes(
+  task: tasks.Task, optimizer: optax.GradientTransformation, config, mesh: jax.sharding.Mesh
+) -> TrainState:
+  """Shapes and dtypes of the train state, each array on all devices of the mesh. No array is made."""
+  return meshes.replicated_shapes(lambda: initial_state(task, optimizer, config), mesh)
 
-  def init():
-    variables = task.init(jax.random.key(config.seed), config.data.image_size)
-    return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables['params']))
 
+def compile_init(
+  task: tasks.Task, optimizer: optax.GradientTransformation, config, sharding: jax.sharding.Sharding | None
+) -> Callable[[], TrainState]:
+  """Returns a jitted initialiser of the train state, which gives all of it that sharding."""
+  init = lambda: initial_state(task, optimizer, config)
   return jax.jit(init, out_shardings=sharding, compiler_options=options_to_run_once())
 
 
 def options_to_run_once() -> dict | None:
-  """The compiler's, for what takes longer to compile than to run.
+  """Returns compiler options for a program that runs once: on a CPU, no optimisation.
 
-  On a CPU, optimising the code of a random draw for each parameter takes most of a minute.
+  Optimising the code that draws each parameter would take most of a minute there.
   """
   return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
 
@@ -201,13 +198,17 @@ def train_step(
   augmentation: augment.Augmentation,
   seed: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update from a batch {'image' int16 [B, H, W], 'mask' [B, H, W], 'label' [B]}; the new state and scalars."""
+  """One update from a batch {'image' int16 [B, H, W], 'mask' [B, H, W], 'label' [B]}.
+
+  Returns:
+    (new state, {'loss', 'gradient_norm'}).
+  """
   augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
   image, mask = augment.augment(augment_key, batch['image'], batch['mask'], augmentation)
 
   def loss_of(params):
     logits, batch_stats = task.train_logits({**state.variables, 'params': params}, image, dropout_key)
-    return task.kind.loss(logits, {**batch, 'mask': mask}), batch_stats
+    return task.loss(logits, task.type.truth({**batch, 'mask': mask})), batch_stats
 
   (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.variables['params'])
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.variables['params'])
@@ -216,8 +217,13 @@ def train_step(
   return TrainState(state.step + 1, variables, opt_state), scalars
 
 
-def lower_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Lowered:
-  """The jitted, sharded step for the config's shapes, ready to compile for the mesh's devices. The state is donated."""
+def lower_step(task, optimizer, config, mesh, shapes: TrainState) -> jax.stages.Lowered:
+  """Returns the training step, lowered for the devices of the mesh and ready to compile. The state is donated.
+
+  Args:
+    task, optimizer, config, mesh: of the training.
+    shapes: of the train state, as `state_shapes` gives them.
+  """
   step = lambda state, batch: train_step(
     state,
     batch,
@@ -235,13 +241,13 @@ def lower_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Lo
     'index': array(np.int32, count),
   }
   with jax.set_mesh(mesh):
-    return jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere)).lower(like, batch)
+    return jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere)).lower(shapes, batch)
 
 
-def compile_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.Compiled:
-  """The step of `lower_step`, compiled; says what it costs."""
+def compile_step(task, optimizer, config, mesh, shapes: TrainState) -> jax.stages.Compiled:
+  """Compiles the step of `lower_step`; logs its FLOPs and memory."""
   began = time.perf_counter()
-  compiled = hosts.compile_together(lower_step(task, optimizer, config, mesh, like))
+  compiled = hosts.compile_together(lower_step(task, optimizer, config, mesh, shapes))
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   logging.info(
     'compiled the training step in %.1f s: %.1f GFLOP and %.0f MB of temporaries per device and step',
@@ -253,10 +259,10 @@ def compile_step(task, optimizer, config, mesh, like: TrainState) -> jax.stages.
 
 
 def finite_means(pending: list[dict[str, jax.Array]], step: int) -> dict[str, float]:
-  """The means of the scalars of the steps up to `step`; waits for the devices.
+  """Means of the scalars of the latest steps, of which `step` is the last. Waits for the devices.
 
   Raises:
-    UserError: a loss among them is not finite; names its step. Checked before anything later is saved.
+    UserError: one of the losses is not finite; the message names its step. The loop calls this before it saves.
   """
   values = jax.device_get(pending)
   for number, scalars in enumerate(values, start=step - len(values) + 1):

@@ -13,7 +13,7 @@ from benchmarks import compare, compare_table, workload  # noqa: E402 (needs tor
 from benchmarks.settings import Settings  # noqa: E402
 from fusa_jax import tasks, torch_weights  # noqa: E402
 from fusa_jax.system.errors import UserError  # noqa: E402
-from fusa_jax.training import augment, train  # noqa: E402
+from fusa_jax.training import augment, optimizers, train  # noqa: E402
 
 SETTINGS = Settings(image_size=32, batch_size=2, rounds=1, steps=1)
 
@@ -70,7 +70,7 @@ def test_both_sides_compute_the_same_loss(name, monkeypatch):
 
   config = workload.config_of(name, settings)
   task = tasks.create(config)
-  optimizer, _ = train.make_optimizer(config)
+  optimizer, _ = optimizers.make_optimizer(config)
   variables = torch_weights.from_torch(name, weights)
   state = train.TrainState(np.int32(0), variables, optimizer.init(variables['params']))
   _, scalars = jax.jit(

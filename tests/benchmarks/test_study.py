@@ -17,7 +17,7 @@ from configs import seg
 from fusa_jax.measures import metrics
 from fusa_jax.runs import compare, results
 from fusa_jax.system.errors import UserError
-from fusa_jax.tasks import segmentation
+from fusa_jax.tasks import SEGMENTATION
 from fusa_jax.training import cross_validation, train
 
 PAIR, SEEDS = ['resunet', 'fusa_resunet'], [3, 4]
@@ -257,7 +257,7 @@ def test_two_jobs_at_a_time_from_the_command_line(data_dir, tmp_path):
     assert len(metrics.by_patient(tables[-1])) == PATIENTS
     assert all(results.is_complete(run / f'fold{k}') for k in range(5))
   (found,) = json.loads((tmp_path / 'differences.json').read_text())
-  expected = compare.paired(segmentation, *([table] for table in tables))
+  expected = compare.paired(SEGMENTATION, *([table] for table in tables))
   assert found == {'run': 'fusa_resunet', 'against': 'resunet', 'fold': 'all', 'seeds': [0], **expected}
   assert 'shared by 2 runs at a time' in (tmp_path / 'table.md').read_text()
   again = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=600)

@@ -31,8 +31,8 @@ def saved(workdir):
 
 
 def restored(checkpoints, step):
-  like = checkpoint.shapes(VARIABLES, meshes.replicated(meshes.create_mesh()))
-  return checkpoints.restore(step, variables=like)['variables']['w']
+  shapes = meshes.replicated_shapes(lambda: VARIABLES, meshes.create_mesh())
+  return checkpoints.restore(step, variables=shapes)['variables']['w']
 
 
 def test_latest_two_and_best_are_kept(tmp_path):

@@ -11,7 +11,7 @@ from scipy import stats
 from fusa_jax.measures import metrics
 from fusa_jax.runs import compare, results, run_config
 from fusa_jax.system.errors import UserError
-from fusa_jax.tasks import classification, segmentation
+from fusa_jax.tasks import CLASSIFICATION, SEGMENTATION
 
 
 def table(rng, quality, patients=12, slices=5, pixels=400):
@@ -37,7 +37,7 @@ def table(rng, quality, patients=12, slices=5, pixels=400):
 
 def paired(one, other):
   """The comparison of a run with a run."""
-  return compare.paired(segmentation, [one], [other])
+  return compare.paired(SEGMENTATION, [one], [other])
 
 
 @pytest.fixture(scope='module')
@@ -97,7 +97,7 @@ def seeds():
 
 def test_several_seeds_count_as_their_mean_for_the_same_patients(seeds):
   """By hand: means over the seeds of each patient's Dice and of the pooled one, and both under the same draws."""
-  got = compare.paired(segmentation, *seeds)
+  got = compare.paired(SEGMENTATION, *seeds)
   sums = [
     [{key: each[key].reshape(12, 5).sum(axis=1) for key in metrics.COUNTS} for each in reversed(side)] for side in seeds
   ]
@@ -126,7 +126,7 @@ def test_several_seeds_count_as_their_mean_for_the_same_patients(seeds):
 
 def test_the_same_run_twice_is_no_more_than_once(pair):
   """Copies are no evidence: neither the interval nor the p-value may gain by them."""
-  assert compare.paired(segmentation, [pair[0]] * 2, [pair[1]] * 4) == paired(*pair)
+  assert compare.paired(SEGMENTATION, [pair[0]] * 2, [pair[1]] * 4) == paired(*pair)
 
 
 def test_a_patient_undefined_in_one_seed_is_left_out(seeds):
@@ -136,7 +136,7 @@ def test_a_patient_undefined_in_one_seed_is_left_out(seeds):
     each['label'][:5] = 0
     for key, value in (('tp', 0), ('fn', 0), ('fp', marked), ('tn', 400 - marked)):
       each[key][:5] = value
-  got = compare.paired(segmentation, one, other)['per_patient']
+  got = compare.paired(SEGMENTATION, one, other)['per_patient']
   assert (got['patients'], got['left_out']) == (11, 1)
 
 
@@ -145,7 +145,7 @@ def test_every_seed_must_be_of_the_same_test(seeds, side):
   sides = [list(each) for each in seeds]
   sides[side][1] = sides[side][1] | {'tp': sides[side][1]['tp'] + 1}
   with pytest.raises(UserError, match='the test sets differ .not the same lesions'):
-    compare.paired(segmentation, *sides)
+    compare.paired(SEGMENTATION, *sides)
 
 
 def test_tables_of_other_patients_are_refused(pair):
@@ -164,7 +164,7 @@ def test_classifiers_are_compared_by_the_share_of_slices_called_rightly():
     counts['tn'] = 1 - sum(counts.values())
     columns = {'patient': np.array(list('aaabb')), 'slice': np.array([0, 1, 2, 0, 1]), 'label': label, 'logit': called}
     tables.append(columns | counts | {'reliability': np.zeros((5, 3, 20)), 'squared_error': np.zeros(5)})
-  got = compare.paired(classification, *([table] for table in tables))
+  got = compare.paired(CLASSIFICATION, *([table] for table in tables))
   assert got['per_patient']['difference'] == pytest.approx(np.mean([2 / 3 - 1 / 3, 1 - 1 / 2]))
   assert got['numbers']['accuracy']['difference'] == pytest.approx(4 / 5 - 2 / 5)
 

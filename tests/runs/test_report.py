@@ -52,7 +52,7 @@ def test_page_is_whole_and_needs_nothing_else(runs, data_dir, kind):
   words = ' '.join(' '.join(page.words).split())
   result = json.loads((runs[kind] / 'test' / 'metrics.json').read_text())
   config = run_config.load_config(runs[kind])
-  for name in tasks.KINDS[config.task].SHOWN:
+  for name in tasks.type_of(config.task).shown:
     value, pair = result[name], result['intervals'][name]
     shown = 'undefined' if value is None else f'{value:.4f}'
     assert f'{name} {shown} {"[{:.4f}, {:.4f}]".format(*pair) if pair else "none"}' in words

@@ -1,35 +1,40 @@
-"""Losses against their formulas in float64 NumPy."""
+"""Types of task: each is complete, and knows its own metrics and models."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusa_jax.tasks import classification, segmentation
+from fusa_jax import models, tasks
+from fusa_jax.measures import metrics
+from fusa_jax.system.errors import UserError
 
 
-@pytest.fixture
-def batch():
-  rng = np.random.default_rng(0)
-  mask = (rng.random((3, 8, 8)) < 0.2).astype(np.uint8)
-  mask[2] = 0
-  return {'mask': jnp.asarray(mask), 'label': jnp.asarray(mask.any(axis=(1, 2)), jnp.int32)}
+def test_each_type_of_task_fits_the_metrics_and_the_models():
+  assert {name: task_type.has_masks for name, task_type in tasks.TASKS.items()} == {
+    'segmentation': True,
+    'classification': False,
+  }
+  totals = dict.fromkeys(metrics.COUNTS, np.array([1.0]))
+  for name in ('slices', 'slice_dice', 'slice_dice_defined', 'patient_dice', 'patient_dice_defined', 'lesion_dice'):
+    totals[name] = np.array([1.0])
+  totals |= dict.fromkeys(('lesion_slices', 'squared_error', 'wins', 'positives'), np.array([1.0]))
+  totals['reliability'] = np.ones((1, 3, 20))
+  for name, task_type in tasks.TASKS.items():
+    assert task_type.name == name and tasks.type_of(name) is task_type
+    assert set(task_type.models) <= set(models.NAMES)
+    defined = task_type.definition(totals).keys()
+    assert {task_type.selection, *task_type.shown} <= defined <= metrics.DEFINITIONS.keys()
 
 
-def cross_entropy(logits, truth):
-  p = 1 / (1 + np.exp(-logits))
-  return -(truth * np.log(p) + (1 - truth) * np.log(1 - p)).mean()
+def test_an_unknown_task_is_refused_with_the_list():
+  with pytest.raises(UserError, match=r"^task: there is no 'detection'; one of segmentation, classification$"):
+    tasks.type_of('detection')
 
 
-def test_segmentation_loss_is_cross_entropy_plus_dice_of_the_batch(batch):
-  logits = np.random.default_rng(1).normal(size=(3, 8, 8, 1))
-  truth, p = np.asarray(batch['mask'], float)[..., None], 1 / (1 + np.exp(-logits))
-  dice = (2 * (p * truth).sum() + 2) / (p.sum() + truth.sum() + 2)
-  got = segmentation.loss(jnp.asarray(logits, jnp.float32), batch)
-  assert got.shape == ()
-  np.testing.assert_allclose(got, cross_entropy(logits, truth) + 1 - dice, rtol=1e-5)
-
-
-def test_classification_loss_is_cross_entropy(batch):
-  logits = np.random.default_rng(1).normal(size=(3, 1))
-  got = classification.loss(jnp.asarray(logits, jnp.float32), batch)
-  np.testing.assert_allclose(got, cross_entropy(logits[:, 0], np.asarray(batch['label'], float)), rtol=1e-5)
+def test_the_result_of_a_slice_in_words():
+  """At the operating point: 3 of 4 lesion pixels found and 2 others marked; a lesion slice that was missed."""
+  pixels = {'tp_chosen': [3], 'fp_chosen': [2], 'fn_chosen': [1], 'tn_chosen': [10]}
+  assert tasks.TASKS['segmentation'].slice_result(pixels, 0) == 'Dice 0.6667'
+  one = {'tp_chosen': [1, 0], 'fp_chosen': [0, 0], 'fn_chosen': [0, 1], 'tn_chosen': [0, 0], 'score': [0.875, 0.25]}
+  slices = {name: np.array(values) for name, values in one.items()}
+  results = [tasks.TASKS['classification'].slice_result(slices, row) for row in (0, 1)]
+  assert results == ['score 0.875, true positive', 'score 0.250, false negative']

@@ -119,7 +119,7 @@ def test_every_number_has_an_interval_or_none(runs):
       assert numbers == block['intervals'].keys() - statistics.method().keys()
     # Two patients, one of whom has next to no lesion, leave most numbers undefined in too many draws; not these.
     assert half['specificity' if kind == 'seg' else 'accuracy'] is not None
-    assert set(tasks.KINDS[tiny(MODULES[kind]).task].SHOWN) <= result['intervals'].keys()
+    assert set(tasks.type_of(tiny(MODULES[kind]).task).shown) <= result['intervals'].keys()
     assert set(result['intervals']) - set(point['intervals']) - statistics.method().keys() == (
       {'brier', 'ece'} if kind == 'seg' else {'brier', 'ece', 'auc'}
     )

@@ -18,7 +18,7 @@ from fusa_jax.chips import tpu
 from fusa_jax.runs import checkpoint, run_config
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
-from fusa_jax.training import augment, datasets, input_pipeline, train
+from fusa_jax.training import augment, datasets, input_pipeline, optimizers, train
 
 
 def log_of(workdir: pathlib.Path) -> list[dict]:
@@ -128,6 +128,9 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
     ({'model.name': 'resnet18'}, 'resnet18 is not for segmentation; one of deeplabv3'),
     ({'model.name': 'unet'}, "there is no 'unet'"),
     ({'task': 'detection'}, "there is no 'detection'"),
+    ({'train.loss': 'x'}, "train.loss: there is no 'x'; one of cross_entropy, cross_entropy_dice, dice, focal"),
+    ({'train.optimizer': 'x'}, "train.optimizer: there is no 'x'; one of adamw, sgd"),
+    ({'train.schedule': 'x'}, "train.schedule: there is no 'x'; one of warmup_cosine, polynomial, constant"),
     ({'data.window': (100.0, 100.0)}, 'data.window: 100.0 is not below 100.0'),
     ({'mesh.data': 3}, 'is not the 8 devices'),
     ({'data.image_size': 40, 'model.multiples': None}, 'multiples of 16: 40 is not, 48 is'),
@@ -164,12 +167,11 @@ def test_dense_kernels_of_fusa_are_not_summed_over_the_devices():
   """FUSA-ResNet-18's last stage has 512 channels; all other gradients are summed, as the count of the others shows."""
   config = tiny(cls, **{'model.width': 64, 'model.stage_sizes': None})
   mesh, task = meshes.create_mesh(8, 1), tasks.create(config)
-  optimizer, _ = train.make_optimizer(config)
-  everywhere = meshes.replicated(mesh)
-  like = checkpoint.shapes(jax.eval_shape(train.compile_init(task, optimizer, config, everywhere)), everywhere)
-  program = train.lower_step(task, optimizer, config, mesh, like).compile().as_text()
+  optimizer, _ = optimizers.make_optimizer(config)
+  shapes = train.state_shapes(task, optimizer, config, mesh)
+  program = train.lower_step(task, optimizer, config, mesh, shapes).compile().as_text()
   sent = sum(c.nbytes for c in tpu.collectives(program, 8))
-  leaves = flax.traverse_util.flatten_dict(like.variables['params'], sep='/')
+  leaves = flax.traverse_util.flatten_dict(shapes.variables['params'], sep='/')
   kept = sum(p.size for name, p in leaves.items() if '/attention/' in name and p.ndim > 1 and p.shape[-1] == 512)
   total = sum(p.size for p in leaves.values())
   assert kept == 2 * 4 * 512**2
@@ -181,11 +183,9 @@ def test_dense_kernels_of_fusa_are_not_summed_over_the_devices():
 def losses(config, mesh, data_dir):
   """The loop's own parts, on a mesh of some of the devices."""
   task = tasks.create(config)
-  optimizer, _ = train.make_optimizer(config)
-  everywhere = meshes.replicated(mesh)
-  init = train.compile_init(task, optimizer, config, everywhere)
-  step = train.compile_step(task, optimizer, config, mesh, checkpoint.shapes(jax.eval_shape(init), everywhere))
-  state, out = init(), []
+  optimizer, _ = optimizers.make_optimizer(config)
+  step = train.compile_step(task, optimizer, config, mesh, train.state_shapes(task, optimizer, config, mesh))
+  state, out = train.compile_init(task, optimizer, config, meshes.replicated(mesh))(), []
   dataset = datasets.load_dataset(data_dir, config.data.fold, SIZE)
   for batch in input_pipeline.train_batches(
     dataset.train, mesh, batch_size=8, seed=0, first_step=0, last_step=config.train.steps, balanced=True
@@ -201,7 +201,7 @@ def test_a_step_is_what_optax_and_the_loss_say():
     cls, **{'augment.flip': False, 'augment.hu_shift': 0.0, 'augment.hu_scale': 0.0, 'train.warmup_steps': 0}
   )
   task = tasks.create(config)
-  optimizer, schedule = train.make_optimizer(config)
+  optimizer, schedule = optimizers.make_optimizer(config)
   state = train.compile_init(task, optimizer, config, None)()
   rng = np.random.default_rng(0)
   batch = {
@@ -240,10 +240,3 @@ def test_a_step_is_what_optax_and_the_loss_say():
     expected = before - rate * (np.sign(g) + decay)
     np.testing.assert_allclose(after[clear], expected[clear], rtol=1e-2, atol=2e-2 * rate, err_msg=str(path))
   assert optax.tree.norm(gradient) == pytest.approx(float(scalars['gradient_norm']), rel=1e-4)
-
-
-def test_a_short_trial_of_a_long_config_warms_up_for_half_of_it():
-  _, rate = train.make_optimizer(tiny(**{'train.steps': 20, 'train.warmup_steps': 500}))
-  rates = [float(rate(step)) for step in range(21)]
-  assert np.argmax(rates) == 10
-  assert rates[0] == 0 and rates[20] == pytest.approx(0, abs=1e-9)

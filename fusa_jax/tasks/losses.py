@@ -1,0 +1,65 @@
+"""Loss functions by name: the values of train.loss.
+
+A new loss is one function here and one line in LOSSES. Each takes logits [B, ..., 1] and the reference truth [B, ...],
+0 or 1, both over all devices, and returns a scalar. B counts slices, so that each works for masks [B, H, W] and for
+labels [B] alike.
+"""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from fusa_jax.system.errors import look_up
+
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def cross_entropy(logits: jax.Array, truth: jax.Array) -> jax.Array:
+  """Binary cross-entropy, averaged over all pixels or slices."""
+  return optax.losses.sigmoid_binary_cross_entropy(logits, _truth_like(logits, truth)).mean()
+
+
+def dice(logits: jax.Array, truth: jax.Array) -> jax.Array:
+  """Soft Dice loss: 1 - (2 sum(p t) + 2) / (sum(p) + sum(t) + 2), for probabilities p and the truth t.
+
+  The sums run over all pixels of the batch: most slices have little or no lesion, and the Dice of one such slice jumps
+  between 0 and 1. For labels the sums run over slices.
+  """
+  return optax.losses.dice_loss(logits, _truth_like(logits, truth), axis=tuple(range(truth.ndim)))
+
+
+def cross_entropy_dice(logits: jax.Array, truth: jax.Array) -> jax.Array:
+  """The sum of `cross_entropy` and `dice`, as nnU-Net (Isensee et al., Nature Methods 2021) trains."""
+  return cross_entropy(logits, truth) + dice(logits, truth)
+
+
+def focal(logits: jax.Array, truth: jax.Array) -> jax.Array:
+  """Focal loss (Lin et al., ICCV 2017) with gamma = 2 and no class weights, averaged over all pixels or slices.
+
+  Each pixel's cross-entropy is multiplied by (1 - p_t)^2, where p_t is the probability of the true class: the many
+  pixels that are easy weigh little.
+  """
+  return optax.losses.sigmoid_focal_loss(logits, _truth_like(logits, truth), gamma=2.0).mean()
+
+
+LOSSES = {
+  'cross_entropy': cross_entropy,
+  'cross_entropy_dice': cross_entropy_dice,
+  'dice': dice,
+  'focal': focal,
+}
+
+
+def get_loss(name: str) -> Loss:
+  """The loss with that name, which is the value of config.train.loss.
+
+  Raises:
+    UserError: there is no such loss.
+  """
+  return look_up(LOSSES, name, 'train.loss')
+
+
+def _truth_like(logits, truth):
+  """The truth [B, ...] in the shape and dtype of the logits [B, ..., 1]."""
+  return truth.astype(logits.dtype)[..., None]

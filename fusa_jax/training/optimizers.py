@@ -1,0 +1,66 @@
+"""Optimizers and learning rate schedules by name: the values of train.optimizer and train.schedule.
+
+A new one is one function here and one line in OPTIMIZERS or SCHEDULES.
+"""
+
+import jax
+import ml_collections
+import optax
+
+from fusa_jax.system.errors import UserError, look_up
+
+
+def warmup_cosine(train: ml_collections.ConfigDict) -> optax.Schedule:
+  """Linear from 0 to train.learning_rate over train.warmup_steps, then a cosine to 0 at train.steps.
+
+  The warm-up takes at most half of the steps, so that a short trial of a long config runs.
+  """
+  warmup = min(train.warmup_steps, train.steps // 2)
+  return optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, warmup, train.steps)
+
+
+def polynomial(train: ml_collections.ConfigDict) -> optax.Schedule:
+  """train.learning_rate * (1 - step / train.steps)^0.9, as nnU-Net (Isensee et al., 2021) has it. No warm-up."""
+  return optax.polynomial_schedule(train.learning_rate, 0.0, 0.9, train.steps)
+
+
+def constant(train: ml_collections.ConfigDict) -> optax.Schedule:
+  """train.learning_rate at every step. No warm-up."""
+  return optax.constant_schedule(train.learning_rate)
+
+
+def adamw(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+  """AdamW (Loshchilov and Hutter, ICLR 2019): the weight decay is not part of the gradient."""
+  return optax.adamw(schedule, weight_decay=weight_decay, mask=_is_kernel)
+
+
+def sgd(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+  """SGD with Nesterov momentum 0.99, as nnU-Net has it: the gradient includes weight_decay * kernel."""
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask=_is_kernel), optax.sgd(schedule, momentum=0.99, nesterov=True)
+  )
+
+
+SCHEDULES = {'warmup_cosine': warmup_cosine, 'polynomial': polynomial, 'constant': constant}
+OPTIMIZERS = {'adamw': adamw, 'sgd': sgd}
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """Returns the optimizer of a config, which decays kernels only, and its learning rate by step.
+
+  Raises:
+    UserError: an unknown optimizer or schedule; no steps; a negative warm-up.
+  """
+  train = config.train
+  if train.steps < 1 or train.warmup_steps < 0:
+    raise UserError(
+      f'train: {train.steps} steps, of which {train.warmup_steps} to warm up; train.steps is at least 1, '
+      'train.warmup_steps at least 0'
+    )
+  schedule = look_up(SCHEDULES, train.schedule, 'train.schedule')(train)
+  return look_up(OPTIMIZERS, train.optimizer, 'train.optimizer')(schedule, train.weight_decay), schedule
+
+
+def _is_kernel(params):
+  """True for each kernel; False for biases and for the scales of norms, which are vectors."""
+  return jax.tree.map(lambda p: p.ndim > 1, params)
