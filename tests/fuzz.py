@@ -80,7 +80,7 @@ def outcome(folder: pathlib.Path, values: str, file: pathlib.Path) -> str:
       for one in sources.find_sources(folder, values, pathlib.Path(unpacked)):
         one.read_image(values)
   except UserError as error:
-    named = str(error).startswith((f'{file}: ', f'{file.name}: ', 'series', '--input: ', unpacked))
+    named = str(error).startswith((f'{file}: ', f'{file.name}: ', 'series', 'input: ', unpacked))
     personal = any(part in str(error) for part in ('Marker', 'MARKER', '19030714'))
     return 'refused' if named and not personal and '\n' not in str(error) else f'refused as {error}'
   except Exception as error:

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 from fusa_jax.scans import decoder
 from fusa_jax.system import home, meshes, provenance
-from fusa_jax.system.errors import UserError
+from fusa_jax.system.errors import UserError, one_line
 
 _ROOT = home.PACKAGE.parent
 # Brought by the packages in requirements.txt, or there on request.
@@ -65,7 +65,7 @@ def doctor(config: ml_collections.ConfigDict, caches: dict[str, pathlib.Path]) -
         print(f'  {_without_home(line)}', flush=True)
         wrong += [f'{title}: {_without_home(problem)}'] if problem else []
     except Exception as error:  # whatever it is, it is what was looked for
-      text = ' '.join(str(error).split())[:300]
+      text = one_line(error, 300)
       wrong.append(
         f'{title}: {type(error).__name__}: {text}; install again in a fresh environment, or report it with this text'
       )

@@ -68,12 +68,12 @@ class Topology:
     """
     kind, _, shape = text.partition(':')
     if kind not in CHIPS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)+', shape):
-      raise UserError(f'--topology: {text!r} is no slice; give KIND:SHAPE like v5e:4x4, KIND one of {", ".join(CHIPS)}')
+      raise UserError(f'topology: {text!r} is no slice; give KIND:SHAPE like v5e:4x4, KIND one of {", ".join(CHIPS)}')
     topology = cls(kind, tuple(map(int, shape.split('x'))), slices)
     if math.prod(topology.shape) > CHIPS[kind].most:
-      raise UserError(f'--topology: a slice of {kind} has at most {CHIPS[kind].most} chips, {text} would have more')
+      raise UserError(f'topology: a slice of {kind} has at most {CHIPS[kind].most} chips, {text} would have more')
     if slices < 1:
-      raise UserError(f'--slices: {slices}; give 1 or more')
+      raise UserError(f'slices: {slices}; give 1 or more')
     return topology
 
   @property
@@ -102,7 +102,7 @@ class Topology:
     }.items():
       os.environ.setdefault(key, value)
     if importlib.util.find_spec('libtpu') is None:
-      raise UserError('--mode=aot: the TPU compiler is not installed; pip install -r requirements-aot.txt')
+      raise UserError('libtpu: the TPU compiler is not installed; pip install -r requirements-aot.txt')
     options = {'num_slices': self.slices} if self.slices > 1 else {}
     if self.kind == 'v4':
       options['chip_config_name'] = 'megacore'  # a device is a chip, as in the other kinds
@@ -111,7 +111,7 @@ class Topology:
       return topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
       reason = str(error).splitlines()[0]
-      raise UserError(f'--topology: the compiler takes no {name} ({reason}); try {self.chip.sweep[1]}') from None
+      raise UserError(f'topology: the compiler takes no {name} ({reason}); try {self.chip.sweep[1]}') from None
 
 
 _SENDS = re.compile(

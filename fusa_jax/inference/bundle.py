@@ -14,7 +14,7 @@ from jax import export as jax_export
 from fusa_jax.inference import trained
 from fusa_jax.runs import operating_point
 from fusa_jax.system import meshes
-from fusa_jax.system.errors import UserError
+from fusa_jax.system.errors import UserError, one_line
 from fusa_jax.system.files import sha256
 
 FORMAT, VERSION = 'fusa_jax bundle', 1
@@ -49,7 +49,7 @@ def load_bundle(
   point = about['operating_point']
   if flips not in (None, point.flips):
     raise UserError(
-      f'--{"tta" if flips else "notta"}: {folder} was exported {"with" if point.flips else "without"} flips, which '
+      f'flips: {folder} was exported {"with" if point.flips else "without"} flips, which '
       'its program holds; leave the flag out, or export the run again with it'
     )
   exported = _program(folder / PROGRAM, content[PROGRAM], about)
@@ -70,7 +70,7 @@ def _program(path, content, about):
       raise ValueError(f'calling convention {version}, known are {least} to {most}')
     return jax_export.deserialize(bytearray(content))
   except Exception as error:
-    reason = ' '.join(str(error).split())[:200]
+    reason = one_line(error, 200)
     raise UserError(
       f'{path}: written by jax {about["jax"]}, and jax {jax.__version__} here does not read it ({reason}); install '
       'that release, or have the run exported again with this one'

@@ -59,7 +59,7 @@ def write_bundle(
   """
   for workdir in workdirs:
     if bundle.is_bundle(workdir):
-      raise UserError(f'--workdir: {workdir} is a bundle already; copy it, or export the run it was made of')
+      raise UserError(f'workdir: {workdir} is a bundle already; copy it, or export the run it was made of')
   networks, point = trained.load_networks(workdirs, meshes.create_mesh(), flips, lungs)
   model = trained.create(networks, point.flips)
   point = point.asked(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)

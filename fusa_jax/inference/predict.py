@@ -60,7 +60,7 @@ def predict(
     sources = find_sources(source, run.model.values, unpacked)
     if as_dicom:
       if not tasks.type_of(run.model.task).has_masks:
-        raise UserError('--dicom: is about masks, and this model gives none; leave it out')
+        raise UserError('dicom: is about masks, and this model gives none; leave it out')
       dicom_seg.check_series(sources)
     _predict(run, sources, output, probabilities, as_dicom)
 

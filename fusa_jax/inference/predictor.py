@@ -49,7 +49,7 @@ def load_predictor(
   bundles = [folder for folder in folders if bundle.is_bundle(folder)]
   if bundles and len(folders) > 1:
     raise UserError(
-      f'--workdir: {bundles[0]} is a bundle, and stands alone; for the mean of several runs export them together'
+      f'workdir: {bundles[0]} is a bundle, and stands alone; for the mean of several runs export them together'
     )
   model, point = (
     bundle.load_bundle(bundles[0], mesh, flips) if bundles else trained.load_model(folders, mesh, flips, lungs)

@@ -110,7 +110,7 @@ def runs(workdir: pathlib.Path) -> list[pathlib.Path]:
     return [workdir]
   if not results.is_complete(workdir):
     raise UserError(
-      f'--workdir: {workdir} is a cross-validation that is not finished; go on with the command that began it, or name '
+      f'workdir: {workdir} is a cross-validation that is not finished; go on with the command that began it, or name '
       f'the folder of one fold, {workdir / "fold0"}'
     )
   return [workdir / f'fold{one["fold"]}' for one in results.read_numbers(workdir)['folds']]
@@ -125,7 +125,7 @@ def _check_alike(folders, configs):
     for folder, config in zip(folders, configs, strict=True):
       if of(config) != of(configs[0]):
         raise UserError(
-          f'--workdir: {folder} has {key} {of(config)}, {folders[0]} {of(configs[0])}; give runs that are alike in it'
+          f'workdir: {folder} has {key} {of(config)}, {folders[0]} {of(configs[0])}; give runs that are alike in it'
         )
 
 

@@ -19,7 +19,7 @@ from fusa_jax.scans import nifti, volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import pages
-from fusa_jax.system.errors import UserError
+from fusa_jax.system.errors import UserError, one_line
 
 # Of all pages where there are several.
 _INDEX = 'view.html'
@@ -61,7 +61,7 @@ def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
     if problems:
       raise UserError('\n'.join(problems))
     if len(scans) > 1 and pathlib.Path(_INDEX).stem in results:
-      raise UserError(f'--input: the page of {_INDEX} would be that of all scans; rename the scan, or give it alone')
+      raise UserError(f'input: the page of {_INDEX} would be that of all scans; rename the scan, or give it alone')
     written = []
     for scan in tqdm.tqdm(scans, desc='Writing pages', disable=len(scans) == 1):
       written.append(_write_page(masks, scan, results[scan.stem]))
@@ -93,7 +93,7 @@ def _result(masks, name) -> dict[str, Any]:
   except FileNotFoundError:
     raise UserError(f'{path}: missing; {_PREDICT} first') from None
   except (OSError, ValueError, TypeError, LookupError) as error:
-    reason = f'no {error}' if isinstance(error, KeyError) else ' '.join(str(error).split())[:120]
+    reason = f'no {error}' if isinstance(error, KeyError) else one_line(error)
     raise UserError(f'{path}: damaged, or not written by this version ({reason}); {_PREDICT} again') from None
   if 'lesion_ml' in result and not mask.exists():
     raise UserError(f'{mask}: missing; {_PREDICT} again')

@@ -69,7 +69,7 @@ def _pair(source, truth):
   """{case: [its prediction, its true mask]}, and what is wrong with other cases, a line each."""
   if source.is_file() and truth.is_file():
     return {_case(truth): [source, truth]}, []
-  predicted, true = _masks(source, '--input'), _masks(truth, '--truth')
+  predicted, true = _masks(source, 'input'), _masks(truth, 'truth')
   # One file against a folder asks for its own case alone.
   asked = predicted if source.is_file() else true if truth.is_file() else predicted | true
   pairs, problems = {}, []

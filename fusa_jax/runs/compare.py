@@ -26,12 +26,12 @@ def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path |
   """
   configs = [run_config.load_config(folder) for folder in (workdir, against)]
   if configs[0].task != configs[1].task:
-    raise UserError(f'--against: {against} is of {configs[1].task}, {workdir} of {configs[0].task}; compare like tasks')
+    raise UserError(f'against: {against} is of {configs[1].task}, {workdir} of {configs[0].task}; compare like tasks')
   tables = [results.read_table(folder) for folder in (workdir, against)]
   try:
     found = paired(tasks.type_of(configs[0].task), *([table] for table in tables))
   except UserError as error:
-    raise UserError(f'--against: {workdir} and {against}: {error}') from None
+    raise UserError(f'against: {workdir} and {against}: {error}') from None
   split = results.read_numbers(workdir)['split']
   result = {'run': str(workdir), 'against': str(against), 'split': split, **found}
   output = output or workdir / 'test' / f'against-{"-".join(against.resolve().parts[-2:])}.json'

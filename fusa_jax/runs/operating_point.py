@@ -4,7 +4,6 @@ What can be chosen is chosen on the run's validation fold, never on its test fol
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from fusa_jax import tasks
 from fusa_jax.measures import histogram, metrics
 from fusa_jax.measures.statistics import defined, ratio
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import write_json
+from fusa_jax.system.files import read_json, write_json
 
 FILE = 'operating_point.json'
 # Round numbers, so that a validation fold of a few patients does not decide on a digit. 2 mL is a ball of 16 mm: what
@@ -71,12 +70,12 @@ class OperatingPoint:
       UserError: a threshold that is no probability; a volume below zero.
     """
     if threshold is not None and not 0 <= threshold <= 1:
-      raise UserError(f'--threshold: {threshold} is no probability; give one from 0 to 1')
+      raise UserError(f'threshold: {threshold} is no probability; give one from 0 to 1')
     if smallest_ml is not None and not smallest_ml >= 0:
-      raise UserError(f'--smallest_ml: {smallest_ml} is no volume; give mL, 0 for all lesions')
+      raise UserError(f'smallest_ml: {smallest_ml} is no volume; give mL, 0 for all lesions')
     given = {'threshold': threshold, 'flips': flips, 'lungs': lungs, 'smallest_ml': smallest_ml}
     given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(self, **given, **({'chosen_by': '--threshold'} if 'threshold' in given else {}))
+    return dataclasses.replace(self, **given, **({'chosen_by': 'given'} if 'threshold' in given else {}))
 
   def asked(self, task: str, values: str, lungs: bool | None = None, smallest_ml: float | None = None, **given):
     """As `changed`, for a model of a task and one of volumes.VALUES.
@@ -86,9 +85,9 @@ class OperatingPoint:
     """
     if not tasks.type_of(task).has_masks and (lungs or smallest_ml):
       flag = 'lungs' if lungs else 'smallest_ml'
-      raise UserError(f'--{flag}: is about masks, and this model gives none; leave it out')
+      raise UserError(f'{flag}: is about masks, and this model gives none; leave it out')
     if values != 'hu' and lungs:
-      raise UserError('--lungs: lungs are found by their HU, and this model takes grey values; leave it out')
+      raise UserError('lungs: lungs are found by their HU, and this model takes grey values; leave it out')
     return self.changed(lungs=lungs, smallest_ml=smallest_ml, **given)
 
   def save(self, workdir: pathlib.Path) -> None:
@@ -101,13 +100,13 @@ def load_point(workdir: pathlib.Path) -> OperatingPoint:
   Raises:
     UserError: the file is damaged.
   """
-  path = workdir / FILE
-  try:
-    return OperatingPoint(**json.loads(path.read_text()))
-  except FileNotFoundError:
+  path, advice = workdir / FILE, f'choose it again with --mode=evaluate --workdir={workdir}'
+  if not path.exists():
     return OperatingPoint()
-  except (json.JSONDecodeError, TypeError) as error:
-    raise UserError(f'{path}: damaged ({error}); make it anew with --mode=evaluate --workdir={workdir}') from None
+  try:
+    return OperatingPoint(**read_json(path, advice))
+  except TypeError as error:
+    raise UserError(f'{path}: damaged ({error}); {advice}') from None
 
 
 def mean(points: Sequence[OperatingPoint]) -> OperatingPoint:
@@ -122,7 +121,9 @@ def mean(points: Sequence[OperatingPoint]) -> OperatingPoint:
     return points[0]
   for name, flag in (('flips', 'tta'), ('lungs', 'lungs')):
     if len({getattr(point, name) for point in points}) > 1:
-      raise UserError(f'--workdir: the runs differ in evaluate.{name}; say --{flag} or --no{flag}')
+      raise UserError(
+        f'workdir: the runs differ in evaluate.{name}; say --{flag} or --no{flag} (in code, {name}=True or False)'
+      )
   return OperatingPoint(
     threshold=float(np.mean([point.threshold for point in points])),
     temperature=tuple(point.temperature for point in points),

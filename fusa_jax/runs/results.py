@@ -1,7 +1,6 @@
 """A table of slices -> numbers with their intervals, and the files of a run's test/."""
 
 import csv
-import json
 import pathlib
 import shutil
 import zipfile
@@ -12,11 +11,12 @@ import numpy as np
 from fusa_jax.measures import metrics, statistics
 from fusa_jax.runs import figures
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import replacing, write_csv, write_json, writing
+from fusa_jax.system.files import read_json, replacing, write_csv, write_json, writing
 from fusa_jax.tasks import TaskType
 
 COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS)
 TABLE = 'table.npz'
+_FILES = (TABLE, 'slices.csv', 'patients.csv', 'volumes.csv', 'report.html')
 # What numbers say of the split that they come from.
 BY_PATIENT, BY_SLICE = 'by patient', 'by slice, not by patient: whose the slices are is not known'
 # The same at any threshold.
@@ -81,9 +81,10 @@ def caveat(result: dict) -> str:
 
 
 def clear_test(folder: pathlib.Path) -> None:
-  """Takes away what must not stand beside the files of another evaluation: its numbers and its pictures."""
+  """Removes a test's files before the next test's are written, so that an interrupted one leaves nothing to mistake."""
   with writing(folder):
-    for path in (folder / 'metrics.json', folder / 'report.html', folder / 'volumes.csv', *folder.glob('against-*')):
+    # First what says that a test is complete.
+    for path in (folder / 'metrics.json', *(folder / name for name in _FILES), *folder.glob('against-*')):
       path.unlink(missing_ok=True)
   shutil.rmtree(folder / 'figures', ignore_errors=True)
 
@@ -110,9 +111,19 @@ def is_complete(workdir: pathlib.Path) -> bool:
   return all((workdir / 'test' / name).exists() for name in (TABLE, 'metrics.json'))
 
 
+def check_complete(workdir: pathlib.Path) -> None:
+  """Raises a UserError where a run was not evaluated, or its last evaluation was interrupted."""
+  if not is_complete(workdir):
+    raise UserError(
+      f'{workdir / "test"}: the run was not evaluated, or its evaluation was interrupted ({TABLE} or metrics.json is '
+      f'missing); evaluate the run with --mode=evaluate --workdir={workdir}'
+    )
+
+
 def read_numbers(workdir: pathlib.Path) -> dict:
-  """What metrics.json of a complete test/ holds."""
-  return json.loads((workdir / 'test' / 'metrics.json').read_text())
+  """What metrics.json of a complete test/ holds; raises UserError as `check_complete`, or where it is damaged."""
+  check_complete(workdir)
+  return read_json(workdir / 'test' / 'metrics.json', f'evaluate the run with --mode=evaluate --workdir={workdir}')
 
 
 def read_volumes(workdir: pathlib.Path) -> list[dict]:
@@ -132,6 +143,7 @@ def read_table(workdir: pathlib.Path) -> dict[str, np.ndarray]:
   Raises:
     UserError: the run was not evaluated, or the file is damaged.
   """
+  check_complete(workdir)
   path = workdir / 'test' / TABLE
   try:
     with np.load(path, allow_pickle=False) as archive:
@@ -146,11 +158,9 @@ def read_table(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     if missing:
       raise ValueError(f'without {", ".join(sorted(missing))}')
     return table
-  except FileNotFoundError:
-    raise UserError(f'{path}: missing; evaluate the run with --mode=evaluate --workdir={workdir}') from None
   except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
     raise UserError(
-      f'{path}: damaged, or of another version ({error}); make it anew with --mode=evaluate --workdir={workdir}'
+      f'{path}: damaged, or of another version ({error}); make it again with --mode=evaluate --workdir={workdir}'
     ) from None
 
 

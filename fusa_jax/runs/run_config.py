@@ -22,7 +22,7 @@ def save_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Non
   """
   hosts.on_main(lambda: _save(workdir, config))
   if not hosts.is_main() and not (workdir / 'config.json').is_file():
-    raise UserError(f'--workdir: {workdir} is not what process 0 sees there; name a folder that all hosts share')
+    raise UserError(f'workdir: {workdir} is not what process 0 sees there; name a folder that all hosts share')
 
 
 def _save(workdir, config):

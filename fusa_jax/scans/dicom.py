@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from fusa_jax.scans import decoder, formats, volumes
-from fusa_jax.system.errors import UserError
+from fusa_jax.system.errors import UserError, one_line
 
 _INSTALL = 'pip install -r requirements-dicom.txt'
 _DIRECTORY = '1.2.840.10008.1.3.10'
@@ -218,7 +218,7 @@ def sort_series(paths: Iterable[pathlib.Path]) -> tuple[list[Series], str]:
         _frames(header)  # is a number
         headers[str(header.get('SeriesInstanceUID', ''))].append(header)
     except Exception as error:  # pydicom lets errors of many types through
-      problems.append(f'{path.name}: a damaged DICOM file ({_reason(error)}); copy it again')
+      problems.append(f'{path.name}: a damaged DICOM file ({one_line(error)}); copy it again')
   if problems:
     raise UserError('\n'.join(problems))
   for uid, of_series in list(headers.items()):
@@ -276,7 +276,7 @@ def decoded(path: str, size: tuple[int, int]) -> np.ndarray:
   except UserError:
     raise
   except Exception as error:  # pydicom and the decoders let errors of many types through
-    raise UserError(f'a slice cannot be decoded ({_reason(error)}); copy it again from its source') from None
+    raise UserError(f'a slice cannot be decoded ({one_line(error)}); copy it again from its source') from None
 
 
 def _is_compressed(header):
@@ -340,12 +340,6 @@ def _numbers(header, key, count):
   except (KeyError, TypeError, ValueError):
     return None
   return values if np.isfinite(values).all() else None
-
-
-def _reason(error):
-  """An error's text in one line, without a path."""
-  text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-  return ' '.join(text.split())[:120] or type(error).__name__
 
 
 def _pydicom():

@@ -35,7 +35,7 @@ def check_series(sources: Sequence[formats.Source]) -> None:
   """Raises a UserError: a source is no series; a line for each of which no SEG can be made; highdicom is missing."""
   others = [source.name for source in sources if not isinstance(source, dicom.Series)]
   if others:
-    raise UserError(f'--dicom: {others[0]} is no DICOM series; give such alone, or leave it out')
+    raise UserError(f'dicom: {others[0]} is no DICOM series; give such alone, or leave it out')
   _highdicom()
   problems = []
   for one in sources:
@@ -259,7 +259,7 @@ def _highdicom():
     from pydicom.sr.codedict import codes
   except ImportError:
     raise UserError(
-      '--dicom: highdicom, which writes it, is not installed; pip install -r requirements-dicom.txt'
+      'dicom: highdicom, which writes it, is not installed; pip install -r requirements-dicom.txt'
     ) from None
   logging.getLogger('highdicom').setLevel(logging.ERROR)  # as its warnings
   return highdicom, codes

@@ -11,7 +11,7 @@ from isal import igzip, isal_zlib
 
 from fusa_jax.scans import formats, volumes
 from fusa_jax.scans.volumes import Grid, Mask, Scan
-from fusa_jax.system.errors import UserError
+from fusa_jax.system.errors import UserError, one_line
 from fusa_jax.system.files import replacing
 
 # What nibabel would print of a damaged header is part of the error raised here.
@@ -134,7 +134,7 @@ def _read(path):
   try:
     return np.asarray(image.dataobj), image.header
   except (OSError, ValueError, OverflowError) as error:
-    raise UserError(f'{path}: truncated or damaged ({_one_line(error)}); copy it again from its source') from None
+    raise UserError(f'{path}: truncated or damaged ({one_line(error)}); copy it again from its source') from None
 
 
 def _load(path):
@@ -146,12 +146,12 @@ def _load(path):
   except FileNotFoundError:
     raise UserError(f'{path}: no such file; check the path') from None
   except (OSError, EOFError, isal_zlib.error) as error:
-    raise UserError(f'{path}: truncated or unreadable ({_one_line(error)}); copy it again from its source') from None
+    raise UserError(f'{path}: truncated or unreadable ({one_line(error)}); copy it again from its source') from None
   try:
     nifti2 = int.from_bytes(content[:4], 'little') == 540 or int.from_bytes(content[:4], 'big') == 540
     return (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
   except Exception as error:  # nibabel lets struct, NumPy and its own errors through for a header that is none
-    raise UserError(f'{path}: not a NIfTI file ({_one_line(error)}); export the scan as .nii.gz') from None
+    raise UserError(f'{path}: not a NIfTI file ({one_line(error)}); export the scan as .nii.gz') from None
 
 
 def _binary(values, path, advice):
@@ -166,7 +166,3 @@ def _binary(values, path, advice):
 
 def _image_class(header):
   return nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-
-
-def _one_line(error):
-  return ' '.join(str(error).split())[:120] or type(error).__name__

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from fusa_jax.scans import formats
-from fusa_jax.system.errors import UserError
+from fusa_jax.system.errors import UserError, one_line
 from fusa_jax.system.files import replacing
 
 # JPEG rounds the three channels of a grey picture each in its own way.
@@ -92,5 +92,4 @@ def _open(path):
   except FileNotFoundError:
     raise UserError(f'{path}: no such file; check the path') from None
   except Exception as error:  # Pillow lets errors of its decoders through, of many types
-    reason = ' '.join(str(error).split())[:120] or type(error).__name__
-    raise UserError(f'{path}: no picture that can be read ({reason}); copy it again from its source') from None
+    raise UserError(f'{path}: no picture that can be read ({one_line(error)}); copy it again from its source') from None

@@ -30,7 +30,7 @@ def find_sources(path: pathlib.Path, values: str | None, unpacked: pathlib.Path)
   """
   if not path.exists():
     raise UserError(
-      f'--input: {path} does not exist; give a scan ({_endings()}; of grey values also {_endings(of_pictures=True)}), '
+      f'input: {path} does not exist; give a scan ({_endings()}; of grey values also {_endings(of_pictures=True)}), '
       'or a folder or .zip of scans or DICOM series'
     )
   files, claimed = list(within(path, unpacked)), {}
@@ -46,18 +46,18 @@ def find_sources(path: pathlib.Path, values: str | None, unpacked: pathlib.Path)
       advice = 'give scans'
       if values == 'hu':
         advice = 'and this run was trained on HU; give scans in HU, or a run trained with data.intensity=grey'
-      raise UserError(f'--input: {sources[0]} is a picture of grey values, {advice}')
+      raise UserError(f'input: {sources[0]} is a picture of grey values, {advice}')
     sources = scans
   if not sources:
     what = f'scan ({_endings()}, DICOM)'
     if values == 'grey':
       what = f'scan ({_endings()}) or picture ({_endings(of_pictures=True)})'
-    raise UserError(f'--input: no {what} in {path}; give a scan, or a folder of scans')
+    raise UserError(f'input: no {what} in {path}; give a scan, or a folder of scans')
   known = {}
   for source in sources:
     first = known.setdefault(source.stem, source)
     if first is not source:
-      raise UserError(f'--input: {source} and {first.name} would be written under one name; rename one')
+      raise UserError(f'input: {source} and {first.name} would be written under one name; rename one')
   return sources
 
 

@@ -35,3 +35,9 @@ def look_up(registry: Mapping[str, T], name: str, key: str) -> T:
   if name not in registry:
     raise UserError(f'{key}: there is no {name!r}; one of {", ".join(registry)}')
   return registry[name]
+
+
+def one_line(error: Exception, most: int = 120) -> str:
+  """An error's text in one line, shortened; its type where it has none."""
+  text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+  return ' '.join(text.split())[:most] or type(error).__name__

@@ -13,7 +13,7 @@ def before_leaving(clear: Callable[[], None]) -> Callable[[], None]:
   return clear
 
 
-def fail(error: Exception, code: int = 2) -> None:
+def fail(error: Exception | str, code: int = 2) -> None:
   """Ends the process with the error's lines."""
   for line in str(error).splitlines():
     print(f'error: {line}', file=sys.stderr)

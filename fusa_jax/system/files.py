@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fusa_jax.system.errors import UserError
+from fusa_jax.system.errors import UserError, one_line
 
 
 @contextlib.contextmanager
@@ -87,12 +87,6 @@ def read_json(path: pathlib.Path, advice: str) -> Any:
     raise UserError(f'{path}: cannot be read ({error.strerror}); {advice}') from None
   except ValueError as error:  # of JSON, or of an encoding
     raise UserError(f'{path}: damaged ({one_line(error)}); {advice}') from None
-
-
-def one_line(error: Exception, most: int = 120) -> str:
-  """An error's text in one line, shortened; its type where it has none."""
-  text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-  return ' '.join(text.split())[:most] or type(error).__name__
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

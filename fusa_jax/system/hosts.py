@@ -52,12 +52,12 @@ def connect(
   told = (coordinator, num_processes, process_id)
   if any(value is not None for value in told):
     if None in told:
-      raise UserError('--coordinator, --num_processes, --process_id: give all or, where the cluster does, none')
+      raise UserError('coordinator, num_processes, process_id: give all or, where the cluster does, none')
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdigit():
-      raise UserError(f'--coordinator: {coordinator!r} is no HOST:PORT; name the host of process 0 and a free port')
+      raise UserError(f'coordinator: {coordinator!r} is no HOST:PORT; name the host of process 0 and a free port')
     if not 0 <= process_id < num_processes:
-      raise UserError(f'--process_id: {process_id}, but with {num_processes} processes it is 0 to {num_processes - 1}')
+      raise UserError(f'process_id: {process_id}, but with {num_processes} processes it is 0 to {num_processes - 1}')
     logging.info('process %d of %d, waiting for the others at %s', process_id, num_processes, coordinator)
 
   def give_up():

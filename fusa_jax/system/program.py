@@ -8,11 +8,13 @@ import traceback
 from collections.abc import Callable
 
 import absl.logging
-from absl import app
+from absl import app, flags
 
 from fusa_jax.system import exits
 from fusa_jax.system.errors import DoesNotFitError, Terminated, UserError
 
+# Parameters with flags of other names.
+_FLAGS = {'flips': 'tta'}
 COMPILED = pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()
 
 
@@ -30,9 +32,9 @@ def start(main: Callable, parse_flags: Callable) -> None:
     try:
       main(argv)
     except (UserError, DoesNotFitError) as error:
-      code = 2 if isinstance(error, UserError) else 3
-      hosts.fail_together(str(error), code)
-      exits.fail(error, code)
+      code, text = 2 if isinstance(error, UserError) else 3, with_dashes(str(error))
+      hosts.fail_together(text, code)
+      exits.fail(text, code)
     except Terminated as stop:
       print(f'\nstopped {stop}; the same command goes on from the last checkpoint', file=sys.stderr)
       hosts.disconnect()
@@ -47,6 +49,19 @@ def start(main: Callable, parse_flags: Callable) -> None:
       exits.leave(1)
 
   app.run(run, flags_parser=parse_flags)
+
+
+def with_dashes(text: str) -> str:
+  """Lines that begin with the name of a parameter, with that of its flag: `input: ...` as `--input: ...`."""
+  return '\n'.join(_line_with_dashes(line) for line in text.splitlines())
+
+
+def _line_with_dashes(line):
+  names, colon, rest = line.partition(': ')
+  typed = [_FLAGS.get(name, name) for name in names.split(', ')]
+  if not colon or not all(name in flags.FLAGS for name in typed):
+    return line
+  return f'{", ".join(f"--{name}" for name in typed)}: {rest}'
 
 
 def _terminate(*_) -> None:

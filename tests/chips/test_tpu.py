@@ -21,7 +21,7 @@ from fusa_jax.system.errors import UserError
     ('v5e:4', 1, "'v5e:4' is no slice"),
     ('v5e:4x0', 1, "'v5e:4x0' is no slice"),
     ('v5e:16x32', 1, 'a slice of v5e has at most 256 chips'),
-    ('v5e:4x4', 0, '--slices: 0; give 1 or more'),
+    ('v5e:4x4', 0, 'slices: 0; give 1 or more'),
   ],
 )
 def test_topologies_that_are_none(text, slices, reason):

@@ -222,17 +222,17 @@ def test_a_program_that_jax_cannot_read(bundles, tmp_path):
 
 def test_what_does_not_go_with_a_bundle(bundles, runs, tmp_path):
   refused = lambda reason: pytest.raises(UserError, match=reason)
-  with refused(r'--workdir: .*seg is a bundle, and stands alone; for the mean of several'):
+  with refused(r'workdir: .*seg is a bundle, and stands alone; for the mean of several'):
     predictor.load_predictor([bundles['seg'], runs['seg']])
-  with refused(r'--tta: .*seg was exported without flips, which its program holds; leave'):
+  with refused(r'flips: .*seg was exported without flips, which its program holds; leave'):
     predictor.load_predictor(bundles['seg'], flips=True)
-  with refused(r'--notta: .*both was exported with flips'):
+  with refused(r'flips: .*both was exported with flips'):
     predictor.load_predictor(bundles['both'], flips=False)
-  with refused(r'--lungs: is about masks, and this model gives none'):
+  with refused(r'lungs: is about masks, and this model gives none'):
     predictor.load_predictor(bundles['cls'], lungs=True)
-  with refused(r'--smallest_ml: is about masks, and this model gives none'):
+  with refused(r'smallest_ml: is about masks, and this model gives none'):
     export.write_bundle([runs['cls']], tmp_path / 'none', smallest_ml=1.0)
-  with refused(r'--workdir: .*seg is a bundle already; copy it'):
+  with refused(r'workdir: .*seg is a bundle already; copy it'):
     export.write_bundle([bundles['seg']], tmp_path / 'none')
   with refused(r'seg/config.json: of something else than a run, as a bundle; name the folder of a run'):
     run_config.load_config(bundles['seg'])

@@ -144,7 +144,7 @@ def test_refused_scans_are_all_named_before_anything_is_written(predictors, raw_
 @pytest.mark.parametrize(
   ('source', 'workdir', 'reason'),
   [
-    ('nowhere.nii.gz', None, r'--input: .*nowhere.nii.gz does not exist'),
+    ('nowhere.nii.gz', None, r'input: .*nowhere.nii.gz does not exist'),
     ('', None, r'no scan \(.nii, .nii.gz, DICOM\) in'),
     ('', 'nowhere', r'no run in it \(config.json is missing\)'),
   ],
@@ -163,13 +163,13 @@ def test_the_threshold_is_the_runs_own_unless_another_is_given(predictors, runs,
   predict.predict(predictor.load_predictor(runs['seg'], threshold=0.25), scan, tmp_path / 'given', probabilities=True)
   results = {k: json.loads((tmp_path / k / 'volume-phantom-A-0001_ct.json').read_text()) for k in ('own', 'given')}
   assert (results['own']['threshold'], results['own']['chosen_by']) == (own['threshold'], own['chosen_by'])
-  assert (results['given']['threshold'], results['given']['chosen_by']) == (0.25, '--threshold')
+  assert (results['given']['threshold'], results['given']['chosen_by']) == (0.25, 'given')
   mask, probability = (
     nib.load(tmp_path / 'given' / f'volume-phantom-A-0001_ct_{kind}.nii.gz').get_fdata()
     for kind in ('mask', 'probability')
   )
   np.testing.assert_array_equal(mask, probability >= 0.25)
-  with pytest.raises(UserError, match=r'--threshold: 50.0 is no probability; give one from 0 to 1'):
+  with pytest.raises(UserError, match=r'threshold: 50.0 is no probability; give one from 0 to 1'):
     predict.predict(predictor.load_predictor(runs['seg'], threshold=50.0), scan, tmp_path / 'none')
 
 
@@ -283,8 +283,8 @@ def test_dicom_seg_beside_the_mask_and_nothing_else_names_the_patient(
 
 def test_dicom_seg_of_what_has_none_is_refused_before_anything_is_predicted(predictors, of_dicom, dicom_only, tmp_path):
   for run, source, reason in (
-    ('seg', of_dicom[0], r'^--dicom: phantom.nii.gz is no DICOM series; give such alone, or leave it out$'),
-    ('cls', dicom_only, r'^--dicom: is about masks, and this model gives none; leave it out$'),
+    ('seg', of_dicom[0], r'^dicom: phantom.nii.gz is no DICOM series; give such alone, or leave it out$'),
+    ('cls', dicom_only, r'^dicom: is about masks, and this model gives none; leave it out$'),
   ):
     with pytest.raises(UserError, match=reason):
       predict.predict(predictors[run], source, tmp_path / 'out', as_dicom=True)
@@ -426,7 +426,7 @@ def test_runs_that_differ_are_taken_as_is_asked(runs, tmp_path):
     predictor.load_predictor(both, lungs=True).point.lungs
     and not predictor.load_predictor(both, lungs=False).point.lungs
   )
-  with pytest.raises(UserError, match=r'--workdir: the runs differ in evaluate.lungs; say --lungs or --nolungs'):
+  with pytest.raises(UserError, match=r'workdir: the runs differ in evaluate.lungs; say --lungs or --nolungs'):
     predictor.load_predictor(both)
 
 

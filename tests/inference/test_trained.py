@@ -45,8 +45,8 @@ def test_the_mean_of_flips_is_exact_where_probabilities_are_1():
 @pytest.mark.parametrize(
   ('other', 'reason'),
   [
-    ({'data.image_size': 2 * SIZE}, rf'--workdir: .*b has data.image_size {2 * SIZE}, .*a {SIZE}; give runs'),
-    ({'data.intensity': 'grey'}, r'--workdir: .*b has data.intensity grey, .*a hu'),
+    ({'data.image_size': 2 * SIZE}, rf'workdir: .*b has data.image_size {2 * SIZE}, .*a {SIZE}; give runs'),
+    ({'data.intensity': 'grey'}, r'workdir: .*b has data.intensity grey, .*a hu'),
   ],
 )
 def test_runs_that_do_not_go_together_are_refused(tmp_path, other, reason):

@@ -252,7 +252,7 @@ def test_pictures_are_left_out_or_refused(tmp_path):
   for name in ('a', 'p'):  # of which one is named as the scan is
     Image.new('L', (8, 8)).save(source / f'{name}.png')
   assert [path.name for path in viewer.view(source, masks)] == ['a.html']
-  with pytest.raises(UserError, match=r'--input: .*p\.png is a picture of grey values, give scans'):
+  with pytest.raises(UserError, match=r'input: .*p\.png is a picture of grey values, give scans'):
     viewer.view(source / 'p.png', masks)
 
 

@@ -203,10 +203,10 @@ def test_nothing_to_score(folders, tmp_path):
   out, empty = tmp_path / 'out', tmp_path / 'empty'
   empty.mkdir()
   assert refusal(tmp_path / 'no', truth, out) == [
-    f'--input: {tmp_path}/no does not exist; give a mask (.nii, .nii.gz), or a folder of masks'
+    f'input: {tmp_path}/no does not exist; give a mask (.nii, .nii.gz), or a folder of masks'
   ]
   assert refusal(source, empty, out) == [
-    f'--truth: no .nii or .nii.gz mask in {empty}; give a mask, or a folder of masks'
+    f'truth: no .nii or .nii.gz mask in {empty}; give a mask, or a folder of masks'
   ]
   assert refusal(source / 'p0_ct_mask.nii.gz', save(tmp_path / 'q' / 'q.nii', blobs(0)[0]).parent, out) == [
     f'{source}/p0_ct_mask.nii.gz: no true mask of p0 in {tmp_path}/q; add it, or take the prediction out'

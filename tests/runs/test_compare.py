@@ -191,7 +191,7 @@ def test_two_runs_from_their_folders(runs, other_run, caplog):
 
 
 def test_other_tests_are_refused(runs, other_run):
-  refused = lambda reason: pytest.raises(UserError, match=f'--against: .* the test sets differ .{reason}')
+  refused = lambda reason: pytest.raises(UserError, match=f'against: .* the test sets differ .{reason}')
   table = results.read_table(other_run)
   change(other_run, patient=np.char.add(table['patient'], 'x'))
   with refused('2 patients are in the first only, 2 in the second'):
@@ -206,10 +206,28 @@ def test_other_tests_are_refused(runs, other_run):
 
 
 def test_other_tasks_and_runs_that_are_none_are_refused(runs, tmp_path):
-  with pytest.raises(UserError, match=r'--against: .* is of classification, .* of segmentation; compare like tasks'):
+  with pytest.raises(UserError, match=r'against: .* is of classification, .* of segmentation; compare like tasks'):
     compare.compare(runs['seg'], runs['cls'])
   with pytest.raises(UserError, match='no run in it'):
     compare.compare(runs['seg'], tmp_path / 'nowhere')
   run_config.save_config(tmp_path / 'new', tiny())
-  with pytest.raises(UserError, match=r'table.npz: missing; evaluate the run with --mode=evaluate'):
+  with pytest.raises(
+    UserError, match=r'new/test: the run was not evaluated, or .* missing\); evaluate the run with --mode=evaluate'
+  ):
     compare.compare(runs['seg'], tmp_path / 'new')
+
+
+@pytest.mark.parametrize('missing', ['metrics.json', 'table.npz'])
+def test_an_interrupted_evaluation_is_refused_on_either_side(runs, tmp_path, missing):
+  shutil.copytree(runs['seg'], tmp_path / 'run')
+  (tmp_path / 'run' / 'test' / missing).unlink()
+  for pair in ((runs['seg'], tmp_path / 'run'), (tmp_path / 'run', runs['seg'])):
+    with pytest.raises(UserError, match=r'run/test: the run was not evaluated, or its evaluation was interrupted'):
+      compare.compare(*pair)
+
+
+def test_what_a_test_left_is_cleared_before_the_next(runs, tmp_path):
+  shutil.copytree(runs['seg'] / 'test', tmp_path / 'test')
+  (tmp_path / 'test' / 'against-a.json').write_text('{}')
+  results.clear_test(tmp_path / 'test')
+  assert list((tmp_path / 'test').iterdir()) == []

@@ -76,7 +76,7 @@ def test_saved_and_loaded(validation, tmp_path):
   assert operating_point.load_point(tmp_path) == point
   assert operating_point.load_point(tmp_path / 'none').threshold == 0.5
   (tmp_path / operating_point.FILE).write_text('{"threshold":')
-  with pytest.raises(UserError, match=r'operating_point.json: damaged .* make it anew with --mode=evaluate'):
+  with pytest.raises(UserError, match=r'operating_point.json: damaged .*; choose it again with --mode=evaluate'):
     operating_point.load_point(tmp_path)
 
 
@@ -145,7 +145,7 @@ def test_points_of_several_runs():
   ]
   mean = operating_point.mean(points)
   assert (mean.threshold, mean.smallest_ml, mean.temperature) == (pytest.approx(0.4), 0.5, (1.2, 1.6))
-  with pytest.raises(UserError, match=r'--workdir: the runs differ in evaluate.lungs; say --lungs or --nolungs'):
+  with pytest.raises(UserError, match=r'workdir: the runs differ in evaluate.lungs; say --lungs or --nolungs'):
     operating_point.mean([points[0], points[1].changed(lungs=True)])
 
 

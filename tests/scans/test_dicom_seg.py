@@ -186,7 +186,7 @@ def test_series_that_cannot_be_referred_to_are_refused(tmp_path, monkeypatch):
 
   dicom_seg._highdicom.cache_clear()
   monkeypatch.setattr(builtins, '__import__', without)
-  with pytest.raises(UserError, match=r'^--dicom: highdicom, .* is not installed; pip install -r requirements-dicom'):
+  with pytest.raises(UserError, match=r'^dicom: highdicom, .* is not installed; pip install -r requirements-dicom'):
     dicom_seg.check_series([])
 
 

@@ -125,7 +125,7 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
       (
         runs['seg'],
         source,
-        f'--input: {folder / "images" / "0001_00.png"} is a picture of grey values, and this run was trained on HU; '
+        f'input: {folder / "images" / "0001_00.png"} is a picture of grey values, and this run was trained on HU; '
         'give scans in HU, or a run trained with data.intensity=grey',
       )
       for source in (folder / 'images', folder / 'images' / '0001_00.png')

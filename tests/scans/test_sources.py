@@ -88,15 +88,15 @@ def test_a_file_that_is_named_is_read_or_refused_whatever_its_name(mixture, tmp_
     (
       'nowhere',
       'hu',
-      '--input: {} does not exist; give a scan (.nii, .nii.gz; of grey values also .png, .jpg), or a folder or .zip of '
+      'input: {} does not exist; give a scan (.nii, .nii.gz; of grey values also .png, .jpg), or a folder or .zip of '
       'scans or DICOM series',
     ),
-    ('', 'hu', '--input: no scan (.nii, .nii.gz, DICOM) in {}; give a scan, or a folder of scans'),
-    ('', None, '--input: no scan (.nii, .nii.gz, DICOM) in {}; give a scan, or a folder of scans'),
+    ('', 'hu', 'input: no scan (.nii, .nii.gz, DICOM) in {}; give a scan, or a folder of scans'),
+    ('', None, 'input: no scan (.nii, .nii.gz, DICOM) in {}; give a scan, or a folder of scans'),
     (
       '',
       'grey',
-      '--input: no scan (.nii, .nii.gz) or picture (.png, .jpg) in {}; give a scan, or a folder of scans',
+      'input: no scan (.nii, .nii.gz) or picture (.png, .jpg) in {}; give a scan, or a folder of scans',
     ),
   ],
 )
@@ -126,7 +126,7 @@ def test_a_format_in_the_list_is_predicted_and_viewed(with_arrays, predictors, r
   scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   path, out = tmp_path / 'mine.npy', tmp_path / 'out'
   np.save(path, scan.values.transpose(2, 1, 0))
-  with pytest.raises(UserError, match=r'^--dicom: mine\.npy is no DICOM series'):
+  with pytest.raises(UserError, match=r'^dicom: mine\.npy is no DICOM series'):
     predict.predict(predictors['seg'], path, out, as_dicom=True)
   predict.predict(predictors['seg'], path, out)
   assert sorted(made.name for made in out.iterdir()) == ['mine.json', 'mine_mask.nii.gz']

@@ -368,13 +368,16 @@ def test_nothing_of_an_earlier_evaluation_stays(runs, data_dir, tmp_path):
 
 
 def test_a_missing_or_damaged_table_is_one_line(runs, tmp_path):
-  with pytest.raises(UserError, match=r'table.npz: missing; evaluate the run with --mode=evaluate'):
+  with pytest.raises(UserError, match=r'test: the run was not evaluated, .*; evaluate the run with --mode=evaluate'):
     results.read_table(tmp_path)
   (tmp_path / 'test').mkdir()
+  (tmp_path / 'test' / 'metrics.json').write_text('{')
   whole = (runs['cls'] / 'test' / results.TABLE).read_bytes()
   other = io.BytesIO()
   np.savez(other, patient=np.array(['a']))
   for content in (b'', whole[:200], whole[: len(whole) // 2], b'no archive', other.getvalue()):
     (tmp_path / 'test' / results.TABLE).write_bytes(content)
-    with pytest.raises(UserError, match=r'table.npz: damaged, or of another version .* make it anew'):
+    with pytest.raises(UserError, match=r'table.npz: damaged, or of another version .* make it again'):
       results.read_table(tmp_path)
+  with pytest.raises(UserError, match=r'metrics.json: damaged \(.*\); evaluate the run with --mode=evaluate'):
+    results.read_numbers(tmp_path)
