@@ -101,10 +101,15 @@ def score() -> None:
 
 
 def compare() -> None:
-  from fusa_jax.runs import compare
+  from fusa_jax.runs import compare, run_config
+  from fusa_jax.training import side_by_side
 
-  output = pathlib.Path(FLAGS.output) if FLAGS.output else None
-  compare.compare(pathlib.Path(FLAGS.workdir), pathlib.Path(FLAGS.against), output)
+  workdir, against = (pathlib.Path(folder) for folder in (FLAGS.workdir, FLAGS.against))
+  output = pathlib.Path(FLAGS.output) if FLAGS.output else compare.default_output(workdir, against)
+  compare.compare(workdir, against, output)
+  if FLAGS.overlays:
+    data_dir = experiment.prepared(run_config.load_config(workdir))
+    side_by_side.draw(workdir, against, data_dir, output.with_suffix(''), FLAGS.overlays)
 
 
 def compile_ahead() -> None:
@@ -130,22 +135,21 @@ def doctor() -> None:
   doctor.doctor(experiment.load_preset(home.HOME / 'configs' / 'seg.py', 'demo'), caches)
 
 
-_BOTH = ('input', 'output')
 MODES = {
   'train': Mode(train, 'prepares what is missing, trains or resumes, evaluates', ('config',), ('workdir',), True),
   'evaluate': Mode(evaluate, 'evaluates a trained run again', ('workdir',), ('config',), True),
   'predict': Mode(
     predict,
     'marks lesions in new scans',
-    ('workdir', *_BOTH),
+    ('workdir', 'input', 'output'),
     ('config', *arguments.POINT, 'probabilities', 'dicom'),
     True,
   ),
   'prepare': Mode(prepare, 'checks a cohort and prepares its dataset', ('config',), (), True),
   'export': Mode(export, 'writes a bundle to pass on', ('workdir', 'output'), (*arguments.POINT, 'license')),
-  'view': Mode(view, 'writes pages of scans and predicted masks for a browser', _BOTH),
+  'view': Mode(view, 'writes pages of scans and predicted masks for a browser', ('input', 'output')),
   'score': Mode(score, 'scores masks against true masks', ('input', 'truth', 'output')),
-  'compare': Mode(compare, 'compares two runs patient by patient', ('workdir', 'against'), ('output',)),
+  'compare': Mode(compare, 'compares two runs patient by patient', ('workdir', 'against'), ('output', 'overlays')),
   'aot': Mode(
     compile_ahead, 'compiles the training step for a TPU slice', ('config',), ('topology', 'slices', 'sweep', 'output')
   ),
@@ -178,11 +182,7 @@ def help_text() -> str:
   for name, mode in MODES.items():
     needed = ' '.join(f'--{flag}' for flag in mode.needs)
     taken = ' '.join(f'[--{flag}]' for flag in mode.takes)
-    lines += (
-      [f'--mode={name}: {mode.does}', f'    {needed} {taken}'.rstrip()]
-      if mode.flags
-      else [f'--mode={name}: {mode.does}']
-    )
+    lines += [f'--mode={name}: {mode.does}', f'    {needed} {taken}'.rstrip() or '    (no flags)']
   together = ', '.join(name for name, mode in MODES.items() if mode.together)
   lines += ['', f'on several hosts ({together}): {" ".join(f"[--{flag}]" for flag in _HOSTS)}', '']
   known = dict.fromkeys(['mode', 'config', *(flag for mode in MODES.values() for flag in mode.flags)])

@@ -61,6 +61,7 @@ def define_flags(modes: list[str]) -> None:
   text('output', None, 'a folder to write to; view: the folder of predict; compare: a file')
   text('truth', None, 'the true masks, in a folder or a file')
   text('against', None, 'the workdir of another run, evaluated on the same patients')
+  number('overlays', 0, 'draw so many slices with the masks of both runs side by side')
   text('license', None, "the bundle's licence, for its card")
   flags.DEFINE_float('threshold', None, 'probability from which on a pixel is lesion; by default as the run says')
   yes_or_no('tta', None, 'take the mean of slices as they are and mirrored; by default as the run says')

@@ -13,8 +13,13 @@ from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import write_json
 
 
+def default_output(workdir: pathlib.Path, against: pathlib.Path) -> pathlib.Path:
+  """test/against-FOLDER-NAME.json of the first run."""
+  return workdir / 'test' / f'against-{"-".join(against.resolve().parts[-2:])}.json'
+
+
 def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path | None = None) -> dict:
-  """Run minus run, with intervals; written to `output`, by default test/against-FOLDER-NAME.json of the first.
+  """Run minus run, with intervals; written to `output` or `default_output`.
 
   Args:
     workdir: of a run or a cross-validation, evaluated.
@@ -34,8 +39,7 @@ def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path |
     raise UserError(f'against: {workdir} and {against}: {error}') from None
   split = results.read_numbers(workdir)['split']
   result = {'run': str(workdir), 'against': str(against), 'split': split, **found}
-  output = output or workdir / 'test' / f'against-{"-".join(against.resolve().parts[-2:])}.json'
-  write_json(output, result)
+  write_json(output or default_output(workdir, against), result)
   logging.info('%s', report(result))
   return result
 

@@ -6,6 +6,7 @@ Each chart is a matplotlib figure, written as PNG beside the numbers and set int
 import io
 import pathlib
 import re
+from collections.abc import Mapping
 
 import matplotlib
 import numpy as np
@@ -213,54 +214,65 @@ def write_overlay(
   path: pathlib.Path,
   values: np.ndarray,
   mask: np.ndarray | None,
-  predicted: np.ndarray | None,
+  predictions: Mapping[str, np.ndarray],
   black_and_white: tuple[float, float],
-  kind: str,
+  intensity: str,
   title: str,
 ) -> None:
-  """The slice, and beside it the same with true positives blue, false positives green, false negatives red.
+  """The slice, then once for each prediction with true positives blue, false positives green, false negatives red.
 
   Every pixel of the slice is a square of whole pixels of the picture: nothing is interpolated.
 
   Args:
     path: of the PNG.
     values: [H, W], in HU or grey.
-    mask: [H, W], what is true; None where nobody drew it.
-    predicted: bool [H, W]; None for a model that gives no mask: what is true is shown in red.
-    black_and_white: values shown so.
-    kind: of the values, one of volumes.VALUES.
-    title: above the picture; what black and white are is added.
+    mask: [H, W], the reference; None without a reference mask.
+    predictions: bool [H, W] by the name of the run; {} of a model without masks: the reference is shown in red.
+    black_and_white: the values that are shown black and white.
+    intensity: of the values, one of volumes.VALUES.
+    title: above the picture; what black and white are is added, and the names of several runs.
   """
   black, white = black_and_white
   grey = np.clip((values.astype(np.float32) - black) / (white - black), 0, 1)
   plain = np.repeat(grey[..., None], 3, axis=-1)
-  coloured = plain.copy()
   mask = None if mask is None else np.asarray(mask, bool)
-  if mask is None:
-    parts = {}
-  elif predicted is None:
-    parts = {'lesion (truth)': (mask, FALSE_NEGATIVE)}
-  else:
-    parts = {
-      'true positive': (mask & predicted, TRUE_POSITIVE),
-      'false positive': (~mask & predicted, FALSE_POSITIVE),
-      'false negative': (mask & ~predicted, FALSE_NEGATIVE),
-    }
-  for where, colour in parts.values():
-    coloured[where] = 0.5 * coloured[where] + 0.5 * np.asarray(colour)
+  parts = [_parts(mask, predicted) for predicted in (predictions.values() if predictions else [None])]
+  pictures = [plain, *(_coloured(plain, one) for one in parts)]
 
   times = max(1, round(384 / values.shape[1]))
   height, width, above, below, gap = values.shape[0] * times, values.shape[1] * times, 44, 30, 8
-  total = np.array([2 * width + gap, height + above + below])
+  total = np.array([len(pictures) * (width + gap) - gap, height + above + below])
   figure = Figure(figsize=total / 100, dpi=100, facecolor='white')
-  for k, picture in enumerate((plain, coloured)):
+  for k, picture in enumerate(pictures):
     axes = figure.add_axes((k * (width + gap) / total[0], below / total[1], width / total[0], height / total[1]))
     axes.imshow(picture.repeat(times, axis=0).repeat(times, axis=1), interpolation='none')
     axes.set_axis_off()
-  patches = [matplotlib.patches.Patch(color=colour, label=name) for name, (_, colour) in parts.items()]
+  patches = [matplotlib.patches.Patch(color=colour, label=name) for name, (_, colour) in parts[0].items()]
   figure.legend(handles=patches, loc='lower center', ncols=3, frameon=False, fontsize=8, borderaxespad=0.1)
-  unit = {'hu': 'HU', 'grey': 'grey'}[kind]
+  unit = {'hu': 'HU', 'grey': 'grey'}[intensity]
   text = f'{title}\n{unit} {black:g} (black) to {white:g} (white)'
+  if len(predictions) > 1:
+    text += f'; left to right: the slice, {", ".join(predictions)}'
   figure.text(0.5, 1 - above / 2 / total[1], text, ha='center', va='center', fontsize=8, parse_math=False)
   with replacing(path) as partial:
     figure.savefig(partial, dpi=100)
+
+
+def _parts(mask, predicted):
+  """By name, where a picture is coloured, and how."""
+  if mask is None:
+    return {}
+  if predicted is None:
+    return {'lesion (truth)': (mask, FALSE_NEGATIVE)}
+  return {
+    'true positive': (mask & predicted, TRUE_POSITIVE),
+    'false positive': (~mask & predicted, FALSE_POSITIVE),
+    'false negative': (mask & ~predicted, FALSE_NEGATIVE),
+  }
+
+
+def _coloured(plain, parts):
+  picture = plain.copy()
+  for where, colour in parts.values():
+    picture[where] = 0.5 * picture[where] + 0.5 * np.asarray(colour)
+  return picture

@@ -84,9 +84,10 @@ def clear_test(folder: pathlib.Path) -> None:
   """Removes a test's files before the next test's are written, so that an interrupted one leaves nothing to mistake."""
   with writing(folder):
     # First what says that a test is complete.
-    for path in (folder / 'metrics.json', *(folder / name for name in _FILES), *folder.glob('against-*')):
+    for path in (folder / 'metrics.json', *(folder / name for name in _FILES), *folder.glob('against-*.json')):
       path.unlink(missing_ok=True)
-  shutil.rmtree(folder / 'figures', ignore_errors=True)
+  for path in (folder / 'figures', *folder.glob('against-*')):
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def write_test(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict, volumes: list[dict] | None) -> None:

@@ -200,10 +200,10 @@ def _draw(test, table, point, folder):
   shown = window.black_and_white(config.data.intensity, config.data.window)
   for row in tqdm.tqdm(figures.telling_slices(table, config.evaluate.num_overlays), desc='Drawing', leave=False):
     example = dataset.test.source[row]
-    predicted = None
+    predictions = {}
     if task.type.has_masks:
-      predicted = np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)
+      predictions['run'] = np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)
     title = f'{results.overlay_title(task.type, table, row)}, threshold {point.threshold:.3f}'
     path = folder / results.overlay_name(table, row)
     mask = example['mask'] if dataset.masks else None
-    figures.write_overlay(path, example['image'], mask, predicted, shown, config.data.intensity, title)
+    figures.write_overlay(path, example['image'], mask, predictions, shown, config.data.intensity, title)

@@ -229,5 +229,6 @@ def test_an_interrupted_evaluation_is_refused_on_either_side(runs, tmp_path, mis
 def test_what_a_test_left_is_cleared_before_the_next(runs, tmp_path):
   shutil.copytree(runs['seg'] / 'test', tmp_path / 'test')
   (tmp_path / 'test' / 'against-a.json').write_text('{}')
+  (tmp_path / 'test' / 'against-a').mkdir()
   results.clear_test(tmp_path / 'test')
   assert list((tmp_path / 'test').iterdir()) == []

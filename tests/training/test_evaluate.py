@@ -317,7 +317,7 @@ def test_overlay_has_the_colours_of_the_paper_and_the_slices_own_pixels(tmp_path
   hu = rng.integers(-1000, 300, (48, 48)).astype(np.int16)
   mask, predicted = np.zeros((2, 48, 48), bool)
   mask[:24], predicted[:, :24] = True, True
-  figures.write_overlay(tmp_path / 'a.png', hu, mask, predicted, (-1000, 300), 'hu', 'patient a')
+  figures.write_overlay(tmp_path / 'a.png', hu, mask, {'run': predicted}, (-1000, 300), 'hu', 'patient a')
   picture = np.asarray(Image.open(tmp_path / 'a.png').convert('RGB')).astype(float) / 255
   image = picture[44 : 44 + 384]
   blocks = lambda side: image[:, side : side + 384].reshape(48, 8, 48, 8, 3)

@@ -1,0 +1,79 @@
+"""The masks of two segmentation runs on the same slices, side by side, as in the paper's Fig. 4."""
+
+import logging
+import pathlib
+
+import numpy as np
+
+from fusa_jax import tasks
+from fusa_jax.inference import trained
+from fusa_jax.inference.predictor import Predictor
+from fusa_jax.runs import figures, results, run_config
+from fusa_jax.system import meshes
+from fusa_jax.system.errors import UserError
+from fusa_jax.tasks import window
+from fusa_jax.training import datasets
+
+
+def draw(workdir: pathlib.Path, against: pathlib.Path, data_dir: pathlib.Path, folder: pathlib.Path, most: int) -> None:
+  """Writes PNGs of the slices on which two runs differ most, one slice a patient.
+
+  Args:
+    workdir, against: of runs or cross-validations that `compare.compare` can compare.
+    data_dir: of the prepared dataset that both were tested on.
+    folder: for the pictures.
+    most: how many slices.
+
+  Raises:
+    UserError: runs without masks; runs on slices of different sizes, intensities or folds.
+  """
+  config, other = (run_config.load_config(one) for one in (workdir, against))
+  if not tasks.type_of(config.task).has_masks:
+    raise UserError('overlays: these runs give no masks; leave it out')
+  for key in ('image_size', 'intensity', 'fold'):
+    if config.data[key] != other.data[key]:
+      raise UserError(f'overlays: the runs differ in data.{key} ({config.data[key]}, {other.data[key]}); leave it out')
+  chosen = slices_that_differ(*(results.read_table(one) for one in (workdir, against)), most)
+  names = [f'{number} {one.resolve().name}' for number, one in enumerate((workdir, against), 1)]
+  shown = window.black_and_white(config.data.intensity, config.data.window)
+  folds = zip(*map(trained.runs, (workdir, against)), strict=True)
+  for runs in folds:
+    fold = run_config.load_config(runs[0]).data.fold
+    split = datasets.load_dataset(data_dir, fold, config.data.image_size).test
+    rows = [row for row, key in enumerate(_keys({'patient': split.patient, 'slice': split.slice})) if key in chosen]
+    if not rows:
+      continue
+    examples = [split.source[row] for row in rows]
+    images = np.stack([example['image'] for example in examples])
+    masks = [_masks(run, images) for run in runs]
+    for k, (row, example) in enumerate(zip(rows, examples, strict=True)):
+      patient, number = split.patient[row], split.slice[row]
+      predictions = {name: mask[k] for name, mask in zip(names, masks, strict=True)}
+      path, title = folder / f'{patient}_{number:03d}.png', f'patient {patient}, slice {number}'
+      figures.write_overlay(path, example['image'], example['mask'], predictions, shown, config.data.intensity, title)
+  logging.info('side by side: %s', folder)
+
+
+def slices_that_differ(one: dict[str, np.ndarray], other: dict[str, np.ndarray], most: int) -> set[tuple[str, int]]:
+  """(patient, slice) of each patient's slice on which two tables of slices differ most in errors, up to `most`.
+
+  The errors of a slice are its false positives and false negatives at each run's own operating point.
+  """
+  errors = [dict(zip(_keys(table), table['fp_chosen'] + table['fn_chosen'], strict=True)) for table in (one, other)]
+  differ = sorted(errors[0], key=lambda key: -abs(int(errors[0][key]) - int(errors[1][key])))
+  first_of = {}
+  for patient, number in differ:
+    first_of.setdefault(patient, (patient, number))
+  return set(list(first_of.values())[:most])
+
+
+def _keys(table):
+  """(patient, slice) of each row."""
+  return list(zip(table['patient'].tolist(), table['slice'].tolist(), strict=True))
+
+
+def _masks(run, images):
+  """A run's masks of slices as datasets store them, at its operating point."""
+  mesh = meshes.create_mesh()
+  model, point = trained.load_model([run], mesh)
+  return Predictor(model, point, mesh).probabilities(images) >= point.threshold

@@ -1,0 +1,54 @@
+"""Two runs side by side: the colours of each are the counts that its evaluation wrote down."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fusa_jax.runs import operating_point, results, run_config
+from fusa_jax.system.errors import UserError
+from fusa_jax.training import evaluate, side_by_side
+
+COLOURS = {'tp': (0.1, 0.35, 1.0), 'fp': (0.1, 0.8, 0.2), 'fn': (0.95, 0.1, 0.1)}
+
+
+def test_each_panel_has_the_pixels_that_were_counted(runs, data_dir, tmp_path):
+  """The same run at two thresholds, each evaluated: what is counted then is what is coloured here."""
+  tables, workdirs = [], [runs['seg'], tmp_path / 'other']
+  shutil.copytree(runs['seg'], workdirs[1])
+  point = operating_point.load_point(workdirs[1])
+  config = run_config.load_config(workdirs[1])
+  config.evaluate.target_sensitivity = 0.2
+  evaluate.evaluate(config, workdirs[1], data_dir)
+  assert operating_point.load_point(workdirs[1]).threshold != point.threshold
+  tables = [results.read_table(workdir) for workdir in workdirs]
+  side_by_side.draw(*workdirs, data_dir, tmp_path / 'pictures', 2)
+  pictures = sorted((tmp_path / 'pictures').iterdir())
+  assert len(pictures) == 2 and len({path.name.rpartition('_')[0] for path in pictures}) == 2
+  for path in pictures:
+    pixels = np.asarray(Image.open(path).convert('RGB')).astype(float) / 255
+    times = 384 // 32
+    panels = [pixels[44 : 44 + 384, k * (384 + 8) : k * (384 + 8) + 384][::times, ::times] for k in range(3)]
+    grey = panels[0].mean(axis=-1, keepdims=True)
+    patient, number = path.stem.rpartition('_')[::2]
+    for table, panel in zip(tables, panels[1:], strict=True):
+      (row,) = np.flatnonzero((table['patient'] == patient) & (table['slice'] == int(number)))
+      for key, colour in COLOURS.items():
+        coloured = np.abs(panel - 0.5 * grey - 0.5 * np.array(colour)).max(axis=-1) < 0.02
+        assert coloured.sum() == table[f'{key}_chosen'][row], (path.name, key)
+
+
+def test_slices_are_those_on_which_errors_differ_most():
+  one = {'patient': np.array(['a', 'a', 'b', 'c']), 'slice': np.array([0, 1, 0, 3])}
+  zeros = np.zeros(4, int)
+  first = one | {'fp_chosen': np.array([1, 9, 3, 0]), 'fn_chosen': zeros}
+  other = one | {'fp_chosen': zeros, 'fn_chosen': np.array([0, 2, 0, 9])}
+  assert side_by_side.slices_that_differ(first, other, 2) == {('c', 3), ('a', 1)}
+  assert side_by_side.slices_that_differ(first, other, 5) == {('c', 3), ('a', 1), ('b', 0)}
+
+
+def test_runs_without_masks_are_refused(runs, data_dir, tmp_path):
+  with pytest.raises(UserError, match='overlays: these runs give no masks; leave it out'):
+    side_by_side.draw(runs['cls'], runs['cls'], data_dir, tmp_path / 'pictures', 2)
+  assert not (tmp_path / 'pictures').exists()
