@@ -113,8 +113,8 @@ def table(rows_of: dict[str, list[dict]]) -> str:
   for name, rows in [(first, base), *others]:
     assert [row['case'] for row in rows] == [row['case'] for row in base]
     cells = []
-    for key, digits, wanted in MEASURES.values():
-      kept = [number for number, row in enumerate(base) if wanted(row)]
+    for key, digits, is_counted in MEASURES.values():
+      kept = [number for number, row in enumerate(base) if is_counted(row)]
       values = np.array([rows[k][key] - (0 if rows is base else base[k][key]) for k in kept], float)
       cells.append(shown(values, digits, signed=rows is not base))
     lines.append(f'| {name} | {" | ".join(cells)} |')

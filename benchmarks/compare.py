@@ -212,10 +212,10 @@ def compare(name: str, settings: Settings, frameworks: Sequence[str] = FRAMEWORK
 def main(_):
   program.start_logging()
   program.use_compilation_cache()
-  asked = flags.FLAGS
-  settings = Settings(asked.image_size, asked.batch_size, asked.rounds, asked.steps)
-  frameworks = FRAMEWORKS if asked.torch_compile else FRAMEWORKS[:2]
-  rows = [row for name in asked.models for row in compare(name, settings, frameworks)]
+  values = flags.FLAGS
+  settings = Settings(values.image_size, values.batch_size, values.rounds, values.steps)
+  frameworks = FRAMEWORKS if values.torch_compile else FRAMEWORKS[:2]
+  rows = [row for name in values.models for row in compare(name, settings, frameworks)]
   print(compare_table.table(rows))
   facts = {
     'device': workload.device_name(),
@@ -228,8 +228,8 @@ def main(_):
     'activations': 'bfloat16' if ON_GPU else 'float32',
   }
   print('\n' + ', '.join(f'{key} {value}' for key, value in facts.items()))
-  if asked.json:
-    write_json(pathlib.Path(asked.json), facts | {'rows': rows})
+  if values.json:
+    write_json(pathlib.Path(values.json), facts | {'rows': rows})
 
 
 if __name__ == '__main__':

@@ -47,9 +47,9 @@ def rate(data_dir: str | pathlib.Path, image_size: int, batch_size: int, steps: 
 
 
 def main(_):
-  asked = flags.FLAGS
-  found = rate(asked.data_dir, asked.image_size, asked.batch_size, asked.steps)
-  print(f'{found:.0f} slices/s of {asked.image_size} x {asked.image_size} on {jax.devices()[0].device_kind}')
+  values = flags.FLAGS
+  found = rate(values.data_dir, values.image_size, values.batch_size, values.steps)
+  print(f'{found:.0f} slices/s of {values.image_size} x {values.image_size} on {jax.devices()[0].device_kind}')
 
 
 if __name__ == '__main__':

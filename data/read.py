@@ -56,8 +56,8 @@ def _volume_of_dicom(case):
         series = [one for one in series if one.uid == uid]
       if len(series) != 1:
         found = (', '.join(map(str, series)) or 'none') + (f' (left out: {left_out})' if left_out and not drawn else '')
-        asked = f'CT series that {drawn.name} refers to' if drawn else 'CT series, the one that the mask was drawn on'
-        raise UserError(f'there must be one {asked}, and there is {found}; add it, or take the others out')
+        needed = f'CT series that {drawn.name} refers to' if drawn else 'CT series, the one that the mask was drawn on'
+        raise UserError(f'there must be one {needed}, and there is {found}; add it, or take the others out')
       scan = series[0].read_image(case.intensity or 'hu')
       if drawn:
         return scan, dicom_seg.read_seg(drawn, scan, case.lesion_labels)

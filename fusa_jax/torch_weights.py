@@ -163,33 +163,33 @@ def initial(path: str | pathlib.Path, name: str, shapes: dict) -> tuple[dict, li
     UserError: the file cannot be read, or does not fit; names the tensors.
   """
   tensors, rules, notes = _canonical(name, read(path)), _rules(name), []
-  wanted = _flat(shapes)
+  needed = _flat(shapes)
 
   is_encoders = lambda key: '/encoder/' in key
-  if name in models.SEGMENTERS and any(map(is_encoders, wanted)) and not any(k.startswith('encoder.') for k in tensors):
+  if name in models.SEGMENTERS and any(map(is_encoders, needed)) and not any(k.startswith('encoder.') for k in tensors):
     tensors = _canonical(name, {f'encoder.{key}': tensors[key] for key in tensors if not key.startswith('fc.')})
-    wanted = {key: value for key, value in wanted.items() if is_encoders(key)}
+    needed = {key: value for key, value in needed.items() if is_encoders(key)}
     notes.append('a classifier: its weights start the encoder, without its head; the decoder starts anew')
 
   head = tensors.get(_torch_name('params/head/bias', rules))
-  if 'params/head/bias' in wanted and head is not None and len(head) != wanted['params/head/bias'].size:
-    notes.append(f'the head for {len(head)} classes is dropped; one for {wanted["params/head/bias"].size} starts anew')
+  if 'params/head/bias' in needed and head is not None and len(head) != needed['params/head/bias'].size:
+    notes.append(f'the head for {len(head)} classes is dropped; one for {needed["params/head/bias"].size} starts anew')
     for key in ('params/head/kernel', 'params/head/bias'):
-      del wanted[key]
+      del needed[key]
       tensors.pop(_torch_name(key, rules), None)
 
   is_attentions = lambda key: '/attention/' in key
-  if any(map(is_attentions, wanted)) and not any('.attention.' in key for key in tensors):
-    wanted = {key: value for key, value in wanted.items() if not is_attentions(key)}
+  if any(map(is_attentions, needed)) and not any('.attention.' in key for key in tensors):
+    needed = {key: value for key, value in needed.items() if not is_attentions(key)}
     notes.append('no FUSA in it: its parameters start anew')
 
-  for key, value in wanted.items():
+  for key, value in needed.items():
     torch_name, shape = _torch_name(key, rules), _torch_shape(key, value.shape)
     tensor = tensors.get(torch_name)
     if len(shape) == 4 and shape[1] == 1 and tensor is not None and tensor.shape == (shape[0], 3, *shape[2:]):
       tensors[torch_name] = tensor.sum(axis=1, keepdims=True)
       notes.append(f'{torch_name}: summed over its 3 input channels, for grey images')
-  arrays, problems = _match(wanted, tensors, rules)
+  arrays, problems = _match(needed, tensors, rules)
   _refuse(problems, f'model.init_from: {path} does not fit {name}')
   return _nested(arrays), notes
 
@@ -304,10 +304,10 @@ def _ours(key, tensor):
   return array[::-1, ::-1] if _is_transposed(key) else array
 
 
-def _match(wanted, tensors, rules):
-  """({our key: array}, what is wrong): each of `wanted` from one of `tensors`, and none of these left over."""
+def _match(needed, tensors, rules):
+  """({our key: array}, what is wrong): each of `needed` from one of `tensors`, and none of these left over."""
   found, problems, left = {}, [], dict(tensors)
-  for key, value in wanted.items():
+  for key, value in needed.items():
     torch_name, shape = _torch_name(key, rules), _torch_shape(key, value.shape)
     tensor = left.pop(torch_name, None)
     if tensor is None:

@@ -38,7 +38,7 @@ def load_bundle(
   Args:
     folder: of the bundle.
     mesh: for the weights.
-    flips: what is wanted; None: as the bundle was exported.
+    flips: None, or as the bundle was exported; its program cannot be changed.
 
   Raises:
     UserError: no bundle of ours; a file that is missing or not as it was exported; a newer format; a jax that cannot

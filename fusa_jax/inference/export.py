@@ -54,15 +54,15 @@ def write_bundle(
     licence: for its card.
 
   Raises:
-    UserError: as `trained.load_networks` and `OperatingPoint.asked`; a bundle instead of a run; a folder with something
-      in it; the system refuses to write there.
+    UserError: as `trained.load_networks` and `OperatingPoint.for_model`; a bundle instead of a run; a folder that
+      is not empty; the system refuses to write there.
   """
   for workdir in workdirs:
     if bundle.is_bundle(workdir):
       raise UserError(f'workdir: {workdir} is a bundle already; copy it, or export the run it was made of')
   networks, point = trained.load_networks(workdirs, meshes.create_mesh(), flips, lungs)
   model = trained.create(networks, point.flips)
-  point = point.asked(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
+  point = point.for_model(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
   exported = program(networks, point.flips)
   about = {
     'format': bundle.FORMAT,

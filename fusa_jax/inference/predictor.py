@@ -40,8 +40,8 @@ def load_predictor(
     smallest_ml: lesions of a scan below so many mL are left out.
 
   Raises:
-    UserError: as `trained.load_model`, `bundle.load_bundle` and `OperatingPoint.asked`; a bundle among several; a mesh
-      that cannot share the run's images.
+    UserError: as `trained.load_model`, `bundle.load_bundle` and `OperatingPoint.for_model`; a bundle among several; a
+      mesh that cannot share the run's images.
   """
   mesh = mesh or meshes.create_mesh()
   folders = [workdir] if isinstance(workdir, (str, pathlib.Path)) else workdir
@@ -54,7 +54,7 @@ def load_predictor(
   model, point = (
     bundle.load_bundle(bundles[0], mesh, flips) if bundles else trained.load_model(folders, mesh, flips, lungs)
   )
-  point = point.asked(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
+  point = point.for_model(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
   return Predictor(model, point, mesh)
 
 

@@ -95,7 +95,7 @@ def load_networks(
       )
     if flips not in (None, point.flips):
       logging.warning('%s: its threshold was chosen %s flips', folder, 'with' if point.flips else 'without')
-    point = point.changed(flips=flips, lungs=lungs)
+    point = point.with_options(flips=flips, lungs=lungs)
     networks.append(Network(config, step, variables, point.temperature))
     points.append(point)
   point = operating_point.mean(points)

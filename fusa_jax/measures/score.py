@@ -71,9 +71,9 @@ def _pair(source, truth):
     return {_case(truth): [source, truth]}, []
   predicted, true = _masks(source, 'input'), _masks(truth, 'truth')
   # One file against a folder asks for its own case alone.
-  asked = predicted if source.is_file() else true if truth.is_file() else predicted | true
+  cases = predicted if source.is_file() else true if truth.is_file() else predicted | true
   pairs, problems = {}, []
-  for case in sorted(asked):
+  for case in sorted(cases):
     paths = [predicted.get(case, []), true.get(case, [])]
     for first, *others in filter(None, paths):
       problems += [f'{path}: of the same case as {first.name}, {case}; keep one of the two' for path in others]

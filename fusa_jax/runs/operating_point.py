@@ -57,7 +57,7 @@ class OperatingPoint:
     said = ('threshold', 'temperature', 'flips', 'lungs', 'smallest_ml', 'chosen_by')
     return {name: getattr(self, name) for name in said}
 
-  def changed(
+  def with_options(
     self,
     threshold: float | None = None,
     flips: bool | None = None,
@@ -70,25 +70,25 @@ class OperatingPoint:
       UserError: a threshold that is no probability; a volume below zero.
     """
     if threshold is not None and not 0 <= threshold <= 1:
-      raise UserError(f'threshold: {threshold} is no probability; give one from 0 to 1')
+      raise UserError(f'threshold: {threshold} must be between 0 and 1')
     if smallest_ml is not None and not smallest_ml >= 0:
-      raise UserError(f'smallest_ml: {smallest_ml} is no volume; give mL, 0 for all lesions')
+      raise UserError(f'smallest_ml: {smallest_ml} must be mL from 0 up; 0 keeps all lesions')
     given = {'threshold': threshold, 'flips': flips, 'lungs': lungs, 'smallest_ml': smallest_ml}
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(self, **given, **({'chosen_by': 'given'} if 'threshold' in given else {}))
 
-  def asked(self, task: str, values: str, lungs: bool | None = None, smallest_ml: float | None = None, **given):
-    """As `changed`, for a model of a task and one of volumes.VALUES.
+  def for_model(self, task: str, intensity: str, lungs: bool | None = None, smallest_ml: float | None = None, **given):
+    """As `with_options`, for a model of a task and one of volumes.VALUES.
 
     Raises:
-      UserError: as `changed`; `lungs` of grey values; `lungs` or `smallest_ml` of a model without masks.
+      UserError: as `with_options`; `lungs` of grey values; `lungs` or `smallest_ml` of a model without masks.
     """
     if not tasks.type_of(task).has_masks and (lungs or smallest_ml):
       flag = 'lungs' if lungs else 'smallest_ml'
       raise UserError(f'{flag}: is about masks, and this model gives none; leave it out')
-    if values != 'hu' and lungs:
+    if intensity != 'hu' and lungs:
       raise UserError('lungs: lungs are found by their HU, and this model takes grey values; leave it out')
-    return self.changed(lungs=lungs, smallest_ml=smallest_ml, **given)
+    return self.with_options(lungs=lungs, smallest_ml=smallest_ml, **given)
 
   def save(self, workdir: pathlib.Path) -> None:
     write_json(workdir / FILE, dataclasses.asdict(self))

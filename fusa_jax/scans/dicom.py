@@ -82,8 +82,8 @@ class Series(formats.Source):
   def from_files(cls, paths: Iterable[pathlib.Path]) -> list[Self]:
     return find_series(paths)
 
-  def read_image(self, values: str) -> volumes.Scan:
-    return read_series(self, values)
+  def read_image(self, intensity: str) -> volumes.Scan:
+    return read_series(self, intensity)
 
   @property
   def number(self) -> int | None:
@@ -232,7 +232,7 @@ def sort_series(paths: Iterable[pathlib.Path]) -> tuple[list[Series], str]:
   )
 
 
-def read_series(series: Series, kind: str = 'hu') -> volumes.Scan:
+def read_series(series: Series, intensity: str = 'hu') -> volumes.Scan:
   """Reads a series: Hounsfield units by slope and intercept of each slice, on canonical axes.
 
   Raises:
@@ -250,7 +250,7 @@ def read_series(series: Series, kind: str = 'hu') -> volumes.Scan:
     if values is None:  # what a damaged header says of the size may not fit into any memory
       values = np.empty((len(headers), *image.shape), np.int16)
     values[index] = image
-  return volumes.from_volume(values.transpose(2, 1, 0), affine, series, kind)
+  return volumes.from_volume(values.transpose(2, 1, 0), affine, series, intensity)
 
 
 def decoded(path: str, size: tuple[int, int]) -> np.ndarray:

@@ -41,11 +41,11 @@ class Source(abc.ABC):
     """The sources that some files of this format hold; raises UserError where damage hides that."""
 
   @abc.abstractmethod
-  def read_image(self, values: str) -> Scan | np.ndarray:
+  def read_image(self, intensity: str) -> Scan | np.ndarray:
     """A scan (`volumes.from_volume` makes one), or a picture of grey values: uint8 [H, W].
 
     Raises:
-      UserError: it is damaged; a scan's values are not `values`, one of volumes.VALUES.
+      UserError: it is damaged; a scan's values are not of that intensity, one of volumes.VALUES.
     """
 
 

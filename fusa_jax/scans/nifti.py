@@ -34,24 +34,24 @@ class NiftiFile(formats.FileSource):
   stem = property(lambda self: stem(self.path))
   claims = staticmethod(is_nifti)
 
-  def read_image(self, values: str) -> Scan:
-    return read_scan(self.path, values)
+  def read_image(self, intensity: str) -> Scan:
+    return read_scan(self.path, intensity)
 
 
-def read_scan(path: pathlib.Path, kind: str = 'hu', windowed: bool = False) -> Scan:
+def read_scan(path: pathlib.Path, intensity: str = 'hu', windowed: bool = False) -> Scan:
   """Reads a CT scan from .nii or .nii.gz, in whatever orientation and with whatever affine and scaling.
 
   Args:
     path: of the file.
-    kind: one of VALUES, which the file's have to be.
+    intensity: one of VALUES, which the file's have to be.
     windowed: whether HU are known to have lost what lay above a window; otherwise such are refused.
 
   Raises:
     UserError: unreadable or truncated; not 3D; fewer than 2 slices; an affine that maps no volume; NaN or infinite
-      values; values of another kind. The message names the file and the reason.
+      values; values of another intensity. The message names the file and the reason.
   """
   path = pathlib.Path(path)
-  return volumes.to_scan(*_read(path), path, kind, windowed)
+  return volumes.to_scan(*_read(path), path, intensity, windowed)
 
 
 def read_mask(path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = ()) -> np.ndarray:

@@ -24,7 +24,7 @@ class PictureFile(formats.FileSource):
   is_picture = True
   claims = staticmethod(is_picture_file)
 
-  def read_image(self, values: str) -> np.ndarray:
+  def read_image(self, intensity: str) -> np.ndarray:
     return read_picture(self.path)
 
 

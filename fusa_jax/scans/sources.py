@@ -13,7 +13,7 @@ FORMATS: tuple[type[Source], ...] = (nifti.NiftiFile, pictures.PictureFile, dico
 _RESULTS = ('_seg', '_mask', '_probability')
 
 
-def find_sources(path: pathlib.Path, values: str | None, unpacked: pathlib.Path) -> list[Source]:
+def find_sources(path: pathlib.Path, intensity: str | None, unpacked: pathlib.Path) -> list[Source]:
   """The scans and, for grey values, the pictures that `path` names.
 
   Formats come in the order of FORMATS; files in the order of their paths, series of their numbers.
@@ -21,7 +21,7 @@ def find_sources(path: pathlib.Path, values: str | None, unpacked: pathlib.Path)
   Args:
     path: a file, or a folder or .zip of files of any format, at any depth and in any mixture; what names end in `_seg`,
       `_mask` or `_probability`, and what begins with a dot, is left out.
-    values: one of volumes.VALUES; None: scans of either.
+    intensity: one of volumes.VALUES; None: scans of either.
     unpacked: a folder for what archives hold.
 
   Raises:
@@ -41,16 +41,16 @@ def find_sources(path: pathlib.Path, values: str | None, unpacked: pathlib.Path)
   if not is_named:
     sources = [source for source in sources if not source.stem.endswith(_RESULTS)]
   scans = [source for source in sources if not source.is_picture]
-  if values != 'grey':
+  if intensity != 'grey':
     if sources and not scans:
       advice = 'give scans'
-      if values == 'hu':
+      if intensity == 'hu':
         advice = 'and this run was trained on HU; give scans in HU, or a run trained with data.intensity=grey'
       raise UserError(f'input: {sources[0]} is a picture of grey values, {advice}')
     sources = scans
   if not sources:
     what = f'scan ({_endings()}, DICOM)'
-    if values == 'grey':
+    if intensity == 'grey':
       what = f'scan ({_endings()}) or picture ({_endings(of_pictures=True)})'
     raise UserError(f'input: no {what} in {path}; give a scan, or a folder of scans')
   known = {}

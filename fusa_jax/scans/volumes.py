@@ -73,7 +73,7 @@ class Mask(Grid):
   mask: np.ndarray
 
 
-def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, kind: str = 'hu') -> Scan:
+def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, intensity: str = 'hu') -> Scan:
   """A scan that was read by other means, with the checks of `read`.
 
   Its header has the affine as sform and, where that holds no shear, as qform, both with code 1 (scanner).
@@ -82,7 +82,7 @@ def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, kind: str =
     values: numbers [x, y, z].
     affine: [4, 4], their (x, y, z) to world millimetres (RAS+).
     source: what messages call it, as Grid's path.
-    kind: one of VALUES, which they have to be.
+    intensity: one of VALUES, which they have to be.
 
   Raises:
     UserError: as `read`.
@@ -90,13 +90,13 @@ def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, kind: str =
   header = nib.Nifti1Header()
   header.set_data_shape(values.shape)
   header.set_sform(affine, 1)
-  scan = to_scan(values, header, source, kind)  # refuses an affine that no whole header can be made of
+  scan = to_scan(values, header, source, intensity)  # refuses an affine that no whole header can be made of
   return dataclasses.replace(scan, header=_header(values.shape, affine))
 
 
-def to_scan(values, header, path, kind, windowed=False):
+def to_scan(values, header, path, intensity, windowed=False):
   values, grid = canonical(values, header, path)
-  if kind == 'grey':
+  if intensity == 'grey':
     check_grey(values, path)
   else:
     _check_hu(values, path, windowed)
@@ -152,19 +152,25 @@ def _header(shape, affine):
   return header
 
 
-def check_same_grid(mask: Grid, other: Grid, kind: str) -> None:
-  """Raises a UserError where a mask's voxels are not those of its `kind` ('scan'), however each file is stored."""
+def check_same_grid(mask: Grid, other: Grid, called: str) -> None:
+  """Raises a UserError where a mask's voxels are not those of another grid, however each file is stored.
+
+  Args:
+    mask: of the mask.
+    other: of what it belongs to.
+    called: what messages call that: 'scan' or 'true mask'.
+  """
   if mask.shape != other.shape:
     raise UserError(
-      f'{mask.path}: the mask has {mask.shape} voxels (slices, rows, columns) and its {kind} {other.path.name} '
-      f'{other.shape}; save the mask on the grid of its {kind}'
+      f'{mask.path}: the mask has {mask.shape} voxels (slices, rows, columns) and its {called} {other.path.name} '
+      f'{other.shape}; save the mask on the grid of its {called}'
     )
   # Headers keep affines in float32, some as quaternions: equal grids differ by rounding, far below this.
   apart = _corner_distance(mask.affine, other.affine, other.shape)
   if apart > 0.1 * min(other.spacing):
     raise UserError(
-      f'{mask.path}: the affine differs from that of its {kind} {other.path.name} '
-      f'(corners up to {apart:.3g} mm apart); save the mask on the grid of its {kind}'
+      f'{mask.path}: the affine differs from that of its {called} {other.path.name} '
+      f'(corners up to {apart:.3g} mm apart); save the mask on the grid of its {called}'
     )
 
 

@@ -49,9 +49,9 @@ def connect(
   Raises:
     UserError: some of the first three, but not all; or values that cannot be.
   """
-  told = (coordinator, num_processes, process_id)
-  if any(value is not None for value in told):
-    if None in told:
+  address = (coordinator, num_processes, process_id)
+  if any(value is not None for value in address):
+    if None in address:
       raise UserError('coordinator, num_processes, process_id: give all or, where the cluster does, none')
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdigit():
@@ -75,7 +75,7 @@ def connect(
   patience.start()
   try:
     jax.distributed.initialize(
-      *told,
+      *address,
       cluster_detection_method='deactivate' if coordinator else None,
       initialization_timeout=connect_timeout + 30,
       heartbeat_timeout_seconds=heartbeat_timeout,
@@ -168,7 +168,7 @@ def _client():
 
 def _told(client) -> int:
   """How many processes have failed, or ended for another's failure."""
-  return sum(len(client.key_value_dir_get(kind)) for kind in (_FAILED, _ENDED))
+  return sum(len(client.key_value_dir_get(folder)) for folder in (_FAILED, _ENDED))
 
 
 def _watch():

@@ -84,8 +84,8 @@ def to_devices(mesh: Mesh, batch_size: int, rows: np.ndarray, local: np.ndarray)
   shape = (batch_size, *local.shape[1:])
 
   def shard(index):
-    wanted = np.arange(batch_size)[index[0]]
-    first = np.searchsorted(rows, wanted[0])
-    return local[(slice(first, first + len(wanted)), *index[1:])]
+    span = np.arange(batch_size)[index[0]]
+    first = np.searchsorted(rows, span[0])
+    return local[(slice(first, first + len(span)), *index[1:])]
 
   return jax.make_array_from_callback(shape, batched(mesh, len(shape)), shard)

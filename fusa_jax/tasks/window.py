@@ -1,4 +1,4 @@
-"""Stored values to network input: one function a kind, for training, evaluation, prediction and export alike."""
+"""Stored values to network input: one function for HU and one for grey, wherever networks are used."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 GREY = (0.0, 255.0)
 
 
-def black_and_white(kind: str, window: tuple[float, float]) -> tuple[float, float]:
-  """The values, of a kind of volumes.VALUES, from which on a network and a picture tell no more apart."""
-  return tuple(window) if kind == 'hu' else GREY
+def black_and_white(intensity: str, window: tuple[float, float]) -> tuple[float, float]:
+  """The values that a network and a picture clip to, of an intensity of volumes.VALUES."""
+  return tuple(window) if intensity == 'hu' else GREY
 
 
 def network_input(values: jax.Array, window: tuple[float, float]) -> jax.Array:

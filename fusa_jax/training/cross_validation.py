@@ -67,7 +67,7 @@ def cross_validate(
       run_config.save_config(run, one)  # refuses a run of another config
       continue
     logging.info('fold %d', one.data.fold)
-    # Until it is tested as now asked for, what it was tested as before is not its test.
+    # The fold's earlier test had other options: remove it before the run is tested again.
     hosts.on_main(lambda run=run: results.clear_test(run / 'test'))
     train.train(one, run, data_dir)
     evaluate.evaluate(one, run, data_dir, scans)
@@ -105,8 +105,8 @@ def _pool(config, workdir, data_dir):
   folders = list(runs(config, workdir, data_dir))
   tables = [results.read_table(run) for run in folders]
   tested = [patient for one in tables for patient in np.unique(one['patient']).tolist()]
-  wanted = [patient['patient'] for fold in datasets.folds(data_dir) for patient in fold]
-  if sorted(tested) != sorted(wanted):
+  expected = [patient['patient'] for fold in datasets.folds(data_dir) for patient in fold]
+  if sorted(tested) != sorted(expected):
     raise UserError(
       f'{workdir}: its folds do not test each patient of {data_dir} once: files were added to the cohort, or taken '
       'out; bring the old ones back, or start anew in another --workdir'

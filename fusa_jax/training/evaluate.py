@@ -104,7 +104,7 @@ def _choose_point(test):
       target_sensitivity=config.evaluate.target_sensitivity,
       fit_temperature=config.evaluate.fit_temperature,
     )
-  point = point.changed(flips=flips, lungs=lungs)
+  point = point.with_options(flips=flips, lungs=lungs)
   if config.evaluate.fit_smallest and dataset.validation is not None:
     validated = test.scanned(dataset.validation)
     check_scans(config, validated)

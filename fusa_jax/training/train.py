@@ -117,9 +117,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
     # ---- the loop
     pending, waited, began = [], 0.0, time.perf_counter()
     for step in itertools.islice(itertools.count(first_step + 1), config.train.steps - first_step):
-      asked = time.perf_counter()
+      waiting_since = time.perf_counter()
       batch = next(batches)
-      waited += time.perf_counter() - asked
+      waited += time.perf_counter() - waiting_since
       # Nothing moves between host and devices unasked: a transfer in here would stall every step.
       with jax.transfer_guard('disallow'):
         state, scalars = step_function(state, batch)

@@ -113,6 +113,7 @@ def test_finished_runs_are_kept_and_make_the_table(config, tmp_path, monkeypatch
   def finished(config, run, data_dir):
     trained.append(run.name)
     (run / 'test').mkdir()
+    (run / 'test' / 'table.npz').touch()
     (run / 'test' / 'metrics.json').write_text(json.dumps(result(0.5, [0.4, 0.6])))
 
   monkeypatch.setattr(prepare, 'prepare', lambda raw_dir, *_: raw_dir)

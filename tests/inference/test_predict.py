@@ -169,7 +169,7 @@ def test_the_threshold_is_the_runs_own_unless_another_is_given(predictors, runs,
     for kind in ('mask', 'probability')
   )
   np.testing.assert_array_equal(mask, probability >= 0.25)
-  with pytest.raises(UserError, match=r'threshold: 50.0 is no probability; give one from 0 to 1'):
+  with pytest.raises(UserError, match=r'threshold: 50.0 must be between 0 and 1'):
     predict.predict(predictor.load_predictor(runs['seg'], threshold=50.0), scan, tmp_path / 'none')
 
 

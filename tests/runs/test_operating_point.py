@@ -146,7 +146,7 @@ def test_points_of_several_runs():
   mean = operating_point.mean(points)
   assert (mean.threshold, mean.smallest_ml, mean.temperature) == (pytest.approx(0.4), 0.5, (1.2, 1.6))
   with pytest.raises(UserError, match=r'workdir: the runs differ in evaluate.lungs; say --lungs or --nolungs'):
-    operating_point.mean([points[0], points[1].changed(lungs=True)])
+    operating_point.mean([points[0], points[1].with_options(lungs=True)])
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def test_flips_lungs_and_the_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
   (name,) = list(scans)[:1]
   scan, _ = scans[name]()
   marked, field = whole(scan).mask, lungs.field(scan)
-  whole.point = whole.point.changed(lungs=True, smallest_ml=20)
+  whole.point = whole.point.with_options(lungs=True, smallest_ml=20)
   labels, count = ndimage.label(marked & field, np.ones((3, 3, 3)))
   sizes = ndimage.sum_labels(np.full(labels.shape, scan.voxel_ml), labels, np.arange(1, count + 1))
   kept = np.isin(labels, 1 + np.flatnonzero(sizes >= 20))
