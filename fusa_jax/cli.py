@@ -42,6 +42,7 @@ def train() -> None:
   from fusa_jax.training import cross_validation
 
   config, name, _ = arguments.named_experiment()
+  cross_validation.check_config(config)
   data_dir = experiment.prepared(config)
   workdir, scans = pathlib.Path(FLAGS.workdir or f'runs/{name}'), experiment.scans_at_hand(config)
   cross_validation.train_and_test(config, workdir, data_dir, scans)
@@ -161,8 +162,7 @@ _KEYS = {'threshold': 'target_sensitivity', 'tta': 'flips', 'lungs': 'lungs', 's
 
 def check_flags(mode: str) -> None:
   """Raises a UserError where a flag was given that the mode does not take, or one that it needs was not."""
-  known = {name for each in MODES.values() for name in each.flags}
-  for name in sorted(known - set(MODES[mode].flags)):
+  for name in sorted({name for each in MODES.values() for name in each.flags} - set(MODES[mode].flags)):
     if FLAGS[name].present:
       modes = [other for other, each in MODES.items() if name in each.flags]
       instead = 'leave it out'

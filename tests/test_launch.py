@@ -56,6 +56,13 @@ TINY = [
     ),
     (['--mode=score', '--config=configs/seg.py'], 'error: --config: applies to --mode=train, evaluate, predict, prepa'),
     (['--mode=export', '--num_processes=2'], 'error: --num_processes: applies to --mode=train, evaluate, predict, pre'),
+    (['--config', 'nowhere/config.json'], 'error: --config: nowhere/config.json: missing; restore it'),
+    (['--config=tests'], 'error: --config: tests/config.json: missing; restore it'),
+    (
+      ['--mode=evaluate', '--workdir=x', '--config.evaluate.flips=True'],
+      'error: --config.evaluate.flips: changes a key of --config, which is missing; give --config=configs/seg.py',
+    ),
+    (['--config=configs/seg.py', '--config.train.loss=x'], "there is no 'x'; one of cross_entropy, cross_entropy_dice"),
     (['--mode=doctor', '--workdir=x'], 'error: --workdir: applies to --mode=train, evaluate, predict, export, compare'),
     (
       ['--config=nowhere/config.json'],

@@ -139,7 +139,7 @@ def operating_point() -> dict:
 def parse_flags(argv: list[str]) -> list[str]:
   """absl's parsing: a wrong flag or config is one line and exit code 2."""
   try:
-    rest = FLAGS([_config_path(argument) for argument in argv])
+    rest = FLAGS(_with_config_paths(argv))
     if len(rest) > 1:
       raise ValueError(f'arguments: {rest[1]!r} is not a flag')
     # A config file that cannot be loaded is reported at the first look into it.
@@ -164,14 +164,24 @@ def start(main: Callable, help_text: Callable[[], str] | None = None) -> None:
   program.start(main, parse_flags)
 
 
-def _config_path(argument):
+def _with_config_paths(argv):
+  """The arguments with what --config names as a path that absl can load, behind `=` or as the next argument."""
+  found = []
+  for number, argument in enumerate(argv):
+    flag, value = re.fullmatch(r'(?s)(--?config=)?(.*)', argument).groups()
+    is_value = flag or (number and argv[number - 1] in ('--config', '-config'))
+    found.append(f'{flag or ""}{_config_path(value)}' if is_value else argument)
+  return found
+
+
+def _config_path(value):
   """`configs/seg.py` is the project's own unless the current folder has such a file; JSON is read by run_config."""
-  flag, path, preset = re.fullmatch(r'(?s)((?:--?config=)?)([^:]*)(.*)', argument).groups()
+  path, _, _ = value.partition(':')
   if re.fullmatch(r'configs/\w+\.py', path) and not pathlib.Path(path).exists() and (home.HOME / path).exists():
-    return f'{flag}{home.HOME / path}{preset}'
-  if flag and argument.endswith('.json'):
-    return f'{flag}{_OF_RUN}:{argument.removeprefix(flag)}'
-  return argument
+    return f'{home.HOME}/{value}'
+  if pathlib.Path(value).is_dir():
+    value = f'{value.rstrip("/")}/config.json'
+  return f'{_OF_RUN}:{value}' if value.endswith('.json') else value
 
 
 def _one_line(error):
@@ -182,6 +192,10 @@ def _one_line(error):
     return f'--config: no key {what}' + ''.join(f' ({line})' for line in hint)
   if isinstance(error, SyntaxError):
     return f'--config: not Python ({error})'
+  if unknown := re.search(r"Unknown command line flag '(config\.\S+)'", str(error)):
+    return (
+      f'--{unknown[1]}: changes a key of --config, which is missing; give --config=configs/seg.py or cls.py before it'
+    )
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   if 'Traceback' in str(error):  # the config file's own error, behind its type
     return f'--config: {lines[-1].partition(": ")[2]}'

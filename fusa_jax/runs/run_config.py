@@ -37,7 +37,7 @@ def _save(workdir, config):
     )
     if differ == ['train.steps']:
       raise UserError(
-        f'{workdir} holds a run of {before["train.steps"]} steps, over which its learning rate falls to zero: it '
+        f'{workdir} holds a run of {before["train.steps"]} steps, over which its learning rate is scheduled: it '
         'cannot be made longer or shorter; name another --workdir'
       )
     if differ:

@@ -15,7 +15,7 @@ import numpy as np
 from nibabel import orientations
 from PIL import Image
 
-from fusa_jax.system.errors import UserError
+from fusa_jax.system.errors import UserError, one_line
 
 # What scanners call air outside of the field of view lies below this (-2000, -3024, ...); it is no tissue.
 AIR = -1024
@@ -74,7 +74,7 @@ class Mask(Grid):
 
 
 def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, intensity: str = 'hu') -> Scan:
-  """A scan that was read by other means, with the checks of `read`.
+  """A scan that was read by other means, with the checks of `nifti.read_scan`.
 
   Its header has the affine as sform and, where that holds no shear, as qform, both with code 1 (scanner).
 
@@ -85,11 +85,15 @@ def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, intensity: 
     intensity: one of VALUES, which they have to be.
 
   Raises:
-    UserError: as `read`.
+    UserError: as `nifti.read_scan`; an affine that is not [4, 4] numbers; more voxels along an axis than NIfTI holds.
   """
   header = nib.Nifti1Header()
-  header.set_data_shape(values.shape)
-  header.set_sform(affine, 1)
+  try:
+    affine = np.asarray(affine, float).reshape(4, 4)
+    header.set_data_shape(values.shape)
+    header.set_sform(affine, 1)
+  except (nib.spatialimages.HeaderDataError, TypeError, ValueError) as error:
+    raise UserError(f'{source}: its shape and affine make no volume ({one_line(error)}); save it again') from None
   scan = to_scan(values, header, source, intensity)  # refuses an affine that no whole header can be made of
   return dataclasses.replace(scan, header=_header(values.shape, affine))
 

@@ -91,7 +91,7 @@ def create(config: ml_collections.ConfigDict) -> Task:
   """The task of a config.
 
   Raises:
-    UserError: an unknown task, loss, model or value of data.values; a model of another type of task; no window.
+    UserError: an unknown task, loss, model or value of data.intensity; a model of another type of task; no window.
   """
   task_type, loss = type_of(config.task), losses.get_loss(config.train.loss)
   if config.model.name in models.NAMES and config.model.name not in task_type.models:

@@ -14,7 +14,7 @@ from fusa_jax.measures import masks
 from fusa_jax.runs import operating_point, report, results, run_config
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
-from fusa_jax.training import datasets, evaluate, train
+from fusa_jax.training import datasets, evaluate, optimizers, train
 
 
 def train_and_test(
@@ -29,6 +29,13 @@ def train_and_test(
     return cross_validate(config, workdir, data_dir, scans)
   train.train(config, workdir, data_dir)
   return evaluate.evaluate(config, workdir, data_dir, scans)
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+  """Raises the UserErrors that training would raise of a config alone, before any data are prepared for it."""
+  operating_point.check(config)
+  tasks.create(config)
+  optimizers.make_optimizer(config)
 
 
 def evaluate_again(config, workdir, data_dir, scans=None) -> dict:

@@ -49,7 +49,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTra
   """Returns the optimizer of a config, which decays kernels only, and its learning rate by step.
 
   Raises:
-    UserError: an unknown optimizer or schedule; no steps; a negative warm-up.
+    UserError: an unknown optimizer or schedule; no steps; a negative warm-up; a learning rate that is not above 0.
   """
   train = config.train
   if train.steps < 1 or train.warmup_steps < 0:
@@ -57,6 +57,8 @@ def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTra
       f'train: {train.steps} steps, of which {train.warmup_steps} to warm up; train.steps is at least 1, '
       'train.warmup_steps at least 0'
     )
+  if not train.learning_rate > 0:
+    raise UserError(f'train.learning_rate: {train.learning_rate} must be above 0')
   schedule = look_up(SCHEDULES, train.schedule, 'train.schedule')(train)
   return look_up(OPTIMIZERS, train.optimizer, 'train.optimizer')(schedule, train.weight_decay), schedule
 

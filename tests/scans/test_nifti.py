@@ -313,3 +313,11 @@ def test_the_same_volume_is_the_same_file(tmp_path):
     nifti.write_volume(tmp_path / name, scan.values, scan)
   first, second, plain = ((tmp_path / name).read_bytes() for name in ('b.nii.gz', 'c.nii.gz', 'd.nii'))
   assert first == second and gzip.decompress(first) == plain
+
+
+@pytest.mark.parametrize(
+  ('shape', 'affine'), [((2, 40_000, 2), np.eye(4)), ((2, 2, 2), np.eye(3)), ((2, 2, 2), [['a'] * 4] * 4)]
+)
+def test_what_makes_no_volume_is_one_line(shape, affine):
+  with pytest.raises(UserError, match=r'^array: its shape and affine make no volume \(.*\); save it again$'):
+    volumes.from_volume(np.zeros(shape, np.int16), affine, 'array')
