@@ -85,7 +85,8 @@ def is_finished(run: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
   """Whether the run of a fold has been tested as config.evaluate says."""
   if not results.is_complete(run):
     return False
-  return run_config.load_config(run).evaluate.to_json() == run_config.plain(config).evaluate.to_json()
+  tested_as, expected = (run_config.plain(one).evaluate.to_dict() for one in (run_config.load_config(run), config))
+  return tested_as == expected
 
 
 def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
