@@ -110,7 +110,7 @@ def get_config(path: str) -> ml_collections.ConfigDict:
 
 
 def is_cross_validation(config: ml_collections.ConfigDict) -> bool:
-  """Whether it is of all folds in turn, each a run of its own."""
+  """Whether a config trains and tests each fold in turn, each as a run of its own."""
   return config.data.fold == 'all'
 
 

@@ -1,4 +1,4 @@
-"""What ends a run early; launch.py turns each into one line and an exit code of its own."""
+"""What ends a run early; system/program.py turns each into one line and an exit code of its own."""
 
 from collections.abc import Mapping
 from typing import TypeVar

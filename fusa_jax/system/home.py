@@ -1,4 +1,4 @@
-"""Where configs/ and data/ lie, which no other module needs to know to import them.
+"""Where configs/ and data/ lie: the one place that knows.
 
 At the top of the repository they stand beside launch.py. Installed, they lie in fusa_jax/home: at the top of
 site-packages, packages of these names would shadow other people's. Who imports them imports this module first, which
