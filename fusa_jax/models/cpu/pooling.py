@@ -1,8 +1,8 @@
-"""Max-pooling with a gradient that is fast on CPUs; accelerators keep XLA's own.
+"""Max-pooling with a gradient that is fast on CPUs; accelerators use XLA's own gradient.
 
-XLA's gradient on CPUs is an index of each pixel and a scatter: 40 ms for 2 x 2 of 4 x 128 x 128 x 64 on two cores, 1.6
-in the form below, 0.9 PyTorch's. Where several values of a window are the largest, the first gets the gradient, as in
-PyTorch. Differentiable in reverse only.
+On CPUs, XLA's gradient computes an index for each pixel and then a scatter. For 2 x 2 windows of 4 x 128 x 128 x 64 on
+two cores this takes 40 ms. The forms below compare instead: 1.6 ms, and PyTorch 0.9 ms. If several values of a window
+are the largest, the first one gets the gradient, as in PyTorch. Only reverse-mode differentiation works.
 """
 
 import functools
@@ -28,7 +28,9 @@ def _max_pool_forward(x, window):
 
 
 def _max_pool_backward(window, residuals, g):
-  by_comparison = functools.partial(_max_pool_by_comparison, window)
+  size, stride, padding = window
+  tiles = size == stride and not padding and not any(side % size for side in residuals[0].shape[1:3])
+  by_comparison = functools.partial(_by_tiles, size) if tiles else functools.partial(_by_taps, window)
   by_scatter = lambda x, out, g: jax.vjp(lambda x: _largest(x, window), x)[1](g)[0]
   return (jax.lax.platform_dependent(*residuals, g, cpu=by_comparison, default=by_scatter),)
 
@@ -36,8 +38,25 @@ def _max_pool_backward(window, residuals, g):
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-def _max_pool_by_comparison(window, x, out, g):
-  """Tap after tap of the window: the pixels that it sees get the gradient where they are the largest, and the first."""
+def _by_tiles(size, x, out, g):
+  """For windows that tile the image: finds the tap that gets the gradient, then compares once, without padding.
+
+  On two cores with AVX2 this takes 1.4 ms for 8 x 96 x 96 x 8, `_by_taps` 4.8 ms.
+  """
+  batch, height, width, channels = out.shape
+  tiles = x.reshape(batch, height, size, width, size, channels)
+  taps = list(np.ndindex(size, size))
+  first = jnp.full(out.shape, len(taps), jnp.int8)
+  for number, (i, j) in reversed(list(enumerate(taps))):
+    seen = tiles[:, :, i, :, j]
+    first = jnp.where((seen == out) | jnp.isnan(seen), jnp.int8(number), first)
+  numbers = jnp.arange(len(taps), dtype=jnp.int8).reshape(1, 1, size, 1, size, 1)
+  spread = lambda values: values[:, :, None, :, None]
+  return jnp.where(spread(first) == numbers, spread(g), 0).reshape(x.shape)
+
+
+def _by_taps(window, x, out, g):
+  """Loops over the taps of the window: a tap's pixel gets the gradient if it is the first that is the largest."""
   size, stride, padding = window
   spans = [stride * (n - 1) + 1 for n in out.shape[1:3]]
   edge = (padding, padding, 0)
