@@ -2,11 +2,11 @@
 
   python -m benchmarks.accelerator --out=FILE
 
-It runs on a CPU too, with JAX_PLATFORMS=cpu and tiny sizes: docs/benchmarks.md has the command. The same page lists the
-wheels to carry to a machine that has jax, flax, optax, torch and torchvision but no internet.
+With JAX_PLATFORMS=cpu and tiny sizes, it also runs on a CPU: docs/benchmarks.md has the command. The same page lists
+the wheels to copy to a machine without internet that has jax, flax, optax, torch and torchvision.
 
 Each part runs in its own process and has a share of the time. A part that crashes, hangs or runs out of memory loses
-only its own numbers. Each new number rewrites FILE as a whole. FILE and the tables also give the reason why a part is
+only its own numbers. Each new number rewrites the complete FILE. FILE and the tables also give the reason why a part is
 incomplete: a missing package, the end of its time, or an error.
 """
 
@@ -55,8 +55,8 @@ class Part:
   """A function of benchmarks/accelerator_parts.py.
 
   Attributes:
-    seconds: its share of eight minutes; it may also use the time that the parts before it left.
-    needs: packages that it needs besides those of EVERYWHERE.
+    seconds: its share of eight minutes. It may also use the time that earlier parts left.
+    needs: the packages that this part needs in addition to EVERYWHERE.
   """
 
   seconds: int
@@ -76,28 +76,30 @@ PARTS = {
 
 
 def define_flags() -> None:
-  """Defines the flags; not on import, since other benchmarks use the same names."""
-  flags.DEFINE_string('out', None, 'a file for the numbers, as JSON')
-  flags.DEFINE_list('models', ['fusa_resunet', 'resunet', 'fusa_resnet50', 'resnet50'], 'of the registry')
-  flags.DEFINE_list('parts', list(PARTS), 'which of the parts')
-  flags.DEFINE_float('minutes', 8.0, 'for all of it; each part has its share', lower_bound=0.1)
-  flags.DEFINE_integer('image_size', 512, 'side of the slices', lower_bound=1)
-  flags.DEFINE_integer('batch_size', 8, 'slices a batch', lower_bound=1)
-  flags.DEFINE_integer('width', None, "of a model's first level; default: its own", lower_bound=1)
-  flags.DEFINE_integer('rounds', 5, 'times that each contestant has its turn; the median counts', lower_bound=1)
-  flags.DEFINE_integer('steps', 5, 'steps in a turn', lower_bound=1)
-  flags.DEFINE_integer('memory_limit_mb', None, "of the largest batch; default: the device's own", lower_bound=1)
+  """Defines the flags. Importing this module does not define them, because other benchmarks use the same names."""
+  flags.DEFINE_string('out', None, 'file for the numbers, as JSON')
+  flags.DEFINE_list('models', ['fusa_resunet', 'resunet', 'fusa_resnet50', 'resnet50'], 'names of models')
+  flags.DEFINE_list('parts', list(PARTS), 'parts to run')
+  flags.DEFINE_float('minutes', 8.0, 'time limit in minutes for all parts together', lower_bound=0.1)
+  flags.DEFINE_integer('image_size', 512, 'side of the slices in pixels', lower_bound=1)
+  flags.DEFINE_integer('batch_size', 8, 'slices per batch', lower_bound=1)
+  flags.DEFINE_integer('width', None, "channels of the first level; default: the model's own", lower_bound=1)
+  flags.DEFINE_integer('rounds', 5, 'turns of each contestant; the median counts', lower_bound=1)
+  flags.DEFINE_integer('steps', 5, 'steps per turn', lower_bound=1)
+  flags.DEFINE_integer(
+    'memory_limit_mb', None, "memory limit for the largest batch; default: the device's memory", lower_bound=1
+  )
 
 
 def main(_):
   program.start_logging()
   values = flags.FLAGS
   if not values.out:
-    raise UserError('--out: missing; name a file for the numbers')
+    raise UserError('--out: missing; give a file for the numbers')
   for flag, given, known in (('parts', values.parts, PARTS), ('models', values.models, models.NAMES)):
     for name in given or ['']:
       if name not in known:
-        raise UserError(f'--{flag}: there is no {name!r}; one or more of {", ".join(known)}')
+        raise UserError(f'--{flag}: {name!r} is unknown; choose from {", ".join(known)}')
   limit = values.memory_limit_mb * 10**6 if values.memory_limit_mb else None
   with tempfile.TemporaryDirectory() as folder:
     options = Options(
@@ -118,10 +120,10 @@ def main(_):
 
 
 def measure(options: Options, parts: list[str], seconds: float, out: pathlib.Path) -> dict:
-  """Runs the parts for at most `seconds` and returns the report; writes it to `out` at each new number.
+  """Runs the parts for at most `seconds`, writes the report to `out` at each new number, and returns it.
 
-  Its keys are `device`, `date`, `commit`, `versions` and `settings`; `parts`: the numbers of each part; `not_whole`:
-  why a part is incomplete; and `seconds`: how long each part took.
+  The keys of the report are `device`, `date`, `commit`, `versions` and `settings`; `parts`: the numbers of each part;
+  `not_whole`: the reason why a part is incomplete; `seconds`: the time of each part.
 
   Raises:
     UserError: `out` cannot be written.
@@ -148,14 +150,14 @@ def measure(options: Options, parts: list[str], seconds: float, out: pathlib.Pat
     started = time.monotonic()
     missing = [package for package in (*EVERYWHERE, *PARTS[name].needs) if not importlib.util.find_spec(package)]
     if missing:
-      reason = f'needs {", ".join(missing)}, which the machine lacks; docs/benchmarks.md says how to carry them'
+      reason = f'needs {", ".join(missing)}, missing on this machine; docs/benchmarks.md lists the wheels to install'
     else:
       logging.info('%s: %.0f s at most', name, until - started)
       reason = None
-      for kind, value in _run(name, options, until):
-        if kind == 'facts':
+      for topic, value in _run(name, options, until):
+        if topic == 'facts':
           report.update(value)
-        elif kind == 'found':
+        elif topic == 'result':
           report['parts'][name] = value
         else:
           reason = value
@@ -169,31 +171,34 @@ def measure(options: Options, parts: list[str], seconds: float, out: pathlib.Pat
 
 
 def _run(name: str, options: Options, until: float) -> Iterator[tuple[str, Any]]:
-  """Yields what the part's process sends until `until` (time.monotonic): ('facts' | 'found', dict), ('reason', str)."""
+  """Yields the messages of the part's process until `until`, a time of time.monotonic.
+
+  A message is ('facts' | 'result', dict), or at the end ('reason', text) if the part is incomplete.
+  """
   started = time.monotonic()
   process, connection = processes.start(_work, name, options)
   try:
     while connection.poll(max(0.0, until - time.monotonic())):
-      kind, value = connection.recv()
-      if kind == 'done':
+      topic, value = connection.recv()
+      if topic == 'done':
         return
-      yield kind, value
-      if kind == 'reason':
+      yield topic, value
+      if topic == 'reason':
         return
-    yield 'reason', f'stopped after {time.monotonic() - started:.0f} s: its share of the time was over'
+    yield 'reason', f'stopped after {time.monotonic() - started:.0f} s, at the end of its share of the time'
   except EOFError:
     process.join()
-    yield 'reason', f'its process died with code {process.exitcode}, perhaps for want of memory'
+    yield 'reason', f'its process ended with code {process.exitcode}, perhaps because it ran out of memory'
   finally:
     process.kill()
     process.join()
 
 
 def _work(connection, name: str, options: Options) -> None:
-  """Measures a part in its own process; sends ('facts' | 'found', dict), and at the end ('done', None) or a reason."""
+  """Measures a part in its own process and sends the messages that `_run` reads; the last is 'done' or 'reason'."""
   import tqdm
 
-  tqdm.tqdm.set_lock(threading.RLock())  # tqdm's default lock is a semaphore, which Python would report as leaked
+  tqdm.tqdm.set_lock(threading.RLock())  # tqdm's default lock is a semaphore, and Python would report it as leaked
   program.start_logging()
   program.use_compilation_cache()
   try:
@@ -202,13 +207,15 @@ def _work(connection, name: str, options: Options) -> None:
     from benchmarks import accelerator_parts
 
     connection.send(('facts', accelerator_parts.facts()))
-    for found in getattr(accelerator_parts, name)(options):
-      connection.send(('found', found))
+    for result in getattr(accelerator_parts, name)(options):
+      connection.send(('result', result))
     connection.send(('done', None))
   except UserError as error:
     connection.send(('reason', str(error)))
   except ModuleNotFoundError as error:
-    connection.send(('reason', f'needs {error.name}, which the machine lacks; docs/benchmarks.md says how to carry it'))
+    connection.send(
+      ('reason', f'needs {error.name}, missing on this machine; docs/benchmarks.md lists the wheels to install')
+    )
   except Exception as error:
     traceback.print_exc()
     connection.send(('reason', f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0]}'))
@@ -223,8 +230,8 @@ if __name__ == '__main__':
   try:
     from fusa_jax.runs import arguments
   except ModuleNotFoundError as error:
-    exits.fail(UserError(f'{error.name}: missing on this machine; docs/benchmarks.md says which wheels to carry'))
-  # Import this file by its module name, by which the parts' processes find _work.
+    exits.fail(UserError(f'{error.name}: missing on this machine; docs/benchmarks.md lists the wheels to install'))
+  # Import this file by its module name: the parts' processes find _work by that name.
   from benchmarks import accelerator
 
   arguments.start(accelerator.main)

@@ -1,7 +1,7 @@
-"""What benchmarks/accelerator.py measures: a function per part, named as in its table of parts.
+"""The measurements of benchmarks/accelerator.py: a function per part, with the part's name.
 
-Each function takes the options and yields everything found so far, at each new result. It raises UserError with the
-reason where it can find nothing.
+Each function takes the options. At each new result, it yields all results so far. If it can measure nothing, it raises
+UserError with the reason.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ _VOLUME = 300  # slices
 
 
 def compare(options: Options) -> Iterator[dict]:
-  """benchmarks/compare.py's rows of ours and of eager PyTorch, with MFU."""
+  """Yields the rows of benchmarks/compare.py for JAX and eager PyTorch, with MFU."""
   yield from _compared(options, ('JAX', 'PyTorch, eager'))
 
 
 def torch_compile(options: Options) -> Iterator[dict]:
-  """The same of torch.compile beside eager PyTorch; by itself, since to compile takes it minutes."""
+  """Yields the rows for torch.compile and eager PyTorch. It is a part of its own, because compiling takes minutes."""
   yield from _compared(options, ('PyTorch, eager', 'PyTorch, torch.compile'))
 
 
@@ -54,7 +54,7 @@ def _compared(options, frameworks):
 
 
 def fusa_share(options: Options) -> Iterator[dict]:
-  """The training step of each fusa_ model: without attention, with FUSA, and with its literal form."""
+  """Times the training step of each fusa_ model: without attention, with FUSA, and with FUSA's literal form."""
   done = []
   for name in options.models:
     if not name.startswith('fusa_'):
@@ -76,15 +76,15 @@ def fusa_share(options: Options) -> Iterator[dict]:
       yield {'rows': done + (rows := share_rows(name, seconds, memory, options.batch_size, gflops, device_kind()))}
     done += rows
   if not done:
-    raise UserError('--models: none of them has FUSA')
+    raise UserError('--models: none has FUSA; add a model, for example fusa_resunet')
 
 
 def share_rows(
-  name: str, seconds: dict[str, float], memory: dict[str, int], batch_size: int, gflops: float, kind: str
+  name: str, seconds: dict[str, float], memory: dict[str, int], batch_size: int, gflops: float, device: str
 ) -> list[dict]:
-  """A row for each form, by the seconds of its step; what a step takes longer than without FUSA is FUSA's share of it.
+  """Returns a row for each form. FUSA's share of a step: 1 - seconds without FUSA / seconds with FUSA.
 
-  `gflops` is of a step with FUSA's factored form, whose MFU is given.
+  `gflops` is the work of a step with FUSA's factored form; only that form's row has an MFU.
   """
   return [
     {
@@ -94,68 +94,70 @@ def share_rows(
       'slices_per_second': batch_size / taken,
       'share': 1 - seconds['without'] / taken,
       'peak_bytes': memory[form],
-      'mfu': mfu(gflops / taken, kind) if form == 'FUSA' else None,
+      'mfu': mfu(gflops / taken, device) if form == 'FUSA' else None,
     }
     for form, taken in seconds.items()
   ]
 
 
 def largest_batch(options: Options) -> Iterator[dict]:
-  """The largest batch of the first model whose training step fits into the device's memory."""
+  """Finds the largest batch with which a training step of the first model fits into the device's memory."""
   stats = jax.devices()[0].memory_stats() or {}
   limit = options.memory_limit or stats.get('bytes_limit')
   if limit is None:
-    raise UserError(f'{device_kind()} does not tell how much memory it has; give --memory_limit_mb')
+    raise UserError(f'{device_kind()} does not report its memory; give --memory_limit_mb')
   name = options.models[0]
 
   def attempt(batch):
     settings = dataclasses.replace(options, batch_size=batch)
-    needs = None
+    needed = None
     try:
       running = workload.Running(workload.create(workload.config_of(name, settings)))
-      needs = running.memory()
-      if needs > limit:
-        return needs, False
+      needed = running.memory()
+      if needed > limit:
+        return needed, False
       running.step()
       running.wait()
-      return needs, True
+      return needed, True
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
-      return needs, False
+      return needed, False
 
-  for found in search_batch(attempt, limit, options.batch_size):
-    yield {'model': name, 'limit_bytes': limit, **found}
+  for result in search_batch(attempt, limit, options.batch_size):
+    yield {'model': name, 'limit_bytes': limit, **result}
 
 
 def search_batch(attempt: Callable[[int], tuple[int | None, bool]], limit: int, first: int) -> Iterator[dict]:
-  """Yields what is known after each attempt: {'fits', 'fits_bytes', 'too_large'}, None where it is not known yet.
+  """Yields {'fits', 'fits_bytes', 'too_large'} after each attempt; a value that is not known yet is None.
 
-  To compile a step takes most of a minute: the next batch is where the last two would meet the limit, if bytes grow in
-  proportion, and what remains between is halved. It ends where that is a sixteenth of what fits, or one slice.
+  Compiling a step takes most of a minute, so the search makes few attempts. It assumes that bytes grow in proportion to
+  the batch. From the last two batches it computes the batch that would reach the limit, and tries that one. If this
+  batch is outside the range that is still open, it halves the range. It stops when the range is at most a sixteenth of
+  the batch that fits, or one slice.
 
   Args:
-    attempt: of a batch, (the bytes that its step needs, None where the compiler gave up; whether it ran).
-    limit: bytes.
-    first: the batch to begin with.
+    attempt: a function of the batch. It returns (bytes, whether the step ran); bytes is None if the compiler gave up.
+    limit: the memory limit, in bytes.
+    first: the first batch to try.
   """
   fits, fits_bytes, too_large, before, batch = 0, None, None, (0, 0), first
   while True:
-    needs, ran = attempt(batch)
+    needed, ran = attempt(batch)
     if ran:
-      fits, fits_bytes = batch, needs
+      fits, fits_bytes = batch, needed
     else:
       too_large = batch
     yield {'fits': fits or None, 'fits_bytes': fits_bytes, 'too_large': too_large}
     least = max(fits // 16, 1)
     if too_large is not None and too_large - fits <= least:
       return
-    if needs is None or batch == before[0] or needs <= before[1]:
+    if needed is None or batch == before[0] or needed <= before[1]:
       guess = 2 * fits
     else:
-      slope = (needs - before[1]) / (batch - before[0])
-      guess = int(batch + (limit - needs) / slope)
-      before = (batch, needs)
+      slope = (needed - before[1]) / (batch - before[0])
+      guess = int(batch + (limit - needed) / slope)
+      before = (batch, needed)
     if too_large is None:
       batch = min(max(guess, fits + least), 16 * fits)
     else:
@@ -163,43 +165,44 @@ def search_batch(attempt: Callable[[int], tuple[int | None, bool]], limit: int, 
 
 
 def input_path(options: Options) -> Iterator[dict]:
-  """What benchmarks/input_pipeline.py measures, of phantoms that are drawn and prepared first."""
+  """Draws and prepares phantoms, and measures them as benchmarks/input_pipeline.py does."""
   data_dir = prepare.prepare_phantom('', options.image_size, patients=10, slices=16, seed=0)
   yield {'slices_per_second': input_pipeline.rate(data_dir, options.image_size, options.batch_size, steps=60)}
 
 
 def prediction(options: Options) -> Iterator[dict]:
-  """A volume of many slices, from file to written mask, by the first segmentation model; twice: once without compiling.
+  """Times the first segmentation model on a volume of many slices, from file to written mask.
 
-  The weights are random and the threshold 1, so that the mask is empty: real ones nearly are, and compress alike.
+  The second of the two runs does not include compiling. The weights are random. With a threshold of 1 the mask is
+  empty; a real mask is nearly empty and compresses about as well.
   """
   name = next((name for name in options.models if name in models.SEGMENTERS), None)
   if name is None:
-    raise UserError('--models: none of them is for segmentation')
+    raise UserError('--models: none is for segmentation; add a model, for example resunet')
   folder, size = pathlib.Path(options.folder), options.image_size
   config = workload.config_of(name, options)
   run_config.save_config(folder / 'run', config)
   with checkpoint.Checkpoints(folder / 'run') as checkpoints:
     checkpoints.save(1, workload.create(config).init().variables, {'none': jnp.zeros(())}, None)
-  # Drawing all of them would take longer than all the rest.
+  # Repeat 16 slices: drawing all of them would take longer than everything else.
   slices, _, _ = phantom.patient(0, 1, size=size, slices=16)
   values = np.resize(slices, (_VOLUME, size, size))
-  values[0, 0, 0] = values.max() + 1  # a highest value that is repeated so often would be taken for a window's end
+  values[0, 0, 0] = values.max() + 1  # a maximum that many voxels share would look like the end of a window
   spacing = phantom.spacing(0, 1, size=size, slices=16)
   image = nib.Nifti1Image(values.transpose(2, 1, 0), np.diag([-spacing[2], -spacing[1], spacing[0], 1]))
   nib.save(image, folder / 'volume.nii.gz')
   began = time.perf_counter()
   nifti.read_scan(folder / 'volume.nii.gz')
-  found = {'model': name, 'slices': _VOLUME, 'reading_seconds': time.perf_counter() - began}
+  result = {'model': name, 'slices': _VOLUME, 'reading_seconds': time.perf_counter() - began}
   for key in ('first_seconds', 'seconds'):
     began = time.perf_counter()
     predict.predict(predictor.load_predictor(folder / 'run', threshold=1.0), folder / 'volume.nii.gz', folder / 'masks')
-    found[key] = time.perf_counter() - began
-    yield found | {'slices_per_second': _VOLUME / found[key]}
+    result[key] = time.perf_counter() - began
+    yield result | {'slices_per_second': _VOLUME / result[key]}
 
 
 def profile(options: Options) -> Iterator[dict]:
-  """The ten kernels that take most of the first model's training step."""
+  """Yields the ten kernels with the largest share of the first model's training step."""
   running = workload.Running(workload.create(workload.config_of(options.models[0], options)))
   running.step()
   running.wait()
@@ -210,29 +213,32 @@ def profile(options: Options) -> Iterator[dict]:
   paths = list(pathlib.Path(options.folder).rglob('*.xplane.pb'))
   rows = top_kernels(kernel_seconds(paths[0])) if paths else []
   if not rows:
-    raise UserError('the profiler saw no kernel')
+    raise UserError('the profiler recorded no kernel')
   yield {'model': options.models[0], 'steps': options.steps, 'rows': rows}
 
 
 def kernel_seconds(path: pathlib.Path) -> dict[str, tuple[float, int]]:
-  """(seconds, calls) of each kernel in a trace of jax.profiler: of a GPU's streams; elsewhere, of XLA's operations."""
+  """Returns (seconds, calls) of each kernel in a trace of jax.profiler.
+
+  On a GPU, kernels are the events of its streams. Elsewhere they are XLA's operations.
+  """
   from jax.profiler import ProfileData
 
-  found = {}
+  kernels = {}
   for plane in ProfileData.from_file(str(path)).planes:
     for line in plane.lines:
       stream = plane.name.startswith('/device:GPU') and line.name.startswith('Stream')
       for event in line.events:
-        # Loops and calls hold other operations, which are there as well.
-        held = re.match(r'(while|call|conditional)\b', event.name)
-        if stream or (not held and any(key == 'hlo_op' for key, _ in event.stats)):
-          seconds, calls = found.get(event.name, (0.0, 0))
-          found[event.name] = seconds + event.duration_ns / 1e9, calls + 1
-  return found
+        # Skip loops and calls: they contain other operations, which the trace lists too.
+        is_container = re.match(r'(while|call|conditional)\b', event.name)
+        if stream or (not is_container and any(key == 'hlo_op' for key, _ in event.stats)):
+          seconds, calls = kernels.get(event.name, (0.0, 0))
+          kernels[event.name] = seconds + event.duration_ns / 1e9, calls + 1
+  return kernels
 
 
 def top_kernels(kernels: dict[str, tuple[float, int]], count: int = 10) -> list[dict]:
-  """Those that take longest, with their share of the time of all."""
+  """Returns the kernels that take longest, with their share of the total time."""
   total = sum(seconds for seconds, _ in kernels.values())
   longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:count]
   return [
@@ -247,7 +253,7 @@ def device_kind() -> str:
 
 
 def facts() -> dict:
-  """Of the machine and the code, for the report."""
+  """Returns the device, commit and versions for the report."""
   names = ('jax', 'jaxlib', 'flax', 'optax', 'torch', 'torchvision')
   versions = {'python': sys.version.split()[0]}
   for name in names:

@@ -1,11 +1,11 @@
-"""The report of benchmarks/accelerator.py: numbers derived from the measured ones, and tables."""
+"""The report of benchmarks/accelerator.py: derived numbers and tables."""
 
 import re
 
 from benchmarks import compare_table
 
-# TFLOP/s of dense bfloat16 matrix products, without sparsity, from the makers' data sheets. The first pattern found in
-# the device's name counts. T4 and V100 have no bfloat16.
+# TFLOP/s of dense bfloat16 matrix products, without sparsity, from the manufacturers' data sheets. The first pattern
+# that matches the device's name counts. T4 and V100 have no bfloat16.
 PEAK_TFLOPS = {
   r'GB200|B200': 2250,
   r'GH200': 989,
@@ -29,18 +29,18 @@ PEAK_TFLOPS = {
 
 
 def mfu(gflops_per_second: float, kind: str) -> float | None:
-  """Model FLOP utilisation: the model's FLOP/s / the device's published peak; None where that peak is unknown."""
+  """Returns model FLOP utilisation: the model's FLOP/s / the device's published peak; None if the peak is unknown."""
   peak = peak_tflops(kind)
   return None if peak is None else gflops_per_second / (1e3 * peak)
 
 
 def peak_tflops(kind: str) -> float | None:
-  """The device's peak, by its name; None where PEAK_TFLOPS lacks it."""
+  """Returns the device's peak by its name; None if it is not in PEAK_TFLOPS."""
   return next((peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, kind)), None)
 
 
 def finished(report: dict) -> dict:
-  """Adds `to_training`: the input path's slices/s / those of the fastest training step in JAX."""
+  """Adds `to_training`: the input path's slices/s / slices/s of the fastest training step in JAX."""
   parts = report['parts']
   rates = [
     row['train_slices_per_second'] for row in parts.get('compare', {}).get('rows', ()) if row['framework'] == 'JAX'
@@ -55,7 +55,7 @@ def markdown(report: dict) -> str:
   """Returns the report as Markdown tables and sentences."""
   parts, settings = report['parts'], report['settings']
   lines = [
-    f'Device {report["device"]}, {report["date"]}, commit {(report["commit"] or "not known")[:7]}, '
+    f'Device {report["device"]}, {report["date"]}, commit {(report["commit"] or "unknown")[:7]}, '
     + ', '.join(f'{name} {version}' for name, version in report['versions'].items() if version)
     + f'; {settings["image_size"]} x {settings["image_size"]}, batch {settings["batch_size"]}'
     + (f', width {settings["width"]}' if settings['width'] else '')
@@ -75,35 +75,35 @@ def markdown(report: dict) -> str:
     ]
     lines.append('\n'.join([head, *cells]))
   if 'largest_batch' in parts:
-    found = parts['largest_batch']
-    held = f', {found["fits_bytes"] / 1e6:,.1f} MB' if found['fits_bytes'] else ''
-    beyond = f'{found["too_large"]} does not fit' if found['too_large'] else 'larger ones were not reached'
+    part = parts['largest_batch']
+    used = f', {part["fits_bytes"] / 1e6:,.1f} MB' if part['fits_bytes'] else ''
+    beyond = f'{part["too_large"]} does not fit' if part['too_large'] else 'larger batches were not tried'
     lines.append(
-      f'Largest batch of `{found["model"]}`: {found["fits"] or "none"}{held} of {found["limit_bytes"] / 1e6:,.1f} MB; '
+      f'Largest batch of `{part["model"]}`: {part["fits"] or "none"}{used} of {part["limit_bytes"] / 1e6:,.1f} MB; '
       f'{beyond}.'
     )
   if 'input_path' in parts:
-    found = parts['input_path']
-    times = found.get('to_training')
+    part = parts['input_path']
+    times = part.get('to_training')
     beside = f', {times:.2f} times the fastest training step' if times else ''
-    lines.append(f'Input path: {found["slices_per_second"]:.0f} slices/s{beside}.')
+    lines.append(f'Input path: {part["slices_per_second"]:.0f} slices/s{beside}.')
   if 'prediction' in parts:
-    found = parts['prediction']
-    again = f', then {found["seconds"]:.1f} s' if 'seconds' in found else ''
+    part = parts['prediction']
+    again = f', then {part["seconds"]:.1f} s' if 'seconds' in part else ''
     lines.append(
-      f'Prediction of {found["slices"]} slices by `{found["model"]}`, file to file: {found["first_seconds"]:.1f} s '
-      f'with compiling{again} ({found["slices_per_second"]:.0f} slices/s); reading alone '
-      f'{found["reading_seconds"]:.1f} s.'
+      f'Prediction of {part["slices"]} slices by `{part["model"]}`, from file to mask: {part["first_seconds"]:.1f} s '
+      f'with compiling{again} ({part["slices_per_second"]:.0f} slices/s); reading only '
+      f'{part["reading_seconds"]:.1f} s.'
     )
   if 'profile' in parts:
-    found = parts['profile']
-    head = f'| kernel of `{found["model"]}`, {found["steps"]} steps | ms | calls | share |\n| --- |' + ' ---: |' * 3
+    part = parts['profile']
+    head = f'| kernel of `{part["model"]}`, {part["steps"]} steps | ms | calls | share |\n| --- |' + ' ---: |' * 3
     cells = [
       f'| `{row["kernel"][:80]}` | {row["seconds"] * 1e3:.2f} | {row["calls"]} | {_percent(row["share"])} |'
-      for row in found['rows']
+      for row in part['rows']
     ]
     lines.append('\n'.join([head, *cells]))
-  lines += [f'Not whole, {name}: {reason}.' for name, reason in report['not_whole'].items()]
+  lines += [f'Incomplete part {name}: {reason}.' for name, reason in report['not_whole'].items()]
   return '\n\n'.join(lines)
 
 

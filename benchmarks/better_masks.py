@@ -1,11 +1,11 @@
-"""What flips, lungs, the smallest lesion and ensembles bring, patient by patient, with intervals.
+"""Measures the effect of flips, lungs, the smallest lesion and ensembles, patient by patient, with intervals.
 
   python launch.py --config=configs/seg.py --config.data.fold=all --workdir=RUNS
   python -m benchmarks.better_masks --workdir=RUNS --out=FILE.md
 
-Of a finished cross-validation, each fold is evaluated again with each option alone and with all of them, its operating
-point chosen anew on its own validation patients. New phantoms, which none of the folds has seen, tell what the mean of
-the folds brings over a single one. What is finished is kept: the command may be stopped and given again.
+The command evaluates each fold of a finished cross-validation with each option alone and with all of them. Each time,
+it chooses the operating point again on the fold's own validation patients. New phantoms, which no fold has seen, show
+the effect of the mean of the folds compared with a single fold. Rerun the command to resume it.
 """
 
 import datetime
@@ -23,9 +23,9 @@ from fusa_jax.system import program, provenance
 from fusa_jax.system.files import replacing
 from fusa_jax.training import cross_validation, evaluate
 
-_OUT = flags.DEFINE_string('out', None, 'where the tables go; default: better_masks.md in the workdir')
-_NEW = flags.DEFINE_integer('new', 40, 'phantoms that no fold has seen')
-_SEED = flags.DEFINE_integer('seed', 8, 'of these')
+_OUT = flags.DEFINE_string('out', None, 'file for the tables; default: better_masks.md in the workdir')
+_NEW = flags.DEFINE_integer('new', 40, 'number of phantoms that no fold has seen')
+_SEED = flags.DEFINE_integer('seed', 8, 'seed of the new phantoms')
 
 PLAIN, ALL = 'as they are', 'all three'
 VARIANTS = {
@@ -35,13 +35,13 @@ VARIANTS = {
   'smallest lesion': ('fit_smallest',),
   ALL: ('flips', 'lungs', 'fit_smallest'),
 }
-# Of a patient's row in volumes.csv: what is shown, its digits, and of which patients it is.
+# Title: (column of volumes.csv, digits, whether a patient's row counts).
 MEASURES = {
   'Dice': ('dice', 4, lambda row: True),
   'HD95, mm': ('hd95_mm', 1, lambda row: True),
   'lesions found': ('lesion_sensitivity', 3, lambda row: True),
   'false lesions': ('false_positives', 2, lambda row: True),
-  'mL where there is no lesion': ('predicted_ml', 2, lambda row: row['true_ml'] == 0),
+  'mL in scans without lesion': ('predicted_ml', 2, lambda row: row['true_ml'] == 0),
 }
 
 
@@ -65,7 +65,7 @@ def main(_):
     {key: value if key == 'case' else np.mean([row[key] for row in rows]) for key, value in rows[0].items()}
     for rows in zip(*each, strict=True)
   ]
-  unseen = {'one fold, their mean': single} | {
+  unseen = {'single folds, averaged': single} | {
     f'mean of the folds{"" if name == PLAIN else ", " + name}': scored(predictor.load_predictor(folders[name]), new)
     for name in (PLAIN, 'flips', ALL)
   }
@@ -73,12 +73,12 @@ def main(_):
   text = '\n'.join(
     [
       f'{len(scans)} patients, each tested by the fold that has not seen it:\n',
-      table(tested),
-      f'\n{len(new)} new phantoms (seed {_SEED.value}), unseen by all {len(each)} folds:\n',
+      table({'no option' if name == PLAIN else name: rows for name, rows in tested.items()}),
+      f'\n{len(new)} new phantoms (seed {_SEED.value}), which none of the {len(each)} folds has seen:\n',
       table(unseen),
-      '\nBelow the first row: the difference from it. In brackets 95% intervals over patients. Pairs of which one is '
-      'undefined, as Dice of two empty masks, are left out.',
-      f'Smallest lesions chosen by the folds, mL: {chosen["smallest lesion"]}; with all three: {chosen[ALL]}.',
+      '\nThe other rows are differences from the first row. Brackets: 95% intervals over patients. Pairs with an '
+      'undefined value are left out, for example the Dice of two empty masks.',
+      f'Smallest lesions that the folds chose, mL: {chosen["smallest lesion"]}; with all three: {chosen[ALL]}.',
       f'{config.model.name} of width {config.model.width} at {config.data.image_size} x {config.data.image_size}, '
       f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {datetime.date.today()}, commit {provenance.commit()}',
     ]
@@ -89,7 +89,7 @@ def main(_):
 
 
 def evaluated(run: pathlib.Path, config, folder: pathlib.Path, options, data_dir, scans) -> pathlib.Path:
-  """A run's checkpoints in a folder of their own, evaluated with the options."""
+  """Evaluates a run's checkpoints with the options, in a folder of its own; returns that folder."""
   copy = folder / run.name
   for key in ('flips', 'lungs', 'fit_smallest'):
     config.evaluate[key] = key in options
@@ -107,7 +107,7 @@ def scored(run: predictor.Predictor, scans) -> list[dict]:
 
 
 def table(rows_of: dict[str, list[dict]]) -> str:
-  """Means over patients of the first, and of the others' differences from it, patient by patient."""
+  """Returns Markdown: means over patients in the first row, then mean differences from it, patient by patient."""
   (first, base), *others = rows_of.items()
   lines = [f'| | {" | ".join(MEASURES)} |', f'| --- |{" --- |" * len(MEASURES)}']
   for name, rows in [(first, base), *others]:
@@ -122,7 +122,7 @@ def table(rows_of: dict[str, list[dict]]) -> str:
 
 
 def shown(values: np.ndarray, digits: int, signed: bool) -> str:
-  """The mean of values [patients] with its interval."""
+  """Returns the mean of values [patients] and its interval as text."""
   statistic = lambda weights: {'mean': statistics.mean(values, weights)}
   (mean,) = statistics.estimates(statistic, len(values)).values()
   (interval,) = statistics.intervals(statistic, len(values)).values()

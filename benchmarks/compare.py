@@ -1,17 +1,19 @@
-"""A training step and inference of our models beside those of their PyTorch originals, on the device that is there.
+"""Times a training step and inference of our models and of their PyTorch originals on this machine's device.
 
   python -m benchmarks.compare --models=resunet,fusa_resunet --image_size=512 --batch_size=8 --json=FILE
   python -m benchmarks.compare --models=resnet18,fusa_resnet18 --image_size=128 --batch_size=4   (on a CPU)
 
-Both start from the same weights and the same int16 HU batch on the device, and do the same: window, model, loss,
-backward pass, AdamW; or window, model, sigmoid. Ours is the loop's own step, without augmentation. PyTorch runs
-channels_last, eagerly and by `torch.compile` where that works; on a GPU under bfloat16 autocast, as our activations are
-bfloat16 there. Before anything is timed, the probabilities of all must agree. All run in turn in this process; times
-are medians over rounds.
+Both start from the same weights and the same int16 HU batch on the device, and do the same work. A training step is
+window, model, loss, backward pass and AdamW; inference is window, model and sigmoid. Our step is the step of the
+training loop, without augmentation.
 
-The FLOP rate counts the same work for all: the forward pass of our factored form as XLA counts it, and three times that
-for a training step. Memory is the most that was held at once: on a GPU what the allocator (PyTorch) and the compiler
-(JAX) say, on a CPU the growth of the process.
+PyTorch runs with channels_last, eagerly and with `torch.compile` where that works. On a GPU it runs under bfloat16
+autocast, because our activations are bfloat16 there. The probabilities of all must agree before any timing starts. All
+run in turn in this process; times are medians over rounds.
+
+The FLOP rate counts the same work for all. For inference, this is the forward pass of our factored form as XLA counts
+it; for a training step, three times that. Memory is the peak. On a GPU, the allocator (PyTorch) and the compiler (JAX)
+report it; on a CPU, it is the growth of the process.
 """
 
 import ctypes
@@ -24,7 +26,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-# Both frameworks share the GPU.
+# Both frameworks share the GPU: JAX must not reserve its memory.
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 
 import jax
@@ -48,22 +50,22 @@ FRAMEWORKS = ('JAX', 'PyTorch, eager', 'PyTorch, torch.compile')
 
 
 def define_flags() -> None:
-  """Not on import: other benchmarks have flags of these names."""
-  flags.DEFINE_list('models', ['resunet', 'fusa_resunet', 'resnet50', 'fusa_resnet50'], 'of the registry')
-  flags.DEFINE_integer('image_size', 512, 'side of the slices')
-  flags.DEFINE_integer('batch_size', 8, 'slices a batch')
-  flags.DEFINE_integer('rounds', 5, 'times that each contestant has its turn; the median counts')
-  flags.DEFINE_integer('steps', 3, 'steps in a turn')
-  flags.DEFINE_bool('torch_compile', True, 'let torch.compile run as well')
-  flags.DEFINE_string('json', None, 'a file for the numbers')
+  """Defines the flags. Importing this module does not define them, because other benchmarks use the same names."""
+  flags.DEFINE_list('models', ['resunet', 'fusa_resunet', 'resnet50', 'fusa_resnet50'], 'names of models')
+  flags.DEFINE_integer('image_size', 512, 'side of the slices in pixels')
+  flags.DEFINE_integer('batch_size', 8, 'slices per batch')
+  flags.DEFINE_integer('rounds', 5, 'turns of each contestant; the median counts')
+  flags.DEFINE_integer('steps', 3, 'steps per turn')
+  flags.DEFINE_bool('torch_compile', True, 'also run torch.compile')
+  flags.DEFINE_string('json', None, 'file for the numbers')
 
 
 @dataclasses.dataclass
 class Contestant:
-  """One framework's form of a model: what a training step and inference are, and how to wait for them."""
+  """A model in one framework: functions for a training step, for inference, to wait for them, and for peak memory."""
 
   step: Callable[[], None]
-  infer: Callable[[], object]  # the probabilities, an array of the framework's
+  infer: Callable[[], object]  # returns the probabilities, as an array of the framework
   wait: Callable[[], None]
   memory: Callable[[], int]
 
@@ -76,14 +78,14 @@ def ours(name: str, settings: Settings) -> Contestant:
 
 
 def original(name: str, settings: Settings) -> torch.nn.Module:
-  """PyTorch's model, with the weights that all contestants start from.
+  """Returns PyTorch's model, with the weights from which all contestants start.
 
   Raises:
-    UserError: a width that it does not have.
+    UserError: PyTorch's model does not have this width.
   """
   options = workload.options_of(settings)
   if options and name.removeprefix('fusa_') != 'resunet':
-    raise UserError(f"--width: {settings.width}, but PyTorch's {name} exists at full width only; leave it out")
+    raise UserError(f"--width: {settings.width}, but PyTorch's {name} exists at full width only; leave --width out")
   torch.manual_seed(_SEED)
   return torch_reference.create(name, **options)
 
@@ -134,11 +136,11 @@ def theirs(name: str, settings: Settings, compiled: bool) -> Contestant:
 
 
 def peak_memory(contestant: Contestant, before: int) -> int:
-  """Bytes at the highest point of a training step."""
+  """Returns the peak memory of a training step in bytes."""
   if ON_GPU:
     torch.cuda.reset_peak_memory_stats()
   else:
-    pathlib.Path('/proc/self/clear_refs').write_text('5')  # the kernel's high-water mark starts anew
+    pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets the kernel's high-water mark
   contestant.step()
   contestant.wait()
   return contestant.memory() if ON_GPU else _status('VmHWM') - before
@@ -150,20 +152,22 @@ def _status(key):
 
 
 def _resident():
-  """The process's memory after all that is free has been given back."""
+  """Returns the process's memory in bytes, after it has returned free memory to the system."""
   gc.collect()
   ctypes.CDLL('libc.so.6').malloc_trim(0)
   return _status('VmRSS')
 
 
 def compare(name: str, settings: Settings, frameworks: Sequence[str] = FRAMEWORKS) -> list[dict]:
-  """The rows of one model, one for each of the frameworks; eager PyTorch, to which all ratios are, must be among them.
+  """Returns one row per framework for a model. `frameworks` must include eager PyTorch: all ratios refer to it.
 
   Raises:
-    UserError: the frameworks would not run on the same kind of device; a width that PyTorch's model does not have.
+    UserError: the frameworks would run on different kinds of device, or PyTorch's model does not have the width.
   """
   if DEVICE.type != ('cuda' if jax.default_backend() == 'gpu' else jax.default_backend()):
-    raise UserError(f'JAX runs on {jax.default_backend()} and PyTorch on {DEVICE.type}; install both for one of them')
+    raise UserError(
+      f'JAX runs on {jax.default_backend()} and PyTorch on {DEVICE.type}; install both for the same device'
+    )
   makers = {
     'JAX': functools.partial(ours, name, settings),
     'PyTorch, eager': functools.partial(theirs, name, settings, False),
@@ -178,20 +182,20 @@ def compare(name: str, settings: Settings, frameworks: Sequence[str] = FRAMEWORK
       probabilities = contestant.infer()
       contestant.step()
       contestant.wait()
-    except Exception as error:  # torch.compile fails in many ways, none of them ours
+    except Exception as error:  # torch.compile may fail for many reasons outside this code
       if framework != 'PyTorch, torch.compile':
-        raise  # all ratios are to eager PyTorch, so that there is no table without it
+        raise  # the other two must run: all ratios refer to eager PyTorch
       print(f'{name}, {framework}: {str(error).strip().splitlines()[0]}', file=sys.stderr)
       continue
     outputs.append(np.asarray(probabilities.cpu() if torch.is_tensor(probabilities) else probabilities))
     difference = np.abs(outputs[-1] - outputs[0])
-    # In bfloat16 single pixels of millions may differ by more than a wrong layer would make all of them differ.
-    fits = difference.mean() < 0.02 if ON_GPU else difference.max() < 1e-3
-    assert fits, f'{name}, {framework}: probabilities differ by {difference.max()}, {difference.mean()} in the mean'
+    # In bfloat16 a few of millions of pixels may differ much; a wrong layer changes all pixels, and so the mean.
+    agrees = difference.mean() < 0.02 if ON_GPU else difference.max() < 1e-3
+    assert agrees, f'{name}, {framework}: probabilities differ by up to {difference.max()}, mean {difference.mean()}'
     memory[framework] = peak_memory(contestant, before)
     contestants[framework] = contestant
-  runs = {(f, kind): getattr(c, kind) for f, c in contestants.items() for kind in ('step', 'infer')}
-  waits = {(framework, kind): contestants[framework].wait for framework, kind in runs}
+  runs = {(f, work): getattr(c, work) for f, c in contestants.items() for work in ('step', 'infer')}
+  waits = {(framework, work): contestants[framework].wait for framework, work in runs}
   seconds = workload.in_turn(runs, waits, settings)
   return [
     {

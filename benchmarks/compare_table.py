@@ -1,8 +1,8 @@
-"""The table of benchmarks/compare.py. It has its own module so that the accelerator's report needs no PyTorch."""
+"""The table of benchmarks/compare.py, in its own module because the accelerator's report must not need PyTorch."""
 
 
 def table(rows: list[dict]) -> str:
-  """Returns Markdown; ratios are to eager PyTorch, above 1 is faster."""
+  """Returns Markdown. A ratio above 1 means faster than eager PyTorch."""
   lines = [
     '| model | framework | training: slices/s | ratio | GFLOP/s | peak MB | inference: slices/s | ratio | GFLOP/s |',
     '| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |',

@@ -1,9 +1,10 @@
-"""What FUSA costs one residual block on a TPU, by the TPU's own compiler: no TPU needed, only requirements-aot.txt.
+"""Counts the cost of FUSA in one residual block on a TPU. It needs requirements-aot.txt, but no TPU.
 
   JAX_PLATFORMS=cpu python -m benchmarks.fusa
 
-A block of 4 x 512 x 512 x 64 in bfloat16, forward and backward: bytes moved and FLOPs of the block without attention,
-with the literal form, with the factored form under plain autodiff, and with the factored form as it is.
+The TPU's own compiler counts the bytes moved and the FLOPs, forward and backward. The block is 4 x 512 x 512 x 64 in
+bfloat16. It is compiled without attention, with the literal form, with the factored form under plain autodiff, and with
+the factored form as it is.
 """
 
 import functools
@@ -18,8 +19,8 @@ from fusa_jax.chips import tpu
 from fusa_jax.models.layers import layers
 from fusa_jax.models.resnet import BasicBlock
 
-_SHAPE = flags.DEFINE_list('shape', ['4', '512', '512', '64'], 'of the block: batch, height, width, channels')
-_TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x2', 'the chip that is compiled for')
+_SHAPE = flags.DEFINE_list('shape', ['4', '512', '512', '64'], 'shape of the block: batch, height, width, channels')
+_TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x2', 'topology to compile for')
 
 
 class PlainAutodiff(FUSA):
@@ -43,7 +44,7 @@ FORMS = {
 
 
 def cost(attention, shape, sharding) -> dict[str, float]:
-  """The compiler's analysis of a block's loss and its gradients."""
+  """Returns the compiler's cost analysis of a block's loss and its gradients."""
   block = BasicBlock(shape[-1], attention=attention, **layers(train=True, dtype=jnp.bfloat16))
   place = lambda tree: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
   x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -60,12 +61,12 @@ def cost(attention, shape, sharding) -> dict[str, float]:
 def main(_):
   sharding = SingleDeviceSharding(tpu.Topology.parse(_TOPOLOGY.value).devices()[0])
   shape = tuple(map(int, _SHAPE.value))
-  print('| attention | GB moved | to none | GFLOP |\n| --- | ---: | ---: | ---: |')
-  found = {name: cost(attention, shape, sharding) for name, attention in FORMS.items()}
-  base = found['none']['bytes accessed'] / 1e9
+  print('| attention | GB moved | increase over none | GFLOP |\n| --- | ---: | ---: | ---: |')
+  costs = {name: cost(attention, shape, sharding) for name, attention in FORMS.items()}
+  base = costs['none']['bytes accessed'] / 1e9
   for name in FORMS:
-    moved = found[name]['bytes accessed'] / 1e9
-    print(f'| {name} | {moved:.2f} | {moved / base - 1:+.0%} | {found[name]["flops"] / 1e9:.0f} |')
+    moved = costs[name]['bytes accessed'] / 1e9
+    print(f'| {name} | {moved:.2f} | {moved / base - 1:+.0%} | {costs[name]["flops"] / 1e9:.0f} |')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
-"""How many slices a second the input path delivers to the devices, with nothing else running.
+"""Measures how many slices per second the input path delivers to the devices, with nothing else running.
 
   python -m benchmarks.input_pipeline --data_dir=PREPARED --image_size=512 --batch_size=16
 
-Compare with `train/slices_per_second` in a run's log.jsonl, and with `train/input_wait`, the share of the time that the
-loop waited for a batch.
+Compare the result with two values in a run's log.jsonl: `train/slices_per_second`, and `train/input_wait`, the share of
+the time in which the loop waited for a batch.
 """
 
 import pathlib
@@ -17,15 +17,15 @@ from fusa_jax.training import datasets, input_pipeline
 
 
 def define_flags() -> None:
-  """Not on import: other benchmarks have flags of these names."""
-  flags.DEFINE_string('data_dir', None, 'a prepared dataset', required=True)
-  flags.DEFINE_integer('image_size', 512, 'side of its slices')
-  flags.DEFINE_integer('batch_size', 16, 'slices a batch')
-  flags.DEFINE_integer('steps', 60, 'batches timed, after 5 that are not')
+  """Defines the flags. Importing this module does not define them, because other benchmarks use the same names."""
+  flags.DEFINE_string('data_dir', None, 'folder of a prepared dataset', required=True)
+  flags.DEFINE_integer('image_size', 512, 'side of the slices in pixels')
+  flags.DEFINE_integer('batch_size', 16, 'slices per batch')
+  flags.DEFINE_integer('steps', 60, 'number of timed batches, after 5 untimed ones')
 
 
 def rate(data_dir: str | pathlib.Path, image_size: int, batch_size: int, steps: int) -> float:
-  """Slices a second of a prepared dataset, over so many batches, after 5 that are not timed."""
+  """Returns the slices per second of a prepared dataset over `steps` batches, after 5 untimed batches."""
   dataset = datasets.load_dataset(data_dir, fold=0, image_size=image_size)
   batches = input_pipeline.train_batches(
     dataset.train,
@@ -48,8 +48,8 @@ def rate(data_dir: str | pathlib.Path, image_size: int, batch_size: int, steps: 
 
 def main(_):
   values = flags.FLAGS
-  found = rate(values.data_dir, values.image_size, values.batch_size, values.steps)
-  print(f'{found:.0f} slices/s of {values.image_size} x {values.image_size} on {jax.devices()[0].device_kind}')
+  speed = rate(values.data_dir, values.image_size, values.batch_size, values.steps)
+  print(f'{speed:.0f} slices/s of {values.image_size} x {values.image_size} on {jax.devices()[0].device_kind}')
 
 
 if __name__ == '__main__':

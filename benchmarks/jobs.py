@@ -1,7 +1,7 @@
 """Runs independent jobs on one machine: in order in this process, or several at a time, each on a share of the machine.
 
-Each worker is a process with a pipe. ProcessPoolExecutor would take more lines: before Python 3.14 it cannot stop its
-workers, and it neither keeps Ctrl-C from them nor ends them when their parent is killed.
+Each worker is a process with a pipe. ProcessPoolExecutor would need more code. Before Python 3.14 it cannot stop its
+workers. It also does not protect them from Ctrl-C, or end them when their parent is killed.
 """
 
 import collections
@@ -24,13 +24,13 @@ from benchmarks import processes
 from fusa_jax.system import program
 from fusa_jax.system.errors import Terminated, UserError
 
-# Seconds that a worker has to save its step after SIGTERM; then it is killed.
+# Seconds in which a worker must save its step after SIGTERM; after that it is killed.
 _PATIENCE = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """The cores and the device that a worker may use; None: all of them."""
+  """The cores and the device that a worker may use; None: all."""
 
   cores: tuple[int, ...] | None = None
   device: str | None = None
@@ -45,7 +45,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """The devices that jobs run on: JAX's names of their platform and kind, and their number."""
+  """The devices that run the jobs: JAX's names of their platform and kind, and their number."""
 
   platform: str
   kind: str
@@ -62,37 +62,39 @@ def machine() -> Machine:
 
 
 def prepare(count: int) -> tuple[Machine, list[Share]]:
-  """Returns the machine and its shares for `count` jobs at a time; no shares for one job, which runs in this process.
+  """Returns the machine and its shares for `count` jobs at a time.
+
+  One job at a time needs no shares: jobs then run in this process.
 
   Raises:
-    UserError: the machine cannot be divided into so many shares.
+    UserError: the machine cannot be divided into `count` shares.
   """
   if count == 1:
     return machine(), []
-  # Look for devices in another process: this one would take the GPU memory that its workers need.
-  ((_, found, _),) = run(collections.deque([machine]), [Share()])
+  # Look for devices in another process: this process would take GPU memory that its workers need.
+  ((_, whole, _),) = run(collections.deque([machine]), [Share()])
   jax.config.update('jax_platforms', 'cpu')
-  return found, shares(count, found)
+  return whole, shares(count, whole)
 
 
-def shares(count: int, found: Machine) -> list[Share]:
+def shares(count: int, whole: Machine) -> list[Share]:
   """Divides the machine into `count` shares: equal numbers of CPU cores, or one GPU per share.
 
   Raises:
-    UserError: there are fewer cores or GPUs; or the machine is a TPU, which only one process can use.
+    UserError: there are fewer than `count` cores or GPUs, or the device is a TPU, which only one process can use.
   """
-  if found.platform == 'tpu':
-    raise UserError(f'--jobs: {count}, but a TPU belongs to one process; leave --jobs out')
+  if whole.platform == 'tpu':
+    raise UserError(f'--jobs: {count}, but only one process can use a TPU; leave --jobs out')
   cores = _cores()
-  there, what = (len(cores), 'CPU cores') if found.platform == 'cpu' else (found.devices, 'GPUs')
-  if count > there:
-    raise UserError(f'--jobs: {count}, but there are {there} {what}; give --jobs={there} or fewer')
-  if found.platform != 'cpu':
-    named = os.environ.get('CUDA_VISIBLE_DEVICES', '')
-    return [Share(device=name) for name in (named.split(',') if named else map(str, range(there)))][:count]
+  most, unit = (len(cores), 'CPU cores') if whole.platform == 'cpu' else (whole.devices, 'GPUs')
+  if count > most:
+    raise UserError(f'--jobs: {count}, but there are {most} {unit}; give --jobs={most} or fewer')
+  if whole.platform != 'cpu':
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '')
+    return [Share(device=name) for name in (visible.split(',') if visible else map(str, range(most)))][:count]
   if not hasattr(os, 'sched_setaffinity'):
     return [Share()] * count  # the system assigns the cores
-  return [Share(tuple(cores[k * there // count : (k + 1) * there // count])) for k in range(count)]
+  return [Share(tuple(cores[k * most // count : (k + 1) * most // count])) for k in range(count)]
 
 
 def _cores():
@@ -100,16 +102,16 @@ def _cores():
 
 
 def run(todo: collections.deque[Callable[[], Any]], shares: list[Share]) -> Iterator[tuple[Callable, Any, float]]:
-  """Yields (job, its value, seconds) as jobs end. The caller may add jobs to `todo` between two of them.
+  """Yields (job, its value, seconds) as jobs end. While it iterates, the caller may add jobs to `todo`.
 
   After an error, or when the caller stops iterating, no further job starts, and running jobs are stopped.
 
   Args:
-    todo: jobs, called without arguments; with shares, they must be picklable.
-    shares: one worker process per share; empty: jobs run in this process, in order.
+    todo: jobs, called without arguments. With shares, they must be picklable.
+    shares: one worker process runs on each share. Without shares, jobs run in this process, in order.
 
   Raises:
-    UserError: a job raised it; with shares, the text also names the job.
+    UserError: a job raised it. With shares, the text also names the job.
     RuntimeError: with shares, a job raised another error, or its process was killed.
   """
   if not shares:
@@ -135,7 +137,7 @@ def run(todo: collections.deque[Callable[[], Any]], shares: list[Share]) -> Iter
       try:
         error, value = connection.recv()
       except (EOFError, ConnectionError):
-        raise RuntimeError(f'{job}: its process was killed, perhaps for want of memory') from None
+        raise RuntimeError(f'{job}: its process was killed, perhaps because it ran out of memory') from None
       if error is not None:
         raise error
       idle.append(connection)
@@ -145,7 +147,7 @@ def run(todo: collections.deque[Callable[[], Any]], shares: list[Share]) -> Iter
 
 
 def _stop(workers):
-  """Sends SIGTERM, at which training saves its step; kills workers that take too long."""
+  """Sends SIGTERM, after which training saves its step, and kills workers that take too long."""
   for process in workers:
     process.terminate()
   until = time.monotonic() + _PATIENCE
@@ -159,13 +161,13 @@ def _stop(workers):
 
 
 def _work(connection, share):
-  """The worker's main function: runs each job that it receives, and sends (None, value) or (error, None)."""
+  """Runs each job that the worker receives, and sends (None, value) or (error, None). It never returns."""
   share.take()
   program.start_logging()
   logging.getLogger().setLevel(logging.WARNING)
   logging.captureWarnings(True)
-  # Progress bars of several runs would mix; each run's log has its own numbers. Python would report the default lock of
-  # tqdm, a semaphore, as leaked when a worker is stopped.
+  # Progress bars of several runs would mix; each run's log has its own numbers. The default lock of tqdm is a
+  # semaphore, which Python would report as leaked when a worker is stopped.
   sys.stdout = sys.stderr = open(os.devnull, 'w')  # noqa: SIM115
   tqdm.tqdm.set_lock(threading.RLock())
   program.use_compilation_cache()

@@ -1,14 +1,15 @@
-"""Whether patients leak from training into the test, tried end to end: labels without meaning must not be predictable.
+"""Tests end to end whether patients leak from training into the test: shuffled labels must not be predictable.
 
   python -m benchmarks.leakage
 
-Four cohorts of phantoms are written as NIfTI files, then prepared, trained on and evaluated as anyone's files would be:
-with their true masks, and with shuffled ones, of which no image can tell anything; each split by patient, and by slice,
-as if slices were patients. Where shuffled labels split by patient have an AUC whose 95% interval leaves out 0.5, the
-command ends with exit code 1. Chance alone does so with one seed in twenty, a leak with all: --seed=1 asks again.
+The command writes four cohorts of phantoms as NIfTI files. It prepares, trains and evaluates them like any user's
+files. Two cohorts have their true masks, and two have shuffled masks, which no image can predict. In each pair, one is
+split by patient and one by slice, as if slices were patients.
 
-`leakage.md` and `leakage.json` are written into the workdir. The command may be stopped at any time: given again, it
-keeps what is finished and resumes what is not.
+The exit code is 1 if shuffled labels, split by patient, have an AUC with a 95% interval that excludes 0.5. Chance alone
+does this with one seed in twenty, a leak with all seeds: test again with --seed=1.
+
+The command writes `leakage.md` and `leakage.json` into the workdir. Rerun it to resume.
 """
 
 import datetime
@@ -32,10 +33,10 @@ from fusa_jax.system import exits, program
 from fusa_jax.system.files import replacing
 from fusa_jax.training import evaluate, train
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the four runs; default: runs/leakage-seedN')
-_SEED = flags.DEFINE_integer('seed', 0, 'of the shuffled labels, of initialisation and of sampling')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder for the four runs; default: runs/leakage-seedN')
+_SEED = flags.DEFINE_integer('seed', 0, 'seed of the shuffled labels, initialisation and sampling')
 
-# By the name of its run: labels and split, as the table has them.
+# Run name: (labels, split), with the table's words.
 ROWS = {
   'true-by-patient': ('true', 'patient'),
   'true-by-slice': ('true', 'slice'),
@@ -53,11 +54,17 @@ def main(_):
   no_leak, text = write_table(config, workdir)
   print(text)
   if not no_leak:
-    exits.fail(RuntimeError('the AUC of shuffled labels leaves out 0.5: a leak, or chance; see the verdict above'), 1)
+    exits.fail(
+      RuntimeError('the interval of the AUC of shuffled labels excludes 0.5: a leak, or chance; see the verdict above'),
+      1,
+    )
 
 
 def protocol(seed: int) -> ml_collections.ConfigDict:
-  """The demo of classification at a size for minutes, and without augmentation: patients should be easy to remember."""
+  """Returns the demo config of classification, small enough to run in minutes.
+
+  It has no augmentation, so that the model can easily memorise patients.
+  """
   config = cls.get_config('demo')
   config.seed = seed
   config.data.image_size = 64
@@ -68,10 +75,10 @@ def protocol(seed: int) -> ml_collections.ConfigDict:
 
 
 def finish(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) -> None:
-  """Trains and evaluates one of ROWS, from where it was stopped.
+  """Trains and evaluates one of ROWS; resumes a stopped run.
 
   Raises:
-    UserError: the workdir holds a run of another protocol.
+    UserError: the workdir holds a run with another protocol.
   """
   run = workdir / name
   run_config.save_config(run, config)
@@ -88,7 +95,7 @@ def finish(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) 
 
 
 def write_cohort(config: ml_collections.ConfigDict, raw_dir: pathlib.Path, *, shuffled: bool, by_slice: bool) -> None:
-  """Writes the phantoms of the config under their own names, with other masks, or with slices of each other."""
+  """Writes the config's phantoms under their own names, optionally with shuffled masks or exchanged slices."""
   cases = covid19_20.find(prepare.draw_phantoms(config.data.image_size, progress=tqdm.tqdm, **config.data.phantom))
   scans = [nifti.read_scan(case.ct) for case in cases]
   volumes = np.stack([scan.values for scan in scans])
@@ -106,9 +113,10 @@ def write_cohort(config: ml_collections.ConfigDict, raw_dir: pathlib.Path, *, sh
 
 
 def shuffle(masks: np.ndarray, seed: int) -> np.ndarray:
-  """Masks [N, S, H, W] of which each patient has another's, rolled along the slices by a random number of them.
+  """Gives each patient the masks of another patient: [N, S, H, W] -> [N, S, H, W].
 
-  Unrolled, the level in the chest alone would tell something of the label.
+  The masks are also rolled along the slices by a random number. Otherwise, the level in the chest alone would tell
+  something about the label.
   """
   patients, slices = masks.shape[:2]
   rng = np.random.default_rng(seed)
@@ -120,9 +128,9 @@ def shuffle(masks: np.ndarray, seed: int) -> np.ndarray:
 
 
 def deal_slices(volumes: np.ndarray) -> np.ndarray:
-  """Volumes [N, S, H, W] of which each has its slice s from patient n + s, so that a slice's neighbours are in others.
+  """Exchanges slices between patients: slice s of volume n comes from patient n + s. [N, S, H, W] -> [N, S, H, W].
 
-  Every slice is used once, at its own level.
+  Neighbouring slices are then in different volumes. Each slice is used once, at its own level.
   """
   patients, slices = volumes.shape[:2]
   level = np.arange(slices)
@@ -130,7 +138,7 @@ def deal_slices(volumes: np.ndarray) -> np.ndarray:
 
 
 def write_table(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[bool, str]:
-  """Writes leakage.md and leakage.json from the finished runs; gives whether no leak was seen, and what to print."""
+  """Writes leakage.md and leakage.json from the finished runs; returns whether there was no leak, and the text."""
   tests = {name: results.read_numbers(workdir / name) for name in ROWS}
   lines = ['| Labels | Split by | AUC | 95% interval | Test files | Test slices |', '| --- | --- |' + ' ---: |' * 4]
   for name, (labels, unit) in ROWS.items():
@@ -160,27 +168,27 @@ def write_table(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tup
 
 
 def verdict(tests: dict[str, dict]) -> tuple[bool, str]:
-  """Whether no leak was seen, and a sentence of it, from the metrics.json of each of ROWS."""
+  """Returns whether there was no leak, and a verdict as text, from the metrics.json of each of ROWS."""
   auc, shown = _numbers(tests['shuffled-by-patient'])
   interval = tests['shuffled-by-patient']['intervals']['auc']
   no_leak = interval is not None and interval[0] <= 0.5 <= interval[1]
   if not no_leak:
     return False, (
-      f'Leak: split by patient, shuffled labels have an AUC of {auc} ({shown}), where 0.5 should be in the interval. '
-      'Chance does this to one seed in twenty, so ask again with another --seed before looking for it.'
+      f'Leak: split by patient, shuffled labels have an AUC of {auc} ({shown}); the interval should contain 0.5. '
+      'Chance does this with one seed in twenty: test again with another --seed before you look for the leak.'
     )
   control, shown_control = _numbers(tests['shuffled-by-slice'])
   interval = tests['shuffled-by-slice']['intervals']['auc']
   would_show = interval is not None and interval[0] > 0.5
   return True, (
-    f'No leak: split by patient, shuffled labels have an AUC of {auc} ({shown}). Split by slice they have {control} '
+    f'No leak: split by patient, shuffled labels have an AUC of {auc} ({shown}). Split by slice, the AUC is {control} '
     f'({shown_control}): '
-    + ('a leak would have been seen.' if would_show else 'no leak was seen there either, so that this proves little.')
+    + ('a leak would have been seen.' if would_show else 'it shows no leak either, so this test proves little.')
   )
 
 
 def _numbers(result):
-  """A result's AUC and interval as text."""
+  """Returns a result's AUC and interval as text."""
   auc, interval = result['auc'], result['intervals']['auc']
   return (
     'undefined' if auc is None else f'{auc:.3f}',
@@ -193,8 +201,8 @@ def _caption(config, tests):
   return (
     f'{phantom.patients} phantoms of {phantom.slices} slices of {size} x {size}, fold {config.data.fold}, '
     f'{config.model.name}, {config.train.steps} steps of {config.train.batch_size} slices, seed {config.seed}. '
-    'Split by slice, a file holds slices of many patients; its interval takes files for independent, which they are '
-    f'not. {datetime.date.today()}, jax {jax.__version__}, commit {tests["true-by-patient"]["commit"]}.'
+    'Split by slice, a file holds slices of many patients. Files are then not independent, but the interval assumes '
+    f'that they are. {datetime.date.today()}, jax {jax.__version__}, commit {tests["true-by-patient"]["commit"]}.'
   )
 
 

@@ -1,4 +1,4 @@
-"""Size and cost of every model in the registry, as the table of docs/models.md.
+"""Prints the size and cost of each model in the registry, as the table of docs/models.md.
 
 python -m benchmarks.model_table
 """
@@ -12,30 +12,31 @@ from fusa_jax import models
 
 
 def shapes(module, size: int) -> dict:
-  """The shapes of a model's variables for one-channel slices."""
+  """Returns the shapes of a model's variables for one-channel slices."""
   init = functools.partial(module.init, train=False)
   return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, size, size, 1)))
 
 
 def count(module, size: int = 64) -> int:
-  """The parameters of a model; batch statistics are not counted."""
+  """Returns the number of parameters of a model, without batch statistics."""
   return sum(leaf.size for leaf in jax.tree.leaves(shapes(module, size)['params']))
 
 
 def forward_gflops(module, size: int) -> float:
-  """10^9 floating-point operations for one slice of size x size, a multiplication and an addition being two.
+  """Returns 10^9 floating-point operations for one slice of size x size.
 
-  XLA's count of the program before it is optimised: all of its operations, of which convolutions are nearly all.
+  A multiplication and an addition count as two. XLA counts all operations of the program before optimisation; nearly
+  all are convolutions.
   """
   images = jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32)
   traced = jax.jit(functools.partial(module.apply, train=False)).trace(shapes(module, size), images)
-  lowered = traced.lower(lowering_platforms=('tpu',))  # a CPU's forms of convolution have other counts
+  lowered = traced.lower(lowering_platforms=('tpu',))  # the CPU forms of convolutions have other counts
   return lowered.cost_analysis()['flops'] / 1e9
 
 
 def table() -> str:
-  """Markdown: a row for each model, with what FUSA adds to the plain one of the same name."""
-  lines = ['| model | parameters | of these FUSA | GFLOPs at 512 x 512 |', '| --- | ---: | ---: | ---: |']
+  """Returns Markdown with a row per model; the parameters in FUSA are the difference to the plain model."""
+  lines = ['| model | parameters | in FUSA | GFLOPs at 512 x 512 |', '| --- | ---: | ---: | ---: |']
   for name in models.NAMES:
     plain = models.create(name.removeprefix('fusa_'))
     module = models.create(name)

@@ -1,14 +1,18 @@
-"""How long prediction takes for a folder of scans: reading, computing and writing one after the other, and all of it.
+"""Times prediction for a folder of scans: reading, computing and writing separately, and everything together.
 
-  python -m benchmarks.prediction --image_size=96 --width=4 --probabilities        (reading and writing weigh most)
-  python -m benchmarks.prediction --image_size=256 --width=16 --rounds=1           (computing does, on a CPU)
-  python -m benchmarks.prediction --image_size=256 --width=16 --rounds=1 --bundle  (exported before)
+On a CPU, reading and writing take most of the first command's time, and computing most of the others' time:
 
-Phantoms are drawn in a temporary folder (`--input` names scans that are there), and a network is initialised, not
-trained; so that its masks are of lesions' size, the threshold is the 99th percentile of the first scan's probabilities.
-`predict.predict` is timed as a whole: checks, weights, compiled program (from the cache, after the first time), masks,
-numbers. The stages are timed by the functions that it calls, a scan after the other. Each time is the least of the
-rounds; memory is the most that the process had held after the first whole one.
+  python -m benchmarks.prediction --image_size=96 --width=4 --probabilities
+  python -m benchmarks.prediction --image_size=256 --width=16 --rounds=1
+  python -m benchmarks.prediction --image_size=256 --width=16 --rounds=1 --bundle  (export first, then predict)
+
+The command draws phantoms in a temporary folder; `--input` uses existing scans instead. It initialises a network, but
+does not train it. The threshold is the 99th percentile of the first scan's probabilities, so masks are about as large
+as lesions.
+
+The time of `predict.predict` includes checks, weights, the compiled program (from the cache, after the first time),
+masks and numbers. The stages are timed with the functions that it calls, one scan after the other. Each time is the
+least of the rounds. Memory is the peak of the process after the first complete prediction.
 """
 
 import collections
@@ -34,22 +38,22 @@ from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import meshes, provenance
 from fusa_jax.training import optimizers, train
 
-_INPUT = flags.DEFINE_string('input', None, 'a folder of scans in HU, instead of phantoms')
-_VOLUMES = flags.DEFINE_integer('volumes', 6, 'phantoms')
-_SLICES = flags.DEFINE_integer('slices', 150, 'of each phantom')
+_INPUT = flags.DEFINE_string('input', None, 'folder of scans in HU, instead of phantoms')
+_VOLUMES = flags.DEFINE_integer('volumes', 6, 'number of phantoms')
+_SLICES = flags.DEFINE_integer('slices', 150, 'slices per phantom')
 _SIZE = flags.DEFINE_integer('size', 512, 'rows and columns of each phantom')
 _MODEL = flags.DEFINE_string('model', 'fusa_resunet', 'a segmentation model')
-_WIDTH = flags.DEFINE_integer('width', 4, 'its first channels')
+_WIDTH = flags.DEFINE_integer('width', 4, 'channels of the first level')
 _IMAGE_SIZE = flags.DEFINE_integer('image_size', 96, 'side of the slices that the network sees')
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'slices a batch')
-_DTYPE = flags.DEFINE_string('dtype', 'auto', 'of activations')
-_BUNDLE = flags.DEFINE_bool('bundle', False, 'export the run, and predict by the bundle; of both, seconds and sizes')
-_PROBABILITIES = flags.DEFINE_bool('probabilities', False, 'write probability volumes too')
-_ROUNDS = flags.DEFINE_integer('rounds', 3, 'of which the least times are given')
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'slices per batch')
+_DTYPE = flags.DEFINE_string('dtype', 'auto', 'type of activations')
+_BUNDLE = flags.DEFINE_bool('bundle', False, 'export the run and predict with the bundle; print seconds and sizes')
+_PROBABILITIES = flags.DEFINE_bool('probabilities', False, 'also write probability volumes')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'number of rounds; the least time of each stage counts')
 
 
 def make_run(workdir: pathlib.Path):
-  """The folder of a run of no steps; its config."""
+  """Writes a run without training steps into the folder; returns its config."""
   config = seg.get_config(_MODEL.value)
   config.model.update(width=_WIDTH.value, dtype=_DTYPE.value)
   config.data.image_size, config.train.batch_size = _IMAGE_SIZE.value, _BATCH_SIZE.value
@@ -62,7 +66,7 @@ def make_run(workdir: pathlib.Path):
 
 
 def make_bundle(workdir: pathlib.Path) -> pathlib.Path:
-  """The folder of the run's bundle, of which time and sizes are printed."""
+  """Exports the run as a bundle, prints times and file sizes, and returns the bundle's folder."""
   folder = workdir.with_name('bundle')
   began = time.perf_counter()
   export.write_bundle([workdir], folder)
@@ -72,15 +76,15 @@ def make_bundle(workdir: pathlib.Path) -> pathlib.Path:
   bundle.load_bundle(folder, meshes.create_mesh())
   sizes = ', '.join(f'{path.name} {path.stat().st_size / 1e6:.3f} MB' for path in sorted(folder.iterdir()))
   print(
-    f'exported in {exported - began:.1f} s: {sizes}; loading the run {loaded - exported:.1f} s, the bundle '
-    f'{time.perf_counter() - loaded:.1f} s',
+    f'exported in {exported - began:.1f} s: {sizes}; loading takes {loaded - exported:.1f} s for the run, '
+    f'{time.perf_counter() - loaded:.1f} s for the bundle',
     flush=True,
   )
   return folder
 
 
 def stages(run: Predictor, sources: list[Source], output: pathlib.Path) -> dict[str, float]:
-  """Seconds of each stage, over all scans."""
+  """Returns the seconds of each stage, over all scans."""
   took = collections.Counter()
 
   def timed(stage, function, *arguments):
@@ -91,9 +95,9 @@ def stages(run: Predictor, sources: list[Source], output: pathlib.Path) -> dict[
 
   for source in sources:
     scan = timed('read', source.read_image, 'hu')
-    found = timed('compute', run, scan)
-    for kind in ('mask', 'probability') if _PROBABILITIES.value else ('mask',):
-      timed('write', nifti.write_volume, output / f'{source.stem}_{kind}.nii.gz', getattr(found, kind), scan)
+    result = timed('compute', run, scan)
+    for volume in ('mask', 'probability') if _PROBABILITIES.value else ('mask',):
+      timed('write', nifti.write_volume, output / f'{source.stem}_{volume}.nii.gz', getattr(result, volume), scan)
   return took
 
 

@@ -1,8 +1,8 @@
 """Worker processes of the benchmarks.
 
-A worker is spawned, not forked: JAX has threads, and a worker must find its device as a new process does. It ignores
-Ctrl-C, which a terminal sends to all processes: the process that started it hears Ctrl-C and ends it. It ends by itself
-where that process is killed.
+A worker is spawned, not forked, because JAX has threads and a worker must find its device like a new process. A
+terminal sends Ctrl-C to all processes. A worker ignores it; the process that started the worker receives Ctrl-C and
+ends the worker. If that process is killed, the worker ends by itself.
 """
 
 import multiprocessing
@@ -22,13 +22,13 @@ def start(work: Callable, *arguments: Any) -> tuple[BaseProcess, Connection]:
   """
   here, there = multiprocessing.Pipe()
   process = multiprocessing.get_context('spawn').Process(target=_run, args=(work, there, *arguments))
-  # The worker inherits the ignored signal, so that it never hears Ctrl-C, not even while it imports.
+  # The worker inherits the ignored signal. It therefore ignores Ctrl-C from the start, also while it imports modules.
   handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
   try:
     process.start()
   finally:
     signal.signal(signal.SIGINT, handler)
-  there.close()  # the worker must hold the only copy: then its death closes the pipe
+  there.close()  # the worker must hold the only copy, so that its end closes the pipe
   return process, here
 
 

@@ -1,6 +1,6 @@
 """The settings that several benchmarks share.
 
-This module imports no other package: benchmarks/accelerator.py must start where packages are missing, to name them.
+This module imports no other package. benchmarks/accelerator.py must start even if packages are missing, to name them.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ class Settings:
   Attributes:
     image_size: side of the slices, in pixels.
     batch_size: slices per batch.
-    rounds: how often each contestant has its turn; the median over the rounds counts.
+    rounds: turns of each contestant; the median over the rounds counts.
     steps: steps per turn.
     width: channels of a model's first level; None: each model's own.
   """
@@ -30,9 +30,9 @@ class Options(Settings):
   """The settings of benchmarks/accelerator.py.
 
   Attributes:
-    models: names of the registry.
-    memory_limit: of the largest batch, in bytes; None: the device's own.
-    folder: where a part may write files.
+    models: names of models.
+    memory_limit: memory for the largest batch, in bytes; None: the device's memory.
+    folder: a folder in which a part may write files.
   """
 
   models: tuple[str, ...]

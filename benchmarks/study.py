@@ -1,12 +1,14 @@
-"""Models, folds and seeds under one protocol, and FUSA minus plain for the same patients.
+"""Trains and tests models, folds and seeds under one protocol, and compares FUSA with plain models per patient.
 
   python -m benchmarks.study --config=configs/seg.py --config.data.raw_dir=FOLDER_OF_SCANS \
     --models=resunet,fusa_resunet --folds=all --seeds=0,1 --jobs=2
 
-Data, steps, batches and augmentation are the config's, the same for all. In the workdir, MODEL-seedS is the run of a
-model and a seed or, with --folds=all, its cross-validation, as launch.py makes them; `table.md`, `table.csv` and
-`differences.json` are written anew after each of these. The command may be stopped at any time: given again, it keeps
-what is finished, resumes what is not, and refuses a config that would mix two protocols in one table.
+Data, steps, batches and augmentation come from the config and are the same for all models. In the workdir, MODEL-seedS
+is the run of a model and a seed, as launch.py makes it; with --folds=all it is their cross-validation. After each of
+these, the command rewrites `table.md`, `table.csv` and `differences.json`.
+
+Rerun the command to resume it: it keeps finished runs and resumes the others. It refuses a config that would mix two
+protocols in one table.
 """
 
 import collections
@@ -29,13 +31,19 @@ from fusa_jax.training import cross_validation, datasets
 
 
 def define_flags() -> None:
-  """Not on import: other benchmarks have a --models of their own."""
+  """Defines the flags. Importing this module does not define them, because other benchmarks also define --models."""
   arguments.define_config()
-  flags.DEFINE_string('workdir', None, "of the study; default: runs/study/ or runs/tables/ and the config's name")
-  flags.DEFINE_list('models', None, "of the registry; default: those of the paper's table")
-  flags.DEFINE_list('seeds', ['0'], 'of initialisation, sampling and augmentation; each row is the mean over them')
-  flags.DEFINE_string('folds', None, "all, or the number of one; default: the config's data.fold")
-  flags.DEFINE_integer('jobs', 1, 'runs at a time: on a CPU they share its cores, else each has a GPU', lower_bound=1)
+  flags.DEFINE_string(
+    'workdir', None, "folder of the study; default: runs/study/NAME or runs/tables/NAME, with the config's name"
+  )
+  flags.DEFINE_list('models', None, "names of models; default: the models of the paper's table")
+  flags.DEFINE_list(
+    'seeds', ['0'], 'seeds of initialisation, sampling and augmentation; each row is the mean over the seeds'
+  )
+  flags.DEFINE_string('folds', None, "all, or one fold number; default: the config's data.fold")
+  flags.DEFINE_integer(
+    'jobs', 1, 'runs at a time; on a CPU they share the cores, otherwise each has its own GPU', lower_bound=1
+  )
 
 
 def main(_):
@@ -45,7 +53,7 @@ def main(_):
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """The study of a config as the flags have it."""
+  """Runs the study of a config with the options of the flags, and prints its table."""
   names = read_models(flags.FLAGS.models, config.task)
   seeds = read_seeds(flags.FLAGS.seeds)
   if flags.FLAGS.folds is not None:
@@ -57,24 +65,24 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def read_models(texts: list[str] | None, task: str) -> list[str]:
-  """Names of the registry; the paper's where none are given.
+  """Returns the names of the models; by default, the models of the paper's table.
 
   Raises:
-    UserError: one is unknown, of the other task, or given twice.
+    UserError: a name is unknown, belongs to the other task, or is given twice.
   """
   if texts is None:
     return list(study_table.ROWS[task].values())
   known = tasks.type_of(task).models
   for name in texts or ['']:
     if name not in known:
-      raise UserError(f'--models: {name!r} is no model of {task}; one or more of {", ".join(known)}')
+      raise UserError(f'--models: {name!r} is not a {task} model; choose from {", ".join(known)}')
   return _once('models', texts)
 
 
 def read_seeds(texts: list[str]) -> list[int]:
-  """Raises UserError where one is no whole number or given twice, or none is given."""
+  """Returns the seeds; raises UserError if there are none, or if one is not a whole number or is given twice."""
   if not texts or not all(text.strip().isdigit() for text in texts):
-    raise UserError(f'--seeds: {",".join(texts)!r} are not whole numbers; give --seeds=0,1,2')
+    raise UserError(f'--seeds: {",".join(texts)!r} must be whole numbers; for example, give --seeds=0,1,2')
   return _once('seeds', [int(text) for text in texts])
 
 
@@ -86,22 +94,26 @@ def _once(flag, values):
 
 
 def read_fold(text: str, configured: int | str | None) -> int | str:
-  """What --folds gives data.fold; raises UserError where it is none, or --config.data.fold says otherwise."""
+  """Returns data.fold from --folds.
+
+  Raises:
+    UserError: `text` is not a fold, or contradicts --config.data.fold.
+  """
   if text != 'all' and not text.isdigit():
-    raise UserError(f"--folds: {text!r} is neither 'all' nor the number of a fold; some folds are no test of a cohort")
+    raise UserError(f"--folds: {text!r} must be 'all' or one fold number; for example, give --folds=0")
   if configured is not None and str(configured) != text:
-    raise UserError(f'--folds: {text}, but --config.data.fold is {configured}; give one of them')
+    raise UserError(f'--folds: {text}, but --config.data.fold is {configured}; give only one of them')
   return 'all' if text == 'all' else int(text)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-  """A run to be trained and tested, by whichever process is free; of data.fold 'all', the runs of all to be pooled.
+  """A run for the next free process to train and test. If data.fold is 'all', the job pools the runs of all folds.
 
   Attributes:
-    config: of the run.
-    run: its workdir.
-    data_dir: of the prepared dataset.
+    config: the config of the run.
+    run: the workdir of the run.
+    data_dir: the folder of the prepared dataset.
   """
 
   config: ml_collections.ConfigDict
@@ -113,10 +125,10 @@ class Job:
     return f'{self.config.model.name}, seed {self.config.seed}, {fold}'
 
   def __call__(self) -> float | None:
-    """Gives the score by which the task chooses."""
+    """Trains and tests the run; returns the score by which the task selects checkpoints."""
     result = cross_validation.train_and_test(self.config, self.run, self.data_dir)
     report.write_report(self.run, datasets.card(self.data_dir, self.config.data.fold))
-    jax.clear_caches()  # nothing of one model's is of use to the next
+    jax.clear_caches()  # the next model cannot use compiled programs of this one
     return result[tasks.type_of(self.config.task).selection]
 
 
@@ -129,10 +141,10 @@ def make(
   machine: jobs.Machine,
   shares: list[jobs.Share],
 ) -> str:
-  """Does what is not finished, seed after seed, and writes the table after each model's; gives its text.
+  """Runs all unfinished jobs, seed by seed; returns the text of the table, which it writes after each model and seed.
 
   Raises:
-    UserError: of a run; the workdir holds one of another protocol.
+    UserError: a run raised it, or the workdir holds a run with another protocol.
   """
   todo, wholes, left, total = collections.deque(), {}, collections.Counter(), 0
   for seed in seeds:
@@ -141,11 +153,11 @@ def make(
       parts = _parts(whole)
       begin = [job for job in parts if not _is_finished(job)]
       if len(parts) > 1:
-        run_config.save_config(whole.run, whole.config)  # a run of one fold has no place among all
+        run_config.save_config(whole.run, whole.config)  # refuses a folder that holds a run of one fold
         if not begin and not results.is_complete(whole.run):
           begin = [whole]
       if begin and (whole.run / 'test').exists():
-        results.clear_test(whole.run / 'test')  # what is about to change stands in no table
+        results.clear_test(whole.run / 'test')  # results that are about to change must not stay in a table
       todo.extend(begin)
       total += len(parts)
       left[whole] = len(begin)
@@ -167,7 +179,7 @@ def make(
 
 
 def _parts(whole):
-  """The runs that a model and a seed are made of: one, or one for each fold."""
+  """Returns the runs of a model and a seed: one, or one per fold."""
   if not run_config.is_cross_validation(whole.config):
     return [whole]
   runs = cross_validation.runs(whole.config, whole.run, whole.data_dir)
@@ -175,7 +187,7 @@ def _parts(whole):
 
 
 def _is_finished(job):
-  """Whether a run has been tested as config.evaluate says; refuses one of another protocol."""
+  """Returns whether a run has been tested as config.evaluate says; raises UserError if its protocol differs."""
   if not cross_validation.is_finished(job.run, job.config):
     return False
   run_config.save_config(job.run, job.config)

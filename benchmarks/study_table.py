@@ -1,4 +1,4 @@
-"""The table of a study in the paper's columns, and FUSA minus plain patient by patient, from the finished runs."""
+"""The table of a study with the paper's columns, and the difference of FUSA and plain models patient by patient."""
 
 import datetime
 import json
@@ -15,7 +15,7 @@ from fusa_jax import models, tasks
 from fusa_jax.runs import compare, results, run_config
 from fusa_jax.system.files import replacing, write_csv, write_json
 
-# The paper's rows, in its order and spelling, with the names of our registry.
+# The paper's rows, in its order and spelling, with the names of our models.
 ROWS = {
   'classification': {
     'VGG-Net': 'vgg16',
@@ -34,7 +34,7 @@ ROWS = {
     'FUSA-ResUnet': 'fusa_resunet',
   },
 }
-# The paper's columns, with the keys of metrics.json. The macro Dice is ours: its Dice may be that (docs/paper.md).
+# The paper's columns, with the keys of metrics.json. We added macro Dice: the paper's Dice may be this (docs/paper.md).
 SCORES = {
   'classification': {'Acc': 'accuracy', 'Precision': 'precision', 'Recall': 'recall', 'F1': 'f1', 'AUC': 'auc'},
   'segmentation': {'Dice': 'dice', 'Precision': 'precision', 'Recall': 'recall', 'Macro Dice': 'dice_macro'},
@@ -42,19 +42,19 @@ SCORES = {
 
 
 def folder(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:
-  """The workdir of a model and a seed."""
+  """Returns the workdir of a model and a seed."""
   return workdir / f'{name}-seed{seed}'
 
 
 def row_config(config: ml_collections.ConfigDict, name: str, seed: int) -> ml_collections.ConfigDict:
-  """The protocol with a row's model and a seed; only the names and the widths that go with them differ."""
+  """Returns the protocol with a row's model and a seed. Rows differ only in the model and its width."""
   one = ml_collections.ConfigDict(config.to_dict())
   one.seed = seed
   one.model.name = name
   if config.model.width is not None:
-    # Relative to an architecture's own, as the config has it for its own model.
-    own = {n: models.create(n).width for n in (config.model.name, name)}
-    one.model.width = config.model.width * own[name] // own[config.model.name]
+    # Keep the ratio of the config's width to the default width of the config's model.
+    default = {n: models.create(n).width for n in (config.model.name, name)}
+    one.model.width = config.model.width * default[name] // default[config.model.name]
   return one
 
 
@@ -66,21 +66,21 @@ def write(
   machine: Machine,
   jobs: int,
 ) -> str:
-  """Writes table.csv, table.md and differences.json from the finished runs; gives the text of table.md.
+  """Writes table.csv, table.md and differences.json from the finished runs; returns the text of table.md.
 
   Args:
     config: the protocol.
-    names: of the models, a row for each that has a finished run.
-    seeds: of the study; a row is of those that are finished.
-    workdir: of the study.
-    machine: on which it ran.
-    jobs: how many runs shared that.
+    names: the models; each with a finished run gets a row.
+    seeds: the seeds of the study; a row uses the finished ones.
+    workdir: the folder of the study.
+    machine: the machine that ran the study.
+    jobs: the number of runs that shared the machine at a time.
   """
   finished = {name: [seed for seed in seeds if results.is_complete(folder(workdir, name, seed))] for name in names}
   records = [_record(config, name, workdir, done) for name, done in finished.items() if done]
   write_csv(workdir / 'table.csv', records)
-  found = list(_differences(config, workdir, finished))
-  write_json(workdir / 'differences.json', found)
+  differences = list(_differences(config, workdir, finished))
+  write_json(workdir / 'differences.json', differences)
 
   titles = [*SCORES[config.task], 'Parameters', 'GFLOPs', 'slices/s']
   lines = ['| ' + ' | '.join(['Model', *titles]) + ' |', '| --- |' + ' ---: |' * len(titles)]
@@ -89,9 +89,9 @@ def write(
     cells += [f'{record["parameters"]:,}', f'{record["gflops"]:.2f}', f'{record["slices_per_second"]:.0f}']
     lines.append('| ' + ' | '.join([record['model'], *cells]) + ' |')
   lines += ['', _caption(config, workdir, finished, seeds, machine, jobs)]
-  for each in found:
-    what = f'{each["run"]} minus {each["against"]}, {_seeds(each["seeds"])}'
-    lines += ['', f'{what}: {compare.per_patient_line(each["per_patient"])}']
+  for each in differences:
+    title = f'{each["run"]} minus {each["against"]}, {_seeds(each["seeds"])}'
+    lines += ['', f'{title}: {compare.per_patient_line(each["per_patient"])}']
   text = '\n'.join(lines)
   with replacing(workdir / 'table.md') as partial:
     partial.write_text(text + '\n')
@@ -99,7 +99,7 @@ def write(
 
 
 def _record(config, name, workdir, seeds):
-  """A row of table.csv: mean and standard deviation over the seeds; empty where a score is undefined."""
+  """Returns a row of table.csv: mean and standard deviation over the seeds; empty if a score is undefined."""
   runs = [folder(workdir, name, seed) for seed in seeds]
   tests = [results.read_numbers(run) for run in runs]
   module = tasks.create(row_config(config, name, 0)).model
@@ -107,10 +107,10 @@ def _record(config, name, workdir, seeds):
   record = {'model': titles.get(name, name), 'name': name, 'seeds': len(runs)}
   for column, key in SCORES[config.task].items():
     values = [result[key] for result in tests]
-    values = [] if None in values else values  # a mean over some of the seeds would pass for all of theirs
+    values = [] if None in values else values  # a mean over only some of the seeds would mislead
     record[column] = statistics.fmean(values) if values else None
     record[f'{column} sd'] = statistics.stdev(values) if len(values) > 1 else None
-    # Over patients, of a single run; what several runs of the same patients have in common is not in their spread.
+    # A single run has an interval over patients. The spread over seeds does not include the variation of patients.
     interval = tests[0]['intervals'][key] if len(tests) == 1 else None
     record[f'{column} low'], record[f'{column} high'] = interval or (None, None)
   return record | {
@@ -121,18 +121,24 @@ def _record(config, name, workdir, seeds):
 
 
 def _logs(run):
-  """The log of a run, or those of all folds."""
+  """Returns the log of a run, or the logs of all folds."""
   return [run / 'log.jsonl'] if (run / 'log.jsonl').exists() else sorted(run.glob('fold*/log.jsonl'))
 
 
 def _rate(log):
-  """Slices trained on per second: the median over a run's log, which leaves out compilation and validation."""
+  """Returns the training speed in slices per second: the median over a run's log.
+
+  The log's speeds exclude compilation and validation.
+  """
   entries = map(json.loads, log.read_text().splitlines())
   return statistics.median(e['train/slices_per_second'] for e in entries if 'train/slices_per_second' in e)
 
 
 def cell(record: dict, column: str) -> str:
-  """As the paper prints it: percent, AUC as a fraction; with the spread over seeds or, of one, the 95% interval."""
+  """Returns a score as the paper prints it: in percent, AUC as a fraction.
+
+  The spread over seeds follows, or the 95% interval if there is one seed.
+  """
   mean, spread, low, high = (record[f'{column}{part}'] for part in ('', ' sd', ' low', ' high'))
   scale, digits, unit = (1, 3, '') if column == 'AUC' else (100, 2, '%')
   if mean is None:
@@ -143,7 +149,7 @@ def cell(record: dict, column: str) -> str:
 
 
 def _differences(config, workdir, finished) -> Iterator[dict]:
-  """The ablation: for each two models that differ in FUSA alone, over all seeds that both have, then of each seed."""
+  """Yields the comparison of each model with its FUSA variant: over all seeds that both have, then for each seed."""
   for plain in finished:
     fusa = f'fusa_{plain}'
     common = [seed for seed in finished[plain] if seed in finished.get(fusa, ())]
@@ -171,8 +177,8 @@ def _caption(config, workdir, finished, seeds, machine, jobs):
     f'{config.data.image_size} x {config.data.image_size}. {config.train.steps} steps of '
     f'{config.train.batch_size} slices, {_seeds(seeds)}.'
     + (f' Unfinished: {", ".join(missing)} seeds.' if missing else '')
-    + (' Mean ± standard deviation over the seeds.' if len(seeds) > 1 else ' In brackets: 95% over patients.')
-    + f' GFLOPs: one slice forward. slices/s: in training, on {machine}'
+    + (' Mean ± standard deviation over the seeds.' if len(seeds) > 1 else ' Brackets: 95% interval over patients.')
+    + f' GFLOPs: forward pass of one slice. slices/s: in training, on {machine}'
     + (f' shared by {jobs} runs at a time' if jobs > 1 else '')
     + f'. {datetime.date.today()}, jax {jax.__version__}, commit {result["commit"]}.'
   )

@@ -1,8 +1,8 @@
-"""The PyTorch originals of all models: the oracle that ours are tested against, and the peer for speed.
+"""The PyTorch originals of all models: the reference for tests and for speed.
 
-torchvision and segmentation_models_pytorch (smp) have the baselines. The authors of the paper published no code, so
-FUSA, FUSA-ResNet and FUSA-ResUnet are written here as the paper's text has them, with the H x W x 2C concatenation.
-`fusa_jax.torch_weights.from_torch` takes the state dict of each.
+The baselines come from torchvision and segmentation_models_pytorch (smp). The authors of the paper published no code.
+FUSA, FUSA-ResNet and FUSA-ResUnet are therefore written here from the paper's text, with the H x W x 2C concatenation.
+`fusa_jax.torch_weights.from_torch` takes the state dict of each model.
 """
 
 import importlib.util
@@ -15,10 +15,10 @@ from torch import nn
 
 
 def _import_torchvision():
-  """torchvision, also where its compiled operators do not load, as beside a PyTorch that it was not built for.
+  """Imports torchvision even if its compiled operators do not load, for example with a PyTorch of another build.
 
-  Its models need none of them, but importing it registers their shapes, which fails for operators that do not exist:
-  they are declared here by name, and never called.
+  Its models need none of the operators. But the import registers their shapes, which fails if they do not exist. This
+  function therefore declares the operators by name; nothing calls them.
   """
   folder = pathlib.Path(importlib.util.find_spec('torchvision').origin).parent
   library = torch.library.Library('torchvision', 'FRAGMENT')
@@ -66,7 +66,7 @@ class _FUSABasicBlock(torchvision.models.resnet.BasicBlock):
 
 
 class _FUSABottleneck(torchvision.models.resnet.Bottleneck):
-  """As _FUSABasicBlock."""
+  """torchvision's bottleneck with FUSA at the end of its branch (section II-B)."""
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
     y = F.relu(self.bn1(self.conv1(x)))
@@ -76,9 +76,9 @@ class _FUSABottleneck(torchvision.models.resnet.Bottleneck):
 
 
 def _with_fusa(model: nn.Module) -> nn.Module:
-  """The model with FUSA in each of its torchvision residual blocks, smp's encoders included.
+  """Adds FUSA to each torchvision residual block of the model, also in smp's encoders; returns the model.
 
-  The blocks change their class. A hook behind the last norm would be shorter, but `torch.compile` passes over it.
+  This changes the class of the blocks. A hook after the last norm would be shorter, but `torch.compile` ignores hooks.
   """
   for block in list(model.modules()):
     if isinstance(block, torchvision.models.resnet.BasicBlock):
@@ -91,7 +91,7 @@ def _with_fusa(model: nn.Module) -> nn.Module:
 
 
 class _UNetBlock(nn.Module):
-  """Two 3x3 convolutions with norms, FUSA where it is wanted, and the sum with a projected shortcut."""
+  """Two 3x3 convolutions with norms, optional FUSA, and the sum with a projected shortcut."""
 
   def __init__(self, inputs: int, features: int, fusa: bool):
     super().__init__()
@@ -135,15 +135,15 @@ class ResUNet(nn.Module):
 def create(
   name: str, num_classes: int = 1, in_channels: int = 1, encoder: str | None = None, width: int = 64, dropout=None
 ) -> nn.Module:
-  """The PyTorch original of a model of the registry, with random weights; images [B, C, H, W] -> logits.
+  """Returns the PyTorch original of a model, with random weights; images [B, C, H, W] -> logits.
 
   Args:
     name: one of `fusa_jax.models.NAMES`.
-    num_classes: of the last layer.
-    in_channels: of the first layer.
-    encoder: of linknet, pspnet and deeplabv3; None takes ours.
-    width: of resunet; the others exist at full width only.
-    dropout: instead of the model's own, where it has one.
+    num_classes: number of outputs of the last layer.
+    in_channels: number of input channels of the first layer.
+    encoder: encoder of linknet, pspnet and deeplabv3; None: the default of our model.
+    width: width of resunet; the other models exist at full width only.
+    dropout: dropout rate that replaces the model's own, if it has one.
   """
   plain = name.removeprefix('fusa_')
   if plain == 'resunet':
@@ -160,14 +160,14 @@ def _baseline(name, num_classes, in_channels, encoder):
   if name in ('linknet', 'pspnet', 'deeplabv3'):
     import segmentation_models_pytorch as smp
 
-    kind, default = {
+    architecture, default = {
       'linknet': (smp.Linknet, 'resnet18'),
       'pspnet': (smp.PSPNet, 'resnet50'),
       'deeplabv3': (smp.DeepLabV3, 'resnet50'),
     }[name]
-    return kind(encoder or default, encoder_weights=None, in_channels=in_channels, classes=num_classes)
+    return architecture(encoder or default, encoder_weights=None, in_channels=in_channels, classes=num_classes)
   model = torchvision.models.get_model('vgg16_bn' if name == 'vgg16' else name, num_classes=num_classes)
-  # torchvision's models are for three channels: the same first layer for another number.
+  # torchvision's models take three channels: replace the first layer by one for `in_channels`.
   parent, key, first = next(
     (parent, key, layer)
     for parent in model.modules()

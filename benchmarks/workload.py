@@ -1,4 +1,4 @@
-"""Our side of the benchmarks: a model's training step and inference on one device, with a batch of random slices."""
+"""The JAX side of the benchmarks: a model's training step and inference on one device, with random slices."""
 
 import dataclasses
 import functools
@@ -23,13 +23,13 @@ from fusa_jax.training import optimizers, train
 
 
 def config_of(name: str, settings: Settings) -> ml_collections.ConfigDict:
-  """The paper's experiment with a model, on one device and without augmentation.
+  """Returns the config of the paper's experiment with a model, on one device and without augmentation.
 
   Raises:
-    UserError: no such model.
+    UserError: the model does not exist.
   """
   if name not in models.NAMES:
-    raise UserError(f'--models: there is no {name!r}; one or more of {", ".join(models.NAMES)}')
+    raise UserError(f'--models: {name!r} is unknown; choose from {", ".join(models.NAMES)}')
   config = (cls if name in models.CLASSIFIERS else seg).get_config(name)
   config.data.image_size, config.train.batch_size = settings.image_size, settings.batch_size
   config.model.width = settings.width
@@ -39,21 +39,21 @@ def config_of(name: str, settings: Settings) -> ml_collections.ConfigDict:
 
 
 def forward_gflops(name: str, settings: Settings) -> float:
-  """10^9 operations of a batch's forward pass, of our factored form (`model_table.forward_gflops`).
+  """Returns 10^9 operations of a batch's forward pass in our factored form (`model_table.forward_gflops`).
 
-  It is what all frameworks and forms are credited with, and three times that for a training step.
+  All frameworks and forms are credited with this number, and with three times this number for a training step.
   """
   model = models.create(name, **options_of(settings))
   return settings.batch_size * model_table.forward_gflops(model, settings.image_size)
 
 
 def options_of(settings: Settings) -> dict:
-  """What `models.create` takes of them."""
+  """Returns the settings that are options of `models.create`."""
   return {} if settings.width is None else {'width': settings.width}
 
 
 def batch_of(size: int, count: int) -> dict[str, np.ndarray]:
-  """A batch as the input pipeline has it, of random HU and some lesion."""
+  """Returns a batch like the input pipeline's, with random HU and some lesion."""
   rng = np.random.default_rng(0)
   mask = (rng.random((count, size, size)) < 0.05).astype(np.uint8)
   return {
@@ -66,11 +66,11 @@ def batch_of(size: int, count: int) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """A config's work on one device, not yet compiled; no array is made.
+  """The programs of a config on one device. Creating a workload neither compiles nor allocates arrays.
 
   Attributes:
     init: a jitted initialiser of the train state.
-    shapes: of the train state.
+    shapes: the shapes of the train state.
   """
 
   config: ml_collections.ConfigDict
@@ -81,18 +81,18 @@ class Workload:
   shapes: train.TrainState
 
   def lower_step(self) -> jax.stages.Lowered:
-    """The loop's own step."""
+    """Lowers the step of the training loop."""
     return train.lower_step(self.task, self.optimizer, self.config, self.mesh, self.shapes)
 
   def lower_infer(self) -> jax.stages.Lowered:
-    """Slices -> probabilities."""
+    """Lowers inference: slices -> probabilities."""
     size, count = self.config.data.image_size, self.config.train.batch_size
     slices = jax.ShapeDtypeStruct((count, size, size), np.int16, sharding=meshes.batched(self.mesh, 3))
     return jax.jit(self.task.probabilities).lower(self.shapes.variables, slices)
 
 
 def create(config: ml_collections.ConfigDict, **changes) -> Workload:
-  """The workload of a config; `changes` are of the model's attributes, as `attention=None`."""
+  """Returns the workload of a config; `changes` replace attributes of the model, for example `attention=None`."""
   mesh = meshes.create_mesh(1, 1, jax.devices()[:1])
   task = tasks.create(config)
   task = dataclasses.replace(task, model=task.model.clone(**changes))
@@ -103,10 +103,10 @@ def create(config: ml_collections.ConfigDict, **changes) -> Workload:
 
 
 class Running:
-  """A workload compiled, with its state and batch on the device. Inference is compiled when it is first asked for."""
+  """A compiled workload with its state and batch on the device. Inference is compiled at its first call."""
 
   def __init__(self, work: Workload, weights: dict | None = None):
-    """`weights`, as `torch_weights.from_torch` has them, take the place of the random ones."""
+    """`weights`, in the form of `torch_weights.from_torch`, replace the random weights."""
     batch = batch_of(work.config.data.image_size, work.config.train.batch_size)
     self._work = work
     self._step = work.lower_step().compile()
@@ -130,21 +130,22 @@ class Running:
     jax.block_until_ready((self._state, self._out))
 
   def memory(self) -> int:
-    """Bytes that a step holds at once, as the compiler has it."""
+    """Returns the peak memory of a step in bytes, as the compiler reports it."""
     return peak_bytes(self._step)
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
-  """Bytes that a program holds at once: what it is given and gives, and its temporaries."""
-  found = compiled.memory_analysis()
-  outside = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-  return outside + found.temp_size_in_bytes
+  """Returns the peak memory of a program in bytes: its arguments, its outputs and its temporaries."""
+  memory = compiled.memory_analysis()
+  outside = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return outside + memory.temp_size_in_bytes
 
 
 def in_turn(runs: dict, waits: dict, settings: Settings) -> dict:
-  """The median seconds a call of each run, by its key. In a turn it is called some times, and then waited for.
+  """Returns the median seconds per call of each run, by its key.
 
-  What else the machine does meets all alike, since they take turns.
+  In a turn, a run is called `settings.steps` times, then its wait function once. Because the runs take turns, other
+  work on the machine affects all of them equally.
   """
   seconds = {key: [] for key in runs}
   for _ in range(settings.rounds):
@@ -158,10 +159,10 @@ def in_turn(runs: dict, waits: dict, settings: Settings) -> dict:
 
 
 def device_name() -> str:
-  """Of the device that JAX computes on; of a CPU, which it is and how many cores it has."""
+  """Returns the name of the device that JAX uses; for a CPU, its number of cores and its model."""
   device = jax.devices()[0]
   if device.platform != 'cpu':
     return device.device_kind
-  found = subprocess.run(['lscpu'], capture_output=True, text=True, check=False).stdout
-  names = [line.split(':', 1)[1].strip() for line in found.splitlines() if line.startswith('Model name')]
+  output = subprocess.run(['lscpu'], capture_output=True, text=True, check=False).stdout
+  names = [line.split(':', 1)[1].strip() for line in output.splitlines() if line.startswith('Model name')]
   return f'{os.cpu_count()} cores of {names[0] if names else "a CPU"}'

@@ -1,99 +1,108 @@
-"""What the two experiments share. A preset is a short difference from the paper's experiment."""
+"""The config keys of both tasks, with the values of the paper's experiment. A preset changes some of them."""
 
 import ml_collections
 from ml_collections import config_dict
 
 
 def paper() -> ml_collections.ConfigDict:
-  """The keys that both tasks have: the paper's experiment, and our choice where it is silent (docs/paper.md)."""
+  """Returns the config of the paper's experiment; where the paper names no value, with ours (docs/paper.md)."""
   config = ml_collections.ConfigDict()
-  config.task = ''  # segmentation or classification, set by seg.py and cls.py
-  config.seed = 0
+  config.task = ''  # 'segmentation' or 'classification'; configs/seg.py and configs/cls.py set it
+  config.seed = 0  # seed of the initial weights, the order of the slices, augmentation and dropout
 
   config.model = ml_collections.ConfigDict()
-  config.model.name = ''  # one of models.NAMES, set by the preset
-  config.model.width = config_dict.placeholder(int)  # channels of the first level; None: the architecture's own
-  config.model.encoder = config_dict.placeholder(str)  # of linknet, pspnet, deeplabv3: resnet18, resnet34, resnet50
-  # Shallower than the architecture's own (None): of resunet the channels of each level over `width`, as (1, 2, 4) for
-  # three levels; of resnet the blocks of each stage, as (2, 2) for two stages.
+  config.model.name = ''  # a model of docs/models.md; the preset sets it
+  config.model.width = config_dict.placeholder(int)  # channels of the first level; None: as published
+  # The encoder of linknet, pspnet or deeplabv3: 'resnet18', 'resnet34' or 'resnet50'; None: the model's default.
+  config.model.encoder = config_dict.placeholder(str)
+  # Depth of a ResUnet: the channels of each level, divided by width; (1, 2, 4) gives three levels. None: as published.
   config.model.multiples = config_dict.placeholder(tuple)
+  # Depth of a ResNet: the number of blocks in each stage; (2, 2) gives two stages. None: as published.
   config.model.stage_sizes = config_dict.placeholder(tuple)
-  config.model.init_from = ''  # PyTorch weights to start from: .safetensors, .pth
-  config.model.dtype = 'auto'  # of activations: bfloat16 on accelerators, float32 on CPU
+  config.model.init_from = ''  # file of PyTorch weights to start from, .safetensors or .pth; '': random weights
+  config.model.dtype = 'auto'  # of activations: 'float32', 'bfloat16'; 'auto': float32 on CPU, bfloat16 elsewhere
 
   config.data = ml_collections.ConfigDict()
-  config.data.raw_dir = ''  # CT and masks as released, in one of the layouts of docs/data.md
-  config.data.lesion_labels = ()  # values of the masks that are lesion; () is what the cohort says
-  config.data.intensity = 'hu'  # or 'grey': images of 0 to 255 that were windowed before, as PNG and JPEG are
-  config.data.patients = 'named'  # or 'each_slice': slices of unknown patients may be dealt one by one
-  config.data.dir = ''  # prepared dataset; '' is a cache folder keyed by raw_dir's files
-  # Tested on; the next fold is validated on, the others are trained on. 'all': each fold in turn, and pooled.
+  config.data.raw_dir = ''  # folder of the CT scans and masks as released, in a layout of docs/data.md
+  config.data.lesion_labels = ()  # mask values that count as lesion; (): as docs/data.md says for the layout
+  config.data.intensity = 'hu'  # 'hu', or 'grey': 8-bit images (0 to 255), which were windowed before
+  # Slices of unknown patients: 'named' leaves them out, 'each_slice' treats each of them as a separate patient.
+  config.data.patients = 'named'
+  config.data.dir = ''  # folder of the prepared dataset; '': a cache folder that depends on the files in raw_dir
+  # The fold to test on, 0 or higher. The next fold is for validation, the others are for training. 'all' trains and
+  # tests a run for each fold, and pools their results (cross-validation).
   config.data.fold = config_dict.FieldReference(0, field_type=object)
-  config.data.image_size = 512
-  config.data.window = (-1000.0, 300.0)  # HU that the network tells apart
-  config.data.balanced = True  # slices with and without a lesion 1:1 in training
-  config.data.phantom = ml_collections.ConfigDict()  # of the demo's synthetic cohort
-  config.data.phantom.patients = 100
-  config.data.phantom.slices = 40
-  config.data.phantom.seed = 0
+  config.data.image_size = 512  # side of the square slices, in pixels
+  config.data.window = (-1000.0, 300.0)  # lower and upper limit, in HU; the network input is clipped to this range
+  config.data.balanced = True  # train on slices with and without lesion in the ratio 1:1; False: in the data's ratio
+  config.data.phantom = ml_collections.ConfigDict()  # the synthetic cohort of the demo
+  config.data.phantom.patients = 100  # number of patients
+  config.data.phantom.slices = 40  # slices per patient
+  config.data.phantom.seed = 0  # seed of the drawn patients
 
-  config.augment = ml_collections.ConfigDict()
-  config.augment.crop_probability = 0.5
-  config.augment.crop_fractions = (1 / 2, 1 / 4, 1 / 8)
-  config.augment.flip = False
-  config.augment.hu_shift = 0.0
-  config.augment.hu_scale = 0.0
+  config.augment = ml_collections.ConfigDict()  # random changes to each training slice
+  config.augment.crop_probability = 0.5  # probability of a crop, which is resized to the whole slice; 0: no crops
+  config.augment.crop_fractions = (1 / 2, 1 / 4, 1 / 8)  # possible sides of a crop, as fractions of the slice's side
+  config.augment.flip = False  # mirror half of the slices left to right
+  config.augment.hu_shift = 0.0  # largest shift in HU, up or down, of a whole slice; 0: none
+  config.augment.hu_scale = 0.0  # largest relative change of contrast around water; 0.05 is 5%; 0: none
 
   config.train = ml_collections.ConfigDict()
-  config.train.steps = 20_000
-  config.train.batch_size = 16  # over all devices of all hosts
-  # A name in fusa_jax/tasks/losses.py, set by seg.py and cls.py: cross_entropy, cross_entropy_dice, dice, focal.
+  config.train.steps = 20_000  # number of training steps; fixed once a run has started
+  config.train.batch_size = 16  # slices per step, over all devices of all hosts
+  # 'cross_entropy', 'cross_entropy_dice', 'dice' or 'focal' (fusa_jax/tasks/losses.py); seg.py and cls.py set it.
   config.train.loss = ''
-  config.train.optimizer = 'adamw'  # or 'sgd', with Nesterov momentum 0.99 (fusa_jax/training/optimizers.py)
-  config.train.schedule = 'warmup_cosine'  # or 'polynomial', 'constant' (fusa_jax/training/optimizers.py)
-  config.train.learning_rate = 1e-3  # the highest
-  config.train.warmup_steps = 500  # of warmup_cosine; the other schedules have no warm-up
-  config.train.weight_decay = 1e-4  # kernels only
-  config.train.log_every = 50
-  config.train.evaluate_every = 1000  # validation, then a checkpoint
+  config.train.optimizer = 'adamw'  # 'adamw', or 'sgd' with Nesterov momentum 0.99
+  config.train.schedule = 'warmup_cosine'  # of the learning rate: 'warmup_cosine', 'polynomial' or 'constant'
+  config.train.learning_rate = 1e-3  # the highest learning rate of the schedule
+  config.train.warmup_steps = 500  # steps of linear warm-up, for warmup_cosine only
+  config.train.weight_decay = 1e-4  # applies to kernels only, not to biases and norms
+  config.train.log_every = 50  # steps between two lines of the log
+  config.train.evaluate_every = 1000  # steps between two validations; each is followed by a checkpoint
 
   config.evaluate = ml_collections.ConfigDict()
-  config.evaluate.num_overlays = 12
-  # The operating point, chosen on the validation fold: the threshold of the best Dice; or, given a share, the highest
-  # one that finds that share of the lesion pixels (classification: of the slices with lesion).
+  config.evaluate.num_overlays = 12  # pictures of test slices to draw
+  # How the threshold is chosen on the validation fold. None: the best Dice (classification: F1). A number above 0, up
+  # to 1: the highest threshold with at least this sensitivity, over pixels (classification: over slices).
   config.evaluate.target_sensitivity = config_dict.placeholder(float)
-  config.evaluate.fit_temperature = False  # calibrates probabilities on the validation fold; no ranking changes
-  config.evaluate.flips = False  # the mean of slices as they are and mirrored left and right
-  config.evaluate.lungs = False  # masks are limited to the lungs, found in the scan by their HU
-  config.evaluate.fit_smallest = False  # lesions that are too small to be believed are left out, as validation says
-  config.evaluate.prevalences = (0.01, 0.05, 0.1, 0.3, 0.5)  # shares of positive slices to give PPV and NPV for
+  config.evaluate.fit_temperature = False  # calibrate the probabilities on the validation fold; ranks do not change
+  config.evaluate.flips = False  # average the probabilities of each slice and its left-right mirror image
+  config.evaluate.lungs = False  # limit masks to the lungs, which are segmented by HU
+  config.evaluate.fit_smallest = False  # leave out small lesions; the validation fold decides below which volume
+  config.evaluate.prevalences = (0.01, 0.05, 0.1, 0.3, 0.5)  # shares of slices with lesion to compute PPV and NPV for
 
   config.mesh = ml_collections.ConfigDict()
-  config.mesh.data = -1  # devices that share a batch; -1: all that mesh.space leaves
-  config.mesh.space = 1  # devices that share an image
+  config.mesh.data = -1  # devices that a batch is split over; -1: all devices / mesh.space
+  config.mesh.space = 1  # devices that each image is split over, along its height
   return config
 
 
 def read_preset(preset: str, file: str, names: tuple[str, ...]) -> tuple[bool, str | None]:
-  """(whether it is the demo's size, the model's name or None) of `paper`, `demo`, NAME or `demo-NAME`.
+  """Splits a preset, `paper`, `demo`, NAME or `demo-NAME`, into (whether it has demo size, NAME or None).
+
+  Args:
+    preset: the preset.
+    file: the config file, for the error message.
+    names: the models that NAME can be.
 
   Raises:
-    ValueError: it is none of these.
+    ValueError: the preset has none of these forms, or NAME is not in `names`.
   """
   name = preset.removeprefix('demo').removeprefix('-').removeprefix('paper')
   is_demo = preset.startswith('demo')
   if preset not in ('paper', 'demo', name, f'demo-{name}') or (name and name not in names):
     raise ValueError(
-      f'{file} has no preset {preset!r}; one of paper, demo, a model, or demo- and a model: {", ".join(names)}'
+      f'{file} has no preset {preset!r}; give paper, demo, MODEL or demo-MODEL, with one of the models '
+      f'{", ".join(names)}'
     )
   return is_demo, name or None
 
 
 def demo(config: ml_collections.ConfigDict) -> None:
-  """A size for two CPU cores: narrow, on slices of 96 x 96."""
+  """Changes a config to demo size, for two CPU cores: a narrow model on slices of 96 x 96."""
   config.model.width = 8
   config.data.image_size = 96
-  # A 1/8 crop would have 12 pixels to enlarge.
+  # A crop of 1/8 would be only 12 x 12 pixels.
   config.augment.crop_probability = 0.25
   config.augment.crop_fractions = (1 / 2,)
   config.augment.flip = True

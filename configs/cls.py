@@ -7,9 +7,10 @@ from fusa_jax import models
 
 
 def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
-  """paper: FUSA-ResNet-50 on 512 x 512 slices. demo: a narrow FUSA-ResNet-18 at a size for two CPU cores.
+  """Returns the config of a preset.
 
-  A model's name is the paper's experiment with that model, `demo-` and a name the demo with it.
+  `paper` is FUSA-ResNet-50 on 512 x 512 slices. `demo` is a narrow FUSA-ResNet-18, small enough for two CPU cores.
+  The name of another model, for example `vgg16`, trains that model as in `paper`; `demo-vgg16` as in `demo`.
   """
   is_demo, name = base.read_preset(preset, 'configs/cls.py', models.CLASSIFIERS)
   config = base.paper()
@@ -19,11 +20,11 @@ def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
   if is_demo:
     base.demo(config)
     config.model.width = 16
-    # A slice has one label where it has thousands of pixels: more slices to a step, each far cheaper.
+    # Each slice gives one label instead of thousands of pixels, and is much cheaper: use more slices per step.
     config.train.batch_size = 16
     config.train.steps = 1000
-    config.train.evaluate_every = 250  # the best checkpoint comes early
+    config.train.evaluate_every = 250  # validate often: the best checkpoint comes early
     config.train.weight_decay = 0.05
-  # The paper describes its crops for the segmentation task only.
+  # The paper describes crops for segmentation only.
   config.augment.crop_probability = 0.0
   return config

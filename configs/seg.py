@@ -7,9 +7,10 @@ from fusa_jax import models
 
 
 def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
-  """paper: FUSA-ResUnet on 512 x 512 slices. demo: a narrow one at a size for two CPU cores.
+  """Returns the config of a preset.
 
-  A model's name is the paper's experiment with that model, `demo-` and a name the demo with it.
+  `paper` is FUSA-ResUnet on 512 x 512 slices. `demo` is a narrow FUSA-ResUnet, small enough for two CPU cores.
+  The name of another model, for example `resunet`, trains that model as in `paper`; `demo-resunet` as in `demo`.
   """
   is_demo, name = base.read_preset(preset, 'configs/seg.py', models.SEGMENTERS)
   config = base.paper()

@@ -1,4 +1,4 @@
-"""A case's files -> its slices: scans and pictures alike from here on."""
+"""Reads the files of a case into slices. From here on, scans and pictures are treated alike."""
 
 import functools
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from fusa_jax.system.errors import UserError
 
 
 class Slices(NamedTuple):
-  """The slices of a case, in order; of a scan from inferior to superior.
+  """The slices of a case in order; those of a scan run from inferior to superior.
 
   Attributes:
-    images: of each, [H, W] of HU or grey values; pictures of one patient may differ in size.
-    masks: of each, uint8 {0, 1} [H, W]; 0 also where a case has labels only.
-    lesion_voxels: of each, how many of its voxels are lesion; of a case with labels only, the label.
-    spacing: mm between slices, rows and columns; NaN for pictures, of which it is not known.
-    lesion_ml: volume of the lesions; None for pictures and loose slices.
+    images: per slice, HU or grey values [H, W]; pictures of one patient may differ in size.
+    masks: per slice, uint8 {0, 1} [H, W]; all 0 if a case has only labels.
+    lesion_voxels: per slice, the number of lesion voxels; if a case has only labels, the label.
+    spacing: mm between slices, rows and columns; NaN for pictures, because it is unknown.
+    lesion_ml: volume of the lesions in mL; None for pictures and loose slices.
   """
 
   images: Sequence[np.ndarray]
@@ -31,11 +31,11 @@ class Slices(NamedTuple):
 
 
 def volume(case: Case) -> tuple[volumes.Scan, np.ndarray]:
-  """A case's scan, and its mask: uint8 {0, 1}, on the scan's axes.
+  """Reads the scan of a case and its mask: uint8 {0, 1}, on the scan's axes.
 
   Raises:
-    UserError: as `nifti.read_scan` and `nifti.read_mask`; of DICOM as `dicom.read_series` and `dicom_seg.read_seg`;
-      there is not one series, or no mask.
+    UserError: as `nifti.read_scan` and `nifti.read_mask`; for DICOM as `dicom.read_series` and `dicom_seg.read_seg`;
+      the mask is missing; there is not exactly one series.
   """
   if case.ct.is_dir() or is_archive(case.ct):
     return _volume_of_dicom(case)
@@ -50,34 +50,35 @@ def _volume_of_dicom(case):
     try:
       paths = [path for path in within(case.ct, unpacked) if dicom.is_dicom(path)]
       series, left_out = dicom.sort_series(paths)
-      drawn = _segmentation(paths) if case.mask == case.ct else None
-      if drawn:
-        uid = dicom_seg.series_uid(drawn)
+      seg = _only_seg(paths) if case.mask == case.ct else None
+      if seg:
+        uid = dicom_seg.series_uid(seg)
         series = [one for one in series if one.uid == uid]
       if len(series) != 1:
-        found = (', '.join(map(str, series)) or 'none') + (f' (left out: {left_out})' if left_out and not drawn else '')
-        needed = f'CT series that {drawn.name} refers to' if drawn else 'CT series, the one that the mask was drawn on'
-        raise UserError(f'there must be one {needed}, and there is {found}; add it, or take the others out')
+        listed = ', '.join(map(str, series)) or 'none'
+        listed += f' (skipped: {left_out})' if left_out and not seg else ''
+        needed = f'CT series that {seg.name} refers to' if seg else 'CT series that the mask was drawn on'
+        raise UserError(f'there must be exactly one {needed}, but there is {listed}; add it, or remove the others')
       scan = series[0].read_image(case.intensity or 'hu')
-      if drawn:
-        return scan, dicom_seg.read_seg(drawn, scan, case.lesion_labels)
-    except UserError as error:  # which does not say in which folder, but of the archive that is all
+      if seg:
+        return scan, dicom_seg.read_seg(seg, scan, case.lesion_labels)
+    except UserError as error:  # it does not name the folder; it names the archive only if that is the case itself
       lines = str(error).removeprefix(f'{case.ct}: ').splitlines()
       raise UserError('\n'.join(f'{case.ct}: {line}' for line in lines)) from None
   return scan, nifti.read_mask(case.mask, scan, case.lesion_labels)
 
 
-def _segmentation(paths):
-  found = dicom_seg.find_segs(paths)
-  if len(found) == 1:
-    return found[0]
-  if found:
-    raise UserError(f'{len(found)} DICOM SEGs ({", ".join(path.name for path in found)}); take all but one out')
-  raise UserError('its mask is missing; add NAME_seg.nii.gz beside it or a DICOM SEG in it, or take it out')
+def _only_seg(paths):
+  segs = dicom_seg.find_segs(paths)
+  if len(segs) == 1:
+    return segs[0]
+  if segs:
+    raise UserError(f'{len(segs)} DICOM SEGs ({", ".join(path.name for path in segs)}); remove all but one')
+  raise UserError('the mask is missing; add NAME_seg.nii.gz beside it or a DICOM SEG in it, or remove it')
 
 
 def slices(case: Case) -> Slices:
-  """Reads all of a case.
+  """Reads all slices of a case.
 
   Raises:
     UserError: as `volume`, `pictures.read_picture` and `pictures.read_mask`.
@@ -93,7 +94,7 @@ def slices(case: Case) -> Slices:
   return Slices(scan.values, mask, tuple(map(int, voxels)), scan.spacing, float(voxels.sum() * scan.voxel_ml))
 
 
-# Loose slices are cases of one file each after the other.
+# Loose slices of one file are read one after the other: keep the file.
 _shared_volume = functools.lru_cache(maxsize=1)(volume)
 
 

@@ -1,5 +1,4 @@
-"""A cohort before it is prepared: every file read and checked once, scans under two names found, lesions measured,
-patients dealt into folds."""
+"""Checks a cohort before it is prepared: reads each file once, finds copies, measures lesions, assigns folds."""
 
 import dataclasses
 import hashlib
@@ -22,16 +21,16 @@ from fusa_jax.system.errors import UserError
 
 NUM_FOLDS = 5
 
-# What scans are compared by, and the correlation from which two are taken for one. At 512 x 512 the same scan with
-# another kernel, noise or twice the slice thickness is at 0.995 or above, phantoms of two patients at 0.09 or below; on
-# phantoms of 96 x 96, where a kernel takes more of the detail, these are 0.88 and 0.52.
+# The shape of the thumbnails that are compared, and the correlation from which two scans count as one. At 512 x 512,
+# the same scan with another kernel, noise or twice the slice thickness has 0.995 or more. Phantoms of two patients have
+# 0.09 or less. For phantoms of 96 x 96, where a kernel removes more detail, these limits are 0.88 and 0.52.
 _THUMBNAIL = (16, 64, 64)
 _ALIKE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
 class Patient:
-  """What the survey found of one case: lesion voxels in each slice, and their volume in mL (see `read.Slices`)."""
+  """The survey's result for one case: lesion voxels per slice, and their volume in mL (see `read.Slices`)."""
 
   case: Case
   lesion_voxels: tuple[int, ...]
@@ -39,18 +38,19 @@ class Patient:
 
   @property
   def burden(self) -> float:
-    """What folds are stratified by: mL of lesion; of pictures, which have no size, pixels."""
+    """The value that folds are stratified by: mL of lesion, or the number of lesion pixels if mL are unknown."""
     return sum(self.lesion_voxels) if self.lesion_ml is None else self.lesion_ml
 
 
 class _Measured(NamedTuple):
-  """A patient with what its images are recognised by.
+  """A patient, and features of the images that reveal copies.
 
   Attributes:
-    patient: whose they are.
-    digests: by file, a hash of the scan's or the picture's values: equal in copies. Pictures of one value have none.
-    thumbnail: of a scan, and alike in scans of one study (see _thumbnail). Pictures have none: those of neighbouring
-      slices are as much alike as two of one slice.
+    patient: the patient of the images.
+    digests: per file, a hash of the values of the scan or picture. Copies have equal hashes. Pictures with only one
+      value have none.
+    thumbnail: similar for scans of one study (see _thumbnail). Pictures have none, because neighbouring slices are as
+      similar as two pictures of one slice.
   """
 
   patient: Patient
@@ -59,39 +59,38 @@ class _Measured(NamedTuple):
 
 
 def survey(cases: Sequence[Case], progress: Callable[..., Iterable] = silent) -> list[Patient]:
-  """Reads all files of a cohort on all cores. Scans that look like one and the same are warned of, a line a pair.
+  """Reads all files of a cohort on all cores. Logs a warning for each pair of scans that look the same.
 
   Raises:
-    UserError: all that is wrong with any of the files, a line each; also a scan or a picture that is there twice,
-      however it is stored: one of the two could be trained on and the other tested.
+    UserError: all problems of all files, one line each. A scan or picture that occurs twice, however it is stored, is
+      a problem: one copy could be in training and the other in the test.
   """
-  found, errors = [], []
+  measured, errors = [], []
   with pool(len(cases)) as run:
-    for result in progress(run(_measure, cases), total=len(cases), desc='Checking scans', unit='scan'):
-      (errors if isinstance(result, str) else found).append(result)
-  errors += _copies(found)
+    for result in progress(run(_measure, cases), total=len(cases), desc='Checking scans', unit='scans'):
+      (errors if isinstance(result, str) else measured).append(result)
+  errors += _copies(measured)
   if errors:
     raise UserError('\n'.join(dict.fromkeys(errors)))
-  _warn_of_alike(found)
-  return [scan.patient for scan in found]
+  _warn_of_similar(measured)
+  return [one.patient for one in measured]
 
 
 def deal(patients: Sequence[Patient]) -> list[list[Patient]]:
-  """Patients in at most five folds, stratified by their burden; the same for any order of `patients`.
+  """Divides patients into at most five folds, stratified by burden. The order of `patients` does not matter.
 
-  Scans of one owner are dealt as one.
-
-  They are dealt in order of it, forth and back over the folds, so that each fold gets one of each five
-  neighbours and none gets always the heavier one. With fewer than five patients there is a fold for each.
+  All scans of one person (`Case.owner`) go into the same fold. Persons are sorted by burden and dealt back and forth
+  over the folds. So each fold gets one of every five neighbours, and no fold always gets the larger burden. With fewer
+  than five persons, each is a fold.
 
   Raises:
-    UserError: fewer than two patients: nothing could be tested on a patient that training has not seen.
+    UserError: fewer than two persons: no test would be possible on a person that training has not seen.
   """
   owned = defaultdict(list)
   for patient in patients:
     owned[patient.case.owner or patient.case.patient].append(patient)
   if len(owned) < 2:
-    raise UserError(f'{len(owned)} patient in the cohort; at least 2 are needed to test on one not trained on')
+    raise UserError(f'{len(owned)} patient in the cohort; at least 2 are needed, one to train on and one to test on')
   ordered = sorted(owned, key=lambda name: (-sum(patient.burden for patient in owned[name]), name))
   folds = [[] for _ in range(min(NUM_FOLDS, len(ordered)))]
   for start in range(0, len(ordered), len(folds)):
@@ -103,16 +102,16 @@ def deal(patients: Sequence[Patient]) -> list[list[Patient]]:
 
 
 def _measure(case: Case) -> _Measured | str:
-  """What was found of a case, or what is wrong with its files (errors are data here: all of them are wanted)."""
+  """Measures a case, or returns the error text of its files: the caller reports the errors of all cases."""
   try:
-    found = read.slices(case)
+    slices = read.slices(case)
   except UserError as error:
     return str(error)
-  patient = Patient(case, found.lesion_voxels, found.lesion_ml)
-  if found.lesion_ml is not None:
-    return _Measured(patient, {str(case.ct): _digest(found.images)}, _thumbnail(found.images, case.intensity))
+  patient = Patient(case, slices.lesion_voxels, slices.lesion_ml)
+  if slices.lesion_ml is not None:
+    return _Measured(patient, {str(case.ct): _digest(slices.images)}, _thumbnail(slices.images, case.intensity))
   names = map(str, case.ct) if isinstance(case.ct, tuple) else [f'{case.ct}, slice {case.slice}']
-  images = zip(names, found.images, strict=True)
+  images = zip(names, slices.images, strict=True)
   return _Measured(patient, {name: _digest(image) for name, image in images if np.ptp(image)}, None)
 
 
@@ -120,14 +119,14 @@ def _digest(values: np.ndarray) -> str:
   return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()
 
 
-def _thumbnail(values: np.ndarray, kind: str) -> np.ndarray:
-  """The fine detail of a scan [S, H, W] as a vector of length 1: the product of two is their correlation.
+def _thumbnail(values: np.ndarray, intensity: str) -> np.ndarray:
+  """The fine detail of a scan [S, H, W] as a unit vector: the product of two is their correlation.
 
-  All chests have the same coarse shapes, so that whole thumbnails of two patients correlate at 0.9. What is left
-  without them, the edges of vessels, ribs and organs, is the patient's own.
+  All chests have similar coarse shapes: complete thumbnails of two patients correlate at 0.9. So coarse shapes are
+  removed. The rest, the edges of vessels, ribs and organs, differs between patients.
   """
   slices, height, width = _THUMBNAIL
-  clipped = np.clip(values, -1000, 300) if kind == 'hu' else values
+  clipped = np.clip(values, -1000, 300) if intensity == 'hu' else values
   small = volumes.resize(clipped, (height, width))
   small = volumes.resize(small.swapaxes(0, 1), (slices, width))  # [height, slices, width]
   detail = small - ndimage.gaussian_filter(small, (1, 0, 1))
@@ -135,37 +134,37 @@ def _thumbnail(values: np.ndarray, kind: str) -> np.ndarray:
   return detail.ravel() / max(np.linalg.norm(detail), 1e-6)
 
 
-def _copies(found: Sequence[_Measured]) -> list[str]:
-  """A line for each scan or picture that has the values of one before it, of another patient."""
+def _copies(measured: Sequence[_Measured]) -> list[str]:
+  """A line for each scan or picture with the same values as an earlier one of another patient."""
   first, lines = {}, []
-  for owner, name, digest in ((one.patient, *item) for one in found for item in one.digests.items()):
-    whose, known = first.setdefault(digest, (owner, name))
-    if whose is not owner:
+  for patient, name, digest in ((one.patient, *item) for one in measured for item in one.digests.items()):
+    first_patient, first_name = first.setdefault(digest, (patient, name))
+    if first_patient is not patient:
       lines.append(
-        f'{name}: the same image as {pathlib.Path(known).name}, value for value, so it would be both trained on and '
-        'tested, or count twice; remove one of the two, with its mask'
+        f'{name}: the same image as {pathlib.Path(first_name).name}, so it could be in both training and test, or '
+        'count twice; remove one of the two, with its mask'
       )
   return lines
 
 
-def _warn_of_alike(found: Sequence[_Measured]) -> None:
-  found = [scan for scan in found if scan.thumbnail is not None]
-  if not found:
+def _warn_of_similar(measured: Sequence[_Measured]) -> None:
+  scans = [one for one in measured if one.thumbnail is not None]
+  if not scans:
     return
-  thumbnails = np.stack([scan.thumbnail for scan in found])
+  thumbnails = np.stack([scan.thumbnail for scan in scans])
   correlations = np.triu(thumbnails @ thumbnails.T, k=1)
   for one, other in np.argwhere(correlations >= _ALIKE):
     logging.warning(
-      '%s: looks like %s (correlation %.3f), as one study reconstructed twice does, and may be both trained on and '
-      'tested; if they are of one patient, remove one of the two, with its mask',
-      found[other].patient.case.ct,
-      found[one].patient.case.ct.name,
+      '%s: looks like %s (correlation %.3f), perhaps another reconstruction, and may be in both training and test; '
+      'if both show one patient, remove one of the two, with its mask',
+      scans[other].patient.case.ct,
+      scans[one].patient.case.ct.name,
       correlations[one, other],
     )
 
 
 def taken(cases: Sequence[Case]) -> dict:
-  """How a cohort's files were taken, in the keys of config.data of the same names."""
+  """How the files of a cohort were read: values of the config.data keys with the same names."""
   return {
     'lesion_labels': list(cases[0].lesion_labels),
     'intensity': cases[0].intensity,
@@ -174,15 +173,14 @@ def taken(cases: Sequence[Case]) -> dict:
 
 
 def fingerprint(cases: Sequence[Case]) -> list[list]:
-  """What tells one state of a cohort from another: of its files names, sizes and times of change; whose they are, and
-  what is said of them elsewhere than in images and masks."""
+  """Identifies the state of a cohort: name, size and modification time of files; patients and labels of cases."""
   paths = dict.fromkeys(path for case in cases for path in case.files)
-  said = [[case.patient, case.owner, len(case.files), list(case.labels or ()), case.slice] for case in cases]
-  return said + [_state(path) for path in paths]
+  described = [[case.patient, case.owner, len(case.files), list(case.labels or ()), case.slice] for case in cases]
+  return described + [_state(path) for path in paths]
 
 
 def _state(path):
-  """Of a file its name, size and time of change; of a folder of DICOM, how many files it has and a hash of theirs."""
+  """Name, size and modification time of a file; for a DICOM folder its name, number of files and a hash of theirs."""
   if not path.is_dir():
     return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
   inside = in_folder(path)

@@ -4,7 +4,7 @@ __all__ = ['FUSA', 'load']
 
 
 def __getattr__(name):
-  # What reads flags or refuses a command should not wait two seconds for JAX (PEP 562).
+  # Imports on first use (PEP 562): importing JAX takes two seconds, and --help and flag errors do not need it.
   if name == 'FUSA':
     from fusa_jax.fusa import FUSA
 

@@ -1,4 +1,4 @@
-"""The command line: a table of modes, each with its function and its flags, and what each function calls."""
+"""The command line: a table of modes. Each mode has a function and its flags."""
 
 import logging
 import pathlib
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from fusa_jax.runs import arguments, experiment
+from fusa_jax.runs import arguments, experiment, next_steps
 from fusa_jax.system import home, program
 from fusa_jax.system.errors import UserError
 
@@ -16,14 +16,14 @@ _HOSTS = ('coordinator', 'num_processes', 'process_id', 'connect_timeout', 'hear
 
 
 class Mode(NamedTuple):
-  """A verb of the user's work.
+  """One value of --mode.
 
   Attributes:
-    function: what it calls.
-    does: in a line, for --help.
-    needs: flags that must be given.
-    takes: flags that may be given.
-    together: whether all processes of a run take part; otherwise this one works alone.
+    function: does the work.
+    does: one line for --help.
+    needs: required flags.
+    takes: optional flags.
+    together: whether all processes of a run take part. Otherwise each process works alone.
   """
 
   function: Callable[[], None]
@@ -34,19 +34,20 @@ class Mode(NamedTuple):
 
   @property
   def flags(self) -> tuple[str, ...]:
-    """All that it knows."""
+    """All flags of this mode."""
     return (*self.needs, *self.takes, *(_HOSTS if self.together else ()))
 
 
 def train() -> None:
   from fusa_jax.training import cross_validation
 
-  config, name, _ = arguments.named_experiment()
+  config, name, is_demo = arguments.named_experiment()
   cross_validation.check_config(config)
   data_dir = experiment.prepared(config)
   workdir, scans = pathlib.Path(FLAGS.workdir or f'runs/{name}'), experiment.scans_at_hand(config)
   cross_validation.train_and_test(config, workdir, data_dir, scans)
   cross_validation.write_reports(config, workdir, data_dir)
+  next_steps.after_test(workdir, experiment.demo_scan(config, workdir) if is_demo else None)
 
 
 def evaluate() -> None:
@@ -58,6 +59,7 @@ def evaluate() -> None:
   data_dir = experiment.prepared(config)
   cross_validation.evaluate_again(config, workdir, data_dir, experiment.scans_at_hand(config))
   cross_validation.write_reports(config, workdir, data_dir)
+  next_steps.after_test(workdir)
 
 
 def predict() -> None:
@@ -70,6 +72,7 @@ def predict() -> None:
     mesh = meshes.create_mesh(**FLAGS.config.mesh)
   run = predictor.load_predictor(arguments.workdirs(), mesh, **arguments.operating_point())
   predict.predict(run, pathlib.Path(FLAGS.input), pathlib.Path(FLAGS.output), FLAGS.probabilities, FLAGS.dicom)
+  next_steps.after_prediction(FLAGS.input, FLAGS.output)
 
 
 def export() -> None:
@@ -79,14 +82,14 @@ def export() -> None:
   export.write_bundle(
     arguments.workdirs(), output, **arguments.operating_point(), licence=FLAGS.license or export.NO_LICENCE
   )
-  logging.info('exported: %s', output)
+  next_steps.after_export(output)
 
 
 def prepare() -> None:
   config = arguments.named_experiment().config
   if config.data.dir and not config.data.raw_dir:
     raise UserError('--config.data.raw_dir: missing; --mode=prepare needs the folder of the scans')
-  logging.info('prepared: %s', experiment.prepared(config))
+  next_steps.after_preparation(experiment.prepared(config))
 
 
 def view() -> None:
@@ -118,7 +121,7 @@ def compile_ahead() -> None:
 
   from fusa_jax.chips import aot, tpu
 
-  jax.config.update('jax_platforms', 'cpu')  # whatever is here, it is not what the step is compiled for
+  jax.config.update('jax_platforms', 'cpu')  # the step is compiled for other devices than this machine's
   named = arguments.named_config()
   name = f'{pathlib.Path(named.path).stem}-{pathlib.Path(named.preset).stem}'
   topology = tpu.Topology.parse(FLAGS.topology, FLAGS.slices)
@@ -132,12 +135,14 @@ def doctor() -> None:
   from data import prepare
   from fusa_jax.chips import doctor
 
-  caches = {'prepared datasets': prepare.CACHE, 'compiled programs, of these': program.COMPILED}
+  caches = {'prepared datasets': prepare.CACHE, 'compiled programs (a part of these)': program.COMPILED}
   doctor.doctor(experiment.load_preset(home.HOME / 'configs' / 'seg.py', 'demo'), caches)
 
 
 MODES = {
-  'train': Mode(train, 'prepares what is missing, trains or resumes, evaluates', ('config',), ('workdir',), True),
+  'train': Mode(
+    train, 'prepares the data, trains or resumes, then evaluates', ('config',), ('workdir', 'verbose'), True
+  ),
   'evaluate': Mode(evaluate, 'evaluates a trained run again', ('workdir',), ('config',), True),
   'predict': Mode(
     predict,
@@ -147,21 +152,27 @@ MODES = {
     True,
   ),
   'prepare': Mode(prepare, 'checks a cohort and prepares its dataset', ('config',), (), True),
-  'export': Mode(export, 'writes a bundle to pass on', ('workdir', 'output'), (*arguments.POINT, 'license')),
-  'view': Mode(view, 'writes pages of scans and predicted masks for a browser', ('input', 'output')),
-  'score': Mode(score, 'scores masks against true masks', ('input', 'truth', 'output')),
+  'export': Mode(
+    export, 'writes a model bundle that runs without this package', ('workdir', 'output'), (*arguments.POINT, 'license')
+  ),
+  'view': Mode(view, 'writes a web page per scan with its predicted mask', ('input', 'output')),
+  'score': Mode(score, 'scores masks against reference masks', ('input', 'truth', 'output')),
   'compare': Mode(compare, 'compares two runs patient by patient', ('workdir', 'against'), ('output', 'overlays')),
   'aot': Mode(
     compile_ahead, 'compiles the training step for a TPU slice', ('config',), ('topology', 'slices', 'sweep', 'output')
   ),
-  'doctor': Mode(doctor, 'says what is installed, and whether it works'),
+  'doctor': Mode(doctor, 'checks the installation'),
 }
-# What takes the place of flags in modes that choose the operating point.
+# The config key to set, in place of a flag, in modes that choose the operating point.
 _KEYS = {'threshold': 'target_sensitivity', 'tta': 'flips', 'lungs': 'lungs', 'smallest_ml': 'fit_smallest'}
 
 
 def check_flags(mode: str) -> None:
-  """Raises a UserError where a flag was given that the mode does not take, or one that it needs was not."""
+  """Checks that the command line has the mode's required flags and no flag of another mode.
+
+  Raises:
+    UserError: a flag is missing, or does not apply to this mode.
+  """
   for name in sorted({name for each in MODES.values() for name in each.flags} - set(MODES[mode].flags)):
     if FLAGS[name].present:
       modes = [other for other, each in MODES.items() if name in each.flags]
@@ -177,7 +188,7 @@ def check_flags(mode: str) -> None:
 
 
 def help_text() -> str:
-  """What --help prints: modes with their flags, then what each flag means."""
+  """Returns the text of --help: modes with their flags, then the meaning of each flag."""
   lines = ['usage: python launch.py --mode=MODE --FLAG=VALUE ...   (installed: fusa-jax)', '']
   for name, mode in MODES.items():
     needed = ' '.join(f'--{flag}' for flag in mode.needs)
@@ -185,14 +196,16 @@ def help_text() -> str:
     lines += [f'--mode={name}: {mode.does}', f'    {needed} {taken}'.rstrip() or '    (no flags)']
   together = ', '.join(name for name, mode in MODES.items() if mode.together)
   lines += ['', f'on several hosts ({together}): {" ".join(f"[--{flag}]" for flag in _HOSTS)}', '']
-  known = dict.fromkeys(['mode', 'config', *(flag for mode in MODES.values() for flag in mode.flags)])
-  lines += [f'--{flag}: {FLAGS[flag].help}' for flag in known]
-  return '\n'.join([*lines, '--config.KEY=VALUE: any key of configs/base.py', '--helpfull: the flags of the libraries'])
+  listed = dict.fromkeys(['mode', 'config', *(flag for mode in MODES.values() for flag in mode.flags)])
+  lines += [f'--{flag}: {FLAGS[flag].help}' for flag in listed]
+  return '\n'.join(
+    [*lines, '--config.KEY=VALUE: sets a key of configs/base.py', '--helpfull: lists the flags of the libraries']
+  )
 
 
 def main(_) -> None:
-  """Dispatches on --mode. Modules are imported where they are needed: a refused command should not wait for JAX."""
-  program.start_logging()
+  """Runs the mode. Each mode imports its modules itself, so that a wrong command is refused without loading JAX."""
+  program.start_logging(FLAGS.verbose)
   check_flags(FLAGS.mode)
   mode = MODES[FLAGS.mode]
   if not mode.together:
@@ -215,6 +228,6 @@ def main(_) -> None:
 
 
 def start() -> None:
-  """The command fusa-jax, and launch.py."""
+  """Starts the program, as fusa-jax and as launch.py."""
   arguments.define_flags(list(MODES))
   arguments.start(main, help_text)

@@ -1,18 +1,18 @@
 """Full scale attention (paper, section II-A and Fig. 1).
 
-For x of shape [B, *space, C], with one to three spatial axes:
+For x of shape [B, *space, C] with one to three spatial axes, the module computes
 
     c = W_channel [max over space, mean over space] + b_channel          [B, C]
     s = w_spatial [max over C, mean over C] + b_spatial                  [B, *space, 1]
     A = sigmoid(W_fuse [c expanded, s expanded] + b_fuse)                [B, *space, C]
 
-and the module returns x * A. The paper's literal form builds the two expanded tensors. It need not: the fuse kernel
-splits into K_c (rows of c) and K_s (rows of s), a channel vector is the same at each place and a spatial map is the
-same in each channel, so
+and returns x * A. The paper's literal form builds the two expanded tensors. This module does not need them.
+The fuse kernel splits into K_c (rows of c) and K_s (rows of s). The expanded c is constant over space, and the expanded
+s is constant over channels. Therefore exactly:
 
     logits[b, p, :] = c[b] K_c + b_fuse  +  s[b, p] * sum_j K_s[j, :]
 
-exactly. `gate` is what then remains of the work: a map per image, a vector per image, and memory traffic.
+`gate` does the remaining work. It takes one map and one vector per image, and its cost is memory traffic.
 """
 
 import flax.linen as nn
@@ -22,16 +22,16 @@ from jax.sharding import AxisType, PartitionSpec
 
 
 class FUSA(nn.Module):
-  """Gates each value of a feature map by an attention map of the same shape.
+  """Multiplies each value of a feature map by an attention map of the same shape.
 
   Attributes:
-    dtype: the dtype of what is returned and, in the literal form, of the computation; None takes that of the input.
-      The factored form computes in at least float32 whatever the dtype (it stores nothing of full size).
-    literal: follow the paper's text step by step, the [B, *space, 2C] tensor included. Slow; it is the oracle that the
-      default, factored form is tested against. The parameters are the same.
+    dtype: the dtype of the output. In the literal form it is also the dtype of the computation. None: the dtype of the
+      input. The factored form computes in at least float32 for every dtype, because it stores no full-size tensor.
+    literal: follow the paper's text step by step, including the [B, *space, 2C] tensor. This form is slow. The tests
+      compare the default, factored form with it. Both forms have the same parameters.
 
-  The attention map A [B, *space, C] is sown as 'attention' into the collection 'intermediates', and costs nothing
-  where that collection is not asked for.
+  The attention map A [B, *space, C] is sown as 'attention' into the collection 'intermediates'. It costs nothing if the
+  caller does not make that collection mutable.
   """
 
   dtype: jnp.dtype | None = None
@@ -39,9 +39,13 @@ class FUSA(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """x [B, *space, C] -> x * A, same shape. Raises ValueError where x has no spatial axis."""
+    """x [B, *space, C] -> x * A, same shape.
+
+    Raises:
+      ValueError: x has no spatial axis.
+    """
     if x.ndim < 3:
-      raise ValueError(f'FUSA takes [batch, *space, channels], not an array of shape {x.shape}')
+      raise ValueError(f'FUSA: x has shape {x.shape}; give an array [batch, *space, channels]')
     space, channels = x.ndim - 2, x.shape[-1]
     channel = _Affine((2 * channels, channels), name='channel')()
     spatial = _Affine((1,) * space + (2, 1), name='spatial')()
@@ -52,17 +56,18 @@ class FUSA(nn.Module):
       attention = literal_attention(x, *jax.tree.map(lambda p: p.astype(dtype), (channel, spatial, fuse)))
       self.sow('intermediates', 'attention', attention)
       return x * attention
-    # One x for all that follows. Without the barrier a TPU's compiler computes it anew in each of the pools, from what
-    # the norm before it reads (benchmarks/fusa.py: the block then moves 48% more bytes than without FUSA, so 6% more).
+    # The barrier makes all following operations read the same stored x. Without it, a TPU's compiler recomputes x in
+    # each pool from the input of the preceding norm. The block then moves 48% more bytes than without FUSA; with the
+    # barrier it moves 6% more (benchmarks/fusa.py).
     x = jax.lax.optimization_barrier(x)
     offset, score, slope = factors(x, channel, spatial, fuse)
-    # Sowing outside of `gate` keeps its backward pass free of the map; unused, the compiler drops it.
+    # Sow outside of `gate`, so the backward pass of `gate` does not need the map. The compiler drops an unused map.
     self.sow('intermediates', 'attention', nn.sigmoid(_logits(offset, score, slope)).astype(dtype))
     return gate(x, offset, score, slope)
 
 
 class _Affine(nn.Module):
-  """Kernel and bias as nn.Dense and nn.Conv name, lay out and initialise them, without the application."""
+  """Creates a kernel and a bias as nn.Dense and nn.Conv do (names, layout, initialisers), but does not apply them."""
 
   shape: tuple[int, ...]
 
@@ -75,7 +80,10 @@ class _Affine(nn.Module):
 
 
 def literal_attention(x, channel, spatial, fuse):
-  """A of x [B, *space, C], by the paper's own steps; each of the three is a (kernel, bias) pair."""
+  """The attention map A for x [B, *space, C], by the paper's own steps.
+
+  `channel`, `spatial` and `fuse` are (kernel, bias) pairs.
+  """
   space = tuple(range(1, x.ndim - 1))
   c = jnp.concatenate([x.max(space), x.mean(space)], axis=-1)
   c = c @ channel[0] + channel[1]
@@ -88,7 +96,7 @@ def literal_attention(x, channel, spatial, fuse):
 
 
 def factors(x, channel, spatial, fuse):
-  """(offset [B, C], score [B, *space], slope [C]) with logits = offset + score * slope, in at least float32."""
+  """Returns (offset [B, C], score [B, *space], slope [C]) in at least float32; logits = offset + score * slope."""
   channels = x.shape[-1]
   channel_max, channel_mean, spatial_max, spatial_mean = pools(x)
   c = everywhere(jnp.concatenate([channel_max, channel_mean], axis=-1), channels) @ channel[0] + channel[1]
@@ -101,25 +109,27 @@ def factors(x, channel, spatial, fuse):
 
 
 def everywhere(vectors, channels):
-  """The identity; puts vectors [B, any] and their cotangent whole on each device of the mesh in context, if one is.
+  """Returns vectors [B, any] unchanged, but replicates them and their cotangent on all devices of the current mesh.
 
-  XLA would else split the dense layers over the batch, as it does all other work, and sum the gradients of their
-  kernels over the devices: 3 C^2 numbers, three quarters of all that FUSA-ResNet-50 sends. The vectors are 3 C numbers
-  an image: with all of them at hand each device computes those gradients by itself. Where a kernel is small, the wait
-  for the vectors takes longer than its sum, and where the batch is large, the vectors are no less (docs/models.md).
+  By default XLA splits the dense layers over the batch, as it does all other work. It then sums the gradients of their
+  kernels over the devices. These are 3 C^2 numbers, three quarters of all data that FUSA-ResNet-50 sends. The vectors
+  are only 3 C numbers per image. A device that holds all of them computes the gradients by itself.
+  This does not pay for a small kernel, because waiting for the vectors takes longer than summing its gradient. It does
+  not pay for a large batch either, because the vectors are then as large as the gradients (docs/models.md).
 
-  The mesh is that of `jax.set_mesh`. On axes that the caller shards explicitly or by hand nothing is done.
+  The current mesh is the one of `jax.set_mesh`. If the caller shards an axis explicitly or manually, or sets no
+  mesh, this function does nothing.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
-    return vectors  # here the batch may be any, of an exported function
+    return vectors  # before the test below: in an exported function the batch size is symbolic
   if channels < max(512, 2 * len(vectors)):
     return vectors
   return jax.lax.with_sharding_constraint(vectors, PartitionSpec())
 
 
 def _wide(dtype):
-  """The dtype that sums and small tensors are kept in: float32, or float64 where the input is."""
+  """The dtype of sums and small tensors: float32, or float64 if the input is float64."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -128,16 +138,16 @@ def _logits(offset, score, slope):
   return jnp.expand_dims(offset, space) + score[..., None] * slope
 
 
-# The two functions below hold all the work of full size. Left to autodiff, both of them keep tensors of x's size for
-# the backward pass (the sigmoid's value, the comparison of x with its maxima) and write each of the five terms of x's
-# cotangent by itself. Written by hand, what is kept is x and the small tensors; the rest is recomputed from x on the
-# way, elementwise, inside the two sweeps that the backward pass needs anyway. On a whole block the TPU's compiler gets
-# most of this from plain autodiff as well, once x is one (docs/models.md has the figures).
+# The two functions below do all full-size work. Autodiff would keep tensors of x's size for the backward pass of both:
+# the sigmoid's value, and the comparison of x with its maxima. It would also write each of the five terms of x's
+# cotangent separately. The backward passes below keep only x and the small tensors. They recompute the rest from x,
+# elementwise, inside the two sweeps over x that the backward pass needs anyway. On a whole block, a TPU's compiler gets
+# most of this from plain autodiff too, if the barrier above stores x once (figures: docs/models.md).
 
 
 @jax.custom_vjp
 def pools(x):
-  """The four pools of x [B, *space, C]: max and mean over space [B, C], max and mean over channels [B, *space]."""
+  """Pools x [B, *space, C]: returns max and mean over space [B, C], then max and mean over channels [B, *space]."""
   space = tuple(range(1, x.ndim - 1))
   wide = x.astype(_wide(x.dtype))
   return x.max(space).astype(wide.dtype), wide.mean(space), x.max(-1).astype(wide.dtype), wide.mean(-1)
@@ -156,9 +166,9 @@ def _pools_backward(residuals, cotangents):
   over_space = lambda value: jnp.expand_dims(value, space)
   is_channel_max = wide == over_space(channel_max)
   is_spatial_max = wide == spatial_max[..., None]
-  # Places that tie for a maximum share its gradient equally, as JAX's own max (and torch.amax) has it. At least one
-  # place does, unless the compiler has computed x anew on the way here and rounded it otherwise, as XLA's CPU backend
-  # was seen to do at a low optimisation level: then nothing is found, and 0 / 0 must not become the gradient.
+  # Places that tie for a maximum share its gradient equally, as in JAX's own max and in torch.amax. Normally at least
+  # one place equals the maximum. If the compiler recomputes x with another rounding, there may be none (XLA's CPU
+  # backend did this at a low optimisation level). `maximum(..., 1)` then prevents 0 / 0 in the gradient.
   count = lambda where, axes: jnp.maximum(jnp.sum(where, axis=axes, dtype=wide.dtype), 1)
   d_channel_max = d_channel_max / count(is_channel_max, space)
   d_spatial_max = d_spatial_max / count(is_spatial_max, -1)
@@ -174,7 +184,7 @@ pools.defvjp(_pools_forward, _pools_backward)
 
 @jax.custom_vjp
 def gate(x, offset, score, slope):
-  """x * sigmoid(offset + score * slope): x [B, *space, C], offset [B, C], score [B, *space], slope [C]."""
+  """Returns x * sigmoid(offset + score * slope): x [B, *space, C], offset [B, C], score [B, *space], slope [C]."""
   attention = nn.sigmoid(_logits(offset, score, slope))
   return (x * attention).astype(x.dtype)
 

@@ -1,7 +1,7 @@
-"""PyTorch weights -> ours: torchvision's and segmentation_models_pytorch's (smp) state dicts, each tensor used once.
+"""Converts PyTorch state dicts of torchvision and segmentation_models_pytorch (smp); uses each tensor exactly once.
 
-The models are layer for layer the same, so what is needed is a name and a layout for each tensor. Names: the rules of
-a family turn our path into PyTorch's. Layouts: PyTorch has convolutions as [out, in, h, w], ours are [h, w, in, out].
+The models match layer by layer, so each tensor needs only a new name and layout. Names: the rules of a model family
+turn a Flax path into PyTorch's name. Layouts: PyTorch stores convolutions as [out, in, h, w], Flax as [h, w, in, out].
 """
 
 import functools
@@ -19,7 +19,7 @@ from fusa_jax import models
 from fusa_jax.models.vgg import STAGES
 from fusa_jax.system.errors import UserError
 
-# ---- names: (pattern in our path, replacement), applied in turn
+# ---- names: pairs (pattern in the Flax path, replacement), applied one after the other
 
 _LEAVES = [('/kernel$', '/weight'), ('/scale$', '/weight'), ('/mean$', '/running_mean'), ('/var$', '/running_var')]
 _BLOCK = [(r'/norm(\d)', r'/bn\1'), ('/shortcut_conv', '/downsample/0'), ('/shortcut_norm', '/downsample/1')]
@@ -28,10 +28,10 @@ _SMP = [(r'/stage(\d)_(\d+)', r'/layer\1/\2'), *_BLOCK, ('^head', 'segmentation_
 
 
 def _vgg_index(match):
-  """Position in torchvision's `features`: a convolution, its norm and its ReLU take a place each, a pool takes one."""
-  kind, stage, index = match[1], int(match[2]), int(match[3])
+  """Position in torchvision's `features`: each convolution, norm, ReLU and pool takes one place."""
+  layer, stage, index = match[1], int(match[2]), int(match[3])
   before = sum(count for count, _ in STAGES[: stage - 1]) + index - 1
-  return f'features/{3 * before + (stage - 1) + (kind == "norm")}'
+  return f'features/{3 * before + (stage - 1) + (layer == "norm")}'
 
 
 def _pspnet_block(match):
@@ -57,7 +57,7 @@ _FAMILIES = {
     ('^stem_norm', 'features/0/1'),
     ('^last_conv', 'features/18/0'),
     ('^last_norm', 'features/18/1'),
-    # The first block has no expansion, so that its parts come one place earlier.
+    # The first block has no expansion, so its parts are one place earlier.
     ('^block1/depthwise_conv', 'features/1/conv/0/0'),
     ('^block1/depthwise_norm', 'features/1/conv/0/1'),
     ('^block1/project_conv', 'features/1/conv/1'),
@@ -70,7 +70,7 @@ _FAMILIES = {
     (r'^block(\d+)/project_norm', r'features/\1/conv/3'),
     ('^head', 'classifier/1'),
   ],
-  'resunet': _BLOCK,  # named as benchmarks/torch_reference.py has it
+  'resunet': _BLOCK,  # names as in benchmarks/torch_reference.py
   'linknet': [
     *_SMP,
     (r'^decoder(\d)/reduce_', r'decoder/blocks/\1/block/0/'),
@@ -98,34 +98,34 @@ _FAMILIES = {
   ],
 }
 
-# Names that older releases saved: torchvision's DenseNet files, smp's DeepLabV3.
+# Names in files of older releases: torchvision's DenseNet, smp's DeepLabV3.
 _OLDER = [
   (r'(denselayer\d+\.(?:norm|conv))\.([12]\.)', r'\1\2'),
   (r'^decoder\.0\.', 'decoder.aspp.'),
   (r'^decoder\.1\.', 'decoder.conv.'),
   (r'^decoder\.2\.', 'decoder.bn.'),
 ]
-# Tensors that no model computes with: a counter of PyTorch's norms; the stages that smp's PSPNet has and skips.
+# Tensors that no computation uses: encoder stages that smp's PSPNet holds but skips, and a counter in PyTorch's norms.
 _UNUSED = {'pspnet': re.compile(r'encoder\.layer[34]\.')}
 _COUNTER = 'num_batches_tracked'
 
-# Our first layers, for the number of input channels.
+# Kernels of the first layers; their shapes give the number of input channels.
 _FIRST = [f'params/{layer}/kernel' for layer in ('encoder/conv1', 'conv1_1', 'conv0', 'stem_conv', 'stem/conv1')]
 
 
 def from_torch(name: str, state_dict: Mapping[str, Any], **options) -> dict:
-  """The variables of a model with the weights of its PyTorch original.
+  """Returns the variables of a model with the weights of its PyTorch original.
 
   Args:
-    name: of the model, as in `models.NAMES`.
-    state_dict: tensors (PyTorch's or NumPy's) named as torchvision, smp or benchmarks/torch_reference.py has them.
-    **options: of `models.create`. Without `num_classes`, it is the state dict's own.
+    name: model name, one of `models.NAMES`.
+    state_dict: tensors of PyTorch or NumPy, with the names of torchvision, smp or benchmarks/torch_reference.py.
+    **options: options of `models.create`. Default of `num_classes`: the number of classes in the state dict.
 
   Returns:
-    {'params', 'batch_stats'} as NumPy arrays in the state dict's dtype, for as many input channels as it has.
+    {'params', 'batch_stats'} as NumPy arrays in the state dict's dtype, with its number of input channels.
 
   Raises:
-    UserError: a tensor is missing, left over, or of another shape; names it.
+    UserError: a tensor is missing, left over, or has another shape; the message names it.
   """
   tensors, rules = _canonical(name, state_dict), _rules(name)
   first = next((tensors[_torch_name(key, rules)] for key in _FIRST if _torch_name(key, rules) in tensors), None)
@@ -135,32 +135,32 @@ def from_torch(name: str, state_dict: Mapping[str, Any], **options) -> dict:
   module = models.create(name, **options)
   images = jnp.zeros((1, 64, 64, 1 if first is None else first.shape[1]))
   shapes = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), images)
-  found, problems = _match(_flat(shapes), tensors, rules)
+  arrays, problems = _match(_flat(shapes), tensors, rules)
   _refuse(problems, f'state dict does not fit {name}')
-  return _nested(found)
+  return _nested(arrays)
 
 
 def initial(path: str | pathlib.Path, name: str, shapes: dict) -> tuple[dict, list[str]]:
-  """What a file of PyTorch weights has to start the training of a model from.
+  """Reads a file of PyTorch weights to start the training of a model from.
 
-  Beside the whole of a state dict of this very model it takes, of the same architecture:
-  - another number of classes: the head is left out;
-  - three input channels for one: a first layer's kernels are summed over them, which is the same function of a grey
-    image;
-  - no FUSA: its parameters are left out;
-  - a classifier, for the model that has it as its encoder: the decoder is left out.
+  It takes a complete state dict of the model. It also takes weights that differ in these ways:
+  - another number of classes: it leaves out the head.
+  - three input channels instead of one: it sums the kernels of the first layer over them. On a grey image the result
+    is the same.
+  - no FUSA: it leaves out the parameters of FUSA.
+  - a classifier that is the encoder of this model: it leaves out the decoder.
 
   Args:
-    path: a .safetensors file, or a .pth or .pt file (which needs PyTorch to be opened).
-    name: of the model.
+    path: a .safetensors file, or a .pth or .pt file (opening these needs PyTorch).
+    name: model name.
     shapes: {'params', 'batch_stats'} of the model, as arrays or as shapes.
 
   Returns:
-    (variables, notes): the variables found, NumPy arrays nested as in `shapes`; and what was left out or changed, a
-    line each.
+    (variables, notes). `variables` are the NumPy arrays that the file provides, nested as in `shapes`. Each note is one
+    line about something left out or changed.
 
   Raises:
-    UserError: the file cannot be read, or does not fit; names the tensors.
+    UserError: the file cannot be read or does not fit the model; the message names the tensors.
   """
   tensors, rules, notes = _canonical(name, read(path)), _rules(name), []
   needed = _flat(shapes)
@@ -169,11 +169,12 @@ def initial(path: str | pathlib.Path, name: str, shapes: dict) -> tuple[dict, li
   if name in models.SEGMENTERS and any(map(is_encoders, needed)) and not any(k.startswith('encoder.') for k in tensors):
     tensors = _canonical(name, {f'encoder.{key}': tensors[key] for key in tensors if not key.startswith('fc.')})
     needed = {key: value for key, value in needed.items() if is_encoders(key)}
-    notes.append('a classifier: its weights start the encoder, without its head; the decoder starts anew')
+    notes.append('a classifier: the encoder takes its weights, without its head; the decoder starts untrained')
 
   head = tensors.get(_torch_name('params/head/bias', rules))
   if 'params/head/bias' in needed and head is not None and len(head) != needed['params/head/bias'].size:
-    notes.append(f'the head for {len(head)} classes is dropped; one for {needed["params/head/bias"].size} starts anew')
+    classes = needed['params/head/bias'].size
+    notes.append(f'head: dropped, as it has {len(head)} classes; the head for {classes} starts untrained')
     for key in ('params/head/kernel', 'params/head/bias'):
       del needed[key]
       tensors.pop(_torch_name(key, rules), None)
@@ -181,7 +182,7 @@ def initial(path: str | pathlib.Path, name: str, shapes: dict) -> tuple[dict, li
   is_attentions = lambda key: '/attention/' in key
   if any(map(is_attentions, needed)) and not any('.attention.' in key for key in tensors):
     needed = {key: value for key, value in needed.items() if not is_attentions(key)}
-    notes.append('no FUSA in it: its parameters start anew')
+    notes.append('no FUSA: the parameters of FUSA start untrained')
 
   for key, value in needed.items():
     torch_name, shape = _torch_name(key, rules), _torch_shape(key, value.shape)
@@ -194,19 +195,19 @@ def initial(path: str | pathlib.Path, name: str, shapes: dict) -> tuple[dict, li
   return _nested(arrays), notes
 
 
-def overlay(variables: dict, found: dict) -> dict:
-  """`variables` with those of its leaves replaced that `found` has, in the variables' dtypes and shardings."""
+def overlay(variables: dict, replacements: dict) -> dict:
+  """Returns `variables` with the leaves in `replacements` replaced; keeps the dtypes and shardings of `variables`."""
   flat = _flat(variables)
-  for key, value in _flat(found).items():
+  for key, value in _flat(replacements).items():
     flat[key] = jax.device_put(np.asarray(value, flat[key].dtype), flat[key].sharding)
   return _nested(flat)
 
 
 def read(path: str | pathlib.Path) -> dict[str, Any]:
-  """The state dict in a .safetensors, .pth or .pt file.
+  """Reads the state dict in a .safetensors, .pth or .pt file.
 
   Raises:
-    UserError: no such file, no state dict in it, or PyTorch is needed and not there.
+    UserError: the file does not exist or holds no state dict, or opening it needs PyTorch and PyTorch is missing.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -217,21 +218,21 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
     try:
       return safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:
-      raise UserError(f'model.init_from: {path} is no .safetensors file ({error}); download it again') from None
+      raise UserError(f'model.init_from: {path} is not valid safetensors ({error}); download it again') from None
   if path.suffix not in ('.pth', '.pt'):
-    raise UserError(f'model.init_from: {path} is neither .safetensors nor .pth; give a PyTorch state dict')
+    raise UserError(f'model.init_from: {path} is not a .safetensors, .pth or .pt file; give a PyTorch state dict')
   try:
     import torch
   except ImportError:
     raise UserError(
-      f'model.init_from: {path} needs PyTorch to be opened; pip install torch, or save it as .safetensors'
+      f'model.init_from: opening {path} needs PyTorch; pip install torch, or save it as .safetensors'
     ) from None
   try:
-    # weights_only: a pickle may run any code.
+    # weights_only, because a pickle can run any code.
     content = torch.load(path, map_location='cpu', weights_only=True)
-  except Exception as error:  # torch raises half a dozen kinds, of pickle and zip among them
+  except Exception as error:  # torch raises many types here, also those of pickle and zip
     reason = str(error).strip().splitlines()[0]
-    raise UserError(f'model.init_from: {path} cannot be opened ({reason}); give a state dict') from None
+    raise UserError(f'model.init_from: {path} cannot be opened ({reason}); give a PyTorch state dict') from None
   for key in ('state_dict', 'model'):
     if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
       content = content[key]
@@ -257,7 +258,7 @@ def _torch_name(key, rules):
 
 
 def _canonical(name, state_dict):
-  """The tensors that count, as NumPy arrays under today's names."""
+  """Returns the tensors that computations use, as NumPy arrays under current names."""
   unused, tensors = _UNUSED.get(_plain(name)), {}
   for key, value in state_dict.items():
     for pattern, replacement in _OLDER:
@@ -268,17 +269,18 @@ def _canonical(name, state_dict):
 
 
 def _numpy(tensor):
-  """A copy: PyTorch would go on changing the original, batch statistics with each step."""
-  if hasattr(tensor, 'detach'):  # PyTorch's; its bfloat16 is unknown to NumPy
+  """Returns a copy, because PyTorch changes the original in place (batch statistics with each step)."""
+  if hasattr(tensor, 'detach'):  # a PyTorch tensor; NumPy does not know its bfloat16
     tensor = tensor.detach().cpu()
     tensor = (tensor.float() if tensor.element_size() < 4 else tensor).numpy()
   array = np.array(tensor)
   return array.astype(np.float32) if array.dtype.itemsize < 4 else array
 
 
-# Layouts of kernels by rank: PyTorch's axes in terms of ours. A transposed convolution's kernel is mirrored as well:
-# PyTorch's is the one of the convolution that it is the transpose of.
+# PyTorch stores a transposed convolution's kernel as the kernel of the convolution that it transposes. Flax stores that
+# kernel mirrored, so `_ours` mirrors it.
 def _axes(key, rank):
+  """PyTorch's axes of a tensor in terms of Flax's, by rank."""
   if rank == 4:
     return (2, 3, 0, 1) if _is_transposed(key) else (3, 2, 0, 1)
   return tuple(reversed(range(rank)))
@@ -289,15 +291,15 @@ def _is_transposed(key):
 
 
 def _torch_shape(key, shape):
-  if key == 'params/dense1/kernel':  # VGG's, see _ours
+  if key == 'params/dense1/kernel':  # the first dense layer of VGG: see `_ours`
     return shape[::-1]
   return tuple(shape[axis] for axis in _axes(key, len(shape)))
 
 
 def _ours(key, tensor):
-  """A tensor in our layout."""
+  """Returns a PyTorch tensor in the layout of Flax."""
   if key == 'params/dense1/kernel':
-    # PyTorch flattens 7 x 7 features as [C, 7, 7], we as [7, 7, C].
+    # PyTorch flattens 7 x 7 features as [C, 7, 7], Flax as [7, 7, C].
     units = len(tensor)
     return tensor.reshape(units, -1, 7, 7).transpose(2, 3, 1, 0).reshape(-1, units)
   array = tensor.transpose(np.argsort(_axes(key, tensor.ndim)))
@@ -305,8 +307,11 @@ def _ours(key, tensor):
 
 
 def _match(needed, tensors, rules):
-  """({our key: array}, what is wrong): each of `needed` from one of `tensors`, and none of these left over."""
-  found, problems, left = {}, [], dict(tensors)
+  """Takes each of `needed` from one of `tensors`; returns ({Flax key: array}, problems).
+
+  A problem is one text about a tensor that is missing, left over, or has another shape.
+  """
+  arrays, problems, left = {}, [], dict(tensors)
   for key, value in needed.items():
     torch_name, shape = _torch_name(key, rules), _torch_shape(key, value.shape)
     tensor = left.pop(torch_name, None)
@@ -315,14 +320,14 @@ def _match(needed, tensors, rules):
     elif tensor.shape != shape:
       problems.append(f'{torch_name} has shape {tensor.shape}, not {shape}')
     else:
-      found[key] = _ours(key, tensor)
-  return found, problems + [f'{torch_name} is left over' for torch_name in left]
+      arrays[key] = _ours(key, tensor)
+  return arrays, problems + [f'{torch_name} is left over' for torch_name in left]
 
 
-def _refuse(problems, what):
+def _refuse(problems, summary):
   if problems:
     more = f', and {len(problems) - 5} more' if len(problems) > 5 else ''
-    raise UserError(f'{what}: {", ".join(problems[:5])}{more}; give the weights of this architecture')
+    raise UserError(f'{summary}: {", ".join(problems[:5])}{more}; give the weights of this architecture')
 
 
 def _flat(tree):

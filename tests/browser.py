@@ -1,4 +1,4 @@
-"""A page in headless Chromium, by the protocol of its developer tools over two pipes: no driver to install."""
+"""Drives a page in headless Chromium over two pipes (DevTools protocol). This needs no driver."""
 
 import base64
 import contextlib
@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
-# WebGL 2 is drawn by the processor, and nothing is asked of a network.
+# The CPU draws WebGL 2, and Chromium makes no network requests of its own.
 _FLAGS = [
   '--headless=new',
   '--no-sandbox',
@@ -33,7 +33,7 @@ _FLAGS = [
 
 
 class Page:
-  """One page; `problems` holds what its console warned of and what it asked for beside its own file."""
+  """One page. `problems` collects console warnings and errors, and requests for anything but the page's own file."""
 
   def __init__(self, pipes: tuple[int, int], seconds: float):
     self._to, self._from, self._seconds = *pipes, seconds
@@ -49,7 +49,7 @@ class Page:
     self.call('Page.navigate', url=self._file)
 
   def call(self, method: str, **parameters: Any) -> dict:
-    """A command's answer; what happens before it comes goes to `problems`."""
+    """Sends a command and returns its result. Problems reported before the result go to `problems`."""
     self._number += 1
     message = {'id': self._number, 'method': method, 'params': parameters}
     if self._session:
@@ -64,34 +64,34 @@ class Page:
       self._note(answer)
 
   def value(self, script: str) -> Any:
-    """What an expression of JavaScript, or the promise that it gives, comes to."""
+    """Evaluates a JavaScript expression, awaits it if it is a promise, and returns its value."""
     result = self.call('Runtime.evaluate', expression=script, returnByValue=True, awaitPromise=True)
     assert 'exceptionDetails' not in result, result
     return result['result'].get('value')
 
   def wait(self, script: str) -> None:
-    """Until an expression is true."""
+    """Waits until an expression is true."""
     end = time.monotonic() + self._seconds
     while not self.value(script):
       assert time.monotonic() < end, (script, self.problems)
       time.sleep(0.05)
 
   def key(self, key: str) -> None:
-    for kind in ('keyDown', 'keyUp'):
-      self.call('Input.dispatchKeyEvent', type=kind, key=key, code=key)
+    for event in ('keyDown', 'keyUp'):
+      self.call('Input.dispatchKeyEvent', type=event, key=key, code=key)
 
   def click(self, script: str) -> None:
-    """The middle of the element that an expression gives, by mouse."""
+    """Clicks the middle of the element that an expression returns."""
     box = f'(({script}).scrollIntoView({{block: "nearest"}}), ({script}).getBoundingClientRect().toJSON())'
     box = self.value(box)
     self.mouse(box['x'] + box['width'] / 2, box['y'] + box['height'] / 2)
 
   def mouse(self, x: float, y: float) -> None:
-    for kind in ('mousePressed', 'mouseReleased'):
-      self.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', clickCount=1)
+    for event in ('mousePressed', 'mouseReleased'):
+      self.call('Input.dispatchMouseEvent', type=event, x=x, y=y, button='left', clickCount=1)
 
   def drag(self, start: tuple[float, float], end: tuple[float, float], steps: int = 4) -> None:
-    """With the right button."""
+    """Drags with the right mouse button."""
     event = lambda kind, x, y: self.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='right', buttons=2)
     event('mousePressed', *start)
     for step in range(1, steps + 1):
@@ -99,7 +99,7 @@ class Page:
     event('mouseReleased', *end)
 
   def screenshot(self) -> bytes:
-    """PNG."""
+    """Returns a PNG image of the page."""
     return base64.b64decode(self.call('Page.captureScreenshot', format='png')['data'])
 
   def _receive(self, end):
@@ -111,26 +111,26 @@ class Page:
     return json.loads(message)
 
   def _note(self, event):
-    method, told = event.get('method'), event.get('params', {})
+    method, params = event.get('method'), event.get('params', {})
     if method == 'Runtime.exceptionThrown' or (
-      method == 'Runtime.consoleAPICalled' and told['type'] in ('error', 'warning', 'assert')
+      method == 'Runtime.consoleAPICalled' and params['type'] in ('error', 'warning', 'assert')
     ):
-      self.problems.append(told)
-    elif method == 'Log.entryAdded' and told['entry']['level'] in ('error', 'warning'):
-      self.problems.append(told['entry'])
-    elif method == 'Network.requestWillBeSent' and not told['request']['url'].startswith((self._file, 'data:')):
-      self.problems.append(told['request']['url'])
+      self.problems.append(params)
+    elif method == 'Log.entryAdded' and params['entry']['level'] in ('error', 'warning'):
+      self.problems.append(params['entry'])
+    elif method == 'Network.requestWillBeSent' and not params['request']['url'].startswith((self._file, 'data:')):
+      self.problems.append(params['request']['url'])
 
 
 @contextlib.contextmanager
 def opened(path: pathlib.Path, profile: pathlib.Path, size: tuple[int, int], seconds: float = 60):
-  """A page of a file, until the end of the block.
+  """Opens a file as a `Page`; Chromium ends with the block.
 
   Args:
-    path: of the file.
-    profile: an empty folder.
-    size: of the window, in pixels.
-    seconds: that anything may take.
+    path: the HTML file.
+    profile: an empty folder for Chromium's profile.
+    size: width and height of the window in pixels.
+    seconds: time limit of each command and wait.
   """
   to_read, to = os.pipe()
   back, back_write = os.pipe()

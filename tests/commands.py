@@ -1,4 +1,4 @@
-"""The command line as a user types it."""
+"""Runs launch.py as a user does."""
 
 import os
 import pathlib

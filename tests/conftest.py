@@ -1,17 +1,18 @@
-"""Fixtures that many tests share: a small cohort, its prepared dataset, and two runs trained on it.
+"""Shared fixtures: a small cohort, its prepared dataset, and two runs trained on it.
 
-The tests see eight CPU devices, so that what must not depend on their number can be tried on one and on eight.
+The tests see eight CPU devices. A test can therefore compare one device with eight.
 """
 
 import concurrent.futures
 import os
 import pathlib
 
-# Compiling is most of the time of most tests, and what is compiled runs for a few steps of small shapes.
+# Most tests spend most of their time on compilation, and run the program for only a few steps on small shapes.
+# Optimization level 0 compiles faster.
 _FLAGS = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 os.environ['XLA_FLAGS'] = f'{_FLAGS} {os.environ.get("XLA_FLAGS", "")}'
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['GLIBC_TUNABLES'] = ''  # or each command that a test starts would begin anew, with all that it has imported
+os.environ['GLIBC_TUNABLES'] = ''  # otherwise each command that a test starts would restart itself after its imports
 
 import jax
 import ml_collections
@@ -24,20 +25,20 @@ from fusa_jax.system import meshes
 
 SIZE, SLICES, PATIENTS = 32, 16, 10
 
-# A second run of the suite, and the second of two workers, read what was compiled before.
+# Later runs of the tests, and parallel workers, reuse compiled programs.
 jax.config.update('jax_compilation_cache_dir', str(pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 def tiny(module=seg, **overrides) -> ml_collections.ConfigDict:
-  """The demo at a size for tests: a config of configs/seg.py or configs/cls.py on all eight devices."""
+  """Returns the demo config of configs/seg.py or configs/cls.py, reduced to test size, on all eight devices."""
   config = module.get_config('demo')
   config.data.image_size = SIZE
   config.model.width = 4
   config.train.update(steps=4, batch_size=8, warmup_steps=1, log_every=1, evaluate_every=2)
   config.evaluate.num_overlays = 2
   config.mesh.data = 8
-  # Two levels, or one stage: the time of most tests goes by how many layers are traced and compiled.
+  # Two levels or one stage: the duration of most tests depends on the number of layers to trace and compile.
   name = overrides.get('model.name', config.model.name).removeprefix('fusa_')
   config.model.update({'resunet': {'multiples': (1, 2)}, 'resnet18': {'stage_sizes': (1,)}}.get(name, {}))
   config.update_from_flattened_dict(overrides)
@@ -46,7 +47,7 @@ def tiny(module=seg, **overrides) -> ml_collections.ConfigDict:
 
 @pytest.fixture(scope='session', autouse=True)
 def processes():
-  """The data path's pool of processes, for tests of it. All others have a thread: processes take seconds to start."""
+  """Returns the data path's real process pool. Other tests get one thread instead: processes take seconds to start."""
   with pytest.MonkeyPatch.context() as patch:
     real = workers.ProcessPoolExecutor
     patch.setattr(workers, 'ProcessPoolExecutor', lambda *_: concurrent.futures.ThreadPoolExecutor(1))
@@ -55,7 +56,7 @@ def processes():
 
 @pytest.fixture(scope='session')
 def raw_dir(tmp_path_factory) -> pathlib.Path:
-  """Ten phantoms as NIfTI files, of 16 slices of 32 x 32."""
+  """Ten phantoms as NIfTI files, each 16 slices of 32 x 32."""
   folder = tmp_path_factory.mktemp('raw')
   phantom.write_phantoms(folder, patients=PATIENTS, size=SIZE, slices=SLICES, seed=0)
   return folder
@@ -63,13 +64,13 @@ def raw_dir(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def data_dir(raw_dir, tmp_path_factory) -> pathlib.Path:
-  """The same cohort prepared."""
+  """The prepared dataset of `raw_dir`."""
   return prepare.prepare(str(raw_dir), str(tmp_path_factory.mktemp('prepared')), SIZE)
 
 
 @pytest.fixture(scope='session')
 def runs(raw_dir, data_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
-  """The workdirs of a segmentation and a classification run of four steps, trained and evaluated."""
+  """{'seg': workdir, 'cls': workdir} of a segmentation and a classification run of four steps, both evaluated."""
   from fusa_jax.training import evaluate, train
 
   workdirs = {}
@@ -83,14 +84,14 @@ def runs(raw_dir, data_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
 
 @pytest.fixture(scope='session')
 def predictors(runs):
-  """The runs as functions of scans, each compiled once."""
+  """A predictor for each of `runs`, compiled once."""
   from fusa_jax.inference import predictor
 
   return {name: predictor.load_predictor(workdir) for name, workdir in runs.items()}
 
 
 def final_state(config, workdir):
-  """(step, items) of a run's latest checkpoint, on the host."""
+  """Returns (step, items) of a run's latest checkpoint, on the host."""
   from fusa_jax import tasks
   from fusa_jax.runs import checkpoint
   from fusa_jax.training import optimizers, train

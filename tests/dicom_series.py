@@ -1,4 +1,4 @@
-"""DICOM series as scanners and archives write them, made of a volume and its affine."""
+"""Makes DICOM series like those of scanners and archives from a volume and its affine."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ from pydicom import uid
 
 from fusa_jax.scans import dicom
 
-# Of these nothing may be in what is printed or written.
+# None of these values may appear in printed text or written files.
 PERSONAL = {
   'PatientName': 'Markername^Anna',
   'PatientID': 'MARKERID-4711',
@@ -36,14 +36,14 @@ _BY_GDCM = {
 
 
 def slices(hu, affine, number=3, slope=1.0, intercept=-8192.0, **elements) -> list[pydicom.Dataset]:
-  """A CT series, a dataset for each slice.
+  """Makes a CT series, one dataset per slice.
 
   Args:
     hu: int [x, y, z].
-    affine: [4, 4], (x, y, z) to world millimetres (RAS+), without shear between x and y.
-    number: of the series.
-    slope, intercept: of the stored values, which are unsigned.
-    elements: what else to set, or to change, in each.
+    affine: [4, 4], maps (x, y, z) to world millimetres (RAS+), without shear between x and y.
+    number: number of the series.
+    slope, intercept: rescale slope and intercept of the stored values, which are unsigned.
+    elements: further DICOM elements to set or to change in each slice.
   """
   affine = np.diag([-1, -1, 1, 1]) @ affine
   spacing = np.linalg.norm(affine[:3, :2], axis=0)
@@ -78,7 +78,7 @@ def slices(hu, affine, number=3, slope=1.0, intercept=-8192.0, **elements) -> li
 
 
 def save(folder: pathlib.Path, datasets, syntax: str = 'uncompressed', name='IM{:06d}') -> pathlib.Path:
-  """Writes datasets in a shuffled order of names."""
+  """Writes datasets under file names in shuffled order."""
   folder.mkdir(parents=True, exist_ok=True)
   order = np.random.default_rng(0).permutation(len(datasets))
   for place, one in zip(order, datasets, strict=True):
@@ -108,7 +108,7 @@ def _compress(path, syntax):
 
 
 def affine_of(columns, spacing=(0.7, 0.8, 5.0), turn=0.0, shear=0.0):
-  """RAS+, with columns along named directions, turned about a slanted axis; the gantry tilted by `shear`."""
+  """Makes an RAS+ affine: columns along named directions, rotated by `turn`, with a gantry tilt of `shear`."""
   signs = {'R': (0, 1), 'L': (0, -1), 'A': (1, 1), 'P': (1, -1), 'S': (2, 1), 'I': (2, -1)}
   directions = np.zeros((3, 3))
   for column, code in enumerate(columns):

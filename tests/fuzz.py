@@ -1,6 +1,6 @@
-"""Random damage to what prediction reads: each file is read cleanly or refused in one line, whatever it holds.
+"""Damages input files of prediction at random. Each must be read or refused with a one-line error.
 
-As a script, for more files than the tests can afford: python tests/fuzz.py --files=10000 [--kinds=nifti,png]
+As a script, it tries more files than the tests do: python tests/fuzz.py --files=10000 [--kinds="nifti;png"]
 """
 
 import argparse
@@ -32,7 +32,7 @@ def nifti(folder, ending='.nii'):
 
 
 def dicom(folder, syntax):
-  """Four slices, of which one will be damaged."""
+  """Writes four slices and returns the one to damage."""
   dicom_series.save(folder, dicom_series.slices(chest((17, 16, 4)), affine_of('LPS')), syntax)
   return folder / 'IM000002'
 
@@ -49,8 +49,8 @@ def archive(folder):
   return folder / 'a.zip'
 
 
-# By kind: what writes a sound input into an empty folder, and gives the file that is damaged; of which values it is;
-# and which of its bytes four in five files are damaged in, as what they say matters most.
+# Format: (function, values, part). The function writes a sound input into an empty folder and returns the file to
+# damage. `values` is the intensity scale. `part` is a range of important bytes; in 80% of files only they are damaged.
 KINDS = {
   'nifti': (nifti, 'hu', (0, 352)),
   'nifti.gz': (lambda folder: nifti(folder, '.nii.gz'), 'hu', (0, None)),
@@ -64,7 +64,7 @@ KINDS = {
 
 
 def damaged(whole: bytes, part: tuple[int, int | None], rng) -> bytes:
-  """One to eight bytes changed, of four in five files in the given part; one file in twenty cut short."""
+  """Changes one to eight bytes, in 80% of files only within `part`, and truncates 5% of files."""
   raw, places = bytearray(whole), np.arange(len(whole))
   places = places[slice(*part)] if rng.random() < 0.8 else places
   for position in rng.choice(places, rng.integers(1, 9)):
@@ -73,7 +73,7 @@ def damaged(whole: bytes, part: tuple[int, int | None], rng) -> bytes:
 
 
 def outcome(folder: pathlib.Path, values: str, file: pathlib.Path) -> str:
-  """'read', 'refused', or what else came of a folder, of which one file is damaged."""
+  """Reads a folder that holds the damaged `file`. Returns 'read', 'refused', or a description of the failure."""
   try:
     with tempfile.TemporaryDirectory() as unpacked, warnings.catch_warnings():
       warnings.simplefilter('error')
@@ -89,42 +89,42 @@ def outcome(folder: pathlib.Path, values: str, file: pathlib.Path) -> str:
 
 
 def outcomes(kind: str, files: int, folder: pathlib.Path, seed: int = 0) -> collections.Counter:
-  """How often what came of `files` damaged ones. The file of anything but the two stays in `folder`, as NUMBER.KIND."""
+  """Counts the outcomes of `files` damaged files. A file neither read nor refused is kept in `folder`."""
   make, values, part = KINDS[kind]
   shutil.rmtree(folder / 'input', ignore_errors=True)
   (folder / 'input').mkdir()
-  file, found = make(folder / 'input'), collections.Counter()
+  file, counts = make(folder / 'input'), collections.Counter()
   whole, rng = file.read_bytes(), np.random.default_rng(seed)
   for number in range(files):
     raw = damaged(whole, part, rng)
     file.write_bytes(raw)
-    came = outcome(folder / 'input', values, file)
-    found[came] += 1
-    if came not in ('read', 'refused'):
+    result = outcome(folder / 'input', values, file)
+    counts[result] += 1
+    if result not in ('read', 'refused'):
       (folder / f'{number}{file.suffix}').write_bytes(raw)
-  return found
+  return counts
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--files', type=int, default=10_000, help='of each kind')
-  parser.add_argument('--kinds', default=';'.join(KINDS), help='some of these, with ; between them')
+  parser.add_argument('--files', type=int, default=10_000, help='damaged files per format')
+  parser.add_argument('--kinds', default=';'.join(KINDS), help='formats, separated by ;')
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--output', type=pathlib.Path, default=pathlib.Path('runs/fuzz'), help='for files that broke it')
-  asked = parser.parse_args()
-  for kind in asked.kinds.split(';'):
-    folder = asked.output / kind.replace(', ', '_').replace(' ', '_')
+  parser.add_argument('--output', type=pathlib.Path, default=pathlib.Path('runs/fuzz'), help='folder for failures')
+  arguments = parser.parse_args()
+  for kind in arguments.kinds.split(';'):
+    folder = arguments.output / kind.replace(', ', '_').replace(' ', '_')
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    found = outcomes(kind, asked.files, folder, asked.seed)
-    read, refused = (found.pop(name, 0) for name in ('read', 'refused'))
+    counts = outcomes(kind, arguments.files, folder, arguments.seed)
+    read, refused = (counts.pop(name, 0) for name in ('read', 'refused'))
     print(
-      f'{kind}: {asked.files} files, {read} read, {refused} refused, {found.total()} anything else; '
+      f'{kind}: {arguments.files} files, {read} read, {refused} refused, {counts.total()} other; '
       f'{time.perf_counter() - began:.0f} s',
       flush=True,
     )
-    for came, count in found.most_common(20):
-      print(f'  {count}: {came[:300]}', flush=True)
+    for result, count in counts.most_common(20):
+      print(f'  {count}: {result[:300]}', flush=True)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The cohort of phantoms as files in each release's own naming and labels, for tests of what finds and reads them."""
+"""Writes the phantom cohort with the file names and labels of each public release, for the tests of cohort readers."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ from fusa_jax.scans import dicom, dicom_seg, nifti
 
 
 def files(raw_dir):
-  """(scan, mask) of each phantom."""
+  """Returns (scan, mask) of each phantom."""
   return [(path, path.with_name(path.name.replace('_ct', '_seg'))) for path in sorted(raw_dir.glob('*_ct.nii.gz'))]
 
 
@@ -24,7 +24,7 @@ def copy(source, target):
 
 
 def relabel(source, target, change):
-  """A mask with other labels: `change` of its values."""
+  """Saves a mask with other labels: `change` maps the old values to the new ones."""
   target.parent.mkdir(parents=True, exist_ok=True)
   image = nib.load(source)
   nib.save(nib.Nifti1Image(change(np.asarray(image.dataobj)).astype(np.uint8), image.affine, image.header), target)
@@ -61,13 +61,13 @@ def pairs(raw_dir, out):
 
 
 def dicom_pairs(raw_dir, out):
-  """Folders named by patient, one as an archive; masks beside them as NIfTI, or in them as DICOM SEG."""
+  """One folder per patient, one of them zipped. Masks are NIfTI files beside the folders or DICOM SEG inside them."""
   for number, (scan, mask) in enumerate(files(raw_dir)):
     name, image = nifti.stem(scan).removesuffix('_ct'), nib.load(scan)
     made = dicom_series.slices(np.asarray(image.dataobj), image.affine, number)
     syntax = ('uncompressed', 'jpeg lossless', 'jpeg 2000', 'uncompressed', 'uncompressed')[number % 5]
     folder = dicom_series.save(out / name / 'study' / 'series', made, syntax)
-    if number % 5 == 4:  # those of which some have no lesion
+    if number % 5 == 4:  # patients 5 and 10; every fifth phantom has no lesion
       (series,) = dicom.find_series(folder.iterdir())
       of_series = dicom.read_series(series)
       about = {'model': 'none', 'step': 0, 'threshold': 0.5}
@@ -79,7 +79,7 @@ def dicom_pairs(raw_dir, out):
       shutil.rmtree(out / name)
 
 
-# As released: case, study and series. 10 and 29 have two scans each.
+# Names as released: case, study and series. Cases 10 and 29 have two scans each.
 RADIOPAEDIA = [
   f'radiopaedia_{name}'
   for name in ('10_85902_1', '10_85902_3', '14_85914_0', '27_86410_0', '29_86490_1', '29_86491_1')
@@ -88,7 +88,7 @@ RADIOPAEDIA = [
 
 
 def zenodo_20(raw_dir, out):
-  """Lungs are 1 and 2, lesion 3; the radiopaedia volumes are 8-bit."""
+  """Labels 1 and 2 are the lungs, 3 is lesion. The radiopaedia volumes are 8-bit."""
   for number, (scan, mask) in enumerate(files(raw_dir), start=1):
     name = f'coronacases_{number:03d}.nii.gz'
     copy(scan, out / 'COVID-19-CT-Seg_20cases' / name)
@@ -100,7 +100,7 @@ def zenodo_20(raw_dir, out):
 
 
 def mosmed(raw_dir, out):
-  """Every fifth phantom is without lesion: CT-0. The last one is a study of CT-2 of which no mask was published."""
+  """Every fifth phantom has no lesion: CT-0. One more study is CT-2 and has no published mask."""
   pairs = files(raw_dir)
   for number, (scan, mask) in enumerate(pairs, start=1):
     severity = 'CT-0' if number % 5 == 0 else 'CT-1'
@@ -111,14 +111,14 @@ def mosmed(raw_dir, out):
 
 
 def medseg(raw_dir, out):
-  """Nine scans, and a hundred slices of nobody knows whom: 0 nothing, 1 ground glass, 2 consolidation, 3 effusion."""
+  """Scans, and a hundred slices of unknown patients. Labels: 0 none, 1 ground glass, 2 consolidation, 3 effusion."""
   both = lambda mask: mask * (1 + (np.arange(SIZE)[:, None, None] >= SIZE // 2))
   for number, (scan, mask) in enumerate(files(raw_dir), start=1):
     copy(scan, out / 'rp_im' / f'{number}.nii.gz'), relabel(mask, out / 'rp_msk' / f'{number}.nii.gz', both)
   scans, masks = zip(*files(raw_dir), strict=True)
   stack = lambda paths: np.concatenate([np.asarray(nib.load(path).dataobj) for path in paths], axis=2)[..., :100]
   slices = stack(scans)
-  # Windowed one by one, then set to where air and fat should be.
+  # As in the release: each slice is windowed on its own, and air and fat have their usual HU.
   tops = np.linspace(180, 320, slices.shape[2])
   nib.save(nib.Nifti1Image(np.minimum(slices, tops).astype(np.float32), np.eye(4)), out / 'tr_im.nii.gz')
   labels = both(stack(masks))
@@ -127,7 +127,7 @@ def medseg(raw_dir, out):
 
 
 def pictures_of(raw_dir):
-  """(patient, slice, grey [H, W], mask [H, W]) of each slice, as a radiologist sees it."""
+  """Yields (patient, slice, grey [H, W], mask [H, W]) of each slice, in radiological orientation."""
   for number, (scan, mask) in enumerate(files(raw_dir), start=1):
     scan = nifti.read_scan(scan)
     grey = np.rint(np.clip((scan.values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)
@@ -136,7 +136,7 @@ def pictures_of(raw_dir):
 
 
 def slices(raw_dir, out):
-  """Images as JPEG, masks of 0 and 255 as PNG, patients in a list whose names have no ending."""
+  """Images as JPEG, masks of 0 and 255 as PNG, and a patient list with file names without ending."""
   (out / 'images').mkdir(), (out / 'masks').mkdir()
   lines = ['name,patient']
   for number, (patient, _, grey, mask) in enumerate(pictures_of(raw_dir)):
@@ -147,7 +147,7 @@ def slices(raw_dir, out):
 
 
 def classes(raw_dir, out):
-  """As COVID-CT: two folders, names that are in both, PNG with colour channels and alpha; of nobody knows whom."""
+  """As COVID-CT: two folders with equal file names, RGBA PNG, unknown patients."""
   for name in ('CT_COVID', 'CT_NonCOVID'):
     (out / name).mkdir()
   for number, (_, _, grey, mask) in enumerate(pictures_of(raw_dir)):
@@ -162,7 +162,7 @@ LAYOUTS = {
 
 
 def write_all(raw_dir, tmp_path_factory) -> dict[str, pathlib.Path]:
-  """By name, the folder of each of LAYOUTS, and of `classes`, which is laid out as slices are, without masks."""
+  """Writes each of LAYOUTS and `classes` (slices without masks). Returns {name: folder}."""
   folders = {}
   for name, lay in {**LAYOUTS, 'classes': classes}.items():
     folders[name] = tmp_path_factory.mktemp(name)

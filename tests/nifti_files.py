@@ -1,4 +1,4 @@
-"""Small volumes and their NIfTI files, in any orientation: what tests of reading scans share."""
+"""Small volumes and their NIfTI files in any orientation, shared by the tests that read scans."""
 
 import nibabel as nib
 import numpy as np
@@ -7,14 +7,14 @@ SHAPE = (7, 6, 5)
 
 
 def chest(shape=SHAPE, seed=0):
-  """Values that pass for HU: a third air, the rest tissue."""
+  """Returns plausible HU: about a third air, the rest tissue."""
   rng = np.random.default_rng(seed)
   hu = rng.integers(-150, 400, shape)
   return np.where(rng.random(shape) < 0.3, rng.integers(-1000, -600, shape), hu).astype(np.int16)
 
 
 def save(path, data, codes='LPS', spacing=(0.7, 0.8, 5.0), oblique=0.0, sform=True, image_class=nib.Nifti1Image):
-  """Stores data given in (x, y, z) order of `codes`."""
+  """Saves `data` as NIfTI. `codes` names the directions of its axes (x, y, z)."""
   signs = {'R': (0, 1), 'L': (0, -1), 'A': (1, 1), 'P': (1, -1), 'S': (2, 1), 'I': (2, -1)}
   affine = np.eye(4)
   affine[:3, :3] = 0

@@ -1,9 +1,9 @@
-"""Real processes over loopback, as hosts of one run: each is launch.py, noting which slices it reads.
+"""Starts real processes over loopback as the hosts of one run. Each runs launch.py and records the slices it reads.
 
-With JAX_ENABLE_X64=1 all of the state is float64, so that sums of another order are the same to many more digits.
-FILE_LIMIT=BYTES is a disk that takes no larger file.
+With JAX_ENABLE_X64=1 the whole state is float64; sums in another order then agree to many more digits.
+With FILE_LIMIT=BYTES the system refuses larger files, as a full disk does.
 
-As a script: python tests/several_hosts.py NOTES.json, and launch.py's own arguments.
+As a script: python tests/several_hosts.py NOTES.json, followed by arguments of launch.py.
 """
 
 import atexit
@@ -35,10 +35,10 @@ TINY = [
 
 
 class Hosts:
-  """Processes 0 to n - 1 of one run, with their standard error. A context manager: on leaving, none is left."""
+  """Processes 0 to n - 1 of one run, with their output. As a context manager it kills them at the end."""
 
   def __init__(self, processes, devices, arguments: list[str], folder: pathlib.Path, each=(), **environment):
-    """Starts them with `devices` fake devices each, the same arguments and each[k]; output in folder/k.log."""
+    """Starts process k with `devices` fake devices, `arguments` and each[k]; its output goes to folder/k.log."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
       free.bind(('localhost', 0))
@@ -60,7 +60,7 @@ class Hosts:
       process.wait()
 
   def wait(self, timeout: float = 300) -> list[int]:
-    """Their exit codes."""
+    """Waits for the end of all processes and returns their exit codes."""
     return [process.wait(timeout) for process in self.processes]
 
   def log(self, k: int) -> str:
@@ -71,7 +71,7 @@ class Hosts:
 
 
 def start(arguments, devices, log, notes, **environment) -> subprocess.Popen:
-  """launch.py in a process of its own."""
+  """Starts launch.py in its own process."""
   settings = {
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
     'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
@@ -88,7 +88,7 @@ def start(arguments, devices, log, notes, **environment) -> subprocess.Popen:
 
 
 class _Noting:
-  """A source of slices that remembers which were read."""
+  """A source of slices that records which were read."""
 
   def __init__(self, source, read):
     self._source, self._read = source, read
@@ -102,7 +102,7 @@ class _Noting:
 
 
 class _WithoutTorch(importlib.abc.MetaPathFinder):
-  """As where PyTorch is not installed: tensorboardX would import it, for longer than a run of the tests trains."""
+  """Hides PyTorch: tensorboardX would import it, which takes longer than the training of a test."""
 
   def find_spec(self, name, *_):
     if name == 'torch':
@@ -118,7 +118,7 @@ def main():
   from fusa_jax import tasks
   from fusa_jax.training import datasets
 
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores Ctrl-C
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes of a shell ignore Ctrl-C
   notes, reads = pathlib.Path(sys.argv.pop(1)), {}
   load = datasets.load_dataset
 

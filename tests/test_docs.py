@@ -1,4 +1,4 @@
-"""What the documents state of the code and of the paper's numbers is computed here again."""
+"""Recomputes the numbers that the documents state about the code and the paper."""
 
 import itertools
 import pathlib
@@ -28,7 +28,7 @@ TABLE_II = {
   'FUSA-ResUnet': (89.76, 88.82, 77.38),
 }
 LESION_AREA = 0.0114
-# Sums that the macro Dice does not depend on.
+# Totals that do not affect the macro Dice.
 SLICES = (
   'slices',
   'slice_dice',
@@ -42,7 +42,7 @@ SLICES = (
 
 
 def rows_of(document, header):
-  """The rows below a header of a Markdown table, as {first cell: other cells}."""
+  """Returns the rows below a header of a Markdown table as {first cell: other cells}."""
   lines = pathlib.Path(document).read_text().splitlines()
   start = lines.index(header) + 2
   table = itertools.takewhile(lambda line: line.startswith('|'), lines[start:])
@@ -55,12 +55,12 @@ def harmonic(p, r):
 
 
 @pytest.mark.slow
-def test_model_table_is_the_computed_one():
+def test_model_table_is_up_to_date():
   assert model_table.table() in pathlib.Path('docs/models.md').read_text()
 
 
 def test_table_1_of_the_paper():
-  """F1 follows from precision and recall for all rows but DenseNet's; so does one share of positives."""
+  """For all rows but DenseNet, precision and recall give the printed F1 and the same share of positive slices."""
   printed = rows_of('docs/paper.md', '| model | printed P | printed R | F1 computed | F1 printed |')
   assert printed.keys() == TABLE_I.keys()
   for name, (accuracy, p, r, f1) in TABLE_I.items():
@@ -73,7 +73,7 @@ def test_table_1_of_the_paper():
 
 
 def test_one_test_set_explains_table_1():
-  """Whole numbers of slices: 2747, of which 1107 positive, and no other from 100 to 4999."""
+  """Between 100 and 4999 slices, only 2747 slices with 1107 positives fit all rows."""
   rows = [row for name, row in TABLE_I.items() if name != 'DenseNet']
 
   def fits(total, positive, accuracy, p, r, _):
@@ -95,7 +95,7 @@ def test_one_test_set_explains_table_1():
 
 
 def test_table_2_of_the_paper():
-  """The printed Dice is not the foreground's; the mean with the background's is near it, but for the last row."""
+  """The printed Dice is not the foreground Dice. The mean with the background Dice is close, except in the last row."""
   printed = rows_of('docs/paper.md', '| model | P | R | Dice printed | 2PR / (P + R) | (P + R) / 2 | macro |')
   assert printed.keys() == TABLE_II.keys()
   for name, (dice, p, r) in TABLE_II.items():
@@ -110,8 +110,8 @@ def test_table_2_of_the_paper():
     if name == 'FUSA-ResUnet':
       assert macro - dice == pytest.approx(1.5, abs=0.05)
     else:
-      assert abs(macro - dice) < 0.505  # LinkNet's 0.501 is the largest
-  # The same by the code that evaluates, of whole pixels.
+      assert abs(macro - dice) < 0.505  # the largest is 0.501, for LinkNet
+  # The evaluation code gives the same value for whole pixels.
   scale = 10**9
   counts = [round(scale * n) for n in (tp, fp, fn, tn)]
   totals = {key: np.array(n, float) for key, n in zip(metrics.COUNTS, counts, strict=True)}
@@ -119,13 +119,13 @@ def test_table_2_of_the_paper():
   assert metrics.segmentation(totals)['dice_macro'] == pytest.approx(macro / 100, abs=1e-6)
 
 
-def test_every_reading_of_dice_is_documented():
-  table = rows_of('docs/evaluation.md', '| key | definition | who reports it so |')
+def test_every_dice_definition_is_documented():
+  table = rows_of('docs/evaluation.md', '| key | definition | used by |')
   assert [key.strip('`') for key in table] == [key for key in metrics.DEFINITIONS if key.startswith('dice')]
-  assert all(definition.strip() and who.strip() for definition, who in table.values())
+  assert all(definition.strip() and users.strip() for definition, users in table.values())
 
 
-def test_links_lead_somewhere():
+def test_links_have_targets():
   for document in [*pathlib.Path().glob('*.md'), *pathlib.Path('docs').glob('*.md')]:
     for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', document.read_text()):
       assert (document.parent / target).exists(), f'{document}: {target}'

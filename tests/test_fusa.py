@@ -1,4 +1,4 @@
-"""The factored form against the literal one, the literal one against the paper's text in NumPy loops."""
+"""Compares the factored form with the literal form, and the literal form with NumPy loops of the paper's text."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def _float64():
 
 
 def inputs(kind, ties):
-  """x and variables in float64, biases not zero. `ties`: few distinct values, and after a ReLU as in the networks."""
+  """Returns x and variables in float64, with nonzero biases. `ties` gives x few distinct values, as after a ReLU."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=SHAPES[kind])
   if ties:
@@ -35,7 +35,7 @@ def inputs(kind, ties):
 
 
 def oracle(x, params):
-  """Section II-A of the paper, a place and a channel at a time."""
+  """Section II-A of the paper, one position and one channel at a time."""
   channels = x.shape[-1]
   channel, spatial, fuse = (params[name] for name in ('channel', 'spatial', 'fuse'))
   out = np.empty_like(x)
@@ -87,7 +87,7 @@ def test_gradients_against_finite_differences():
 
 @pytest.mark.parametrize('ties', [False, True])
 def test_bfloat16_is_within_its_rounding(ties):
-  """Half a unit in the last of 8 bits for the value; gradients are sums of such values."""
+  """Values may differ by half a unit in the last of 8 significant bits; gradients are sums of these values."""
   x, variables = inputs('2d', ties)
   x = x.astype(jnp.bfloat16)
   variables = jax.tree.map(lambda p: p.astype(jnp.float32), variables)
@@ -119,7 +119,7 @@ def test_parameters_have_the_agreed_layout():
 
 
 @pytest.mark.parametrize('literal', [True, False])
-def test_attention_map_is_what_the_input_is_scaled_by(literal):
+def test_attention_map_scales_the_input(literal):
   x, variables = inputs('2d', ties=False)
   out, state = FUSA(literal=literal).apply(variables, x, mutable=['intermediates'])
   (attention,) = state['intermediates']['attention']
@@ -130,7 +130,7 @@ def test_attention_map_is_what_the_input_is_scaled_by(literal):
 
 
 def widest(literal):
-  """The size of the largest array, in multiples of x's, that a forward and backward pass names."""
+  """Returns the size of the largest array in a forward and backward pass, in multiples of the size of x."""
   x, variables = inputs('2d', ties=False)
   loss = lambda v, x: FUSA(literal=literal).apply(v, x).sum()
   jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(variables, x).jaxpr
@@ -146,13 +146,13 @@ def widest(literal):
   return max(sizes) / x.size
 
 
-def test_the_doubled_tensor_is_never_built():
+def test_factored_form_never_builds_the_2c_tensor():
   assert widest(literal=True) == 2
   assert widest(literal=False) == 1
 
 
-def test_refuses_input_without_space():
-  with pytest.raises(ValueError, match=r'\[batch, \*space, channels\].*\(2, 6\)'):
+def test_refuses_input_without_spatial_axes():
+  with pytest.raises(ValueError, match=r'\(2, 6\).*\[batch, \*space, channels\]'):
     FUSA().init(jax.random.key(0), jnp.ones((2, 6)))
 
 
@@ -160,12 +160,12 @@ MESHES = [(8, 1), (4, 2), (2, 4)]
 
 
 def on_mesh(data, space, literal, shape):
-  """(value, gradients, exchanges) of a weighted sum of the output; on one device alone where data is 0."""
+  """Returns (value, gradients, collectives) of a weighted sum of the output. With data=0 it runs on one device."""
   rng = np.random.default_rng(0)
   x, weight = jnp.asarray(rng.normal(size=shape)), jnp.asarray(rng.normal(size=shape))
   module = FUSA(literal=literal)
   shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-  # Small enough that no sigmoid is saturated.
+  # Small values, to keep every sigmoid from saturation.
   variables = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / s.shape[-1]), shapes)
   run = jax.value_and_grad(lambda v, x: (module.apply(v, x) * weight).sum(), (0, 1))
   if not data:
@@ -181,18 +181,18 @@ def on_mesh(data, space, literal, shape):
 
 @pytest.mark.parametrize('literal', [True, False])
 @pytest.mark.parametrize(('data', 'space'), MESHES)
-def test_a_mesh_changes_nothing(data, space, literal):
-  """Float64; 512 channels, from which on the pooled vectors are put on all devices."""
+def test_result_does_not_depend_on_the_mesh(data, space, literal):
+  """In float64 with 512 channels: from this number on, the pooled vectors are replicated on all devices."""
   shape = (8, 8, 2, 512)
   value, gradients, _ = on_mesh(0, 0, literal, shape)
-  found, found_gradients, _ = on_mesh(data, space, literal, shape)
-  np.testing.assert_allclose(found, value, rtol=1e-12)
-  assert difference(found_gradients, gradients) < 1e-12
+  sharded, sharded_gradients, _ = on_mesh(data, space, literal, shape)
+  np.testing.assert_allclose(sharded, value, rtol=1e-12)
+  assert difference(sharded_gradients, gradients) < 1e-12
 
 
 @pytest.mark.parametrize(('data', 'space'), MESHES)
 def test_the_gradients_of_the_dense_kernels_are_not_sent(data, space):
-  """Only vectors are, 3 C to 4 C numbers an image; where they would be no less than a kernel, the kernels' sums are."""
+  """Vectors are sent, 3 C to 4 C numbers per image. If a kernel is not larger, its gradients are sent instead."""
   channels = 512
   sent = lambda batch, channels: sum(c.nbytes for c in on_mesh(data, space, False, (batch, 8, 2, channels))[2]) // 8
   assert 0 < sent(8, channels) < 8 * 6 * channels < channels**2 / 8

@@ -1,4 +1,4 @@
-"""What `pip install .` installs is all that running needs, apart from the dependencies, and works in any folder."""
+"""`pip install .` installs everything but the dependencies, and the program then runs in any folder."""
 
 import os
 import pathlib
@@ -16,9 +16,9 @@ def test_installed_in_a_fresh_environment(tmp_path):
   environment = tmp_path / 'venv'
   venv.create(environment, with_pip=False, symlinks=True)
   (site,) = environment.glob('lib/python*/site-packages')
-  # What this environment has stands in for the dependencies, behind what is installed.
+  # The packages of this environment serve as the dependencies; the installed package takes precedence.
   (site / 'dependencies.pth').write_text('\n'.join(path for path in sys.path if path.endswith('-packages')))
-  # pip builds in the folder that it is given; the repository stays as it is.
+  # pip builds inside the source folder; a copy keeps the repository unchanged.
   source = tmp_path / 'source'
   files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
   for file in files:

@@ -1,4 +1,4 @@
-"""Runs that are stopped anywhere and started again with the same command: the result is that of one that never was."""
+"""A run that is stopped anywhere and resumed with the same command gives the same result as an uninterrupted run."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ def command(data_dir, workdir, **overrides):
 
 
 def run(arguments, folder, devices=1, timeout=300, **environment) -> tuple[int, str]:
-  """launch.py to its end: (exit code, what it printed)."""
+  """Runs launch.py to its end. Returns (exit code, output)."""
   folder.mkdir(parents=True, exist_ok=True)
   log = folder / 'log'
   log.unlink(missing_ok=True)
@@ -34,21 +34,21 @@ def run(arguments, folder, devices=1, timeout=300, **environment) -> tuple[int, 
 
 
 def saved(workdir) -> list[int]:
-  """Steps that are saved, whole."""
+  """Returns the steps with a complete checkpoint."""
   return sorted(int(path.name) for path in (workdir / 'checkpoints').glob('*') if path.name.isdigit())
 
 
 def half_saved(workdir) -> set[tuple[str, int]]:
-  """Saves that have begun and not ended: their folders, and when each was made."""
-  found = set()
+  """Returns the unfinished saves: the name and inode number of each folder."""
+  unfinished = set()
   for path in (workdir / 'checkpoints').glob('*tmp*'):
-    with contextlib.suppress(FileNotFoundError):  # it has just ended
-      found.add((path.name, path.stat().st_ino))
-  return found
+    with contextlib.suppress(FileNotFoundError):  # the save has just finished
+      unfinished.add((path.name, path.stat().st_ino))
+  return unfinished
 
 
 def arrays(workdir) -> dict[str, np.ndarray]:
-  """All arrays of the latest checkpoint, read by Orbax alone."""
+  """Returns all arrays of the latest checkpoint, read with Orbax only."""
   import jax
   import orbax.checkpoint as ocp
 
@@ -64,7 +64,7 @@ def losses(workdir) -> list[tuple[int, float]]:
 
 
 def killed(arguments, folder, devices, until, after=0.0, **environment) -> None:
-  """Starts the run and kills it, as the power does, so many seconds after `until()`."""
+  """Starts the run and kills it `after` seconds after `until()` is true, as a power failure would."""
   process = several_hosts.start(arguments, devices, folder / 'log', folder / 'notes', **environment)
   try:
     began = time.monotonic()
@@ -78,12 +78,12 @@ def killed(arguments, folder, devices, until, after=0.0, **environment) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('elastic', [False, True], ids=['same devices', 'other devices each time'])
-def test_killed_again_and_again(data_dir, tmp_path, elastic):
-  """Every second time inside a save, else a random while after a random number of steps.
+def test_killed_many_times(data_dir, tmp_path, elastic):
+  """Half of the kills hit a save; the others come at a random time after a random number of steps.
 
-  Sums over other devices are rounded otherwise, and Adam divides gradients by their size: where a gradient is zero but
-  for rounding, its parameter goes anywhere. So other devices are compared in float64, where rounding stays below
-  Adam's epsilon and any other difference would show.
+  Another number of devices rounds sums differently, and Adam divides gradients by their size. A parameter with a
+  gradient of rounding errors only therefore moves at random. For this reason other devices are compared in float64:
+  rounding then stays below Adam's epsilon, and any other difference is visible.
   """
   exact, settings = ({'JAX_ENABLE_X64': '1'}, {'model.dtype': 'float64'}) if elastic else ({}, {})
   whole = tmp_path / 'whole'
@@ -102,7 +102,7 @@ def test_killed_again_and_again(data_dir, tmp_path, elastic):
       until = lambda target=target: (log := workdir / 'log.jsonl').exists() and last_step(log) >= target
     killed(arguments, tmp_path, (2, 8, 1, 4)[attempt % 4] if elastic else 1, until, rng.uniform(0, 0.05), **exact)
     inside += bool(half_saved(workdir) - begun)
-    # No checkpoint is lost, and what is there is whole.
+    # No checkpoint is lost, and the latest is complete.
     now = saved(workdir)
     assert (now[-1] if now else 0) >= first
     if now:
@@ -136,8 +136,8 @@ def last_step(log) -> int:
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(data_dir, tmp_path):
-  """Sent while it trains, between two evaluations: the step that it had reached is saved, and nothing half-written."""
+def test_sigterm_saves_and_the_same_command_resumes(data_dir, tmp_path):
+  """SIGTERM during training, between two evaluations: the current step is saved, without unfinished files."""
   workdir = tmp_path / 'run'
   arguments = command(data_dir, workdir, **{'train.steps': 1000, 'train.evaluate_every': 500})
   process = several_hosts.start(arguments, 1, tmp_path / 'log', tmp_path / 'notes')
@@ -167,7 +167,7 @@ def wait_until(condition, process, seconds=120):
 
 @pytest.mark.slow
 def test_sigterm_before_training_leaves_nothing_behind(raw_dir, tmp_path):
-  """Sent while it starts: it ends at once, and says so."""
+  """SIGTERM during the start: the run ends at once and says so."""
   arguments = [*several_hosts.TINY, f'--config.data.raw_dir={raw_dir}', f'--config.data.dir={tmp_path / "prepared"}']
   process = several_hosts.start([*arguments, f'--workdir={tmp_path / "run"}'], 1, tmp_path / 'log', tmp_path / 'notes')
   wait_until(lambda: 'Checking scans' in (tmp_path / 'log').read_text(), process)
@@ -178,8 +178,8 @@ def test_sigterm_before_training_leaves_nothing_behind(raw_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(data_dir, tmp_path):
-  """A run of 6 steps with checkpoints at 2, 4, 6, the last one truncated, then extended by its own command."""
+def test_resume_skips_a_damaged_checkpoint(data_dir, tmp_path):
+  """A run is killed after its checkpoint at step 6, a file of its latest checkpoint is truncated, and it resumes."""
   workdir = tmp_path / 'run'
   settings = {'train.steps': 8, 'train.evaluate_every': 2}
   arguments = command(data_dir, workdir, **settings)
@@ -191,21 +191,21 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(data_dir, tmp
   code, printed = run(arguments, tmp_path)
   assert code == 0, printed
   name = victim.relative_to(workdir / 'checkpoints' / str(newest))
-  assert f'{newest} is damaged and not used: {name} is not as it was saved' in printed
+  assert f'{newest} is damaged and not used: {name} has changed since it was saved' in printed
   assert f'resuming {workdir} at step {newest - 2} of 8' in printed
   assert saved(workdir)[-1] == 8
 
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_in_one_line(data_dir, tmp_path):
-  """The system refuses files of more than 200 kB, which a checkpoint needs. Exit code 2, the reason, no traceback."""
+  """The system refuses files over 200 kB, and a checkpoint is larger. Exit code 2, the reason, no traceback."""
   settings = {'train.steps': 1000, 'train.evaluate_every': 500, 'model.width': 32}
   arguments = command(data_dir, tmp_path / 'run', **settings)
   process = several_hosts.start(arguments, 1, tmp_path / 'log', tmp_path / 'notes', FILE_LIMIT='200000')
   wait_until(lambda: (log := tmp_path / 'run' / 'log.jsonl').exists() and last_step(log) >= 2, process)
-  process.send_signal(signal.SIGTERM)  # it saves now
+  process.send_signal(signal.SIGTERM)  # the run now saves a checkpoint
   assert process.wait(60) == 2
-  # TensorStore's threads may still be printing what nobody waits for any more.
+  # Threads of TensorStore may still print; the error can share its line with their output.
   line = f'error: {tmp_path / "run" / "checkpoints"}: a checkpoint could not be saved (File too large);'
   assert line in (tmp_path / 'log').read_text().splitlines()[-1]
   assert saved(tmp_path / 'run') == []

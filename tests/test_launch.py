@@ -1,4 +1,4 @@
-"""The command line as a user types it: exit codes, one line for an error, and what the first lines say."""
+"""The command line as a user types it: exit codes, one-line errors, and the first lines of the output."""
 
 import json
 import os
@@ -25,24 +25,24 @@ TINY = [
   ('arguments', 'reason'),
   [
     ([], '--config: missing; give --config=configs/seg.py or --config=configs/cls.py'),
-    (['--config=configs/none.py'], "error: --config: [Errno 2] No such file or directory: 'configs/none.py'; see"),
-    (['--config=configs/seg.py:huge'], "error: --config: configs/seg.py has no preset 'huge'; one of paper, demo, a"),
+    (['--config=configs/none.py'], 'error: --config: configs/none.py does not exist; give configs/seg.py'),
+    (['--config=configs/seg.py:huge'], "error: --config: configs/seg.py has no preset 'huge'; give paper, demo, "),
     (
       ['--config=configs/seg.py', '--config.train.stepz=3'],
       'error: --config: no key \'stepz\' (Did you mean "steps" instead',
     ),
-    (['--config=README.md'], 'error: --config: not Python (unterminated string literal'),
+    (['--config=README.md'], 'error: --config: is not valid Python ('),
     (['--config=configs/seg.py', '--config.step=3'], "error: --config: no key 'step'; see"),
     (['--config=configs/seg.py', '--config.train.steps=three'], 'three'),
     (['--colour=red'], 'colour'),
     (['--mode=dance'], 'dance'),
     (['--config=configs/seg.py', 'stray'], "'stray' is not a flag"),
-    (['--config=configs/seg.py', '--config.data.raw_dir=nowhere'], 'data.raw_dir: nowhere is no folder'),
+    (['--config=configs/seg.py', '--config.data.raw_dir=nowhere'], 'data.raw_dir: nowhere is not a folder'),
     (
       ['--config=configs/seg.py', '--config.data.raw_dir=.', '--config.data.intensity=gray'],
-      "there is no 'gray'; one of hu",
+      "'gray' is unknown; give one of hu",
     ),
-    (['--config=configs/seg.py', '--config.data.dir=nowhere'], 'data.dir: nowhere is no folder'),
+    (['--config=configs/seg.py', '--config.data.dir=nowhere'], 'data.dir: nowhere is not a folder'),
     (['--mode=predict'], '--workdir: missing; --mode=predict needs it'),
     (['--mode=predict', '--workdir=nowhere', '--input=x', '--output=y'], 'nowhere: no run in it'),
     (['--mode=evaluate', '--workdir=nowhere'], 'nowhere: no run in it'),
@@ -56,18 +56,18 @@ TINY = [
     ),
     (['--mode=score', '--config=configs/seg.py'], 'error: --config: applies to --mode=train, evaluate, predict, prepa'),
     (['--mode=export', '--num_processes=2'], 'error: --num_processes: applies to --mode=train, evaluate, predict, pre'),
-    (['--config', 'nowhere/config.json'], 'error: --config: nowhere/config.json: missing; restore it'),
-    (['--config=tests'], 'error: --config: tests/config.json: missing; restore it'),
+    (['--config', 'nowhere/config.json'], 'error: --config: nowhere/config.json does not exist; give'),
+    (['--config=tests'], 'error: --config: tests/config.json does not exist; give'),
     (
       ['--mode=evaluate', '--workdir=x', '--config.evaluate.flips=True'],
-      'error: --config.evaluate.flips: changes a key of --config, which is missing; give --config=configs/seg.py',
+      'error: --config.evaluate.flips: needs --config, which is missing; give --config=configs/seg.py',
     ),
-    (['--config=configs/seg.py', '--config.train.loss=x'], "there is no 'x'; one of cross_entropy, cross_entropy_dice"),
-    (['--mode=doctor', '--workdir=x'], 'error: --workdir: applies to --mode=train, evaluate, predict, export, compare'),
     (
-      ['--config=nowhere/config.json'],
-      'error: --config: nowhere/config.json: missing; restore it, or train again in another',
+      ['--config=configs/seg.py', '--config.train.loss=x'],
+      "'x' is unknown; give one of cross_entropy, cross_entropy_dice",
     ),
+    (['--mode=doctor', '--workdir=x'], 'error: --workdir: applies to --mode=train, evaluate, predict, export, compare'),
+    (['--config=nowhere/config.json'], 'error: --config: nowhere/config.json does not exist; give'),
     (['--mode=export', '--workdir=nowhere', '--output=y'], 'nowhere: no run in it'),
     (['--mode=compare', '--workdir=nowhere', '--against=here'], 'nowhere: no run in it'),
     (['--mode=score', '--input=nowhere', '--output=y'], '--truth: missing; --mode=score needs it'),
@@ -83,7 +83,7 @@ def test_errors_are_one_line_and_exit_code_2(arguments, reason):
 
 
 def test_configs_are_found_from_any_folder(tmp_path):
-  """Those beside launch.py, unless the current folder has its own."""
+  """The configs beside launch.py are used unless the current folder has its own."""
   for own, reason in ((False, "configs/seg.py has no preset 'huge'"), (True, 'of my own')):
     if own:
       (tmp_path / 'configs').mkdir()
@@ -93,15 +93,15 @@ def test_configs_are_found_from_any_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_from_nothing(tmp_path):
-  """No data named: says so, draws phantoms, trains, evaluates; then evaluates the run again, from its folder alone."""
+def test_demo_without_data(tmp_path):
+  """Without data: says so, draws phantoms, trains, evaluates. The run folder suffices to repeat and evaluate it."""
   command = ['--config', 'configs/seg.py', f'--workdir={tmp_path / "run"}', *TINY]
   first = launch(*command, home=tmp_path)
   assert first.returncode == 0, first.stderr
   lines = first.stdout.splitlines()
-  assert lines[0].startswith('No data named: this is the demo')
+  assert lines[0].startswith('No data given: this is the demo')
   assert '--config.data.raw_dir=' in lines[1]
-  assert 'Total:' in first.stderr  # the parameter table
+  assert 'report:' in first.stderr and 'predict: python launch.py --mode=predict' in first.stderr
   result = json.loads((tmp_path / 'run' / 'test' / 'metrics.json').read_text())
   assert result['step'] == 2
   assert result['dataset'] == f'covid_ct/phantom_{SIZE}/1.3.0'
@@ -119,7 +119,7 @@ def test_the_demo_from_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_masks_and_runs_are_compared(runs, raw_dir, tmp_path):
-  """A cohort's masks against themselves; a run against itself."""
+  """Scores the masks of a cohort against themselves, and compares a run with itself."""
   scored = launch('--mode=score', f'--input={raw_dir}', f'--truth={raw_dir}', f'--output={tmp_path}')
   assert scored.returncode == 0, scored.stderr
   assert json.loads((tmp_path / 'scores.json').read_text())['measures']['dice']['mean'] == 1
@@ -129,8 +129,8 @@ def test_masks_and_runs_are_compared(runs, raw_dir, tmp_path):
   assert json.loads(output.read_text())['per_patient']['p'] == 1
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason="glibc's")
-def test_a_process_begins_anew_once_with_its_memory_kept(tmp_path):
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc only')
+def test_a_process_restarts_once_with_malloc_tunables(tmp_path):
   script = tmp_path / 'script.py'
   script.write_text(
     'import os\nfrom fusa_jax.system import memory\nmemory.restart_with_malloc_tunables()\n'
@@ -138,17 +138,17 @@ def test_a_process_begins_anew_once_with_its_memory_kept(tmp_path):
   )
   outside = {key: value for key, value in os.environ.items() if key != 'GLIBC_TUNABLES'} | {'PYTHONPATH': str(ROOT)}
 
-  def said(command, environment, **options):
+  def output_of(command, environment, **options):
     command = [sys.executable, *command]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, **options).stdout
 
-  assert 'glibc.malloc.hugetlb=1' in said([script], outside)
-  assert said([script], outside | {'GLIBC_TUNABLES': ''}) == '\n'  # the user's own stays
-  assert said(['-'], outside, input=script.read_text()) == 'None\n'  # nothing would be left to begin anew
+  assert 'glibc.malloc.hugetlb=1' in output_of([script], outside)
+  assert output_of([script], outside | {'GLIBC_TUNABLES': ''}) == '\n'  # the user's setting stays
+  assert output_of(['-'], outside, input=script.read_text()) == 'None\n'  # a restart would lose a script from stdin
 
 
 def test_help_names_each_mode_and_flag():
   result = launch('--help')
   assert result.returncode == 0
   assert '--mode=predict: marks lesions in new scans\n    --workdir --input --output [--config]' in result.stdout
-  assert '\n--smallest_ml: leave out lesions below so many mL' in result.stdout
+  assert '\n--smallest_ml: remove lesions smaller than this volume in mL' in result.stdout

@@ -1,5 +1,7 @@
-"""State dicts that fit, almost fit, and do not; files of them; training from them. What they compute is tested with
-the models, in models/test_against_torch.py."""
+"""PyTorch state dicts that fit a model, almost fit, or do not fit; their files; and training from them.
+
+models/test_against_torch.py tests that converted models compute the same as their originals.
+"""
 
 import logging
 import sys
@@ -22,7 +24,7 @@ from benchmarks import torch_reference  # noqa: E402 (needs torch)
 
 @pytest.fixture(scope='session')
 def state_dicts():
-  """State dicts of originals with three input channels, made once each."""
+  """State dicts of the original models with three input channels, each made once."""
   made = {}
 
   def get(name, num_classes=1000, **options):
@@ -47,8 +49,8 @@ def save(state, path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', models.NAMES)
-def test_a_tensor_too_few_too_many_or_of_another_shape_is_refused_by_name(name, state_dicts):
-  """Each way with tensors from both ends of the model and its middle."""
+def test_missing_extra_and_misshapen_tensors_are_refused_by_name(name, state_dicts):
+  """Tries tensors from the beginning, the middle and the end of the model."""
   whole = state_dicts(name, num_classes=2)
   keys = [k for k in whole if 'num_batches' not in k and not (name.endswith('pspnet') and 'layer' in k)]
   for key in (keys[0], keys[len(keys) // 2], keys[-1]):
@@ -64,7 +66,7 @@ def test_a_tensor_too_few_too_many_or_of_another_shape_is_refused_by_name(name, 
 
 
 def test_every_tensor_is_used_exactly_once(state_dicts):
-  """Filled with a number of its own each, all numbers arrive, in the tensors' sizes."""
+  """Each tensor is filled with its own number. All numbers arrive in arrays of the same sizes."""
   whole = state_dicts('fusa_resnet18')
   whole = {k: np.full(v.shape, i, np.float32) for i, (k, v) in enumerate(whole.items()) if 'num_batches' not in k}
   leaves = jax.tree.leaves(torch_weights.from_torch('fusa_resnet18', whole))
@@ -74,7 +76,7 @@ def test_every_tensor_is_used_exactly_once(state_dicts):
   assert sizes(leaves) == sizes(whole.values())
 
 
-def test_what_is_returned_is_a_copy(state_dicts):
+def test_converted_weights_are_a_copy(state_dicts):
   whole = state_dicts('resnet18')
   variables = torch_weights.from_torch('resnet18', whole)
   before = variables['batch_stats']['encoder']['norm1']['mean'].copy()
@@ -85,7 +87,7 @@ def test_what_is_returned_is_a_copy(state_dicts):
 
 
 def test_older_names_are_read(state_dicts):
-  """torchvision's DenseNet file has `denselayer1.norm.1`, smp's older DeepLabV3 a decoder of numbered parts."""
+  """torchvision's DenseNet file has `denselayer1.norm.1`; older DeepLabV3 files of smp have numbered decoder parts."""
   for name, renames in {
     'densenet121': [(f'{kind}{n}.', f'{kind}.{n}.') for kind in ('norm', 'conv') for n in (1, 2)],
     'deeplabv3': [('decoder.aspp.', 'decoder.0.'), ('decoder.conv.', 'decoder.1.'), ('decoder.bn.', 'decoder.2.')],
@@ -104,8 +106,8 @@ def test_older_names_are_read(state_dicts):
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-def test_three_channels_become_one_with_the_same_function_of_a_grey_image(suffix, state_dicts, tmp_path):
-  """The file of a model for colour images, against the original on grey ones."""
+def test_rgb_weights_are_summed_for_grey_images(suffix, state_dicts, tmp_path):
+  """Compares weights of an RGB model, loaded for one channel, with the original on grey images."""
   torch.manual_seed(0)
   theirs = torch_reference.create('resnet18', 1, in_channels=3).eval()
   path = tmp_path / f'weights{suffix}'
@@ -133,42 +135,42 @@ def test_half_precision_files_are_read_as_float32(state_dicts, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['vgg16', 'densenet121', 'mobilenet_v2', 'resnet50'])
-def test_an_imagenet_classifier_starts_ours_without_its_head(name, state_dicts, tmp_path):
+def test_imagenet_classifier_is_loaded_without_its_head(name, state_dicts, tmp_path):
   path = save(state_dicts(name), tmp_path / 'imagenet.pth')
-  like = shapes(name)
-  variables, notes = torch_weights.initial(path, name, like)
-  assert notes[0] == 'the head for 1000 classes is dropped; one for 1 starts anew'
+  expected = shapes(name)
+  variables, notes = torch_weights.initial(path, name, expected)
+  assert notes[0] == 'head: dropped, as it has 1000 classes; the head for 1 starts untrained'
   assert 'summed over its 3 input channels' in notes[1]
   assert 'head' not in variables['params']
-  missing = like['params'].keys() - variables['params'].keys()
+  missing = expected['params'].keys() - variables['params'].keys()
   assert missing == {'head'}
-  assert jax.tree.map(np.shape, variables['batch_stats']) == jax.tree.map(np.shape, like['batch_stats'])
+  assert jax.tree.map(np.shape, variables['batch_stats']) == jax.tree.map(np.shape, expected['batch_stats'])
 
 
-def test_a_classifier_starts_the_encoder_of_a_segmenter(state_dicts, tmp_path):
+def test_classifier_weights_initialise_the_encoder_of_a_segmenter(state_dicts, tmp_path):
   path = save(state_dicts('resnet50'), tmp_path / 'resnet50.pth')
   whole = torch_weights.from_torch('resnet50', state_dicts('resnet50'))
   for name, options in (('deeplabv3', {}), ('pspnet', {}), ('linknet', {'encoder': 'resnet50'})):
     variables, notes = torch_weights.initial(path, name, shapes(name, **options))
-    assert notes[0].startswith('a classifier: its weights start the encoder')
+    assert notes[0].startswith('a classifier: the encoder takes its weights')
     assert variables['params'].keys() == {'encoder'}
     last = 'stage2_3' if name == 'pspnet' else 'stage4_2'
-    for kind in ('params', 'batch_stats'):
-      ours, theirs = variables[kind]['encoder'], whole[kind]['encoder']
+    for collection in ('params', 'batch_stats'):
+      ours, theirs = variables[collection]['encoder'], whole[collection]['encoder']
       jax.tree.map(np.testing.assert_array_equal, ours[last], theirs[last])
 
 
-def test_weights_without_fusa_start_a_model_with_it(state_dicts, tmp_path):
+def test_weights_without_fusa_initialise_a_fusa_model(state_dicts, tmp_path):
   path = save(state_dicts('resnet18'), tmp_path / 'resnet18.pth')
-  like = shapes('fusa_resnet18')
-  variables, notes = torch_weights.initial(path, 'fusa_resnet18', like)
-  assert 'no FUSA in it: its parameters start anew' in notes
+  expected = shapes('fusa_resnet18')
+  variables, notes = torch_weights.initial(path, 'fusa_resnet18', expected)
+  assert 'no FUSA: the parameters of FUSA start untrained' in notes
   block = variables['params']['encoder']['stage1_0']
-  assert 'attention' in like['params']['encoder']['stage1_0']
+  assert 'attention' in expected['params']['encoder']['stage1_0']
   assert 'attention' not in block and 'conv1' in block
 
 
-def test_some_of_fusa_is_not_enough(state_dicts, tmp_path):
+def test_incomplete_fusa_weights_are_refused(state_dicts, tmp_path):
   whole = state_dicts('fusa_resnet18')
   del whole['layer1.0.attention.fuse.bias']
   with pytest.raises(UserError, match=r'layer1.0.attention.fuse.bias is missing'):
@@ -193,15 +195,15 @@ class Code:
   ('name', 'content', 'reason'),
   [
     ('none.pth', None, 'does not exist; give a .safetensors or .pth file'),
-    ('weights.onnx', b'x', 'is neither .safetensors nor .pth'),
+    ('weights.onnx', b'x', 'is not a .safetensors, .pth or .pt file'),
     ('cut.pth', b'PK\x03\x04', 'cannot be opened'),
-    ('cut.safetensors', b'\x00\x01', 'is no .safetensors file'),
+    ('cut.safetensors', b'\x00\x01', 'is not valid safetensors'),
     ('code.pth', Code(), 'cannot be opened'),
     ('list.pth', [1, 2], 'holds no state dict'),
     ('numbers.pth', {'epoch': 3}, 'holds no state dict'),
   ],
 )
-def test_files_that_hold_no_state_dict(name, content, reason, tmp_path, capsys):
+def test_files_without_a_state_dict_are_refused(name, content, reason, tmp_path, capsys):
   path = tmp_path / name
   if isinstance(content, bytes):
     path.write_bytes(content)
@@ -217,12 +219,12 @@ def test_files_that_hold_no_state_dict(name, content, reason, tmp_path, capsys):
 def test_pth_without_pytorch_says_so(tmp_path, monkeypatch):
   path = save({'w': torch.zeros(2)}, tmp_path / 'w.pth')
   monkeypatch.setitem(sys.modules, 'torch', None)
-  with pytest.raises(UserError, match='needs PyTorch to be opened; pip install torch, or save it as .safetensors'):
+  with pytest.raises(UserError, match='opening .* needs PyTorch; pip install torch, or save it as .safetensors'):
     torch_weights.read(path)
 
 
 def test_training_starts_from_the_file_and_resuming_does_not_read_it(data_dir, tmp_path, caplog, state_dicts):
-  """Without a learning rate to speak of, the parameters after training are those that it started from."""
+  """The learning rate is almost zero: the parameters after training equal the initial ones."""
   state = state_dicts('resunet', num_classes=1, width=4)
   path = save(state, tmp_path / 'resunet.pth')
   settings = {'model.name': 'resunet', 'model.multiples': None, 'model.init_from': str(path)}

@@ -1,6 +1,6 @@
-"""A file per public release, or per naming that many use: `recognises(folder)` and `find(folder)`, a list of cases.
+"""One module per public release or common layout, with `recognises(folder)` and `find(folder)`, a list of cases.
 
-A cohort only finds its files, and says what is known of them; reading (data.read), checks and folds are shared.
+A cohort module only finds files and states what is known about them. Reading (data.read), checks and folds are shared.
 """
 
 import pathlib
@@ -12,21 +12,21 @@ from fusa_jax.system.errors import UserError
 
 
 class Case(NamedTuple):
-  """What is dealt into folds as one: a scan and its lesion mask, or pictures of a patient's slices and theirs.
+  """The unit of the folds: a scan and its lesion mask, or the pictures of a patient's slices and their masks.
 
   Attributes:
-    patient: a name, of this case alone.
-    ct: the scan, a file, or a folder or .zip of DICOM; or the pictures, in the order in which slices are counted.
-    mask: on the grid of the scan, or one for each picture; `ct` itself where that holds a DICOM SEG, too; None where
-      there is none: the release says that there is no lesion or, with `labels`, only on which slices.
-    lesion_labels: values of the mask, or segments, that are lesion; () where it holds 0 and 1 (pictures: 0 and 255), or
-      one segment, only.
-    intensity: 'hu' or 'grey', where the release says which; None: what the user says (`CohortOptions`) is tried.
-    named: False where nobody knows whose slice it is, and `patient` is only the slice's name.
-    labels: of each picture, 1 with lesion or 0 without; None where masks say so.
-    slice: the one of a volume of loose slices, of many patients, that this case is; None: all of the scan.
-    windowed: whether HU are known to have lost what lay above a window; elsewhere such are refused.
-    owner: who was scanned, where the release has several scans of one; they are never dealt apart. '': as `patient`.
+    patient: a name that is unique to this case.
+    ct: the scan as a file, or a folder or .zip of DICOM; or pictures, in the order of the slices.
+    mask: on the grid of the scan, or one per picture; `ct` itself if it also contains a DICOM SEG. None without a mask:
+      the release states that there is no lesion or, with `labels`, on which slices.
+    lesion_labels: mask values or segments that are lesion. () if the mask has only 0 and 1 (pictures: 0 and 255), or
+      only one segment.
+    intensity: 'hu' or 'grey', if the release states it; None uses the user's choice (`CohortOptions`).
+    named: False if the patient is unknown; `patient` is then only the name of the slice.
+    labels: per picture, 1 with lesion or 0 without; None if there are masks.
+    slice: the index of this case in a volume of loose slices of many patients; None is the whole scan.
+    windowed: True if HU above a window are known to be lost; other windowed scans are refused.
+    owner: the person, if the release has several scans of one; these stay in one fold. '' is the same as `patient`.
   """
 
   patient: str
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
   @property
   def files(self) -> list[pathlib.Path]:
-    """All of them, images before masks."""
+    """All files, images before masks."""
     return [
       path
       for paths in (self.ct, self.mask)
@@ -52,12 +52,12 @@ class Case(NamedTuple):
 
 
 class CohortOptions(NamedTuple):
-  """What a user says of a cohort, in the keys of config.data of the same names.
+  """The user's options for a cohort: values of the config.data keys with the same names.
 
   Attributes:
-    lesion_labels: values of the masks that are lesion; () leaves what the cohort says.
-    intensity: 'hu', or 'grey' for images of 0 to 255 that were windowed before: the two are never mixed.
-    patients: 'named'; or 'each_slice', so that slices of which nobody knows whose they are may be dealt one by one.
+    lesion_labels: mask values that are lesion; () keeps those of the cohort module.
+    intensity: 'hu', or 'grey' for windowed 8-bit images. The two are never mixed.
+    patients: 'named' uses only known patients; 'each_slice' treats each slice of an unknown patient as its own patient.
   """
 
   lesion_labels: tuple[int, ...] = ()
@@ -69,14 +69,14 @@ AS_RELEASED = CohortOptions()
 
 
 def only_folder(folder: pathlib.Path) -> pathlib.Path:
-  """What archives often are unpacked into: follows folders that hold nothing but one folder."""
+  """Descends through folders that contain only one folder. Unpacked archives often have these."""
   while len(inside := [path for path in folder.iterdir() if not path.name.startswith('.')]) == 1 and inside[0].is_dir():
     folder = inside[0]
   return folder
 
 
 def by_name(folder: pathlib.Path, ending: str = '') -> dict[str, pathlib.Path]:
-  """The NIfTI files of a folder whose names end so, by what is before that."""
+  """The NIfTI files of a folder that have this ending, by their names without it."""
   paths = (path for path in sorted(folder.iterdir()) if nifti.is_nifti(path) and nifti.stem(path).endswith(ending))
   return {nifti.stem(path).removesuffix(ending): path for path in paths}
 
@@ -87,24 +87,24 @@ def paired(
   mask_name: Callable[[str], object],
   lesion_labels: tuple[int, ...] = (),
 ) -> list[Case]:
-  """Cases in order of their patients.
+  """Makes cases of scans and their masks, sorted by patient.
 
   Args:
-    scans, masks: by patient.
-    mask_name: what a patient's mask should be called.
-    lesion_labels: of all the masks.
+    scans, masks: paths by patient.
+    mask_name: returns the expected name of a patient's mask, for messages.
+    lesion_labels: the labels of all masks.
 
   Raises:
-    UserError: scans without a mask, a line each.
+    UserError: scans without a mask, one line each.
   """
-  refuse_lonely(scans, masks, lambda patient: f'its mask {mask_name(patient)} is missing; add it, or take the scan out')
+  refuse_lonely(scans, masks, lambda patient: f'the mask {mask_name(patient)} is missing; add it, or remove the scan')
   return [Case(patient, path, masks[patient], lesion_labels) for patient, path in sorted(scans.items())]
 
 
 def refuse_lonely(
   paths: Mapping[str, pathlib.Path], partners: Mapping[str, pathlib.Path], problem: Callable[[str], str]
 ) -> None:
-  """Raises a UserError where names of `paths` are not among `partners`: of each its path and its problem, a line."""
+  """Raises a UserError if names of `paths` are missing in `partners`: a line for each, with its path and problem."""
   lonely = [f'{path}: {problem(name)}' for name, path in paths.items() if name not in partners]
   if lonely:
     raise UserError('\n'.join(lonely))

@@ -1,7 +1,7 @@
-"""COVID-19-20 (MICCAI 2020 challenge, TCIA "CT Images in COVID-19"), and every cohort that names its files that way.
+"""COVID-19-20 (MICCAI 2020 challenge, TCIA "CT Images in COVID-19"), and all cohorts with the same file names.
 
-One flat folder, `Train/volume-covid19-A-NNNN_ct.nii.gz` beside `..._seg.nii.gz`, a scan per patient. The release's
-`Validation` folder has no masks and is left alone.
+One flat folder with one scan per patient: `Train/volume-covid19-A-NNNN_ct.nii.gz` beside `..._seg.nii.gz`. The
+`Validation` folder of the release has no masks and is ignored.
 """
 
 import pathlib
@@ -14,10 +14,10 @@ def recognises(folder: pathlib.Path) -> bool:
 
 
 def find(folder: pathlib.Path) -> list[Case]:
-  """All scans with their masks; `folder` is that of the files, or one with `Train` in it.
+  """All scans with their masks. `folder` contains the files, or a folder `Train` with them.
 
   Raises:
-    UserError: scans without a mask, a line each.
+    UserError: scans without a mask, one line each.
   """
   folder = _train(folder)
   return paired(by_name(folder, '_ct'), by_name(folder, '_seg'), lambda patient: f'{patient}_seg.nii.gz')

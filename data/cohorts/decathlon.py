@@ -1,6 +1,7 @@
-"""Folders with a `dataset.json` that lists training cases: the Medical Segmentation Decathlon, MONAI, nnU-Net 1.
+"""Folders with a `dataset.json` that lists the training cases: Medical Segmentation Decathlon, MONAI, nnU-Net 1.
 
-`"training": [{"image": "./imagesTr/X.nii.gz", "label": "./labelsTr/X.nii.gz"}, ...]`, paths relative to the folder.
+It contains `"training": [{"image": "./imagesTr/X.nii.gz", "label": "./labelsTr/X.nii.gz"}, ...]`. Paths are relative to
+the folder.
 """
 
 import json
@@ -16,20 +17,20 @@ def recognises(folder: pathlib.Path) -> bool:
 
 
 def find(folder: pathlib.Path) -> list[Case]:
-  """The cases of the list.
+  """The training cases in dataset.json.
 
   Raises:
-    UserError: entries that are no pair of one image and one label, and files that are not there, a line each.
+    UserError: entries without one image and one label, and missing files, one line each.
   """
   cases, errors = [], []
   for number, entry in enumerate(_listed(folder)):
     names = [entry.get(key) for key in ('image', 'label')] if isinstance(entry, dict) else [None]
     if not all(isinstance(name, str) for name in names):
-      errors.append(f'{folder / "dataset.json"}: entry {number} of "training" is no pair of one image and one label')
+      errors.append(f'{folder / "dataset.json"}: entry {number} of "training" must have an image and a label; add them')
       continue
     image, label = (folder / name for name in names)
     errors += [
-      f'{path}: in the list of dataset.json, but not there; add it, or take it out of the list'
+      f'{path}: listed in dataset.json, but missing; add it, or remove it from the list'
       for path in (image, label)
       if not path.is_file()
     ]

@@ -1,8 +1,8 @@
 """MedSeg's COVID-19 CT (medicalsegmentation.com): `tr_im.nii.gz` with `tr_mask.nii.gz`, and `rp_im/` with `rp_msk/`.
 
-Labels are 1 ground glass, 2 consolidation, 3 pleural effusion; lesions of the lung are the first two. `rp_im` has nine
-scans. `tr_im` has a hundred loose slices of more than forty patients, and not whose each one is. What was on the web as
-pictures was brought back to HU by what air and fat measure in them, and has lost what lay above its window.
+Labels are 1 ground glass, 2 consolidation, 3 pleural effusion. The first two are lesions of the lung. `rp_im` has nine
+scans. `tr_im` has a hundred loose slices of more than forty patients, without patient IDs. The originals were pictures
+on the web. They were rescaled to HU by the values of air and fat, and HU above their window are lost.
 """
 
 import pathlib
@@ -19,10 +19,10 @@ def recognises(folder: pathlib.Path) -> bool:
 
 
 def find(folder: pathlib.Path) -> list[Case]:
-  """The scans, and each of the loose slices.
+  """The scans, and one case per loose slice.
 
   Raises:
-    UserError: scans or slices without a mask, a line each; a mask of the slices that cannot be read.
+    UserError: scans or slices without a mask, one line each; the mask of the slices cannot be read.
   """
   files, cases = by_name(folder), []
   if (folder / 'rp_im').is_dir():
@@ -31,7 +31,7 @@ def find(folder: pathlib.Path) -> list[Case]:
     cases = [case._replace(patient=f'rp_{case.patient}', windowed=True) for case in cases]
   if 'tr_im' in files:
     if 'tr_mask' not in files:
-      raise UserError(f'{files["tr_im"]}: its mask tr_mask.nii.gz is missing; add it, or take the slices out')
+      raise UserError(f'{files["tr_im"]}: the mask tr_mask.nii.gz is missing; add it, or remove the slices')
     count = nifti.read_grid(files['tr_mask']).shape[0]
     cases += [
       Case(f'tr_{number:03d}', files['tr_im'], files['tr_mask'], _LESION, named=False, slice=number, windowed=True)

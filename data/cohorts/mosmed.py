@@ -1,7 +1,7 @@
 """MosMedData (Morozov et al. 2020): 1110 studies in `studies/CT-0` to `CT-4`, 50 with `masks/study_NNNN_mask.nii.gz`.
 
-Cases are the studies with a mask, and those of CT-0, in which the release says that there are no signs of viral
-pneumonia. Where the lesions of all others are is not known: they are left alone.
+Cases are the studies with a mask, and the studies of CT-0, which have no signs of viral pneumonia according to the
+release. All other studies are ignored, because the positions of their lesions are unknown.
 """
 
 import pathlib
@@ -14,14 +14,14 @@ def recognises(folder: pathlib.Path) -> bool:
 
 
 def find(folder: pathlib.Path) -> list[Case]:
-  """The studies whose lesions are known.
+  """The studies with known lesions.
 
   Raises:
-    UserError: masks without their study, a line each.
+    UserError: masks without a study, one line each.
   """
   masks, healthy = by_name(folder / 'masks', '_mask'), by_name(folder / 'studies' / 'CT-0')
   studies = {name: path for severity in (folder / 'studies').glob('CT-*') for name, path in by_name(severity).items()}
   refuse_lonely(
-    masks, studies, lambda name: f'its study {name} is in none of studies/CT-0 to CT-4; add it, or take the mask out'
+    masks, studies, lambda name: f'the study {name} is missing in studies/CT-0 to CT-4; add it, or remove the mask'
   )
   return [Case(name, studies[name], masks.get(name)) for name in sorted(masks.keys() | healthy.keys())]

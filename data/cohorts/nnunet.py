@@ -1,4 +1,4 @@
-"""nnU-Net's raw datasets: `imagesTr/X_0000.nii.gz` beside `labelsTr/X.nii.gz`, a scan per patient, one channel."""
+"""Raw datasets of nnU-Net: `imagesTr/X_0000.nii.gz` with `labelsTr/X.nii.gz`, one scan per patient, one channel."""
 
 import pathlib
 
@@ -14,11 +14,11 @@ def find(folder: pathlib.Path) -> list[Case]:
   """The training cases.
 
   Raises:
-    UserError: scans without a label, or with more channels than CT has, a line each.
+    UserError: scans without a label, or with more than one channel, one line each.
   """
   more = by_name(folder / 'imagesTr', '_0001').values()
   if more:
-    raise UserError('\n'.join(f'{path}: a second channel; CT has one, X_0000, so take it out' for path in more))
+    raise UserError('\n'.join(f'{path}: a second channel, but CT has only X_0000; remove it' for path in more))
   return paired(
     by_name(folder / 'imagesTr', '_0000'),
     by_name(folder / 'labelsTr'),

@@ -1,4 +1,4 @@
-"""Any flat folder of pairs: `X.nii.gz` beside `X_mask.nii.gz`, a scan per patient."""
+"""Any flat folder of pairs: `X.nii.gz` beside `X_mask.nii.gz`, one scan per patient."""
 
 import pathlib
 
@@ -13,7 +13,7 @@ def find(folder: pathlib.Path) -> list[Case]:
   """All scans with their masks.
 
   Raises:
-    UserError: scans without a mask, a line each.
+    UserError: scans without a mask, one line each.
   """
   masks = by_name(folder, '_mask')
   scans = {name: path for name, path in by_name(folder).items() if path not in masks.values()}

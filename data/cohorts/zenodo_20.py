@@ -1,7 +1,7 @@
-"""The twenty cases of Ma et al. (Zenodo 3757476): `COVID-19-CT-Seg_20cases` beside folders of masks of the same names.
+"""The twenty cases of Ma et al. (Zenodo 3757476): `COVID-19-CT-Seg_20cases` beside folders of masks with equal names.
 
-`Infection_Mask` holds 0 and 1; `Lung_and_Infection_Mask` 1 and 2 for the lungs, 3 for lesion. Of the scans, the ten
-`coronacases` are in HU; the ten `radiopaedia` are 8-bit images, of a window, and of eight patients.
+`Infection_Mask` has the values 0 and 1. `Lung_and_Infection_Mask` has 1 and 2 for the lungs, 3 for lesion. The ten
+`coronacases` scans are in HU. The ten `radiopaedia` scans are windowed 8-bit images of eight patients.
 """
 
 import pathlib
@@ -17,16 +17,16 @@ def recognises(folder: pathlib.Path) -> bool:
 
 
 def find(folder: pathlib.Path) -> list[Case]:
-  """All cases, with the mask of infection where there is one, else that of lungs and infection.
+  """All cases, with the masks of infection if present, otherwise those of lungs and infection.
 
   Raises:
-    UserError: scans without a mask, a line each.
+    UserError: scans without a mask, one line each.
   """
-  kind = next((kind for kind in _MASKS if (folder / kind).is_dir()), 'Infection_Mask')
-  masks = by_name(folder / kind) if (folder / kind).is_dir() else {}
-  cases = paired(by_name(folder / _SCANS), masks, lambda patient: f'{kind}/{patient}.nii.gz', _MASKS[kind])
+  of_masks = next((name for name in _MASKS if (folder / name).is_dir()), 'Infection_Mask')
+  masks = by_name(folder / of_masks) if (folder / of_masks).is_dir() else {}
+  cases = paired(by_name(folder / _SCANS), masks, lambda patient: f'{of_masks}/{patient}.nii.gz', _MASKS[of_masks])
   return [
-    # radiopaedia_CASE_STUDY_SERIES: two of the eight cases have two scans.
+    # Names are radiopaedia_CASE_STUDY_SERIES: two of the eight cases have two scans.
     case._replace(intensity='grey', owner='_'.join(case.patient.split('_')[:2]))
     if case.patient.startswith('radiopaedia')
     else case._replace(intensity='hu')

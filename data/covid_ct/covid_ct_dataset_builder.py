@@ -1,4 +1,4 @@
-"""CT slices with lesion masks as a TFDS dataset: a split per fold of patients, a shard for one or a few."""
+"""CT slices with lesion masks as a TFDS dataset: one split per fold of patients, one shard per one or few patients."""
 
 import dataclasses
 
@@ -10,32 +10,36 @@ from data.find import COHORTS
 from data.workers import pool, silent
 from fusa_jax.scans import volumes
 
-# Slices from which on a shard is full.
+# A shard with at least this many slices is full.
 _SHARD = 32
 
 
 @dataclasses.dataclass
 class Config(tfds.core.BuilderConfig):
-  """A cohort at an image size.
+  """A cohort at one image size.
 
   Attributes:
-    size: side of the square slices; slices of another size are resized (paper, section III-A).
+    size: side of the square slices in pixels; slices of another size are resized (paper, section III-A).
   """
 
   size: int = 512
 
 
 def features(size: int) -> tfds.features.FeaturesDict:
-  """What a slice is stored as. Tensors, not images: `features.Image` needs TensorFlow to encode."""
+  """The stored form of a slice. It uses Tensor, because `features.Image` needs TensorFlow to encode."""
   return tfds.features.FeaturesDict(
     {
-      'image': tfds.features.Tensor(shape=(size, size), dtype=np.int16, encoding='zlib', doc='HU, or grey of 0 to 255'),
-      'mask': tfds.features.Tensor(shape=(size, size), dtype=np.uint8, encoding='zlib', doc='1 in lesions'),
+      'image': tfds.features.Tensor(
+        shape=(size, size), dtype=np.int16, encoding='zlib', doc='HU, or grey values (0 to 255)'
+      ),
+      'mask': tfds.features.Tensor(
+        shape=(size, size), dtype=np.uint8, encoding='zlib', doc='1 is lesion, 0 is background'
+      ),
       'label': tfds.features.ClassLabel(names=['no lesion', 'lesion']),
       'patient': tfds.features.Text(),
       'slice': tfds.features.Scalar(np.int32, doc='0 is the most inferior slice of a scan'),
       'spacing': tfds.features.Tensor(
-        shape=(3,), dtype=np.float32, doc='mm: slices, rows, columns, as scanned, or NaN'
+        shape=(3,), dtype=np.float32, doc='mm between slices, rows, columns in the scan, or NaN'
       ),
     }
   )
@@ -44,10 +48,10 @@ def features(size: int) -> tfds.features.FeaturesDict:
 class Builder(tfds.core.ShardBasedBuilder):
   """Prepares the `cases` of a cohort.
 
-  The splits are fold0 .. fold4, each a set of patients; a shard has the slices of a patient, or of several with few, in
-  order. The metadata has, for each fold, its patients in that order with the lesion voxels of each slice: the index
-  that training samples from, read without opening a shard. It also says how the files were taken (`survey.taken`), and
-  whether there are masks or labels only.
+  The splits are fold0 .. fold4, each a set of patients. A shard has the slices of one patient, or of several with few
+  slices, in order. For each fold, the metadata lists the patients in this order with the lesion voxels of each slice.
+  This is the index that training samples from, without opening a shard. The metadata also contains how the files were
+  read (`survey.taken`), and whether there are masks or only labels.
   """
 
   VERSION = tfds.core.Version('1.3.0')
@@ -56,7 +60,7 @@ class Builder(tfds.core.ShardBasedBuilder):
     Config(name='phantom', description='Synthetic chests in HU, in the naming of COVID-19-20.'),
   ]
 
-  # Set before `download_and_prepare`: what to prepare, and what shows how far that is.
+  # Set these before `download_and_prepare`: the cases to prepare, and the progress bar.
   cases = ()
   progress = staticmethod(silent)
 
@@ -67,7 +71,7 @@ class Builder(tfds.core.ShardBasedBuilder):
       disable_shuffling=True,
       metadata=tfds.core.MetadataDict(),
     )
-    # TFDS's servers know nothing of this dataset, and each question leaves an empty folder among the temporary files.
+    # Do not query TFDS's servers: they do not have this dataset, and each query leaves an empty temporary folder.
     info.initialize_from_bucket = lambda: None
     return info
 
@@ -86,7 +90,7 @@ class Builder(tfds.core.ShardBasedBuilder):
     return {f'fold{k}': fold for k, fold in enumerate(folds)}
 
   def _download_and_prepare(self, dl_manager, download_config=None):
-    """As the base class, but shards are written by all cores: reading and compressing are most of the work."""
+    """As the base class, but all cores write shards, because reading and compressing are most of the work."""
     folds = self._shard_iterators_per_split(dl_manager)
     jobs, splits, shards_of = [], [], {}
     for split, fold in folds.items():
@@ -97,7 +101,9 @@ class Builder(tfds.core.ShardBasedBuilder):
         path = template.sharded_filepath(shard_index=index, num_shards=len(shards))
         jobs.append((cases, self.builder_config.size, str(path)))
     with pool(len(jobs)) as run:
-      written = iter(list(self.progress(run(_write_shard, jobs), total=len(jobs), desc='Writing slices', unit='shard')))
+      written = iter(
+        list(self.progress(run(_write_shard, jobs), total=len(jobs), desc='Writing slices', unit='shards'))
+      )
     for split in folds:
       shards = [next(written) for _ in range(shards_of[split])]
       splits.append(
@@ -112,7 +118,7 @@ class Builder(tfds.core.ShardBasedBuilder):
 
 
 def _shards(fold):
-  """The cases of each shard of a fold: one, or as many as it takes to fill it. A reader keeps every shard open."""
+  """The cases of each shard of a fold: one or more, until it is full. Few shards are better: readers keep all open."""
   cases, slices = [], 0
   for patient in fold:
     cases.append(patient.case)
@@ -125,16 +131,16 @@ def _shards(fold):
 
 
 def _write_shard(job) -> tuple[int, int]:
-  """Writes the slices of some cases; (their number, their bytes)."""
+  """Writes the slices of some cases; returns the number of slices and of bytes."""
   cases, size, path = job
-  kinds = features(size)
-  serializer = tfds.core.ExampleSerializer(kinds.get_serialized_info())
+  slice_features = features(size)
+  serializer = tfds.core.ExampleSerializer(slice_features.get_serialized_info())
   sizes = []
 
   def examples():
     for case in cases:
       for example in _examples(case, size):
-        serialized = serializer.serialize_example(kinds.encode_example(example))
+        serialized = serializer.serialize_example(slice_features.encode_example(example))
         sizes.append(len(serialized))
         yield len(sizes) - 1, serialized
 
@@ -143,16 +149,16 @@ def _write_shard(job) -> tuple[int, int]:
 
 
 def _examples(case, size):
-  found = read.slices(case)
-  images = volumes.network_slices(found.images, size)
-  # A voxel of a resized mask is lesion where at least half of it was.
-  masks = (volumes.resize(found.masks, (size, size)) >= 0.5).astype(np.uint8)
-  for index, lesion_voxels in enumerate(found.lesion_voxels):
+  slices = read.slices(case)
+  images = volumes.network_slices(slices.images, size)
+  # A pixel of a resized mask is lesion if at least half of it was lesion.
+  masks = (volumes.resize(slices.masks, (size, size)) >= 0.5).astype(np.uint8)
+  for index, lesion_voxels in enumerate(slices.lesion_voxels):
     yield {
       'image': images[index],
       'mask': masks[index],
       'label': int(lesion_voxels > 0),
       'patient': case.patient,
       'slice': index,
-      'spacing': np.asarray(found.spacing, np.float32),
+      'spacing': np.asarray(slices.spacing, np.float32),
     }

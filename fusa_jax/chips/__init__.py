@@ -1,1 +1,1 @@
-"""What machines are like: ahead-of-time compilation for TPUs, and the doctor. Open it to add a chip."""
+"""Facts about machines: ahead-of-time compilation for TPUs, and the doctor. To add a chip, edit this package."""

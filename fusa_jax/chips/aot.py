@@ -1,8 +1,8 @@
-"""The training step compiled for TPUs that are not here: whether it fits, and what it would cost.
+"""Compiles the training step for TPUs that this machine does not have: reports memory, traffic and time.
 
-JAX's topology API with the compiler in libtpu (requirements-aot.txt) compiles the very step that training runs. What is
-reported is the compiler's own account of one device's program; times follow from it and the chip's published rates, so
-each is the least that the chip allows, not a measurement.
+JAX's topology API and the compiler in libtpu (requirements-aot.txt) compile the same step that training runs. Sizes and
+counts come from the compiler, for one device's program. Times follow from these counts and the chip's published rates.
+They are therefore lower limits, not measurements.
 """
 
 import dataclasses
@@ -23,25 +23,28 @@ from fusa_jax.system.errors import DoesNotFitError
 from fusa_jax.system.files import replacing, write_json
 from fusa_jax.training import optimizers, train
 
-_MOVEMENTS, _SHOWN = 50, 10  # operations in a report, and of these in its table
+_MOVEMENTS, _SHOWN = 50, 10  # number of operations in a report and in its table
 
 
 def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
-  """Compiles a config's training step for a topology; what it needs, and the times that follow, per device and step.
+  """Compiles a config's training step for a topology; returns memory, traffic and least times per device and step.
 
-  Sizes are bytes. `bytes_moved` is between memory and core; `bytes_accessed` is XLA's own number, in which what stays
-  in the core counts too; `largest_movements` are the operations that move most. `seconds` has the least time that
-  arithmetic, memory and the network between chips would each allow; `step_seconds` takes the slower of the first two
-  and adds the third, as if nothing were sent while something is computed. `efficiency` is the share of a step that is
-  not spent on that network: throughput per chip against that of one chip on its own share of the batch.
+  Sizes are in bytes.
+  - `bytes_moved`: bytes between memory and core. `bytes_accessed` is XLA's own number, which also counts data that
+    stays in the core.
+  - `largest_movements`: the operations that move the most bytes.
+  - `seconds`: the least times for arithmetic, for memory and for the network between chips.
+  - `step_seconds`: the larger of the first two plus the third, as if computation and network never overlapped.
+  - `efficiency`: the share of a step without the network time: throughput per chip / throughput of a single chip with
+    its share of the batch.
 
   Raises:
-    UserError: a config that does not fit the topology; no compiler.
-    DoesNotFitError: more memory is needed than the chip has.
+    UserError: the config does not fit the topology, or the compiler is missing.
+    DoesNotFitError: the step needs more memory than the chip has.
   """
   config = config.copy_and_resolve_references()
   if config.model.dtype == 'auto':
-    config.model.dtype = 'bfloat16'  # as on the chip
+    config.model.dtype = 'bfloat16'  # the value that 'auto' has on the chip
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space, topology.devices())
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
   task = tasks.create(config)
@@ -114,12 +117,12 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
 
 
 def _shortage(message: str) -> str:
-  """What the compiler says is missing, in one line."""
+  """The shortage of memory in the compiler's message, as one line."""
   amounts = [float(amount) for amount in re.findall(r'([\d.]+)G', message)]
   if len(amounts) < 2:
     return message.splitlines()[0]
   needed, available = amounts[:2]
-  return f'needs {needed:.2f} GiB of {available:.2f} GiB, {needed - available:.2f} GiB are missing'
+  return f'needs {needed:.2f} GiB, has {available:.2f} GiB, {needed - available:.2f} GiB are missing'
 
 
 def _nbytes(tree) -> int:
@@ -127,28 +130,28 @@ def _nbytes(tree) -> int:
 
 
 def largest_batch(config: ml_collections.ConfigDict, topology: tpu.Topology) -> int:
-  """The largest batch per device that fits, below config's own, which does not; 0 where not even one slice each does.
+  """The largest batch per device that fits, for a config with a batch that does not fit; 0 if one slice does not fit.
 
-  Found by compiling, halving what is between: the compiler arranges a step anew for each batch, so that memory does not
-  grow in proportion.
+  It searches by bisection and compiles each candidate. Memory is not proportional to the batch, because the compiler
+  schedules each batch size differently.
   """
   config = config.copy_and_resolve_references()
   devices = config.mesh.data if config.mesh.data > 0 else topology.chips // config.mesh.space
   fits, too_much = 0, config.train.batch_size // devices
   while too_much - fits > 1:
-    tried = (fits + too_much) // 2
-    config.train.batch_size = tried * devices
-    logging.info('compiling with %d per device, of which %s fit and %d do not', tried, fits or 'none yet', too_much)
+    candidate = (fits + too_much) // 2
+    config.train.batch_size = candidate * devices
+    logging.info('compiling with %d per device; %s fit, %d do not', candidate, fits or 'none yet', too_much)
     try:
       report(config, topology)
-      fits = tried
+      fits = candidate
     except DoesNotFitError:
-      too_much = tried
+      too_much = candidate
   return fits
 
 
 def table(result: dict) -> str:
-  """A report for eyes."""
+  """Formats a report as a text table."""
   memory, seconds = result['memory'], result['seconds']
   rows = [
     ('model', f'{result["task"]}, {result["model"]}, {result["image_size"]} x {result["image_size"]}'),
@@ -157,7 +160,7 @@ def table(result: dict) -> str:
     ('compiled in', f'{result["compile_seconds"]:.0f} s'),
     ('parameters', f'{memory["parameters"] / 1e6:,.0f} MB'),
     ('optimizer, statistics', f'{memory["optimizer_and_statistics"] / 1e6:,.0f} MB'),
-    ('activations', f'{memory["activations"] / 1e6:,.0f} MB, with all other temporaries'),
+    ('activations', f'{memory["activations"] / 1e6:,.0f} MB, including all other temporaries'),
     ('program', f'{memory["program"] / 1e6:,.0f} MB'),
     (
       'peak memory',
@@ -177,26 +180,26 @@ def table(result: dict) -> str:
   ]
   width = max(len(name) for name, _ in rows)
   lines = [f'{name:{width}}  {value}' for name, value in rows]
-  lines.append('most is moved by')
+  lines.append('largest movements')
   for movement in result['largest_movements'][:_SHOWN]:
     lines.append(f'{movement["nbytes"] / 1e6:>{width},.0f}  MB: {movement["operation"]}, {_layer(movement["source"])}')
   return '\n'.join(lines)
 
 
 def aot(config: ml_collections.ConfigDict, name: str, topology: tpu.Topology, output: pathlib.Path) -> None:
-  """Prints the report of a config on a topology and writes it to `output` as JSON, named after both.
+  """Prints the report of a config on a topology, and writes it as JSON to the folder `output`, named after both.
 
   Raises:
-    DoesNotFitError: as its text, what is missing, and the largest batch per device that fits.
+    DoesNotFitError: the message says how much memory is missing, and names the largest batch per device that fits.
   """
   logging.info('compiling %s for %s; a full-size step takes minutes', name, topology)
   try:
     result = report(config, topology)
   except DoesNotFitError as error:
     most = largest_batch(config, topology)
-    hint = f'the largest batch per device that fits is {most}' if most else 'not one slice per device fits'
+    hint = f'the largest batch per device that fits is {most}' if most else 'one slice per device does not fit'
     raise DoesNotFitError(
-      f'train.batch_size={config.train.batch_size} on {topology}: {error}; {hint}, and mesh.space shares images'
+      f'train.batch_size={config.train.batch_size} on {topology}: {error}; {hint}; a larger mesh.space splits images'
     ) from None
   path = output / f'{name}-{str(topology).replace(":", "_").replace(" ", "")}.json'
   write_json(path, result)
@@ -205,9 +208,10 @@ def aot(config: ml_collections.ConfigDict, name: str, topology: tpu.Topology, ou
 
 
 def sweep(config: ml_collections.ConfigDict, name: str, kind: str, page: pathlib.Path) -> None:
-  """Reports of a config on slices of 8 to 256 chips, as a section of a page; the reports lie in a folder beside it.
+  """Writes reports of a config on slices of 8 to 256 chips to a folder, and a page about all reports in this folder.
 
-  The batch grows with the slice: config.train.batch_size is for the smallest.
+  The folder has the name of the page without its ending. config.train.batch_size is for the smallest slice; the batch
+  grows in proportion to the chips.
   """
   config = config.copy_and_resolve_references()
   first = tpu.Topology.parse(f'{kind}:{tpu.CHIPS[kind].sweep[0]}')
@@ -225,7 +229,7 @@ def sweep(config: ml_collections.ConfigDict, name: str, kind: str, page: pathlib
 
 
 def scaling_page(folder: pathlib.Path) -> str:
-  """Markdown: a section for each sweep in the folder."""
+  """Returns Markdown with a section for each sweep in the folder."""
   parts = [_PAGE_HEAD]
   for path in sorted(folder.glob('*.json')):
     results = json.loads(path.read_text())
@@ -261,25 +265,27 @@ def scaling_page(folder: pathlib.Path) -> str:
 
 _PAGE_HEAD = """# Scaling
 
-Written by `python launch.py --mode=aot --sweep`, from the reports in [scaling/](scaling): the training step compiled
-for TPU slices of 8 to 256 chips by the TPU's own compiler, on a CPU machine. Nothing here was run on a TPU. Each time
-is the least that the chip's published rates allow for what the compiler counted in one chip's program:
+`python launch.py --mode=aot --sweep` writes this page from the reports in [scaling/](scaling). The TPU's own compiler
+compiled the training step for TPU slices of 8 to 256 chips, on a CPU machine. Nothing here ran on a TPU.
 
-- **compute**: FLOPs at the chip's peak in bfloat16;
-- **memory**: bytes between the chip's memory and its core, counted operation by operation in the compiled program, at
-  the rate of that memory;
-- **interconnect**: bytes that each chip must send, over all its links (half of them where an axis of the slice is not
-  closed to a ring), and 1 microsecond for each chip that a message passes, which is an assumption;
-- **slices/s**: of CT, over all chips, if compute and memory overlap and the interconnect overlaps with neither;
-- **efficiency**: throughput per chip against a chip alone with its share of the batch, so what the interconnect leaves.
-  A lower bound: a real step takes longer than the first two, and overlaps part of the third;
-- **compiled in**: on the machine that wrote the report, with whatever else it did."""
+Each time is a lower limit: the work that the compiler counted in one chip's program, at the chip's published rates.
+
+- **compute**: FLOPs, at the chip's peak in bfloat16.
+- **memory**: bytes between the chip's memory and its core, at the rate of that memory. They are counted operation by
+  operation in the compiled program.
+- **interconnect**: bytes that each chip must send, over all its links. Only half of the links count where an axis of
+  the slice is not closed to a ring. Each chip that a message passes adds 1 microsecond; this is an assumption.
+- **slices/s**: CT slices per second over all chips. Compute and memory overlap; the interconnect overlaps with neither.
+- **efficiency**: throughput per chip / throughput of a single chip with its share of the batch. It shows what the
+  interconnect costs. It is a lower bound: in a real step, compute and memory take longer, and part of the
+  interconnect's time overlaps with them.
+- **compiled in**: seconds on the machine that wrote the report. Other work on that machine may have slowed it down."""
 
 
 def _layer(source: str) -> str:
-  """Of the path that JAX gives: in which sweep, of which modules. A path of the update, or none, stays as it is."""
+  """Shortens the path that JAX gives: "forward" or "backward" and the modules. Other paths stay unchanged."""
   found = re.search(r'(transpose\()?jvp\(\w*\)\)?/(.*)', source)
-  return f'{"backward" if found[1] else "forward"} {found[2]}' if found else source or 'made by the compiler'
+  return f'{"backward" if found[1] else "forward"} {found[2]}' if found else source or 'inserted by the compiler'
 
 
 def _mesh(result):

@@ -1,7 +1,7 @@
-"""What a maintainer asks first: versions, devices, memory, caches, and whether a step of training is right.
+"""Prints facts for a bug report: versions, devices, memory, caches, and a check of a few training steps.
 
-A plain text to paste into an issue; the home folder is written `~`, and nothing of the user's data is in it. What is
-looked at is imported where it is looked at: a package that is missing or broken is a finding like any other.
+The output is plain text to paste into an issue. It shows the home folder as `~` and contains no data of the user.
+Functions import the packages that they check, so that a missing or broken package is reported like any other problem.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from fusa_jax.system import home, meshes, provenance
 from fusa_jax.system.errors import UserError, one_line
 
 _ROOT = home.PACKAGE.parent
-# Brought by the packages in requirements.txt, or there on request.
+# Packages that requirements.txt installs indirectly, and optional ones.
 _OTHERS = (
   *('jaxlib', 'tensorstore', 'torch', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin'),
   *('pydicom', 'python-gdcm', 'highdicom'),
@@ -37,21 +37,21 @@ _VARIABLES = (
   'LD_PRELOAD',
   'OMP_NUM_THREADS',
 )
-# The least free disk that the demo's cache and a run want.
+# Free disk space that the demo's cache and a run need.
 _FREE_GB = 1.0
 
 
 def doctor(config: ml_collections.ConfigDict, caches: dict[str, pathlib.Path]) -> None:
-  """Prints what there is, then trains one tiny model for three steps.
+  """Prints facts about the machine, then trains a tiny model for three steps.
 
   Args:
-    config: a segmentation run's; its window, optimizer, loss and augmentation are tried, at 32 x 32.
-    caches: what lies where.
+    config: config of a segmentation run. The check uses its window, optimizer, loss and augmentation, at 32 x 32.
+    caches: folders of the caches, by name.
 
   Raises:
-    UserError: what is wrong, a line each, with what to do.
+    UserError: problems were found; the message has one line for each, with what to do.
   """
-  wrong = []
+  problems = []
   for title, part in (
     ('versions', versions),
     ('machine', machine),
@@ -63,29 +63,29 @@ def doctor(config: ml_collections.ConfigDict, caches: dict[str, pathlib.Path]) -
     try:
       for line, problem in part():
         print(f'  {_without_home(line)}', flush=True)
-        wrong += [f'{title}: {_without_home(problem)}'] if problem else []
-    except Exception as error:  # whatever it is, it is what was looked for
+        problems += [f'{title}: {_without_home(problem)}'] if problem else []
+    except Exception as error:  # any error is a problem to report
       text = one_line(error, 300)
-      wrong.append(
+      problems.append(
         f'{title}: {type(error).__name__}: {text}; install again in a fresh environment, or report it with this text'
       )
-  if wrong:
-    raise UserError('\n'.join(wrong))
-  print('nothing wrong was found')
+  if problems:
+    raise UserError('\n'.join(problems))
+  print('no problems found')
 
 
 def requirements() -> list[Requirement]:
-  """What running needs: requirements.txt of the repository, or what was installed from it."""
+  """The required packages: from requirements.txt in a checkout, else from the metadata of the installed package."""
   if (_ROOT / 'pyproject.toml').exists():
     lines = [line.partition('#')[0].strip() for line in (_ROOT / 'requirements.txt').read_text().splitlines()]
   else:
     lines = importlib.metadata.requires('fusa_jax')
-  found = [Requirement(line) for line in lines if line]
-  return [one for one in found if one.marker is None or one.marker.evaluate({'extra': ''})]
+  parsed = [Requirement(line) for line in lines if line]
+  return [one for one in parsed if one.marker is None or one.marker.evaluate({'extra': ''})]
 
 
 def versions():
-  """(line, problem or None) of Python, of this, and of each package."""
+  """Yields (line, problem or None) for Python, fusa_jax and each package."""
   yield f'Python {platform.python_version()}, {sys.executable}', None
   yield f'fusa_jax {provenance.version("fusa_jax") or "(not installed)"}, in {_ROOT}', None
   for one in requirements():
@@ -93,14 +93,14 @@ def versions():
     if version is None:
       problem = f"{one.name} is not installed; pip install '{one}'"
     elif not one.specifier.contains(version, prereleases=True):
-      problem = f"{one.name} {version} is not one of {one.specifier}; pip install '{one}'"
+      problem = f"{one.name} {version} does not meet {one.specifier}; pip install '{one}'"
     yield f'{one.name} {version}', problem
   for name in _OTHERS:
     if version := provenance.version(name):
       yield f'{name} {version}', None
   if provenance.version('pydicom'):
-    # Which is where compressed DICOM is decoded.
-    yield f'decoding in a process of its own: {decoder.apart(os.path.basename, "it/works")}', None
+    # A separate process decodes compressed DICOM; this line shows whether it starts.
+    yield f'decoding in a separate process: {decoder.apart(os.path.basename, "it/works")}', None
 
 
 def _without_home(text):
@@ -109,7 +109,7 @@ def _without_home(text):
 
 
 def machine():
-  """(line, None) of the system, its cores and memory, and what the environment tells JAX."""
+  """Yields (line, None) for the system, its cores and memory, and the environment variables that JAX reads."""
   yield platform.platform(), None
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
@@ -120,7 +120,7 @@ def machine():
 
 
 def _limit():
-  """Of a container, whose processes are killed beyond it."""
+  """Text about the memory limit of a container, if there is one. The system kills processes that exceed it."""
   for file in ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'):
     path = pathlib.Path(file)
     text = path.read_text().strip() if path.exists() else ''
@@ -130,15 +130,15 @@ def _limit():
 
 
 def devices():
-  """(line, problem or None) of what JAX computes on."""
+  """Yields (line, problem or None) for the devices of JAX."""
   import jax
 
   problem = None
   if jax.default_backend() == 'cpu' and 'JAX_PLATFORMS' not in os.environ:
     if pathlib.Path('/dev/nvidiactl').exists():
-      problem = "an NVIDIA GPU is here, and jax does not use it; pip install -U 'jax[cuda12]', or set JAX_PLATFORMS=cpu"
+      problem = "jax does not use this machine's NVIDIA GPU; pip install -U 'jax[cuda12]', or set JAX_PLATFORMS=cpu"
     elif pathlib.Path('/dev/accel0').exists():
-      problem = "a TPU is here, and jax does not use it; pip install -U 'jax[tpu]', or set JAX_PLATFORMS=cpu"
+      problem = "jax does not use this machine's TPU; pip install -U 'jax[tpu]', or set JAX_PLATFORMS=cpu"
   yield f'backend {jax.default_backend()}, {jax.device_count()} devices', problem
   for device in jax.local_devices():
     memory = device.memory_stats() or {}
@@ -147,24 +147,25 @@ def devices():
 
 
 def look_at_caches(caches: dict[str, pathlib.Path]):
-  """(line, problem or None) of each cache: where it lies, what is in it, and whether it can be written to."""
-  for what, folder in caches.items():
+  """Yields (line, problem or None) for each cache: its folder, its size, and whether it can be written."""
+  for name, folder in caches.items():
     files = [path for path in folder.rglob('*') if path.is_file()] if folder.is_dir() else []
     size = sum(path.stat().st_size for path in files) / 1e6
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free, problem = shutil.disk_usage(there).free / 1e9, None
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-      problem = f'{folder} cannot be written, as {there} does not allow it; set HOME to a folder that can'
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free, problem = shutil.disk_usage(existing).free / 1e9, None
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+      problem = f'{folder} cannot be written, because {existing} is not writable; set HOME to a writable folder'
     elif free < _FREE_GB:
-      problem = f'{free:.1f} GB free at {there}; delete what is old in {folder}, or set HOME to a larger disk'
-    yield f'{what}: {folder}, {len(files)} files of {size:.0f} MB; {free:.1f} GB free', problem
+      problem = f'{free:.1f} GB free at {existing}; delete old files in {folder}, or set HOME to a larger disk'
+    yield f'{name}: {folder}, {len(files)} files of {size:.0f} MB; {free:.1f} GB free', problem
 
 
 def self_check(config: ml_collections.ConfigDict):
-  """(line, problem or None): FUSA against the paper's literal form, and three steps of a FUSA-ResUnet of two levels.
+  """Yields (line, problem or None) for two checks: FUSA, and three training steps of a FUSA-ResUnet of two levels.
 
-  The steps are the ones that training takes, over all devices, on one batch: the loss must fall. On a CPU neither is
-  compiled with optimisation, which would take longer than the rest: the convolutions are a library's either way.
+  The first check compares FUSA with the paper's literal form. The second runs training's own step over all devices on
+  one batch; the loss must fall. On a CPU both are compiled without optimisation: optimising would take longer than the
+  checks, and the convolutions come from a library anyway.
   """
   import jax
   import numpy as np
@@ -186,8 +187,10 @@ def self_check(config: ml_collections.ConfigDict):
   apart = np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in zip(ours, literal, strict=True)])
   problem = None
   if not apart < 1e-4:
-    problem = f'FUSA differs from its literal form by {apart:.1e}; report it with this text, and the GPU or TPU driver'
-  yield f'FUSA, factored and literal: values and gradients {apart:.1e} apart, relative to the largest', problem
+    problem = (
+      f'FUSA differs from its literal form by {apart:.1e}; report this text and the version of the GPU or TPU driver'
+    )
+  yield f'FUSA, factored and literal: values and gradients differ by {apart:.1e} of the largest value', problem
 
   config = ml_collections.ConfigDict(config.to_dict())
   mesh = meshes.create_mesh()
@@ -200,12 +203,12 @@ def self_check(config: ml_collections.ConfigDict):
   optimizer, _ = optimizers.make_optimizer(config)
   shapes = train.state_shapes(task, optimizer, config, mesh)
   step = train.lower_step(task, optimizer, config, mesh, shapes).compile(options)
-  # Parameters of one draw here: a program that draws each on the devices would take a third of all the time.
+  # Draw the parameters on the host: compiling a program that draws them would take a third of the total time.
   draw = lambda leaf: np.random.default_rng(0).normal(0, 0.1, leaf.shape).astype(leaf.dtype)
   zeros = lambda leaf: np.zeros(leaf.shape, leaf.dtype)
   state = jax.tree.map(zeros, shapes).replace(variables=jax.tree.map(draw, shapes.variables))
   state = jax.device_put(state, meshes.replicated(mesh))
-  # Soft tissue, with a square of a lesion's HU in lung.
+  # Soft tissue around lung, and in the lung a square with a lesion's HU.
   image, mask = np.full((count, size, size), 40, np.int16), np.zeros((count, size, size), np.uint8)
   image[:, 4:28, 4:28], image[:, 8:16, 8:16], mask[:, 8:16, 8:16] = -850, -300, 1
   rows = {'image': image, 'mask': mask, 'label': np.ones(count, np.int32), 'index': np.arange(count, dtype=np.int32)}
@@ -217,6 +220,6 @@ def self_check(config: ml_collections.ConfigDict):
     losses.append(float(scalars['loss']))
   problem = None
   if not losses[-1] < losses[0]:
-    problem = 'three steps on one batch did not lower the loss; report it with this text'
+    problem = 'three training steps on one batch did not lower the loss; report it with this text'
   yield f'three steps of training: loss {", ".join(f"{loss:.4f}" for loss in losses)}', problem
   yield f'{time.perf_counter() - began:.1f} s', None

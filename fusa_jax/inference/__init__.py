@@ -1,1 +1,1 @@
-"""Trained runs at work: predictions, bundles to pass on, pages to look at. Open it to add a way to deploy."""
+"""Uses trained runs: predicts, exports bundles, writes viewer pages. To add a way to deploy, edit this package."""

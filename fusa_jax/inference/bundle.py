@@ -1,7 +1,7 @@
-"""A bundle, as --mode=export wrote it, loaded as the model that predicts.
+"""Loads a bundle, the output of --mode=export, as a model.
 
-To `predictor.load_predictor` a bundle is what a run is. Who runs one without this package needs jax alone: README.md in
-it, and docs/bundles.md.
+`predictor.load_predictor` takes a bundle in place of a run. A bundle also runs without this package, with jax only:
+see its README.md and docs/bundles.md.
 """
 
 import json
@@ -20,37 +20,37 @@ from fusa_jax.system.files import sha256
 FORMAT, VERSION = 'fusa_jax bundle', 1
 ABOUT, PROGRAM, WEIGHTS = 'bundle.json', 'model.stablehlo', 'weights.safetensors'
 FILES = (PROGRAM, WEIGHTS, 'config.json', 'README.md', 'run.py')
-# What bundle.json has of the model, and what else is read from it.
+# The fields of `trained.Model` that bundle.json holds, and all its fields that this module reads.
 OF_MODEL = ('task', 'values', 'image_size', 'batch_size', 'name', 'step')
 _NEEDED = {*OF_MODEL, 'operating_point', 'calling_convention_version', 'jax', 'sha256'}
 
 
 def is_bundle(folder: pathlib.Path) -> bool:
-  """Whether a folder is meant to be a bundle, be it a damaged one."""
+  """Whether a folder is a bundle, even if it is damaged."""
   return any((folder / name).exists() for name in (ABOUT, PROGRAM))
 
 
 def load_bundle(
   folder: pathlib.Path, mesh, flips: bool | None = None
 ) -> tuple[trained.Model, operating_point.OperatingPoint]:
-  """The model of a bundle, and the point that it is used at: as `trained.load_model` gives those of a run.
+  """Loads the model and the operating point of a bundle, as `trained.load_model` does for a run.
 
   Args:
-    folder: of the bundle.
-    mesh: for the weights.
-    flips: None, or as the bundle was exported; its program cannot be changed.
+    folder: folder of the bundle.
+    mesh: mesh that holds the weights.
+    flips: None, or the value that the bundle was exported with, because its program cannot change.
 
   Raises:
-    UserError: no bundle of ours; a file that is missing or not as it was exported; a newer format; a jax that cannot
-      read the program; other flips than those it was exported with.
+    UserError: the folder is not a bundle of fusa_jax; a file is missing or has changed since the export; the format is
+      newer; this jax cannot read the program; or the bundle was exported with another value of `flips`.
   """
   about = _about(folder)
   content = {name: _content(folder / name, about['sha256'][name]) for name in FILES}
   point = about['operating_point']
   if flips not in (None, point.flips):
     raise UserError(
-      f'flips: {folder} was exported {"with" if point.flips else "without"} flips, which '
-      'its program holds; leave the flag out, or export the run again with it'
+      f'flips: {folder} was exported {"with" if point.flips else "without"} flips, and its program cannot change; '
+      'leave this flag out, or export the run again with it'
     )
   exported = _program(folder / PROGRAM, content[PROGRAM], about)
   model = trained.Model(
@@ -62,40 +62,40 @@ def load_bundle(
 
 
 def _program(path, content, about):
-  """The program, which is as it was exported: what jax cannot read of it is a matter of versions."""
+  """Reads the program. Its digest is already checked, so an error here means that the versions of jax do not fit."""
   version = about['calling_convention_version']
-  least, most = (getattr(jax_export, f'{end}_supported_calling_convention_version') for end in ('minimum', 'maximum'))
+  first, last = (getattr(jax_export, f'{end}_supported_calling_convention_version') for end in ('minimum', 'maximum'))
   try:
-    if not least <= version <= most:
-      raise ValueError(f'calling convention {version}, known are {least} to {most}')
+    if not first <= version <= last:
+      raise ValueError(f'calling convention {version}; this jax reads {first} to {last}')
     return jax_export.deserialize(bytearray(content))
   except Exception as error:
     reason = one_line(error, 200)
     raise UserError(
-      f'{path}: written by jax {about["jax"]}, and jax {jax.__version__} here does not read it ({reason}); install '
-      'that release, or have the run exported again with this one'
+      f'{path}: written by jax {about["jax"]}, which jax {jax.__version__} cannot read ({reason}); install jax '
+      f'{about["jax"]}, or export the run again with jax {jax.__version__}'
     ) from None
 
 
 def _about(folder):
-  """What bundle.json holds, which is a bundle's of this version."""
+  """Reads bundle.json and checks that it is complete and of this version."""
   path = folder / ABOUT
   try:
     about = json.loads(path.read_text())
-    found = about['format'], about['version']
+    name, version = about['format'], about['version']
   except FileNotFoundError:
     raise UserError(
-      f'{path}: missing, so this is no bundle of fusa_jax; give the folder that --mode=export wrote'
+      f'{path}: missing, so the folder is not a bundle of fusa_jax; give a folder that --mode=export wrote'
     ) from None
   except (OSError, ValueError, KeyError, TypeError):
-    found = None
-  if not found or found[0] != FORMAT:
-    raise UserError(f'{path}: not of a bundle of fusa_jax; give the folder that --mode=export wrote')
-  if isinstance(found[1], int) and found[1] > VERSION:
-    raise UserError(f'{path}: of format {found[1]}, and this fusa_jax knows {VERSION}; install a newer one')
+    name = version = None
+  if name != FORMAT:
+    raise UserError(f'{path}: not from a bundle of fusa_jax; give a folder that --mode=export wrote')
+  if isinstance(version, int) and version > VERSION:
+    raise UserError(f'{path}: has format {version}, but this fusa_jax reads {VERSION}; install a newer fusa_jax')
   try:
-    if found[1] != VERSION or _NEEDED - about.keys() or set(FILES) - about['sha256'].keys():
-      raise ValueError('parts of it are missing')
+    if version != VERSION or _NEEDED - about.keys() or set(FILES) - about['sha256'].keys():
+      raise ValueError('parts are missing')
     about['operating_point'] = operating_point.OperatingPoint(**about['operating_point'])
   except (AttributeError, TypeError, ValueError) as error:
     raise UserError(f'{path}: damaged ({error}); copy the bundle again from its source') from None
@@ -108,5 +108,5 @@ def _content(path, digest):
   except OSError as error:
     raise UserError(f'{path}: cannot be read ({error.strerror}); copy the bundle again from its source') from None
   if sha256(content) != digest:
-    raise UserError(f'{path}: not as it was exported (its SHA-256 differs); copy the bundle again from its source')
+    raise UserError(f'{path}: changed since the export (its SHA-256 differs); copy the bundle again from its source')
   return content

@@ -1,10 +1,10 @@
-"""A model to pass on: a folder with the program, the weights and what there is to know of them, and nothing of the run.
+"""Exports a model as a bundle: a folder with the program, the weights and a model card, without other data of the run.
 
-The program is StableHLO by `jax.export`: weights and slices as a scan has them in, probabilities on the same grid out,
-so that window, resizing, networks, flips, temperature and mean are within. Who runs it needs jax and none of this
-package.
+The program is StableHLO from `jax.export`. Its inputs are weights and slices as in a scan. Its output is probabilities
+on the same grid. It includes the window, resizing, networks, flips, temperature and mean. To run it, a user needs jax
+but not this package.
 
-It computes in float32 at the highest precision, wherever it runs: whoever gets it should find what its card says.
+It computes in float32 at the highest precision on every device, so results match the model card.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import new_folder, sha256, write_json
 from fusa_jax.tasks import window
 
-NO_LICENCE = 'not stated: whoever passes it on names it'
+NO_LICENCE = 'not stated; state one before you pass this bundle on'
 _PLATFORMS = ('cpu', 'cuda', 'tpu')
 _TEXTS = pages.TEMPLATES / 'bundle'
-# Keys of a config that say where something lay.
+# Config keys that hold paths of the exporting machine.
 _PLACES = (('data', 'raw_dir'), ('data', 'dir'), ('model', 'init_from'))
 
 
@@ -45,21 +45,21 @@ def write_bundle(
   smallest_ml: float | None = None,
   licence: str = NO_LICENCE,
 ) -> None:
-  """Writes a run, or the mean of several, as a bundle.
+  """Writes a run, or the mean of several runs, as a bundle.
 
   Args:
-    workdirs: of trained runs; of a cross-validation, for all of its folds.
-    folder: of the bundle, which appears whole or not at all.
-    threshold, flips, lungs, smallest_ml: of the bundle's operating point; None: as the runs' own say.
-    licence: for its card.
+    workdirs: folders of trained runs; the folder of a cross-validation stands for all of its folds.
+    folder: the new folder for the bundle. An error leaves no incomplete bundle.
+    threshold, flips, lungs, smallest_ml: settings of the bundle's operating point. None: as in the runs.
+    licence: text for the model card.
 
   Raises:
-    UserError: as `trained.load_networks` and `OperatingPoint.for_model`; a bundle instead of a run; a folder that
-      is not empty; the system refuses to write there.
+    UserError: as `trained.load_networks` and `OperatingPoint.for_model`; a workdir is a bundle; or the folder is not
+      empty or cannot be written.
   """
   for workdir in workdirs:
     if bundle.is_bundle(workdir):
-      raise UserError(f'workdir: {workdir} is a bundle already; copy it, or export the run it was made of')
+      raise UserError(f'workdir: {workdir} is already a bundle; copy it, or export its run')
   networks, point = trained.load_networks(workdirs, meshes.create_mesh(), flips, lungs)
   model = trained.create(networks, point.flips)
   point = point.for_model(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
@@ -71,11 +71,11 @@ def write_bundle(
     'operating_point': point.about(),
     'dtype': 'float32',
     'inputs': {
-      'weights': f'{bundle.WEIGHTS}: a dict of its arrays by their names',
-      'slices': f'int16 [batch, height, width], {_VALUES[model.values]}; rows from the front of the chest to the '
-      "back, columns from the patient's right to the left; any batch, height and width",
+      'weights': f'{bundle.WEIGHTS}: a dict of arrays by name',
+      'slices': f'int16 [batch, height, width] of any size, {_VALUES[model.values]}; rows run from the front of the '
+      "chest to the back, columns from the patient's right to the left",
     },
-    'output': 'float32 probability of lesion, ' + tasks.type_of(model.task).output,
+    'output': 'float32 probability of lesion ' + tasks.type_of(model.task).output,
     'platforms': list(exported.platforms),
     'calling_convention_version': exported.calling_convention_version,
     'jax': jax.__version__,
@@ -95,15 +95,15 @@ def write_bundle(
     write_json(partial / bundle.ABOUT, about | {'sha256': digests})
 
 
-_VALUES = {'hu': 'Hounsfield units', 'grey': 'grey of 0 to 255'}
+_VALUES = {'hu': 'Hounsfield units', 'grey': '8-bit grey values, 0 to 255'}
 
 
 def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Exported:
-  """(weights by name, slices int16 [batch, height, width]) -> probability, as StableHLO for any of these three sizes.
+  """Exports (weights by name, slices int16 [batch, height, width]) -> probability as StableHLO, for slices of any size.
 
   Args:
-    networks: whose mean is taken; of their variables, the shapes.
-    flips: whether slices are also taken mirrored, and the mean of both.
+    networks: the networks of the mean. Only the shapes of their variables are used.
+    flips: whether to use the mean probability of each slice and its mirror image.
   """
   config = networks[0].config
   size, is_hu, gives_masks = config.data.image_size, config.data.intensity == 'hu', tasks.type_of(config.task).has_masks
@@ -113,20 +113,20 @@ def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Expo
     trees = traverse_util.unflatten_dict(weights, sep='/')
     each = [trees[str(number)] for number in range(len(networks))] if len(networks) > 1 else [trees]
     model = trained.create([network._replace(variables=v) for network, v in zip(networks, each, strict=True)], flips)
-    values = jnp.maximum(slices, volumes.AIR) if is_hu else slices  # as `nifti.read_scan` has it
-    found = model.function(model.variables, jnp.rint(resize(values, size, size)).astype(jnp.int16))
-    return resize(found, *slices.shape[1:]) if gives_masks else found
+    values = jnp.maximum(slices, volumes.AIR) if is_hu else slices  # as in `nifti.read_scan`
+    probability = model.function(model.variables, jnp.rint(resize(values, size, size)).astype(jnp.int16))
+    return resize(probability, *slices.shape[1:]) if gives_masks else probability
 
   shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights_of(networks).items()}
   slices = jax.ShapeDtypeStruct(jax_export.symbolic_shape('batch, height, width'), jnp.int16)
-  # Without, a GPU takes 10 of float32's 23 bits into a product, and a TPU 7.
+  # Without 'highest', a GPU multiplies with 10 of float32's 23 mantissa bits, and a TPU with 7.
   with jax.default_matmul_precision('highest'), _without_sources():
     return jax_export.export(jax.jit(lesion_probability), platforms=_PLATFORMS)(shapes, slices)
 
 
 @contextlib.contextmanager
 def _without_sources():
-  """Otherwise a program names the file and line that each operation comes from, and so the folders of this machine."""
+  """Keeps source locations out of the program, because they would show folder names of this machine."""
   key = 'jax_traceback_in_locations_limit'
   before = getattr(jax.config, key)
   jax.config.update(key, 0)
@@ -137,7 +137,7 @@ def _without_sources():
 
 
 def resize(images: jax.Array, height: int, width: int) -> jax.Array:
-  """Images [B, H, W] -> float32 [B, height, width] as `volumes.resize` has it; to their own size, as they are."""
+  """Images [B, H, W] -> float32 [B, height, width], as `volumes.resize`; images of this size stay unchanged."""
   product = lambda how, *arrays: jnp.einsum(how, *arrays, precision=jax.lax.Precision.HIGHEST)
   rows, columns = _hats(images.shape[1], height), _hats(images.shape[2], width)
   across = product('bhw,jw->bhj', images.astype(jnp.float32), columns)
@@ -145,9 +145,10 @@ def resize(images: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def _hats(source, target):
-  """The matrix [target, source] of Pillow's BILINEAR along an axis: a hat over each target, as wide as it shrinks.
+  """The matrix [target, source] of Pillow's BILINEAR along an axis: one hat function per target pixel.
 
-  In whole numbers, of 1 / (2 source target) of the axis, so that no pixel's weight depends on how far along it is.
+  A hat is as wide as the axis shrinks. Positions are whole numbers, in units of 1 / (2 source target) of the axis, so
+  that rounding errors do not depend on the position.
   """
   at = (2 * jnp.arange(target) + 1)[:, None] * source
   apart = jnp.abs(at - (2 * jnp.arange(source) + 1) * target)
@@ -156,7 +157,7 @@ def _hats(source, target):
 
 
 def weights_of(networks: Sequence[trained.Network]) -> dict[str, np.ndarray]:
-  """Arrays by name, as `params/head/bias`; of several networks with their number in front."""
+  """Arrays by name, for example `params/head/bias`; with several networks, each name starts with a network's number."""
   if len(networks) == 1:
     tree = networks[0].variables
   else:
@@ -178,7 +179,7 @@ def _without_places(config):
 
 
 def _card(about, workdirs, networks):
-  """What README.md says: what it is, what it was trained on, how good it was found."""
+  """Collects the values for the model card: the model, its training data and its test results."""
   patients, tests = [], []
   for workdir in workdirs:
     first, runs = len(patients), trained.runs(workdir)
@@ -187,7 +188,7 @@ def _card(about, workdirs, networks):
       patients.append({part: len(split[part]) if split else 'not known' for part in ('train', 'validation', 'test')})
     last, pooled = len(patients) - 1, runs != [workdir]
     steps = [network.step for network in networks[first : last + 1]]
-    of = f'{first} to {last}, each patient by the one that had not seen it' if pooled else str(first)
+    of = f'{first} to {last}, each patient by the network that had not seen it' if pooled else str(first)
     tests.append({'of': of, 'pooled': pooled, **_test(workdir, steps if pooled else steps[0])})
   datasets = sorted({test['dataset'] for test in tests if 'dataset' in test})
   return {
@@ -204,7 +205,7 @@ def _card(about, workdirs, networks):
 
 
 def _test(workdir, step):
-  """What a run's test says of its checkpoint at `step`, a cross-validation's of those of its folds; {} without one."""
+  """Test results of a run's checkpoint at `step`, or of a cross-validation's at its steps; {} if not tested."""
   if not results.is_complete(workdir) or results.read_numbers(workdir)['step'] != step:
     return {}
   result = results.read_numbers(workdir)

@@ -1,4 +1,4 @@
-"""From a scan's mask, as a threshold gives it, to the mask that is given away: without what cannot be a lesion."""
+"""Removes from a thresholded mask what cannot be a lesion: voxels outside of the lungs, and too small lesions."""
 
 import numpy as np
 
@@ -7,13 +7,13 @@ from fusa_jax.scans import lungs, volumes
 
 
 def refine(mask: np.ndarray, scan: volumes.Scan, in_lungs: bool = False, smallest_ml: float = 0.0) -> np.ndarray:
-  """A mask [S, H, W], uint8 {0, 1}, without what lies outside of the lungs, and then without lesions below a volume.
+  """Limits a mask to the lungs, then removes small lesions; returns uint8 {0, 1} [S, H, W].
 
   Args:
-    mask: of the scan.
-    scan: in HU, where lungs are asked for.
-    in_lungs: limit it to the lungs (`lungs.field`).
-    smallest_ml: in mL; 0 leaves all lesions.
+    mask: the mask [S, H, W] of the scan.
+    scan: the scan; in HU if `in_lungs` is True.
+    in_lungs: limit the mask to the lungs (`lungs.field`).
+    smallest_ml: remove lesions below this volume in mL; 0 keeps all.
   """
   if in_lungs and mask.any():
     mask = mask * lungs.field(scan)
@@ -24,13 +24,17 @@ def refine(mask: np.ndarray, scan: volumes.Scan, in_lungs: bool = False, smalles
 
 
 def lesions(mask: np.ndarray, voxel_ml: float) -> tuple[np.ndarray, np.ndarray]:
-  """The lesions of a mask [S, H, W] by number, as `masks.components` has them, and the mL of each [n]."""
+  """Labels the lesions of a mask [S, H, W] with `masks.components`; returns (labels, mL of each lesion [n])."""
   labels, count = masks.components(mask)
   return labels, np.bincount(labels.ravel(), minlength=count + 1)[1:] * voxel_ml
 
 
 def true_volumes(mask: np.ndarray, truth: np.ndarray, voxel_ml: float) -> tuple[np.ndarray, np.ndarray, float]:
-  """Of a mask's lesions the mL [n], how many of each are true [n], and the true ones in all."""
+  """Compares the lesions of a mask with the reference mask `truth`.
+
+  Returns:
+    (volume of each lesion in mL [n], its part inside the reference mask in mL [n], mL of the whole reference mask).
+  """
   labels, sizes = lesions(mask, voxel_ml)
-  rightly = np.bincount(labels.ravel(), truth.ravel(), minlength=len(sizes) + 1)[1:] * voxel_ml
-  return sizes, rightly, float(np.count_nonzero(truth) * voxel_ml)
+  true_parts = np.bincount(labels.ravel(), truth.ravel(), minlength=len(sizes) + 1)[1:] * voxel_ml
+  return sizes, true_parts, float(np.count_nonzero(truth) * voxel_ml)

@@ -1,4 +1,4 @@
-"""Trained runs as one function of slices: a run's best checkpoint, or the mean probability of several runs'."""
+"""Loads trained runs as one model: the best checkpoint of a run, or the mean probability of several runs."""
 
 import dataclasses
 import json
@@ -20,17 +20,17 @@ from fusa_jax.system.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """What probabilities are computed by, whoever computes them.
+  """A function that computes probabilities, from runs or from a bundle, and the facts about it.
 
   Attributes:
     function: (variables, slices [B, size, size]) -> probability of lesion, float32 [B] or [B, size, size].
-    variables: of the function, on all devices of a mesh.
-    task: name of its type in tasks.TASKS.
-    values: of the slices, one of volumes.VALUES.
-    image_size: of the slices.
-    batch_size: slices that were trained on at once.
-    name: of the network; of several, all of them.
-    step: of the checkpoint; of several, of each.
+    variables: variables of the function, on all devices of a mesh.
+    task: name of the type of task, a key of tasks.TASKS.
+    values: values of the slices, one of volumes.VALUES.
+    image_size: size of the slices.
+    batch_size: batch size of the training.
+    name: name of the network; for several networks, one text with all names.
+    step: step of the checkpoint; for several networks, a list of steps.
   """
 
   function: Callable[[Any, jax.Array], jax.Array]
@@ -44,7 +44,7 @@ class Model:
 
 
 class Network(NamedTuple):
-  """A checkpoint: the run's config, the step, {'params', 'batch_stats'}, and what its logits are divided by."""
+  """A checkpoint: the run's config, the step, {'params', 'batch_stats'}, and the divisor of its logits."""
 
   config: ml_collections.ConfigDict
   step: int
@@ -55,13 +55,13 @@ class Network(NamedTuple):
 def load_model(
   workdirs: Sequence[pathlib.Path], mesh, flips: bool | None = None, lungs: bool | None = None
 ) -> tuple[Model, operating_point.OperatingPoint]:
-  """The model of one or several runs, and the point that they are used at.
+  """Loads the model and the operating point of one or several runs.
 
   Args:
-    workdirs: of trained runs; of a cross-validation, for all of its folds.
-    mesh: for the variables.
-    flips: whether probabilities are those of flips; None: as the runs' operating points were chosen.
-    lungs: whether masks are limited to the lungs; None: likewise.
+    workdirs: folders of trained runs; the folder of a cross-validation stands for all of its folds.
+    mesh: mesh that holds the variables.
+    flips: whether to use flips (test-time augmentation). None: as in the runs' operating points.
+    lungs: whether to limit masks to the lungs. None: as in the runs' operating points.
 
   Raises:
     UserError: as `load_networks`.
@@ -73,13 +73,14 @@ def load_model(
 def load_networks(
   workdirs: Sequence[pathlib.Path], mesh, flips: bool | None = None, lungs: bool | None = None
 ) -> tuple[list[Network], operating_point.OperatingPoint]:
-  """The networks of one or several runs, and the point that the mean of their probabilities is used at.
+  """Loads the networks of one or several runs, and the operating point for the mean of their probabilities.
 
   Args:
-    workdirs, mesh, flips, lungs: as `load_model` has them.
+    workdirs, mesh, flips, lungs: as in `load_model`.
 
   Raises:
-    UserError: no run; a cross-validation that is not finished; no checkpoint; runs of other tasks, values or sizes.
+    UserError: a folder holds no run or no checkpoint; a cross-validation is not complete; or the runs differ in task,
+      values or image size.
   """
   folders = [run for workdir in workdirs for run in runs(workdir)]
   configs = [run_config.load_config(folder) for folder in folders]
@@ -91,46 +92,47 @@ def load_networks(
     if point.step != step:
       point = operating_point.OperatingPoint()
       logging.warning(
-        '%s: no operating point for step %d, so the threshold is 0.5; --mode=evaluate chooses one', folder, step
+        '%s: no operating point for step %d, so the threshold is 0.5; run --mode=evaluate to choose one', folder, step
       )
     if flips not in (None, point.flips):
-      logging.warning('%s: its threshold was chosen %s flips', folder, 'with' if point.flips else 'without')
+      logging.warning('%s: the threshold was chosen %s flips', folder, 'with' if point.flips else 'without')
     point = point.with_options(flips=flips, lungs=lungs)
     networks.append(Network(config, step, variables, point.temperature))
     points.append(point)
   point = operating_point.mean(points)
   if point.flips and not all(network.config.augment.flip for network in networks):
-    logging.warning('%s: trained without flips (augment.flip), of which it may know nothing', folders[0])
+    logging.warning('%s: trained without flips (augment.flip), so results with flips may be worse', folders[0])
   return networks, point
 
 
 def runs(workdir: pathlib.Path) -> list[pathlib.Path]:
-  """The folder of a run; of a cross-validation, those of its folds."""
+  """Returns [workdir] for a run, and the folders of the folds for a cross-validation."""
   if not run_config.is_cross_validation(run_config.load_config(workdir)):
     return [workdir]
   if not results.is_complete(workdir):
     raise UserError(
-      f'workdir: {workdir} is a cross-validation that is not finished; go on with the command that began it, or name '
-      f'the folder of one fold, {workdir / "fold0"}'
+      f'workdir: {workdir} is a cross-validation that is not complete; rerun its command to resume, or give the '
+      f'folder of one fold, {workdir / "fold0"}'
     )
   return [workdir / f'fold{one["fold"]}' for one in results.read_numbers(workdir)['folds']]
 
 
 def _check_alike(folders, configs):
-  for key, of in (
+  for key, value_of in (
     ('task', lambda config: config.task),
     ('data.intensity', lambda config: config.data.intensity),
     ('data.image_size', lambda config: config.data.image_size),
   ):
     for folder, config in zip(folders, configs, strict=True):
-      if of(config) != of(configs[0]):
+      if value_of(config) != value_of(configs[0]):
         raise UserError(
-          f'workdir: {folder} has {key} {of(config)}, {folders[0]} {of(configs[0])}; give runs that are alike in it'
+          f'workdir: {folder} has {key} {value_of(config)}, but {folders[0]} has {value_of(configs[0])}; '
+          f'give runs with the same {key}'
         )
 
 
 def load_variables(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tuple[int, dict]:
-  """The best checkpoint's step and variables, on all devices of the mesh.
+  """Loads the best checkpoint; returns its step and its variables, on all devices of the mesh.
 
   Raises:
     UserError: the run has no checkpoint.
@@ -142,19 +144,22 @@ def load_variables(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tup
 
 
 def create(networks: Sequence[Network], flips: bool) -> Model:
-  """The mean of the networks' probabilities, each at its temperature; the task, values and size are the first's."""
+  """Creates the model of the networks' mean probability, each network with its temperature.
+
+  The task, values and sizes are those of the first network.
+  """
   groups = {}
   for network in networks:
     groups.setdefault(_program(network.config), []).append(network)
   of_groups = [tasks.create(group[0].config) for group in groups.values()]
 
   def function(variables, slices):
-    # Networks of one architecture are compiled once, whatever their number.
-    found = [
+    # `lax.map` compiles networks of the same architecture once.
+    probabilities = [
       jax.lax.map(lambda one, task=task: task.probabilities(one['variables'], slices, one['temperature'], flips), each)
       for task, each in zip(of_groups, variables, strict=True)
     ]
-    return jnp.concatenate(found).mean(axis=0)
+    return jnp.concatenate(probabilities).mean(axis=0)
 
   first = networks[0].config
   names = list(dict.fromkeys(network.config.model.name for network in networks))
@@ -171,13 +176,13 @@ def create(networks: Sequence[Network], flips: bool) -> Model:
 
 
 def _program(config):
-  """What a network's program follows from, weights apart."""
+  """Text that is equal for two networks if their programs differ in weights only."""
   model = {key: value for key, value in config.model.items() if key != 'init_from'}
   return json.dumps([model, list(config.data.window)])
 
 
 def _stacked(networks):
-  """Their variables and temperatures, with an axis for the networks in front; where they were."""
+  """Stacks the networks' variables and temperatures along a new first axis, on the devices that hold them."""
   stack = lambda *x: x[0][None] if len(x) == 1 else jnp.stack(x)
   return {
     'variables': jax.tree.map(stack, *(network.variables for network in networks)),

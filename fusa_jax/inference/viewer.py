@@ -1,6 +1,6 @@
-"""Scans and the masks that were predicted for them, as pages for a browser: NiiVue, scan and mask are in the page.
+"""Writes browser pages that show scans with their predicted masks. NiiVue, scan and mask are inside the page.
 
-NiiVue lies in system/templates/niivue/, beside its licence; nothing is fetched, by us or by the page.
+NiiVue and its licence are in system/templates/niivue/. Neither this module nor the page downloads anything.
 """
 
 import base64
@@ -13,42 +13,41 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from fusa_jax.scans import nifti, volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.sources import find_sources
-from fusa_jax.system import pages
+from fusa_jax.system import pages, progress
 from fusa_jax.system.errors import UserError, one_line
 
-# Of all pages where there are several.
+# The page that links to all others if there are several.
 _INDEX = 'view.html'
-# By kind of values: (name, centre, width), the first of which a page begins with; what a value is called.
+# For each of volumes.VALUES: the windows (name, centre, width), with the page's first window first; and the unit.
 _WINDOWS = {'hu': [('Lung', -600, 1500), ('Mediastinum', 40, 400)], 'grey': [('Black to white', 127.5, 255)]}
 _UNITS = {'hu': 'HU', 'grey': ''}
-# Of none of the three of figures.write_overlay, which tell right from wrong: what is true is not known here.
+# Not one of the three colours of figures.write_overlay: those compare with a reference mask, and here there is none.
 _COLOUR = (255, 176, 0)
 _NIIVUE = pages.TEMPLATES / 'niivue'
 _PREDICT = 'run --mode=predict with this --input and --output'
 
 
 def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
-  """Writes a page for each scan, `NAME.html` beside its mask, and of several `view.html`, which links to them.
+  """Writes one page per scan, `NAME.html` next to its mask. For several scans it also writes `view.html` with links.
 
-  A page holds scan and mask in full resolution on canonical axes, and of the scan's header the affine alone. It is a
-  third larger than the two as .nii.gz.
+  A page holds the scan and the mask in full resolution on canonical axes. From the scan's header it holds only the
+  affine. A page is a third larger than the two files as .nii.gz.
 
   Args:
-    source: what was predicted: a .nii or .nii.gz, or a folder or .zip of them and of DICOM series. Pictures beside
-      scans are left out.
-    masks: where `predict` wrote to.
+    source: the input of `predict`: a .nii or .nii.gz file, or a folder or .zip of these and of DICOM series. Pictures
+      next to scans are left out.
+    masks: the output folder of `predict`.
 
   Returns:
-    The pages, that of all scans first.
+    The pages; `view.html` comes first.
 
   Raises:
-    UserError: no scan; scans without a result, or with one that is damaged (all of them named before the first page is
-      written); a scan that is refused, or whose mask is or lies on another grid (after the pages of those before it).
+    UserError: the source holds no scan. Or results are missing or damaged: the message lists all, and no page is
+      written. Or a scan or its mask is refused, or the mask has another grid: the pages of earlier scans remain.
   """
   with unpacking() as unpacked:
     scans = find_sources(source, None, unpacked)
@@ -61,9 +60,9 @@ def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
     if problems:
       raise UserError('\n'.join(problems))
     if len(scans) > 1 and pathlib.Path(_INDEX).stem in results:
-      raise UserError(f'input: the page of {_INDEX} would be that of all scans; rename the scan, or give it alone')
+      raise UserError(f'input: a scan has the same page name as the index, {_INDEX}; rename the scan, or give it alone')
     written = []
-    for scan in tqdm.tqdm(scans, desc='Writing pages', disable=len(scans) == 1):
+    for scan in progress.bar(scans, desc='Writing pages', unit='pages', show=len(scans) > 1):
       written.append(_write_page(masks, scan, results[scan.stem]))
   if len(scans) > 1:
     pages.write_page(masks / _INDEX, 'viewer_index.html', results=dict(sorted(results.items())))
@@ -73,7 +72,11 @@ def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _result(masks, name) -> dict[str, Any]:
-  """What `predict` wrote of a scan, with the keys that a page needs; raises UserError where that is not all there."""
+  """Reads the results that `predict` wrote for a scan, with the keys that a page needs.
+
+  Raises:
+    UserError: a file or a key is missing, or the results are damaged.
+  """
   path, mask = masks / f'{name}.json', _mask(masks, name)
   try:
     result = json.loads(path.read_text())
@@ -86,15 +89,15 @@ def _result(masks, name) -> dict[str, Any]:
       and result['values'] in volumes.VALUES
       and is_number(result['threshold'])
       and isinstance(result['model'], str)
-      and isinstance(result['step'], int | list)  # of several runs, a list
+      and isinstance(result['step'], int | list)  # a list if several runs made the prediction
       and is_number(result.get('lesion_ml', 0))
     ):
-      raise ValueError('its numbers do not fit each other')
+      raise ValueError('the numbers are inconsistent')
   except FileNotFoundError:
     raise UserError(f'{path}: missing; {_PREDICT} first') from None
   except (OSError, ValueError, TypeError, LookupError) as error:
     reason = f'no {error}' if isinstance(error, KeyError) else one_line(error)
-    raise UserError(f'{path}: damaged, or not written by this version ({reason}); {_PREDICT} again') from None
+    raise UserError(f'{path}: damaged, or from another version ({reason}); {_PREDICT} again') from None
   if 'lesion_ml' in result and not mask.exists():
     raise UserError(f'{mask}: missing; {_PREDICT} again')
   return result
@@ -108,14 +111,14 @@ def _write_page(masks, source, result):
   name, scan = source.stem, volumes.on_canonical_axes(source.read_image(result['values']))
   if len(scan.values) != result['num_slices']:
     raise UserError(
-      f'{masks / name}.json: of {result["num_slices"]} slices, and the scan {scan.path.name} has {len(scan.values)}; '
+      f'{masks / name}.json: has {result["num_slices"]} slices, but the scan {scan.path.name} has {len(scan.values)}; '
       f'{_PREDICT} again'
     )
   mask = None
-  if 'lesion_ml' in result:  # a classification has none
-    read = nifti.read_labels(_mask(masks, name))
-    volumes.check_same_grid(read, scan, 'scan')
-    mask = read.mask
+  if 'lesion_ml' in result:  # a classification has no mask
+    labels = nifti.read_labels(_mask(masks, name))
+    volumes.check_same_grid(labels, scan, 'scan')
+    mask = labels.mask
   page = masks / f'{name}.html'
   pages.write_page(
     page,
@@ -136,17 +139,17 @@ def _write_page(masks, source, result):
 
 
 def _embedded(volume, scan):
-  """A volume on canonical axes as base64 of a .nii.gz."""
+  """Encodes a volume on canonical axes as .nii.gz in base64."""
   file = io.BytesIO()
   nifti.write_volume_to(file, volume, scan, compressed=True)
   return base64.b64encode(file.getbuffer()).decode()
 
 
 def _start(scores, mask, shape):
-  """Where the crosshair is at first: of the slice with the highest score the middle of the lesion, or of the slice.
+  """Start position of the crosshair: on the slice with the highest score, the middle of the lesion or of the slice.
 
-  Gives fractions of the volume from right to left, posterior to anterior and inferior to superior, as NiiVue has them
-  whatever the order of the voxels.
+  Returns fractions of the volume from right to left, posterior to anterior, and inferior to superior. NiiVue uses these
+  directions for any order of the voxels.
   """
   _, height, width = shape
   best = int(np.argmax(scores))

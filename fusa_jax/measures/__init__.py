@@ -1,1 +1,1 @@
-"""Numbers of masks and scores, with their intervals. Open it to add a number."""
+"""Metrics of masks and scores, with confidence intervals. A new metric belongs here."""

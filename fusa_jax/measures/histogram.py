@@ -1,15 +1,15 @@
-"""Logits and truth of each slice, counted on the device: all that thresholds and calibration need of the pixels.
+"""Counts the pixels of each slice by logit and truth, on the device. Thresholds and calibration need only these counts.
 
-A histogram of a slice is a few kilobytes where its probabilities are a megabyte; counts at every threshold follow from
-it exactly. A slice that has one logit (classification) is counted as one pixel.
+The histogram of a slice takes a few kilobytes, its probabilities take a megabyte. Counts at every threshold follow
+exactly from the histogram. In classification a slice has one logit and counts as one pixel.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Logits from -16 to 16, a sixteenth apart; the outer bins take what lies beyond. As probabilities the edges are 1/64
-# apart around 0.5, which is one of them, and dense towards 0 and 1, where most pixels are.
+# Bins of logits from -16 to 16, 1/16 wide; the outer bins also count everything beyond. As probabilities, the edges are
+# 1/64 apart around 0.5, which is an edge. They are denser towards 0 and 1, where most pixels are.
 _PER_UNIT, _REACH = 16, 16
 BINS = 2 * _REACH * _PER_UNIT
 HALF = BINS // 2  # the bin that begins at a probability of 0.5
@@ -17,12 +17,14 @@ RELIABILITY_BINS = 20  # of equal width in probability
 
 
 def count(logits: jax.Array, truth: jax.Array, temperature: jax.Array) -> dict[str, jax.Array]:
-  """Counts of each slice, for logits [B, ...] in float32 and truth [B, ...] {0, 1}.
+  """Counts the pixels of each slice, for logits [B, ...] in float32 and truth [B, ...] {0, 1}.
+
+  The probability of a pixel is sigmoid(logit / temperature).
 
   Returns:
-    histogram: int32 [B, 2, BINS], pixels by truth and by their logit's bin. The temperature plays no part.
-    reliability: float32 [B, 3, RELIABILITY_BINS], by the probability's bin: pixels, lesion pixels, sum of probability;
-      probability is sigmoid(logit / temperature).
+    histogram: int32 [B, 2, BINS], number of pixels by truth and bin of logit, without the temperature.
+    reliability: float32 [B, 3, RELIABILITY_BINS], by bin of probability: number of pixels, number of lesion pixels, sum
+      of probabilities.
     squared_error: float32 [B], sum of (probability - truth)^2.
   """
   logits, truth = (array.reshape(len(array), -1) for array in (logits.astype(jnp.float32), truth > 0))
@@ -38,12 +40,12 @@ def count(logits: jax.Array, truth: jax.Array, temperature: jax.Array) -> dict[s
 
 
 def _sums(index, values, bins):
-  """Values [B, N, ...] summed by their index [B, N]: [B, bins, ...]."""
+  """Sums values [B, N, ...] by their index [B, N]: [B, bins, ...]."""
   return jax.vmap(lambda at, v: jnp.zeros((bins, *v.shape[1:]), v.dtype).at[at].add(v))(index, values)
 
 
 def edges() -> np.ndarray:
-  """The logit at which each bin begins [BINS]; minus infinity for the first, which has no lower end."""
+  """The lower edge of each bin, as a logit [BINS]; minus infinity for the first bin."""
   start = (np.arange(BINS) - HALF) / _PER_UNIT
   start[0] = -np.inf
   return start
@@ -55,14 +57,14 @@ def centres() -> np.ndarray:
 
 
 def counts_from(histogram: np.ndarray) -> dict[str, np.ndarray]:
-  """tp, fp, fn, tn [..., BINS] of histograms [..., 2, BINS], with every logit from the bin's edge up called lesion."""
+  """tp, fp, fn, tn [..., BINS] from histograms [..., 2, BINS]. Logits >= the bin's lower edge count as lesion."""
   above = np.cumsum(np.asarray(histogram, np.int64)[..., ::-1], axis=-1)[..., ::-1]
   fp, tp = above[..., 0, :], above[..., 1, :]
   return {'tp': tp, 'fp': fp, 'fn': tp[..., :1] - tp, 'tn': fp[..., :1] - fp}
 
 
 def counts_at(histogram: np.ndarray, bin: int) -> dict[str, np.ndarray]:
-  """The same at one bin [...], without the other 511."""
+  """tp, fp, fn, tn [...] as `counts_from`, at one bin only."""
   above = histogram[..., bin:].sum(axis=-1, dtype=np.int64)
   below = histogram[..., :bin].sum(axis=-1, dtype=np.int64)
   return {'tp': above[..., 1], 'fp': above[..., 0], 'fn': below[..., 1], 'tn': below[..., 0]}

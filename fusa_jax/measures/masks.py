@@ -1,49 +1,66 @@
-"""What a predicted mask is beside the true one: overlap, distances, volumes and lesions of a scan, and their means."""
+"""Compares predicted and reference masks: overlap, distances, volumes and lesions of a scan, averages over scans."""
 
 import numpy as np
 from scipy import ndimage
 
 from fusa_jax.measures import statistics, surface
 
-# The measures of a volume, in the order of the columns of volumes.csv.
+# The measures of a volume, in the order of the columns of volumes.csv; scores.json and the report show the definitions.
 DEFINITIONS = {
-  'dice': 'Twice the voxels of both masks over the sum of the voxels of each. Both empty: undefined; one empty: 0.',
-  'hd95_mm': 'The larger of the 95th percentiles of the distances from the boundary voxels of each mask to the nearest '
-  "of the other's. Both empty: undefined; one empty: the diagonal of the scan.",
-  'surface_dice_1mm': "The share of both masks' boundary voxels within 1 mm of the other's boundary. "
-  'Both empty: undefined; one empty: 0.',
-  'surface_dice_2mm': "The share of both masks' boundary voxels within 2 mm of the other's boundary. "
-  'Both empty: undefined; one empty: 0.',
-  'predicted_ml': 'The volume of the predicted mask in millilitres. Empty: 0.',
-  'true_ml': 'The volume of the true mask in millilitres. Empty: 0.',
-  'error_ml': 'predicted_ml - true_ml. Both empty: 0.',
-  'lesions': 'Connected components of the true mask, voxels that share a corner being connected. Empty: 0.',
-  'lesions_found': 'Lesions with at least one predicted voxel in them. Either empty: 0.',
-  'lesion_sensitivity': 'lesions_found / lesions. True mask empty: undefined; only the predicted one empty: 0.',
-  'predicted_lesions': 'Connected components of the predicted mask. Empty: 0.',
-  'false_positives': 'Predicted components without a true voxel in them. Predicted mask empty: 0; '
-  'only the true one empty: all of predicted_lesions.',
+  'dice': 'Dice of voxels: 2 TP / (2 TP + FP + FN). Both masks empty: undefined; one empty: 0.',
+  'hd95_mm': '95th percentile Hausdorff distance in mm: the larger of the 95th percentiles of boundary distances, '
+  'predicted to reference and back. Both masks empty: undefined; one empty: diagonal of the scan.',
+  'surface_dice_1mm': 'Surface Dice at 1 mm: boundary voxels of both masks within 1 mm of the other boundary / all '
+  'boundary voxels. Both masks empty: undefined; one empty: 0.',
+  'surface_dice_2mm': 'Surface Dice at 2 mm: boundary voxels of both masks within 2 mm of the other boundary / all '
+  'boundary voxels. Both masks empty: undefined; one empty: 0.',
+  'predicted_ml': 'Volume of the predicted mask in mL. Empty mask: 0.',
+  'true_ml': 'Volume of the reference mask in mL. Empty mask: 0.',
+  'error_ml': 'Volume error in mL: predicted volume - reference volume. Both masks empty: 0.',
+  'lesions': 'Number of lesions: connected components of the reference mask (3D, 26 neighbours). Empty mask: 0.',
+  'lesions_found': 'Number of lesions with at least one predicted voxel. Either mask empty: 0.',
+  'lesion_sensitivity': 'Lesion sensitivity: lesions found / lesions. Reference mask empty: undefined; only the '
+  'predicted mask empty: 0.',
+  'predicted_lesions': 'Number of connected components of the predicted mask (3D, 26 neighbours). Empty mask: 0.',
+  'false_positives': 'Number of predicted lesions without any voxel of the reference mask. Predicted mask empty: 0; '
+  'only the reference mask empty: all predicted lesions.',
+}
+
+# What the report calls each measure.
+LABELS = {
+  'dice': 'Dice',
+  'hd95_mm': 'Hausdorff distance, 95th percentile, mm',
+  'surface_dice_1mm': 'Surface Dice at 1 mm',
+  'surface_dice_2mm': 'Surface Dice at 2 mm',
+  'predicted_ml': 'Predicted volume, mL',
+  'true_ml': 'Reference volume, mL',
+  'error_ml': 'Volume error, mL',
+  'lesions': 'Lesions in the reference',
+  'lesions_found': 'Lesions found',
+  'lesion_sensitivity': 'Lesion sensitivity',
+  'predicted_lesions': 'Predicted lesions',
+  'false_positives': 'False positive lesions',
 }
 
 
 def volume(
   predicted: np.ndarray, truth: np.ndarray, spacing: tuple[float, float, float], voxel_ml: float
 ) -> dict[str, float]:
-  """The measures of one volume, as DEFINITIONS has them; NaN where undefined.
+  """Computes the measures of one volume (see DEFINITIONS); NaN means undefined.
 
   Args:
-    predicted, truth: masks [S, H, W], 0 or False outside of the lesions.
+    predicted, truth: masks [S, H, W], 0 or False outside the lesions.
     spacing: mm between slices, rows and columns.
     voxel_ml: the volume of a voxel in mL.
   """
   diagonal = float(np.linalg.norm(np.multiply(truth.shape, spacing)))
   predicted, truth = predicted.astype(bool), truth.astype(bool)
-  # Outside of the box around both masks there is nothing to measure.
+  # Crop to the box around both masks: there is nothing to measure outside.
   box = ndimage.find_objects((predicted | truth).view(np.uint8), max_label=1)[0] or np.s_[:0]
   predicted, truth = predicted[box], truth[box]
   distances = surface.distances(predicted, truth, spacing, diagonal)
   num_predicted, num_true, num_both = (int(np.count_nonzero(mask)) for mask in (predicted, truth, predicted & truth))
-  lesions, found = _components_in(truth, predicted)
+  lesions, lesions_found = _components_in(truth, predicted)
   predicted_lesions, true_positives = _components_in(predicted, truth)
   return {
     'dice': float(statistics.ratio(2 * num_both, num_predicted + num_true)),
@@ -54,26 +71,26 @@ def volume(
     'true_ml': num_true * voxel_ml,
     'error_ml': (num_predicted - num_true) * voxel_ml,
     'lesions': lesions,
-    'lesions_found': found,
-    'lesion_sensitivity': float(statistics.ratio(found, lesions)),
+    'lesions_found': lesions_found,
+    'lesion_sensitivity': float(statistics.ratio(lesions_found, lesions)),
     'predicted_lesions': predicted_lesions,
     'false_positives': predicted_lesions - true_positives,
   }
 
 
 def summary(rows: list[dict[str, float]]) -> dict:
-  """The measures of volumes (each of another patient) -> their means and medians over those that define them.
+  """Averages the measures over volumes, each of a different patient. Undefined values are left out.
 
-  Gives num_volumes; measures: for each one mean, median, the interval of both, and how many volumes define it; how the
-  intervals were made; definitions. None where undefined.
+  Returns num_volumes; measures, each with mean, median, their intervals and the number of volumes that define it; the
+  method of the intervals; definitions. None means undefined.
   """
   values = {name: np.array([row[name] for row in rows], np.float64) for name in DEFINITIONS}
   measures = {name: {'defined': int(np.isfinite(column).sum())} for name, column in values.items()}
-  for kind, average in (('mean', statistics.mean), ('median', statistics.median)):
+  for average_name, average in (('mean', statistics.mean), ('median', statistics.median)):
     averages = lambda weights, average=average: {name: average(values[name], weights) for name in values}
     estimates, intervals = (f(averages, len(rows)) for f in (statistics.estimates, statistics.intervals))
     for name, measure in measures.items():
-      measure.update({kind: estimates[name], f'{kind}_interval': intervals[name]})
+      measure.update({average_name: estimates[name], f'{average_name}_interval': intervals[name]})
   return {
     'num_volumes': len(rows),
     'measures': measures,
@@ -83,14 +100,14 @@ def summary(rows: list[dict[str, float]]) -> dict:
 
 
 def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
-  """The number of the lesion at each voxel [S, H, W], from 1, 0 where there is none; and how many there are.
+  """Numbers the lesions of a mask: returns the number at each voxel [S, H, W], from 1 (0 is background), and the count.
 
-  Voxels that share a corner are of one lesion.
+  Voxels that share a corner belong to the same lesion.
   """
   return ndimage.label(mask, np.ones((3, 3, 3)))
 
 
 def _components_in(mask, other):
-  """How many components a mask has, and how many of them hold a voxel of another mask."""
+  """Counts the components of a mask, and those among them that contain a voxel of another mask."""
   labels, count = components(mask)
   return count, int(np.count_nonzero(np.unique(labels[other])))

@@ -1,8 +1,8 @@
-"""The definitions: what is added up over patients, and the numbers that follow from the sums. NumPy.
+"""Definitions of the metrics: the sums over patients, and the metrics that follow from them. NumPy only.
 
-Every number of a test is a function of sums over patients (for AUC, of pairs of patients), so that the same few lines
-give it for the patients as they are and for each of a thousand draws of them (statistics.py). Arrays of any leading
-shape go in and come out; what is undefined is NaN, never 0 or 1, and becomes None where it is written.
+Each metric is a function of sums over patients; AUC is a function of sums over pairs of patients. So the same code
+computes it for all patients and for each bootstrap draw of them (statistics.py). Arrays may have any leading shape. An
+undefined value is NaN, never 0 or 1, and is written as null.
 """
 
 import dataclasses
@@ -15,37 +15,58 @@ from fusa_jax.measures.statistics import ratio
 
 COUNTS = ('tp', 'fp', 'fn', 'tn')
 
-# What each number is, in a sentence; the report and docs/evaluation.md show these.
+# The definition of each metric, which the report shows. TP, FP, FN and TN count slices or pixels, as the report states.
 DEFINITIONS = {
-  'accuracy': 'share of slices called rightly',
-  'precision': 'share of what is called lesion that is lesion (positive predictive value)',
-  'recall': 'share of lesion that is found (sensitivity)',
-  'f1': '2 TP / (2 TP + FP + FN) of slices',
-  'auc': 'share of pairs of a slice with lesion and one without whose scores are in order; ties count half',
-  'specificity': 'share of what is no lesion that is not called lesion',
-  'npv': 'share of what is not called lesion that is none (negative predictive value)',
-  'dice': '2 TP / (2 TP + FP + FN) of the pixels of all test slices together; the checkpoint and threshold go by it',
-  'dice_macro': 'mean of the pooled Dice of lesion and that of background',
-  'dice_per_patient': 'mean over patients of the Dice of their pixels; patients without lesion and prediction left out',
-  'dice_lesion_slices': 'mean over the slices with lesion of their Dice',
-  'dice_slices': 'mean over slices of their Dice; slices without lesion and prediction left out',
-  'dice_slices_empty_is_1': 'mean over all slices of their Dice, 1 where there is neither lesion nor prediction',
-  'brier': 'mean of (probability - truth)^2',
-  'ece': 'mean over 20 equal bins of |share of lesion - mean probability|, weighted by what lies in the bin',
-  'sensitivity': 'share of the slices with lesion in which anything is marked or that are called positive',
-  'ppv': 'share of the slices called positive that have a lesion',
+  'accuracy': 'slice accuracy: (TP + TN) / all',
+  'precision': 'positive predictive value (PPV): TP / (TP + FP)',
+  'recall': 'sensitivity: TP / (TP + FN)',
+  'f1': 'F1 of slices: 2 TP / (2 TP + FP + FN)',
+  'auc': 'area under the ROC curve: P(score of a slice with lesion > score of one without); ties count half',
+  'specificity': 'specificity: TN / (TN + FP)',
+  'npv': 'negative predictive value: TN / (TN + FN)',
+  'dice': 'pooled Dice: 2 TP / (2 TP + FP + FN) over the pixels of all test slices; selects checkpoint and threshold',
+  'dice_macro': 'macro Dice: (pooled Dice of lesion + pooled Dice of background) / 2',
+  'dice_per_patient': 'mean Dice per patient; patients with neither lesion nor prediction are left out',
+  'dice_lesion_slices': 'mean Dice of the slices with lesion',
+  'dice_slices': 'mean Dice of slices; slices with neither lesion nor prediction are left out',
+  'dice_slices_empty_is_1': 'mean Dice of all slices; slices with neither lesion nor prediction count as 1',
+  'brier': 'Brier score: mean of (probability - truth)^2',
+  'ece': 'expected calibration error: mean of |lesion fraction - mean probability|, over 20 bins weighted by count',
+  'sensitivity': 'sensitivity of slices: TP / (TP + FN)',
+  'ppv': 'positive predictive value of slices: TP / (TP + FP)',
+}
+
+# What the report and the model card call each number.
+LABELS = {
+  'accuracy': 'Accuracy',
+  'precision': 'Precision (PPV)',
+  'recall': 'Recall (sensitivity)',
+  'f1': 'F1',
+  'auc': 'AUC',
+  'specificity': 'Specificity',
+  'npv': 'NPV',
+  'dice': 'Dice, pooled',
+  'dice_macro': 'Dice, lesion and background',
+  'dice_per_patient': 'Dice per patient',
+  'dice_lesion_slices': 'Dice per slice with lesion',
+  'dice_slices': 'Dice per slice',
+  'dice_slices_empty_is_1': 'Dice per slice, empty slices as 1',
+  'brier': 'Brier score',
+  'ece': 'Expected calibration error',
+  'sensitivity': 'Sensitivity',
+  'ppv': 'PPV',
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Patients:
-  """A table of slices, added up by patient.
+  """A table of slices, summed per patient.
 
   Attributes:
-    names: of the patients [P], in the table's order.
-    sums: [P, ...] by name; what each stands for is in `by_patient`.
-    wins: [P, P], pairs of a slice with lesion of patient i and one without of patient j in which the former has the
-      higher score; ties count half.
+    names: names of the patients [P], in the table's order.
+    sums: [P, ...] by name; `by_patient` explains each.
+    wins: [P, P], number of pairs of a slice with lesion of patient i and a slice without lesion of patient j. The first
+      must have the higher score; ties count half.
   """
 
   names: list[str]
@@ -56,21 +77,21 @@ class Patients:
     return len(self.names)
 
   def statistic(self, definition: Callable[[dict], dict]) -> statistics.Statistic:
-    """A definition below, as a function of how often each patient was drawn."""
+    """Turns a definition below into a function of how often each patient was drawn."""
 
-    def of(weights):
+    def weighted(weights):
       totals = {name: np.tensordot(weights, values, 1) for name, values in self.sums.items()}
       return definition(totals | {'wins': np.sum((weights @ self.wins) * weights, axis=1)})
 
-    return of
+    return weighted
 
 
 def by_patient(table: dict[str, np.ndarray], suffix: str = '') -> Patients:
-  """A table of slices (scorer.Scorer) added up by patient.
+  """Sums a table of slices (scorer.Scorer) per patient.
 
   Args:
-    table: with patient, label, logit, the counts of COUNTS, reliability and squared_error.
-    suffix: of the counts' columns: '' at threshold 0.5, '_chosen' at the operating point.
+    table: the columns patient, label, logit, those of COUNTS, reliability and squared_error.
+    suffix: ending of the count columns: '' at threshold 0.5, '_chosen' at the operating point.
   """
   names, patient = _in_order(table['patient'])
   n = {key: np.asarray(table[f'{key}{suffix}'], np.int64) for key in COUNTS}
@@ -84,14 +105,14 @@ def by_patient(table: dict[str, np.ndarray], suffix: str = '') -> Patients:
     return out
 
   sums = {key: add(n[key]) for key in COUNTS} | {
-    # slices: all, with a lesion, and how they are called where a slice with any marked pixel is called positive
+    # number of slices: all, with a lesion, and per outcome; a slice with any marked pixel is called positive
     'slices': add(np.ones(len(label))),
     'positives': add(label),
     'slice_tp': add(label & marked),
     'slice_fp': add(~label & marked),
     'slice_fn': add(label & ~marked),
     'slice_tn': add(~label & ~marked),
-    # Dice of single slices, added over those where it is defined, and over those that have lesion pixels
+    # Dice per slice: sum and number of slices where it is defined; sum and number of slices with lesion pixels
     'slice_dice': add(np.where(is_defined, slice_dice, 0)),
     'slice_dice_defined': add(is_defined),
     'lesion_dice': add(np.where(n['tp'] + n['fn'] > 0, slice_dice, 0)),
@@ -107,13 +128,14 @@ def by_patient(table: dict[str, np.ndarray], suffix: str = '') -> Patients:
 
 
 def _in_order(patients):
-  """Names as they first occur, and for each row the place of its name."""
-  found, first, row = np.unique(np.asarray(patients), return_index=True, return_inverse=True)
+  """Names in the order of their first rows, and per row the index of its name."""
+  names, first, row = np.unique(np.asarray(patients), return_index=True, return_inverse=True)
   order = np.argsort(first)
-  return found[order].tolist(), np.argsort(order)[row]
+  return names[order].tolist(), np.argsort(order)[row]
 
 
 def _wins(label, score, patient, count):
+  """See Patients.wins."""
   wins = np.zeros((count, count))
   with_lesion, owner = score[label], patient[label]
   for other in range(count):
@@ -124,12 +146,12 @@ def _wins(label, score, patient, count):
 
 
 def dice(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
-  """2 TP / (2 TP + FP + FN): undefined where there is neither lesion nor prediction (not 1: nothing was measured)."""
+  """Dice: 2 TP / (2 TP + FP + FN). With neither lesion nor prediction it is undefined, not 1: nothing was measured."""
   return ratio(2 * np.asarray(tp), 2 * np.asarray(tp) + fp + fn)
 
 
 def classification(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Table I's columns, and specificity, NPV and calibration, of slices. Recall is sensitivity, precision PPV."""
+  """Metrics of slices: the columns of Table I, specificity, NPV, calibration. Recall is sensitivity, precision PPV."""
   tp, fp, fn, tn = (totals[key] for key in COUNTS)
   return {
     'accuracy': ratio(tp + tn, tp + fp + fn + tn),
@@ -144,7 +166,7 @@ def classification(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def segmentation(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Table II's columns, every reading of Dice (docs/evaluation.md says who uses which), and calibration, of pixels."""
+  """Metrics of pixels: the columns of Table II, all variants of Dice (see docs/evaluation.md), and calibration."""
   tp, fp, fn, tn = (totals[key] for key in COUNTS)
   empty = totals['slices'] - totals['slice_dice_defined']  # neither lesion nor prediction
   return {
@@ -163,9 +185,9 @@ def segmentation(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def detection(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Slices with a lesion found, by a segmenter too: a slice with any marked pixel is called positive.
+  """Detection of slices with a lesion. A segmenter calls a slice positive if it marks any pixel.
 
-  AUC is that of the highest logit in it. Predictive values are at the prevalence of the test itself.
+  AUC uses the highest logit of each slice. PPV and NPV are at the prevalence of the test set.
   """
   tp, fp, fn, tn = (totals[f'slice_{key}'] for key in COUNTS)
   return {
@@ -178,19 +200,19 @@ def detection(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def detection_at(totals: dict[str, np.ndarray], prevalence: float) -> dict[str, np.ndarray]:
-  """PPV and NPV of `detection` where a share `prevalence` of slices has a lesion, by Bayes' rule."""
-  found = detection(totals)
-  sensitivity, specificity = found['sensitivity'], found['specificity']
+  """PPV and NPV of `detection` at another prevalence of slices with a lesion, by Bayes' rule."""
+  at_test = detection(totals)
+  sensitivity, specificity = at_test['sensitivity'], at_test['specificity']
   true, false = sensitivity * prevalence, (1 - specificity) * (1 - prevalence)
   missed, rest = (1 - sensitivity) * prevalence, specificity * (1 - prevalence)
   return {'ppv': ratio(true, true + false), 'npv': ratio(rest, rest + missed)}
 
 
 def calibration(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Brier score, and expected calibration error over 20 bins of equal width in probability.
+  """Brier score, and expected calibration error (ECE) over 20 bins of equal width in probability.
 
-  Brier: mean of (probability - truth)^2. ECE: |share of lesion - mean probability| of each bin, weighted by the bin's
-  share of all pixels or slices (Guo et al. 2017, equation 3, for the probability of lesion).
+  Brier score: mean of (probability - truth)^2. ECE: mean of |lesion fraction - mean probability| over bins, weighted by
+  their number of pixels or slices. It is equation 3 of Guo et al. 2017, for the probability of lesion.
   """
   count, positive, probability = np.moveaxis(totals['reliability'], -2, 0)
   total = count.sum(axis=-1)
@@ -201,12 +223,12 @@ def calibration(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def auc(totals: dict[str, np.ndarray]) -> np.ndarray:
-  """Area under the ROC curve of slices: the share of pairs with and without lesion that are in order."""
+  """Area under the ROC curve of slices: the fraction of (lesion, no lesion) pairs in order; ties count half."""
   return ratio(totals['wins'], totals['positives'] * (totals['slices'] - totals['positives']))
 
 
 def patient_rows(patients: Patients) -> list[dict]:
-  """A row for each patient: number of slices, counts, and Dice (= F1), precision and recall of those."""
+  """One row per patient: number of slices, counts, and their Dice (= F1), precision and recall."""
   sums = patients.sums
   tp, fp, fn, tn = (sums[key].astype(np.int64) for key in COUNTS)
   columns = {
@@ -223,7 +245,7 @@ def patient_rows(patients: Patients) -> list[dict]:
 def roc(label: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """The ROC curve of boolean labels [N] and scores [N]: false and true positive rates, from (0, 0) to (1, 1).
 
-  One point per distinct score, so that slices that tie are admitted together. Both kinds of label must occur.
+  There is one point per distinct score, so tied slices are added together. Both labels must occur.
   """
   order = np.argsort(-np.asarray(score), kind='stable')
   label, score = np.asarray(label, bool)[order], np.asarray(score)[order]

@@ -1,52 +1,51 @@
-"""Masks against masks, whoever made them: predicted and true volumes in, a table of cases and their averages out."""
+"""Scores predicted masks from any program against reference masks: writes a table of cases and their averages."""
 
 import logging
 import os
 import pathlib
 from concurrent import futures
 
-import tqdm
-
 from fusa_jax.measures import masks, statistics
 from fusa_jax.scans import nifti, volumes
+from fusa_jax.system import progress
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import write_csv, write_json
 
 _LOGGED = ('dice', 'hd95_mm', 'surface_dice_2mm', 'error_ml', 'lesion_sensitivity', 'false_positives')
-# What the names of masks and scans of one case may end in: COVID-19-20's, nnU-Net's, MONAI's and our own.
+# Endings of names of masks and scans, as COVID-19-20, nnU-Net, MONAI and this project use them. The rest is the case.
 _ENDINGS = ('_mask', '_seg', '_ct', '_pred', '_label', '_gt', '_0000')
-# nibabel, NumPy and scipy release the lock. Each thread holds one case: 0.4 GB where that is 512 x 512 x 291.
+# Threads are enough: nibabel, NumPy and scipy release the lock. Each holds one case, 0.4 GB for 512 x 512 x 291.
 _THREADS = min(os.cpu_count() or 1, 16)
 
 
 def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> dict:
-  """Scores predicted masks against true ones, case by case; gives what scores.json holds.
+  """Scores predicted masks against reference masks, case by case; returns the contents of scores.json.
 
-  Writes `volumes.csv`, a row for each case (an empty cell is undefined), and `scores.json`: averages over the cases
-  with their intervals, and what each number means.
+  Writes `volumes.csv`, one row per case; an empty cell is undefined. Writes `scores.json`: averages over the cases with
+  their intervals, and the definition of each measure.
 
   Args:
-    source: the predictions, a folder of .nii or .nii.gz, or a file.
-    truth: the true masks, likewise; or a folder with `Train` in it, as in COVID-19-20.
-    output: a folder; made where it is missing.
+    source: the predictions: a folder of .nii or .nii.gz, or one file.
+    truth: the reference masks: a folder or file as `source`, or a folder with `Train` inside, as in COVID-19-20.
+    output: the folder to write to; created if missing.
 
   Raises:
-    UserError: nothing there; cases of which there is only one mask, or several; masks that are refused, or that do not
-      lie on the grid of the true one. All are named, a line each, before anything is written.
+    UserError: no masks; a case has only one of its two masks, or too many; a mask is refused; a mask is not on the grid
+      of its reference mask. All problems are reported, one line each, before anything is written.
   """
   pairs, problems = _pair(source, truth)
 
-  def collecting(function, *arguments):
+  def collect_error(function, *arguments):
     try:
       return function(*arguments)
     except UserError as error:
       problems.append(str(error))
 
   def measure(case):
-    both = [collecting(nifti.read_labels, path) for path in pairs[case]]
+    both = [collect_error(nifti.read_labels, path) for path in pairs[case]]
     if all(both):
-      collecting(volumes.check_same_grid, *both, 'true mask')
-    # With a problem nothing will be written: the others are only looked at.
+      collect_error(volumes.check_same_grid, *both, 'reference mask')
+    # After a problem nothing will be written, so the other cases are only checked.
     if problems:
       return None
     predicted, true = both
@@ -54,58 +53,58 @@ def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> di
 
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     measured = pool.map(measure, pairs)
-    rows = list(tqdm.tqdm(measured, total=len(pairs), desc='Scoring', unit='volume', disable=len(pairs) == 1))
+    rows = list(progress.bar(measured, total=len(pairs), desc='Scoring', unit='volumes', show=len(pairs) > 1))
   if problems:
     raise UserError('\n'.join(sorted(problems)))
   result = {**masks.summary(rows), 'source': str(source), 'truth': str(truth)}
   write_csv(output / 'volumes.csv', rows)
-  # Last, so that a folder with scores.json is complete.
+  # Written last: a folder with scores.json is complete.
   write_json(output / 'scores.json', result)
   logging.info('%d volumes, means: %s', len(rows), _one_line(result['measures']))
   return result
 
 
 def _pair(source, truth):
-  """{case: [its prediction, its true mask]}, and what is wrong with other cases, a line each."""
+  """Returns {case: [prediction, reference mask]}, and the problems of other cases, one line each."""
   if source.is_file() and truth.is_file():
     return {_case(truth): [source, truth]}, []
   predicted, true = _masks(source, 'input'), _masks(truth, 'truth')
-  # One file against a folder asks for its own case alone.
+  # One file against a folder: only the case of the file is scored.
   cases = predicted if source.is_file() else true if truth.is_file() else predicted | true
   pairs, problems = {}, []
   for case in sorted(cases):
     paths = [predicted.get(case, []), true.get(case, [])]
     for first, *others in filter(None, paths):
-      problems += [f'{path}: of the same case as {first.name}, {case}; keep one of the two' for path in others]
+      problems += [f'{path}: same case as {first.name} ({case}); keep one of the two' for path in others]
     if all(paths):
       pairs[case] = [each[0] for each in paths]
     elif paths[0]:
-      problems.append(f'{paths[0][0]}: no true mask of {case} in {truth}; add it, or take the prediction out')
+      problems.append(f'{paths[0][0]}: no reference mask for case {case} in {truth}; add it, or remove the prediction')
     else:
-      problems.append(f'{paths[1][0]}: no prediction of {case} in {source}; add it, or take the true mask out')
+      problems.append(f'{paths[1][0]}: no prediction for case {case} in {source}; add it, or remove the reference mask')
   return pairs, problems
 
 
 def _masks(source, flag):
-  """{case: its masks} of a folder, or of a single file; one mask each, if all is well."""
+  """Returns {case: its masks} for a folder or a single file. Each case should have one mask."""
   if source.is_file():
     return {_case(source): [source]}
   if not source.is_dir():
     raise UserError(f'{flag}: {source} does not exist; give a mask (.nii, .nii.gz), or a folder of masks')
   folder = source / 'Train' if (source / 'Train').is_dir() else source
-  found = {}
+  by_case = {}
   for path in sorted(folder.iterdir()):
     if nifti.is_nifti(path) and '_probability' not in path.name:
-      found.setdefault(_case(path), []).append(path)
-  if not found:
+      by_case.setdefault(_case(path), []).append(path)
+  if not by_case:
     raise UserError(f'{flag}: no .nii or .nii.gz mask in {folder}; give a mask, or a folder of masks')
-  # What is named as a scan is the scan of its case, where there is another file that can be the mask.
+  # A file that is named like a scan is the mask only if the case has no other file.
   is_scan = lambda path: nifti.stem(path).endswith(('_ct', '_0000'))
-  return {case: [path for path in paths if not is_scan(path)] or paths for case, paths in found.items()}
+  return {case: [path for path in paths if not is_scan(path)] or paths for case, paths in by_case.items()}
 
 
 def _case(path):
-  """What names of one case's files have in common."""
+  """The name of a file's case: the file name without the endings of masks and scans."""
   name = nifti.stem(path)
   while name.endswith(_ENDINGS):
     name = name.rpartition('_')[0]
@@ -113,6 +112,6 @@ def _case(path):
 
 
 def _one_line(measures):
-  """The means for a log, with their intervals."""
+  """The means with their intervals, for the log."""
   shown = lambda measure: statistics.shown(measure['mean'], measure['mean_interval'], digits=2)
   return ', '.join(f'{name} {shown(measures[name])}' for name in _LOGGED)

@@ -1,8 +1,8 @@
-"""What a number is worth: intervals and differences over patients. The only place that resamples.
+"""Confidence intervals and paired tests over patients. Only this module resamples.
 
-Patients are drawn, never slices or pixels: those of one patient resemble each other, and an interval that took them for
-independent would be far too narrow. A statistic is a function of how often each patient was drawn; what it cannot
-define is NaN there, and None in what is given out.
+It draws patients, never slices or pixels. Slices of one patient resemble each other: intervals that treat them as
+independent are far too narrow. A statistic is a function of how often each patient was drawn. Its undefined values are
+NaN; the results contain None instead.
 """
 
 import math
@@ -13,16 +13,16 @@ from scipy import stats
 
 LEVEL, RESAMPLES, SEED = 0.95, 2000, 0
 PERMUTATIONS = 9999
-# Where more of the draws leave a number undefined, it rests on too few of the patients to have an interval.
+# If a value is undefined in a larger share of draws, too few patients define it, and it has no interval.
 _MOST_UNDEFINED = 0.05
-_CHUNK = 250  # draws at a time, for a small memory
+_CHUNK = 250  # draws at a time, to limit memory
 
 # Weights [draws, patients] -> values [draws] by name.
 Statistic = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def method() -> dict:
-  """What metrics.json says of its intervals."""
+  """Describes the method of the intervals, for metrics.json."""
   return {
     'level': LEVEL,
     'method': 'bootstrap over patients, expanded percentiles',
@@ -33,19 +33,19 @@ def method() -> dict:
 
 
 def estimates(statistic: Statistic, patients: int) -> dict[str, float | None]:
-  """The statistic of the patients as they are, each once."""
+  """The statistic with each patient counted once."""
   return {name: defined(values[0]) for name, values in statistic(np.ones((1, patients))).items()}
 
 
 def intervals(statistic: Statistic, patients: int) -> dict[str, list[float] | None]:
-  """95% intervals [low, high] of each value of a statistic, by drawing patients with replacement.
+  """95% bootstrap intervals [low, high] of each value of a statistic, by drawing patients with replacement.
 
-  None with fewer than two patients, and where the value is undefined or is so in more than 5% of the draws.
+  None with fewer than two patients, and for a value that is undefined, or undefined in more than 5% of the draws.
 
-  The percentiles are wider than 2.5% and 97.5%, by what the t distribution has over the normal with so few patients
-  (T. Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 4.3.1, "expanded percentile"). BCa, the
-  usual refinement, covers worse than plain percentiles where volumes are as skewed as those of lesions
-  (docs/evaluation.md has the simulation).
+  The percentiles are wider than 2.5% and 97.5%, because the t distribution is wider than the normal for few patients.
+  This is the "expanded percentile" (T. Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section
+  4.3.1). BCa, the usual refinement, has worse coverage than plain percentiles if volumes are as skewed as those of
+  lesions (docs/evaluation.md has the simulation).
   """
   whole = statistic(np.ones((1, patients)))
   if patients < 2:
@@ -55,23 +55,23 @@ def intervals(statistic: Statistic, patients: int) -> dict[str, list[float] | No
     weights = rng.multinomial(patients, np.full(patients, 1 / patients), size=min(_CHUNK, RESAMPLES - start))
     drawn.append(statistic(weights.astype(np.float64)))
   tail = expanded_tail(patients)
-  found = {}
+  bounds = {}
   for name, value in whole.items():
     values = np.concatenate([part[name] for part in drawn])
     is_defined = np.isfinite(values)
     enough = np.isfinite(value[0]) and 1 - is_defined.mean() <= _MOST_UNDEFINED
-    found[name] = [float(v) for v in np.quantile(values[is_defined], [tail, 1 - tail])] if enough else None
-  return found
+    bounds[name] = [float(v) for v in np.quantile(values[is_defined], [tail, 1 - tail])] if enough else None
+  return bounds
 
 
 def expanded_tail(patients: int) -> float:
-  """The share of the bootstrap's distribution that lies below a 95% interval of so many patients."""
+  """The fraction of the bootstrap distribution below a 95% interval, for a number of patients."""
   t = stats.t.ppf((1 - LEVEL) / 2, patients - 1)
   return float(stats.norm.cdf(math.sqrt(patients / (patients - 1)) * t))
 
 
 def difference(first: Statistic, second: Statistic) -> Statistic:
-  """first - second of the same patients, value by value, under the same draws."""
+  """first - second for the same draws of the same patients, value by value."""
 
   def subtract(weights):
     one, other = first(weights), second(weights)
@@ -81,7 +81,7 @@ def difference(first: Statistic, second: Statistic) -> Statistic:
 
 
 def average(each: Sequence[Statistic]) -> Statistic:
-  """The mean of several statistics of the same patients, value by value, under the same draws; NaN where one is."""
+  """The mean of several statistics for the same draws of the same patients, value by value; NaN if one is NaN."""
 
   def mean_of(weights):
     values = [one(weights) for one in each]
@@ -91,9 +91,10 @@ def average(each: Sequence[Statistic]) -> Statistic:
 
 
 def sign_flip_p(differences: np.ndarray) -> float | None:
-  """The two-sided p-value of paired differences [patients], had each been as likely with the other sign.
+  """The two-sided p-value of paired differences [patients], by random flips of their signs.
 
-  Exact for up to 13 patients, else of 9999 random flips. NaN (undefined pairs) are left out; None without two others.
+  The null hypothesis is that both signs of each difference are equally likely. The test is exact for up to 13 patients;
+  with more it uses 9999 random flips. NaN (undefined pairs) are left out. None if fewer than two pairs are left.
   """
   differences = np.asarray(differences, np.float64)
   differences = differences[np.isfinite(differences)]
@@ -115,13 +116,13 @@ def sign_flip_p(differences: np.ndarray) -> float | None:
 
 
 def mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """The mean of values [patients], NaN left out, for each row of weights [draws, patients]."""
+  """The mean of values [patients] without NaN, for each row of weights [draws, patients]."""
   is_defined = np.isfinite(values)
   return ratio(weights @ np.where(is_defined, values, 0), weights @ is_defined.astype(np.float64))
 
 
 def median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """As `mean`, the median; weights are whole numbers."""
+  """The median, as `mean`; weights must be whole numbers."""
   is_defined = np.isfinite(values)
   if not is_defined.any():
     return np.full(len(weights), np.nan)
@@ -129,24 +130,24 @@ def median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
   ordered = values[is_defined][order]
   reached = np.cumsum(weights[:, is_defined][:, order], axis=1)
   count = reached[:, -1:]
-  # The value at which half of the patients are reached, and the one at which the next patient is: equal or neighbours.
+  # The two middle values. They are the same one if the number of patients is odd.
   lower, upper = (np.argmax(reached >= at, axis=1) for at in ((count + 1) // 2, count // 2 + 1))
   return np.where(count[:, 0] > 0, (ordered[lower] + ordered[upper]) / 2, np.nan)
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-  """numerator / denominator; NaN where that is 0 / 0 or x / 0."""
+  """numerator / denominator; NaN if the denominator is 0."""
   numerator, denominator = np.broadcast_arrays(np.asarray(numerator, np.float64), np.asarray(denominator, np.float64))
   return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
 
 
 def defined(value: float) -> float | None:
-  """A number for JSON: None where it is undefined."""
+  """A number for JSON; None if it is undefined."""
   return float(value) if np.isfinite(value) else None
 
 
 def shown(value: float | None, interval: list[float] | None = None, digits: int = 4) -> str:
-  """A number for people, with its interval."""
+  """A number as text, with its interval."""
   if value is None:
     return 'undefined'
   return f'{value:.{digits}f}' + (' [{:.{d}f}, {:.{d}f}]'.format(*interval, d=digits) if interval else '')

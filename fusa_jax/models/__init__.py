@@ -35,22 +35,22 @@ NAMES = CLASSIFIERS + SEGMENTERS
 
 
 def create(name: str, num_classes: int = 1, dtype=None, **options) -> nn.Module:
-  """The model of that name; `module.apply(variables, images [B, H, W, C], train=...)` gives float32 logits.
+  """Creates a model by name; `module.apply(variables, images [B, H, W, C], train=...)` returns float32 logits.
 
   Args:
-    name: one of NAMES. A `fusa_` name is the plain one's class with `attention=FUSA`.
-    num_classes: logits per image (classification) or per pixel (segmentation).
-    dtype: of the activations (bfloat16 on accelerators); parameters, statistics and logits are float32 regardless.
-    **options: of the model's class: `width`, `encoder`, and whatever else it documents.
+    name: one of NAMES. `fusa_NAME` is the class of NAME with `attention=FUSA`.
+    num_classes: number of logits per image (classification) or per pixel (segmentation).
+    dtype: dtype of the activations (bfloat16 on accelerators). Parameters, statistics and logits are always float32.
+    **options: options of the model's class: `width`, `encoder`, and the others that it documents.
 
-  In training, a model with dropout wants `rngs={'dropout': key}`.
+  In training, a model with dropout needs `rngs={'dropout': key}`.
 
   Raises:
-    UserError: a name that is not in NAMES, or an option that the model does not have.
+    UserError: the name is not in NAMES, or the model does not have an option.
   """
   if name not in _MODELS:
-    raise UserError(f'model.name: there is no {name!r}; one of {", ".join(NAMES)}')
+    raise UserError(f'model.name: {name!r} is unknown; give one of {", ".join(NAMES)}')
   try:
     return _MODELS[name](num_classes=num_classes, dtype=dtype, **options)
   except TypeError as error:
-    raise UserError(f'model: {name} cannot take {options}: {error}') from None
+    raise UserError(f'model: {name} does not accept the options {options} ({error}); remove the unknown ones') from None

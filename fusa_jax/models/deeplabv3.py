@@ -1,4 +1,4 @@
-"""DeepLabV3 (Chen et al. 2017) as segmentation_models_pytorch has it: dilated convolutions at stride 8."""
+"""DeepLabV3 (Chen et al. 2017) as in segmentation_models_pytorch: dilated convolutions at stride 8."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,17 +15,18 @@ _STRIDE = 8
 class DeepLabV3(nn.Module):
   """Images [B, H, W, any number of channels] -> float32 logits [B, H, W, num_classes].
 
-  The encoder's last two stages keep stride 8 by dilation. Spatial pyramid pooling joins a 1x1 convolution, three
-  dilated ones and the mean of the image; a 3x3 convolution and one enlargement by 8 follow.
+  The encoder's last two stages use dilation to stay at stride 8. Spatial pyramid pooling concatenates a 1x1
+  convolution, three dilated 3x3 convolutions and the mean of the image. A 3x3 convolution and upsampling by 8 follow.
 
   Attributes:
     encoder: resnet18, resnet34 or resnet50.
     width: channels of the encoder's first level; the decoder has four times as many.
-    attention: of the encoder's residual blocks (FUSA), or None.
+    attention: attention module of the encoder's residual blocks (FUSA), or None.
     rates: dilations of the three convolutions.
-    dropout: share of the pyramid's values that are dropped in training.
+    dropout: share of the pyramid's values that training drops.
 
-  Raises UserError where height or width is not a multiple of 8, naming the next size that is.
+  Raises:
+    UserError: height or width is not a multiple of 8; the message names the next size that fits.
   """
 
   num_classes: int
@@ -39,7 +40,7 @@ class DeepLabV3(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     check_sides(images, 'DeepLabV3', multiple=_STRIDE)
-    kinds = layers(train, self.dtype)
+    parts = layers(train, self.dtype)
     encoder = encoder_of(
       self.encoder, width=self.width, attention=self.attention, output_stride=_STRIDE, dtype=self.dtype
     )
@@ -48,8 +49,8 @@ class DeepLabV3(nn.Module):
 
     def unit(x, name, size=1, dilation=1):
       padding = dilation * (size // 2)
-      x = kinds['conv'](4 * self.width, (size, size), padding=padding, kernel_dilation=dilation, name=f'{name}conv')(x)
-      return nn.relu(kinds['norm'](name=f'{name}norm')(x))
+      x = parts['conv'](4 * self.width, (size, size), padding=padding, kernel_dilation=dilation, name=f'{name}conv')(x)
+      return nn.relu(parts['norm'](name=f'{name}norm')(x))
 
     pyramid = [unit(x, 'aspp0_')]
     for index, rate in enumerate(self.rates, start=1):

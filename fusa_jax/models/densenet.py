@@ -1,4 +1,4 @@
-"""DenseNet-121 (Huang et al. 2017), layer for layer torchvision's."""
+"""DenseNet-121 (Huang et al. 2017), with the same layers as torchvision's."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,9 +14,10 @@ class DenseNet121(nn.Module):
 
   Attributes:
     width: channels of the first level; each dense layer adds half as many (the growth rate).
-    block_sizes: layers in each dense block.
+    block_sizes: number of layers in each dense block.
 
-  Raises UserError where height or width is less than 32.
+  Raises:
+    UserError: height or width is less than 32.
   """
 
   num_classes: int
@@ -27,14 +28,14 @@ class DenseNet121(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     check_sides(images, 'DenseNet', least=32)
-    kinds = layers(train, self.dtype)
-    conv, norm = kinds['conv'], kinds['norm']
+    parts = layers(train, self.dtype)
+    conv, norm = parts['conv'], parts['norm']
     x = conv(self.width, (7, 7), 2, 3, name='conv0')(images)
     x = nn.relu(norm(name='norm0')(x))
     x = max_pool(x, 3, 2, padding=1)
     for block, size in enumerate(self.block_sizes, start=1):
       for index in range(1, size + 1):
-        new = _DenseLayer(self.width // 2, **kinds, name=f'block{block}_layer{index}')(x)
+        new = _DenseLayer(self.width // 2, **parts, name=f'block{block}_layer{index}')(x)
         x = jnp.concatenate([x, new], axis=-1)
       if block < len(self.block_sizes):
         x = nn.relu(norm(name=f'transition{block}_norm')(x))
@@ -45,7 +46,7 @@ class DenseNet121(nn.Module):
 
 
 class _DenseLayer(nn.Module):
-  """Norm, ReLU and 1x1 convolution to four times the growth; norm, ReLU and 3x3 convolution to the growth."""
+  """Norm, ReLU, 1x1 convolution to 4 * growth channels; then norm, ReLU, 3x3 convolution to growth channels."""
 
   growth: int
   conv: Callable

@@ -1,4 +1,4 @@
-"""What the architectures share: convolutions and norms as PyTorch defines them, pooling and resizing to any size."""
+"""Layers that the architectures share: convolutions and norms as in PyTorch, pooling and resizing to any size."""
 
 import functools
 from collections.abc import Callable
@@ -16,15 +16,16 @@ from fusa_jax.system.errors import UserError
 kaiming = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
-# nn.Conv, its parameters and numbers; only how it is computed is ours.
+# nn.Conv with the same parameters and results; `convolve` only computes it faster on CPUs.
 Conv = functools.partial(nn.Conv, conv_general_dilated_cls=lambda: convolve)
 
 
 class BatchNorm(nn.Module):
-  """Batch norm over all axes but the last, as PyTorch's; variables as those of nn.BatchNorm.
+  """Batch norm over all axes except the last, as in PyTorch; the variables are named as in nn.BatchNorm.
 
-  Normalised by the batch's own variance, sum / n; PyTorch remembers the unbiased one, sum / (n - 1), and Flax the
-  former. The two differ most where a norm sees few values: the last stages, at small sizes.
+  In training it normalises by the biased variance of the batch, sum / n. For the running variance PyTorch, and this
+  class, use the unbiased variance, sum / (n - 1); Flax uses the biased one. The difference is largest if a norm
+  sees few values, as in the last stages of small images.
   """
 
   use_running_average: bool
@@ -53,17 +54,17 @@ class BatchNorm(nn.Module):
 
 
 def _affine(x, mean, inverse, scale, bias):
-  # The mean goes first: where it is large beside the deviation, the rounding of x * slope would be seen.
+  # Subtract the mean first: if it is much larger than the deviation, rounding x * slope would cost precision.
   return (wide(x) - mean) * (inverse * scale) + bias
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def batch_norm(x, scale, bias, epsilon, dtype):
-  """(x [..., C] normalised over all other axes, scaled and shifted, in dtype; mean [C]; variance [C]).
+  """Normalises x [..., C] over all other axes, scales and shifts it; returns (output in dtype, mean [C], variance [C]).
 
-  The backward pass (Ioffe & Szegedy 2015, section 3) starts from x as it is stored, behind a barrier. Without, a TPU's
-  compiler keeps x - mean in float32 from the forward pass: docs/models.md. Mean and variance have no gradient; what is
-  normalised has one in reverse only.
+  The backward pass (Ioffe & Szegedy 2015, section 3) reads the stored x behind a barrier. Without the barrier, a TPU's
+  compiler keeps x - mean in float32 from the forward pass (docs/models.md). The output supports reverse-mode
+  differentiation only; mean and variance have no gradient.
   """
   return _batch_norm_forward(x, scale, bias, epsilon, dtype)[0]
 
@@ -91,11 +92,11 @@ batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
 class Doubling(nn.Module):
-  """2x2 transposed convolution of stride 2 to twice the height and width, with bias; parameters as nn.ConvTranspose's.
+  """2x2 transposed convolution with stride 2 and bias: doubles height and width. Parameters as in nn.ConvTranspose.
 
-  Each output pixel sees one input pixel, so that it is a matrix product to four times the features, laid out in twos.
-  As a convolution, its gradients are dilated ones, for which XLA's CPU backend has no fast form: they took 2.7 of the
-  5.8 s of a training step of ResUNet (docs/benchmarks.md).
+  Each output pixel depends on one input pixel. The layer is therefore a matrix product to four times the features,
+  which are then arranged as 2 x 2 pixels. As a convolution, its gradients would be dilated convolutions, which XLA's
+  CPU backend computes slowly. They took 2.7 of the 5.8 s of a training step of ResUNet (docs/benchmarks.md).
   """
 
   features: int
@@ -107,20 +108,20 @@ class Doubling(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
     batch, height, width, _ = x.shape
-    # lax.conv_transpose lays its kernel down mirrored. Laid out for the product before it, the kernel is what XLA would
-    # otherwise transpose in each of the three products of a training step.
+    # lax.conv_transpose mirrors its kernel, so this does too. The kernel is transposed once, here. Otherwise XLA would
+    # transpose it in each of the three products of a training step.
     matrix = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)
     out = jnp.einsum('bhwi,io->bhwo', x, matrix).reshape(batch, height, width, 2, 2, self.features) + bias
     return out.swapaxes(2, 3).reshape(batch, 2 * height, 2 * width, self.features)
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
-  """[B, H, W, C] -> the largest value of each size x size window, as nn.max_pool; differentiable in reverse only."""
+  """[B, H, W, C] -> the largest value of each size x size window, as nn.max_pool. Reverse-mode gradients only."""
   return pooling.max_pool(x, (size, stride, padding))
 
 
 def layers(train: bool, dtype) -> dict[str, Callable]:
-  """The partials `conv` and `norm` that every block takes, so that no block knows of dtypes or of training."""
+  """Returns the constructors `conv` and `norm` for all blocks, so the blocks need not handle dtypes or train mode."""
   return {
     'conv': functools.partial(Conv, use_bias=False, kernel_init=kaiming, dtype=dtype),
     'norm': functools.partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype),
@@ -128,7 +129,7 @@ def layers(train: bool, dtype) -> dict[str, Callable]:
 
 
 def wide_dtype(x: jax.Array) -> jnp.dtype:
-  """At least float32: what means and the last layers are computed in, whatever activations are stored in."""
+  """At least float32: the dtype of means and of the last layers, for any dtype of the activations."""
   return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -137,10 +138,10 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def adaptive_mean(x: jax.Array, size: int) -> jax.Array:
-  """[B, H, W, C] -> [B, size, size, C] by the means of size x size bins, in at least float32.
+  """[B, H, W, C] -> [B, size, size, C]: the means over size x size bins, in at least float32.
 
-  Bin i of n is [floor(i n / size), ceil((i + 1) n / size)): PyTorch's AdaptiveAvgPool2d, whose bins overlap where n is
-  not a multiple of the size.
+  It follows PyTorch's AdaptiveAvgPool2d: on an axis of length n, bin i is [floor(i n / size), ceil((i + 1) n / size)).
+  The bins overlap if n is not a multiple of size.
   """
   rows, columns = (_bins(n, size, wide_dtype(x)) for n in x.shape[1:3])
   return jnp.einsum('ih,jw,bhwc->bijc', rows, columns, wide(x), precision=jax.lax.Precision.HIGHEST)
@@ -154,21 +155,25 @@ def _bins(n, size, dtype):
 
 
 def resize_corners(x: jax.Array, height: int, width: int) -> jax.Array:
-  """[B, H, W, C] -> [B, height, width, C], bilinear, the corners' centres kept: PyTorch's `align_corners=True`."""
+  """[B, H, W, C] -> [B, height, width, C]: bilinear resizing as in PyTorch with `align_corners=True`."""
   rows, columns = (_corner_weights(n, m, x.dtype) for n, m in zip(x.shape[1:3], (height, width), strict=True))
   return jnp.einsum('ih,jw,bhwc->bijc', rows, columns, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def _corner_weights(n, m, dtype):
-  """The matrix [m, n] of the interpolation along one axis; each row has at most two neighbours."""
+  """The interpolation matrix [m, n] along one axis; each row has at most two nonzero weights."""
   at = np.arange(m) * ((n - 1) / (m - 1) if m > 1 else 0.0)
   return jnp.asarray(np.maximum(0, 1 - np.abs(at[:, None] - np.arange(n))), dtype)
 
 
 def check_sides(images: jax.Array, model: str, multiple: int = 1, least: int = 1) -> None:
-  """Raises UserError where height or width is not a multiple, or less than the least, naming the next that is."""
+  """Checks height and width of images [B, H, W, C].
+
+  Raises:
+    UserError: a side is not a multiple of `multiple`, or is less than `least`; the message names the next valid size.
+  """
   for side in images.shape[1:3]:
     fits = max(-(-side // multiple) * multiple, least)
     if side != fits:
-      kind = f'multiples of {multiple}' if multiple > 1 else f'{least} and above'
-      raise UserError(f'data.image_size: {model} takes sides that are {kind}: {side} is not, {fits} is')
+      allowed = f'a multiple of {multiple}' if multiple > 1 else f'at least {least}'
+      raise UserError(f'data.image_size: {side} must be {allowed} for {model}; give {fits}')

@@ -1,4 +1,4 @@
-"""LinkNet (Chaurasia and Culurciello 2017) as segmentation_models_pytorch has it: a ResNet, and sums on the way up."""
+"""LinkNet (Chaurasia and Culurciello 2017) as in segmentation_models_pytorch: a ResNet, then a decoder with sums."""
 
 from collections.abc import Callable
 
@@ -13,15 +13,17 @@ from fusa_jax.models.resnet import encoder_of
 class LinkNet(nn.Module):
   """Images [B, H, W, any number of channels] -> float32 logits [B, H, W, num_classes].
 
-  Five blocks up from stride 32: 1x1 convolution to a quarter of the channels, 4x4 transposed convolution of stride 2,
-  1x1 convolution to the channels of the encoder's features at that stride, which are then added.
+  Five blocks lead up from stride 32. Each block has three convolutions: 1x1 to a quarter of the channels, transposed
+  4x4 with stride 2, and 1x1 to the channels of the encoder's features at the new stride. The decoder adds these
+  features to the block's output.
 
   Attributes:
     encoder: resnet18, resnet34 or resnet50.
     width: channels of the encoder's first level; the last block has half as many.
-    attention: of the encoder's residual blocks (FUSA), or None.
+    attention: attention module of the encoder's residual blocks (FUSA), or None.
 
-  Raises UserError where height or width is not a multiple of 32, naming the next size that is.
+  Raises:
+    UserError: height or width is not a multiple of 32; the message names the next size that fits.
   """
 
   num_classes: int
@@ -44,7 +46,7 @@ class LinkNet(nn.Module):
 
 
 class _Up(nn.Module):
-  """Twice the height and width, in a bottleneck of a quarter of the channels."""
+  """Doubles height and width, in a bottleneck with a quarter of the channels."""
 
   features: int
   conv: Callable

@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al. 2018), layer for layer torchvision's."""
+"""MobileNetV2 (Sandler et al. 2018), with the same layers as torchvision's."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fusa_jax.models.layers import layers, wide_dtype
 
-# Expansion, channels, blocks and stride of the first block, of each group (the paper's Table 2).
+# For each group: expansion, channels, number of blocks, stride of the first block (the paper's Table 2).
 GROUPS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
@@ -17,7 +17,7 @@ class MobileNetV2(nn.Module):
 
   Attributes:
     width: channels of the first level; 32 is the paper's width multiplier of 1.
-    dropout: of the pooled features.
+    dropout: dropout rate of the pooled features.
   """
 
   num_classes: int
@@ -27,12 +27,12 @@ class MobileNetV2(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    kinds = layers(train, self.dtype)
+    parts = layers(train, self.dtype)
     scale = self.width / 32
 
     def unit(x, features, name, **options):
-      x = kinds['conv'](features, name=f'{name}_conv', **options)(x)
-      return nn.relu6(kinds['norm'](name=f'{name}_norm')(x))
+      x = parts['conv'](features, name=f'{name}_conv', **options)(x)
+      return nn.relu6(parts['norm'](name=f'{name}_norm')(x))
 
     x = unit(images, _rounded(32 * scale), 'stem', kernel_size=(3, 3), strides=2, padding=1)
     number = 0
@@ -40,7 +40,7 @@ class MobileNetV2(nn.Module):
       for index in range(count):
         number += 1
         x = _InvertedResidual(
-          _rounded(features * scale), expansion, stride if index == 0 else 1, **kinds, name=f'block{number}'
+          _rounded(features * scale), expansion, stride if index == 0 else 1, **parts, name=f'block{number}'
         )(x)
     x = unit(x, _rounded(1280 * max(scale, 1)), 'last', kernel_size=(1, 1))
     x = x.mean((1, 2), dtype=wide_dtype(x))
@@ -49,7 +49,7 @@ class MobileNetV2(nn.Module):
 
 
 class _InvertedResidual(nn.Module):
-  """1x1 convolution to more channels, 3x3 in each channel by itself, 1x1 to few; a sum where the shape allows one."""
+  """1x1 convolution to more channels, 3x3 convolution per channel, 1x1 to fewer; adds the input if shapes match."""
 
   features: int
   expansion: int
@@ -69,6 +69,6 @@ class _InvertedResidual(nn.Module):
 
 
 def _rounded(channels: float) -> int:
-  """To a multiple of 8, the nearest one that is not more than a tenth below (the authors' own rule)."""
+  """Rounds to the nearest multiple of 8; rounds up if that is more than a tenth lower (the authors' own rule)."""
   near = max(8, int(channels + 4) // 8 * 8)
   return near if near >= 0.9 * channels else near + 8

@@ -1,7 +1,7 @@
 """ResNet-18/34/50 (He et al. 2016), and with `attention=FUSA` the paper's FUSA-ResNet (section II-B, Fig. 2).
 
-Layer for layer torchvision's networks: stride on the 3x3 convolution of a bottleneck, symmetric padding, batch norm
-with epsilon 1e-5. `Encoder` is the part that segmentation decoders share with the classifier.
+The layers are the same as torchvision's: a bottleneck has its stride on the 3x3 convolution, padding is symmetric, and
+batch norm has epsilon 1e-5. Classifiers and segmentation decoders share `Encoder`.
 """
 
 import functools
@@ -16,9 +16,9 @@ from fusa_jax.system.errors import UserError
 
 
 class _Residual(nn.Module):
-  """relu(attention(F(x)) + shortcut(x)); the shortcut is a projection where the shape changes.
+  """relu(attention(F(x)) + shortcut(x)); the shortcut is a projection if the shape changes.
 
-  The last norm of F starts with scale zero, so that the block starts as its shortcut (Goyal et al. 2017, 5.1).
+  The last norm of F starts with scale zero, so the block starts as its shortcut (Goyal et al. 2017, 5.1).
   """
 
   features: int
@@ -55,7 +55,7 @@ class BasicBlock(_Residual):
 
 
 class Bottleneck(_Residual):
-  """1x1, 3x3 and 1x1 convolution, the last one to four times the features."""
+  """A 1x1, a 3x3 and a 1x1 convolution; the last one has four times the features."""
 
   expansion = 4
 
@@ -70,9 +70,9 @@ class Encoder(nn.Module):
   """Stem and up to four stages: x [B, H, W, any] -> a list of features at strides 2, 4, 8, 16 and 32.
 
   Attributes:
-    stage_sizes: blocks in each stage; fewer stages make a shallower encoder.
-    output_stride: where a stage would go beyond it, its strides become dilations (all of its convolutions', as
-      segmentation_models_pytorch dilates them), so that the features stay at that stride.
+    stage_sizes: number of blocks in each stage; fewer stages make a shallower encoder.
+    output_stride: the largest stride. Stages that would exceed it use dilation instead of stride. The dilation applies
+      to all of their 3x3 convolutions, as in segmentation_models_pytorch.
   """
 
   stage_sizes: Sequence[int]
@@ -84,9 +84,9 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
-    kinds = layers(train, self.dtype)
-    x = kinds['conv'](self.width, (7, 7), 2, 3, name='conv1')(x)
-    x = nn.relu(kinds['norm'](name='norm1')(x))
+    parts = layers(train, self.dtype)
+    x = parts['conv'](self.width, (7, 7), 2, 3, name='conv1')(x)
+    x = nn.relu(parts['norm'](name='norm1')(x))
     features = [x]
     x = max_pool(x, 3, 2, padding=1)
     for stage, size in enumerate(self.stage_sizes):
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
           stride=2 if stage > 0 and index == 0 and dilation == 1 else 1,
           dilation=dilation,
           attention=self.attention,
-          **kinds,
+          **parts,
           name=f'stage{stage + 1}_{index}',
         )(x)
       features.append(x)
@@ -130,12 +130,12 @@ ResNet18, ResNet34, ResNet50 = (functools.partial(ResNet, **_STAGES[name]) for n
 
 
 def encoder_of(name: str, depth: int = 5, **options) -> Encoder:
-  """The encoder of a segmentation model, with features at `depth` strides; a submodule named `encoder`.
+  """Creates the encoder of a segmentation model, a submodule named `encoder` with features at `depth` strides.
 
   Raises:
-    UserError: a name that is not one of resnet18, resnet34, resnet50.
+    UserError: the name is not resnet18, resnet34 or resnet50.
   """
   if name not in _STAGES:
-    raise UserError(f'model.encoder: there is no {name!r}; one of {", ".join(_STAGES)}')
+    raise UserError(f'model.encoder: {name!r} is unknown; give one of {", ".join(_STAGES)}')
   sizes, block = _STAGES[name]['stage_sizes'], _STAGES[name]['block']
   return Encoder(sizes[: depth - 1], block, **options, name='encoder')

@@ -13,16 +13,19 @@ from fusa_jax.models.resnet import BasicBlock
 class ResUNet(nn.Module):
   """Images [B, H, W, any number of channels] -> float32 logits [B, H, W, num_classes].
 
-  A residual block to `width` channels, four times (max-pool 2, residual block of twice the channels), then back up:
-  2x2 transposed convolution, concatenation with the encoder's features of that size, residual block. The block is
-  ResNet's basic block, its projection shortcut included. The first block carries no attention: the paper's text has
-  "a residual module" there and "global attention residual modules" after it.
+  The encoder starts with a residual block to `width` channels. Four levels down follow, each with 2x2 max-pooling and a
+  residual block with twice the channels. Each level up has a 2x2 transposed convolution, the concatenation with the
+  encoder's features of the same size, and a residual block. The block is ResNet's basic block with its projection
+  shortcut. The first block has no attention: the paper calls it "a residual module" and the blocks after it "global
+  attention residual modules".
 
   Attributes:
     width: channels at full resolution; the five levels have width * (1, 2, 4, 8, 16).
-    attention: a constructor of the module that scales each block's branch (FUSA), or None for the plain baseline.
+    multiples: channels of each level, relative to `width`; one number per level.
+    attention: constructor of the module that scales each block's branch (FUSA), or None for the plain baseline.
 
-  Raises UserError where height or width is not a multiple of 16, naming the next size that is.
+  Raises:
+    UserError: height or width is not a multiple of 16; the message names the next size that fits.
   """
 
   num_classes: int
@@ -34,10 +37,10 @@ class ResUNet(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     check_sides(images, 'ResUNet', multiple=2 ** (len(self.multiples) - 1))
-    kinds = layers(train, self.dtype)
+    parts = layers(train, self.dtype)
 
     def block(x, level, name, attention=self.attention):
-      return BasicBlock(self.width * self.multiples[level], attention=attention, **kinds, name=name)(x)
+      return BasicBlock(self.width * self.multiples[level], attention=attention, **parts, name=name)(x)
 
     skips = [block(images, 0, 'stem', attention=None)]
     for level in range(1, len(self.multiples)):

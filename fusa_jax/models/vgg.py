@@ -1,4 +1,4 @@
-"""VGG-16 (Simonyan and Zisserman 2015) with batch norm, layer for layer torchvision's `vgg16_bn`."""
+"""VGG-16 (Simonyan and Zisserman 2015) with batch norm, with the same layers as torchvision's `vgg16_bn`."""
 
 import flax.linen as nn
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from fusa_jax.models.layers import adaptive_mean, check_sides, layers, max_pool
 
-# Convolutions before each of the five max-pools, and their channels relative to the first level's.
+# For each of the five max-pools: the number of convolutions before it, and their channels relative to the first level.
 STAGES = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
 
 
@@ -15,9 +15,10 @@ class VGG16(nn.Module):
 
   Attributes:
     width: channels of the first level; the two hidden dense layers have 64 times as many.
-    dropout: of the hidden dense layers.
+    dropout: dropout rate of the hidden dense layers.
 
-  Raises UserError where height or width is less than 32.
+  Raises:
+    UserError: height or width is less than 32.
   """
 
   num_classes: int
@@ -28,15 +29,15 @@ class VGG16(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     check_sides(images, 'VGG', least=32)
-    kinds, x = layers(train, self.dtype), images
+    parts, x = layers(train, self.dtype), images
     for stage, (count, multiple) in enumerate(STAGES, start=1):
       for index in range(1, count + 1):
-        # These have a bias, although a norm follows: torchvision's and the weights there are.
-        x = kinds['conv'](self.width * multiple, (3, 3), padding=1, use_bias=True, name=f'conv{stage}_{index}')(x)
-        x = nn.relu(kinds['norm'](name=f'norm{stage}_{index}')(x))
+        # A norm follows, but these convolutions have a bias, as in torchvision and its published weights.
+        x = parts['conv'](self.width * multiple, (3, 3), padding=1, use_bias=True, name=f'conv{stage}_{index}')(x)
+        x = nn.relu(parts['norm'](name=f'norm{stage}_{index}')(x))
       x = max_pool(x, 2, 2)
     x = adaptive_mean(x, 7)
-    x = x.reshape(x.shape[0], -1)  # not len: an exported function may have any batch
+    x = x.reshape(x.shape[0], -1)  # not len(x): in an exported function the batch size is symbolic
     for name in ('dense1', 'dense2'):
       x = nn.relu(nn.Dense(64 * self.width, kernel_init=_small, dtype=self.dtype, name=name)(x))
       x = nn.Dropout(self.dropout, deterministic=not train)(x)

@@ -1,4 +1,4 @@
-"""absl's flags with the house's errors, and --config: a config file and preset, or the config.json of a run."""
+"""absl's flags with one-line errors, and --config: a config file and preset, or the config.json of a run."""
 
 import pathlib
 import re
@@ -15,20 +15,20 @@ from fusa_jax.system import exits, home, memory, program
 from fusa_jax.system.errors import UserError
 
 FLAGS = flags.FLAGS
-# Those of the operating point.
+# Flags of the operating point.
 POINT = ('threshold', 'tta', 'lungs', 'smallest_ml')
-# Reads a run's config.json as configs/ are read.
+# This file stands for a config file when --config names a run's config.json.
 _OF_RUN = run_config.__file__
 
 
 class Named(NamedTuple):
-  """What --config names.
+  """The value of --config, loaded.
 
   Attributes:
-    config: as the file gives it, with all --config.KEY=VALUE.
-    path: of the config file.
-    preset: of the file; of a run's config.json, its path.
-    overrides: {key with dots: value} of the command line.
+    config: the config of the file, with every --config.KEY=VALUE applied.
+    path: the config file.
+    preset: the preset of the file. For a run's config.json: the path of that file.
+    overrides: {key with dots: value} from the command line.
   """
 
   config: ml_collections.ConfigDict
@@ -38,52 +38,57 @@ class Named(NamedTuple):
 
   @property
   def is_run(self) -> bool:
-    """Whether it is the config.json of a run."""
+    """Whether --config names the config.json of a run."""
     return self.path == _OF_RUN
 
 
 def define_config() -> None:
-  """Defines --config. Not on import: not each command has a config."""
+  """Defines --config. A function, because not every program has a config."""
   config_flags.DEFINE_config_file(
-    'config', None, 'configs/seg.py or configs/cls.py, with :preset or without; or RUN/config.json: that run again'
+    'config', None, 'configs/seg.py or configs/cls.py, optionally with :PRESET; or RUN/config.json to repeat a run'
   )
 
 
 def define_flags(modes: list[str]) -> None:
-  """Defines all flags of the command line. Not on import: a benchmark has flags of its own."""
+  """Defines all flags of the command line. A function, because each benchmark has its own flags."""
   define_config()
   flags.DEFINE_enum('mode', 'train', modes, 'what to do')
   text, number, yes_or_no = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_bool
   text(
-    'workdir', None, "folder of a run, or several as A,B,C, or a bundle; train: by default runs/ and the config's name"
+    'workdir',
+    None,
+    'folder of a run. predict and export: also several, as A,B,C, or a bundle. train: runs/NAME_OF_CONFIG by default',
   )
-  text('input', None, 'a scan, a picture, or a folder or .zip of them or of DICOM; score: predicted masks')
-  text('output', None, 'a folder to write to; view: the folder of predict; compare: a file')
-  text('truth', None, 'the true masks, in a folder or a file')
-  text('against', None, 'the workdir of another run, evaluated on the same patients')
-  number('overlays', 0, 'draw so many slices with the masks of both runs side by side')
-  text('license', None, "the bundle's licence, for its card")
-  flags.DEFINE_float('threshold', None, 'probability from which on a pixel is lesion; by default as the run says')
-  yes_or_no('tta', None, 'take the mean of slices as they are and mirrored; by default as the run says')
-  yes_or_no('lungs', None, 'limit masks to the lungs, found by their HU; by default as the run says')
-  flags.DEFINE_float('smallest_ml', None, 'leave out lesions below so many mL; by default as the run says')
-  yes_or_no('probabilities', False, 'write probability volumes too')
-  yes_or_no('dicom', False, 'write the masks of DICOM series as DICOM SEG too')
+  text('input', None, 'a scan or picture, or a folder or .zip of scans, pictures or DICOM. score: the predicted masks')
+  text('output', None, 'the folder to write to. view: the output folder of predict. compare: a file')
+  text('truth', None, 'the reference masks: a folder or a file')
+  text('against', None, 'the folder of another run that was evaluated on the same patients')
+  number('overlays', 0, 'number of slices to draw with the masks of both runs side by side')
+  text('license', None, 'licence of the bundle, for its model card')
+  flags.DEFINE_float(
+    'threshold', None, 'pixels of at least this probability are lesion; default: the threshold of the run'
+  )
+  yes_or_no('tta', None, 'average the predictions for each slice and its mirror image; default: as in the run')
+  yes_or_no('lungs', None, 'limit masks to the lungs, which are segmented by HU; default: as in the run')
+  flags.DEFINE_float('smallest_ml', None, 'remove lesions smaller than this volume in mL; default: as in the run')
+  yes_or_no('probabilities', False, 'also write the probabilities as volumes')
+  yes_or_no('verbose', False, 'print details, such as the shape of every parameter')
+  yes_or_no('dicom', False, 'also write the masks of DICOM series as DICOM SEG')
   text('topology', 'v5e:4x4', 'the TPU slice to compile for')
-  number('slices', 1, 'how many TPU slices')
-  yes_or_no('sweep', False, "compile for slices of 8 to 256 chips of the topology's kind, into docs/scaling.md")
-  text('coordinator', None, 'several hosts: HOST:PORT of process 0, where the cluster does not tell it')
-  number('num_processes', None, 'several hosts: how many processes')
+  number('slices', 1, 'number of TPU slices')
+  yes_or_no('sweep', False, 'compile for slices of 8 to 256 chips of this TPU generation and write docs/scaling.md')
+  text('coordinator', None, 'several hosts: HOST:PORT of process 0, if the cluster does not announce it')
+  number('num_processes', None, 'several hosts: number of processes')
   number('process_id', None, 'several hosts: the number of this process, from 0')
-  number('connect_timeout', 300, 'several hosts: seconds to wait for all to come')
-  number('heartbeat_timeout', 100, 'several hosts: seconds of silence after which a process counts as lost')
+  number('connect_timeout', 300, 'several hosts: seconds to wait until all processes have connected')
+  number('heartbeat_timeout', 100, 'several hosts: a process that is silent for this many seconds counts as lost')
 
 
 def named_config() -> Named:
-  """What --config names.
+  """Returns the value of --config, loaded.
 
   Raises:
-    UserError: there is no --config.
+    UserError: --config is missing.
   """
   if FLAGS.config is None:
     raise UserError('--config: missing; give --config=configs/seg.py or --config=configs/cls.py')
@@ -92,10 +97,10 @@ def named_config() -> Named:
 
 
 def named_experiment() -> experiment.Experiment:
-  """What --config asks for; of the demo, which takes the place of a config without data, the first lines say so.
+  """Returns the experiment of --config. A config without data becomes the demo; this prints a notice that says so.
 
   Raises:
-    UserError: there is no --config.
+    UserError: --config is missing.
   """
   named = named_config()
   if named.is_run:
@@ -104,21 +109,20 @@ def named_experiment() -> experiment.Experiment:
   from fusa_jax.system import hosts
 
   if found.is_demo and hosts.is_main():
-    typed = 'python launch.py' if sys.argv[0].endswith('.py') else 'fusa-jax'
     shown = config_flags.get_config_filename(FLAGS['config']).removeprefix(f'{home.HOME}/')
     print(
-      'No data named: this is the demo, a small model on synthetic chest phantoms.\n'
-      f'For your own scans: {typed} --config={shown} --config.data.raw_dir=FOLDER_OF_SCANS',
+      'No data given: this is the demo, a small model on synthetic chest phantoms.\n'
+      f'For your own scans: {program.command()} --config={shown} --config.data.raw_dir=FOLDER_OF_SCANS',
       flush=True,
     )
   return found
 
 
 def path_flag(name: str) -> pathlib.Path:
-  """A flag's value as a path.
+  """Returns a flag's value as a path.
 
   Raises:
-    UserError: it is missing.
+    UserError: the flag is missing.
   """
   if not FLAGS[name].value:
     raise UserError(f'--{name}: missing; this command needs it')
@@ -126,23 +130,23 @@ def path_flag(name: str) -> pathlib.Path:
 
 
 def workdirs() -> list[pathlib.Path]:
-  """--workdir, which may name several, separated by commas."""
+  """Returns the folders of --workdir, which are separated by commas."""
   workdir = pathlib.Path(FLAGS.workdir)
   return [workdir] if workdir.exists() else [pathlib.Path(part) for part in FLAGS.workdir.split(',')]
 
 
 def operating_point() -> dict:
-  """What the flags say of the operating point; None: as the run says."""
+  """Returns the flags of the operating point as arguments; None keeps the run's own value."""
   return dict(zip(('threshold', 'flips', 'lungs', 'smallest_ml'), (FLAGS[name].value for name in POINT), strict=True))
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parsing: a wrong flag or config is one line and exit code 2."""
+  """Parses the flags with absl. A wrong flag or config ends the program with one line and exit code 2."""
   try:
     rest = FLAGS(_with_config_paths(argv))
     if len(rest) > 1:
       raise ValueError(f'arguments: {rest[1]!r} is not a flag')
-    # A config file that cannot be loaded is reported at the first look into it.
+    # ml_collections reports a config file that cannot be loaded at the first access.
     if 'config' in FLAGS and FLAGS.config is not None:
       FLAGS.config.items()
     return rest
@@ -154,8 +158,8 @@ def start(main: Callable, help_text: Callable[[], str] | None = None) -> None:
   """Runs a main function with the flags that have been defined.
 
   Args:
-    main: of the remaining arguments.
-    help_text: what --help prints; None: absl's list of the flags.
+    main: takes the arguments that are not flags.
+    help_text: returns the text of --help; None: absl's list of flags.
   """
   if help_text is not None and {'--help', '-help', '-h'} & set(sys.argv[1:]):
     print(help_text())
@@ -165,7 +169,7 @@ def start(main: Callable, help_text: Callable[[], str] | None = None) -> None:
 
 
 def _with_config_paths(argv):
-  """The arguments with what --config names as a path that absl can load, behind `=` or as the next argument."""
+  """Replaces the value of --config, after `=` or in the next argument, by a path that absl can load."""
   found = []
   for number, argument in enumerate(argv):
     flag, value = re.fullmatch(r'(?s)(--?config=)?(.*)', argument).groups()
@@ -175,7 +179,7 @@ def _with_config_paths(argv):
 
 
 def _config_path(value):
-  """`configs/seg.py` is the project's own unless the current folder has such a file; JSON is read by run_config."""
+  """Finds the project's own `configs/seg.py` if the current folder has no such file; reads JSON by run_config."""
   path, _, _ = value.partition(':')
   if re.fullmatch(r'configs/\w+\.py', path) and not pathlib.Path(path).exists() and (home.HOME / path).exists():
     return f'{home.HOME}/{value}'
@@ -185,19 +189,19 @@ def _config_path(value):
 
 
 def _one_line(error):
-  """What an error of absl or ml_collections says, without the traceback and the steps that some of them quote."""
+  """Returns the message of an error of absl or ml_collections in one line, without a quoted traceback."""
   missing = error if isinstance(error, KeyError) else error.__context__
   if isinstance(missing, KeyError):
     what, *hint = str(missing.args[0]).splitlines()
     return f'--config: no key {what}' + ''.join(f' ({line})' for line in hint)
+  if absent := re.search(r"No such file or directory: '([^']+)'", str(error)):
+    return f'--config: {absent[1]} does not exist; give configs/seg.py, configs/cls.py or RUN/config.json'
   if isinstance(error, SyntaxError):
-    return f'--config: not Python ({error})'
+    return f'--config: is not valid Python ({error})'
   if unknown := re.search(r"Unknown command line flag '(config\.\S+)'", str(error)):
-    return (
-      f'--{unknown[1]}: changes a key of --config, which is missing; give --config=configs/seg.py or cls.py before it'
-    )
+    return f'--{unknown[1]}: needs --config, which is missing; give --config=configs/seg.py or configs/cls.py before it'
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  if 'Traceback' in str(error):  # the config file's own error, behind its type
+  if 'Traceback' in str(error):  # the last line holds the type and message of the config file's own error
     return f'--config: {lines[-1].partition(": ")[2]}'
   if lines and lines[0].startswith('Configuration is not available'):
     return f'--config: {lines[-1]}'

@@ -1,10 +1,12 @@
-"""Checkpoints: the only file that knows Orbax. What is saved survives any interruption, or is known not to have.
+"""Saves and restores checkpoints so that an interruption at any time either leaves them intact or is detected.
 
-Two items a step: `variables` (parameters and batch statistics, all that evaluation and prediction need) and `optimizer`
-(the rest of the training state). Kept are the latest two and the best by the validation score.
+No other module uses Orbax. A checkpoint has two items: `variables` (parameters and batch statistics, enough for
+evaluation and prediction) and `optimizer` (the rest of the training state). The run keeps its latest two checkpoints
+and the one with the best validation score.
 
-A checkpoint appears by a rename, whole, and with it `sha256.json`: a digest of each of its files. What does not match
-its digests is damaged: it is named, left out, and set aside when training goes on.
+A checkpoint is written under a temporary name and renamed once it is complete. It includes `sha256.json`, a digest of
+each of its files. A checkpoint that does not match its digests is damaged: it is logged, not used, and moved to
+`damaged/` when training continues.
 """
 
 import hashlib
@@ -27,33 +29,33 @@ from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
 
 _DIGESTS = 'sha256.json'
-_METRICS = pathlib.Path('metrics', 'metrics')  # where Orbax's manager puts the scores
+_METRICS = pathlib.Path('metrics', 'metrics')  # where Orbax's manager saves the scores
 
 
 class Checkpoints:
-  """The intact checkpoints of a run. All processes of the run open them together.
+  """The intact checkpoints of a run. All processes of the run must open them together.
 
-  A context manager: on leaving, saves under way are waited for and their errors raised.
+  This is a context manager. On exit it waits for a save in progress and raises its error.
   """
 
   def __init__(self, workdir: pathlib.Path):
-    """Looks through what is there; damaged checkpoints are named in the log.
+    """Checks the existing checkpoints and logs a warning for each damaged one.
 
     Raises:
-      UserError: checkpoints, but all of them damaged.
+      UserError: there are checkpoints, but all of them are damaged.
     """
     self._folder = (pathlib.Path(workdir) / 'checkpoints').absolute()
-    # One process looks, so that all go on from the same step.
-    found = hosts.on_main(lambda: _survey(self._folder))
-    self._scores = {int(step): score for step, score in found['intact'].items()}
-    self._damaged = {int(step): reason for step, reason in found['damaged'].items()}
+    # Only process 0 checks, so that all processes continue from the same step.
+    survey = hosts.on_main(lambda: _survey(self._folder))
+    self._scores = {int(step): score for step, score in survey['intact'].items()}
+    self._damaged = {int(step): reason for step, reason in survey['damaged'].items()}
     self._manager = None
     for step, reason in self._damaged.items():
       logging.warning('%s is damaged and not used: %s', self._folder / str(step), reason)
     if self._damaged and not self._scores:
       raise UserError(
         f'{self._folder}: all checkpoints are damaged ({"; ".join(self._damaged.values())}); restore one from a '
-        'copy, or delete them to begin anew'
+        'copy, or delete them to start over'
       )
 
   def __enter__(self):
@@ -61,58 +63,68 @@ class Checkpoints:
 
   def __exit__(self, *_):
     if self._manager is not None:
-      self._surfacing(self._manager.close)
+      self._with_disk_errors(self._manager.close)
 
   def latest(self) -> int | None:
+    """Returns the latest step, or None without a checkpoint."""
     return max(self._scores, default=None)
 
   def best(self) -> int:
-    """The step with the highest validation score; the latest where none was scored.
+    """Returns the step with the highest validation score, or the latest step if none has a score.
 
     Raises:
-      UserError: there is no checkpoint.
+      UserError: the run has no checkpoint.
     """
     if not self._scores:
-      raise UserError(f'{self._folder}: no checkpoint in it; train first, or name the workdir of a run')
+      raise UserError(f'{self._folder}: no checkpoint in it; train first, or name the folder of a trained run')
     scored = {step: score for step, score in self._scores.items() if score is not None}
     return max(scored, key=lambda step: (scored[step], step)) if scored else max(self._scores)
 
   def restore(self, step: int, **shapes: Any) -> dict[str, Any]:
-    """Items by name, as saved at `step`, into the shapes, dtypes and shardings of the tree given for each."""
+    """Reads items of a checkpoint.
+
+    Args:
+      step: the step that was saved.
+      **shapes: for each item by name, a tree with the shapes, dtypes and shardings to restore into.
+
+    Returns:
+      The items, by the same names.
+    """
     with ocp.StandardCheckpointer() as checkpointer:
       return {name: checkpointer.restore(self._folder / str(step) / name, tree) for name, tree in shapes.items()}
 
   def save(self, step: int, variables: Any, optimizer: Any, score: float | None) -> None:
-    """Begins to save; the arrays are copied before this returns.
+    """Starts to save a checkpoint in the background; returns once the arrays are copied.
 
     Args:
-      step: of the state.
+      step: the step of the training state.
       variables: {'params', 'batch_stats'}.
       optimizer: any tree of arrays.
-      score: validation score, higher is better; None where it is undefined or nothing is validated on.
+      score: the validation score, higher is better; None if it is undefined or the run has no validation fold.
 
     Raises:
-      UserError: this save cannot begin, or the one before has failed: a full disk, a folder that is gone.
+      UserError: the save cannot start, or the previous one failed: the disk is full, or the folder disappeared.
     """
     if self._manager is None:
       self._open()
     elif not self._folder.is_dir():
-      raise UserError(f'{self._folder}: the folder is gone while training; start again with a --workdir that stays')
+      raise UserError(f'{self._folder}: the folder disappeared during training; start again in a permanent --workdir')
     items = ocp.args.Composite(variables=ocp.args.PyTreeSave(variables), optimizer=ocp.args.PyTreeSave(optimizer))
-    self._surfacing(lambda: self._manager.save(step, args=items, metrics=None if score is None else {'score': score}))
+    metrics = None if score is None else {'score': score}
+    self._with_disk_errors(lambda: self._manager.save(step, args=items, metrics=metrics))
     self._scores[step] = score
 
   def check(self) -> None:
-    """Raises the UserError of a save that has failed meanwhile; does not wait for one under way."""
-    # Not check_for_errors: the manager's own thread has taken the error by then, and only waiting for it gives it back.
+    """Raises the UserError of a failed save; does not wait for a save in progress."""
+    # The manager's thread has already taken the error, so check_for_errors does not raise it; waiting does.
     if self._manager is not None and not self._manager.is_saving_in_progress():
-      self._surfacing(self._manager.wait_until_finished)
+      self._with_disk_errors(self._manager.wait_until_finished)
 
   def _open(self):
-    """Orbax's manager, after what it must not see is out of its way."""
+    """Creates Orbax's manager, after moving away the damaged checkpoints, which it must not find."""
     hosts.on_main(self._set_aside)
     best = BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
-    # All of the state is on every host: process 0 writes it, as it writes all else, instead of a part by each.
+    # Every host holds the whole state. Process 0 writes all of it, like every other file; hosts do not share the work.
     writer = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, writer))
     handler = lambda: ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
@@ -124,7 +136,7 @@ class Checkpoints:
         best_mode='max',
         preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
         cleanup_tmp_directories=True,
-        # Called when all is written and before the rename that makes it a checkpoint.
+        # Called once all files are written, before the rename that makes them a checkpoint.
         async_options=ocp.AsyncOptions(post_finalization_callback=lambda: _write_digests(self._folder)),
       ),
     )
@@ -135,44 +147,44 @@ class Checkpoints:
       shutil.rmtree(aside, ignore_errors=True)
       aside.parent.mkdir(exist_ok=True)
       (self._folder / str(step)).rename(aside)
-      logging.warning('set aside: %s', aside)
+      logging.warning('moved a damaged checkpoint to %s', aside)
 
-  def _surfacing(self, act):
-    """Does `act`; what Orbax reports of the disk becomes one line that says so."""
+  def _with_disk_errors(self, action):
+    """Calls `action`; replaces Orbax's errors about the disk with a UserError of one line."""
     try:
-      act()
+      action()
     except Exception as error:
-      # TensorStore, which writes the arrays, gives the system's error as text within a ValueError.
+      # TensorStore writes the arrays. It reports the system's error as text in a ValueError.
       code = re.search(r"os_error_code='(\d+)'", str(error))
       if code:
         reason = os.strerror(int(code[1]))
       elif isinstance(error, OSError):
         reason = str(error)
       elif not self._folder.is_dir():
-        reason = 'the folder is gone'
+        reason = 'the folder disappeared'
       else:
         raise
       raise UserError(
-        f'{self._folder}: a checkpoint could not be saved ({reason}); free space there, or move the run, '
-        'and start the same command again'
+        f'{self._folder}: a checkpoint could not be saved ({reason}); free space there or move the run, then rerun '
+        'the same command'
       ) from error
 
 
 def _survey(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """{'intact': {step: its score}, 'damaged': {step: the reason}} of the checkpoints in a folder."""
-  found = {'intact': {}, 'damaged': {}}
+  """Checks the checkpoints in a folder. Returns {'intact': {step: score}, 'damaged': {step: reason}}."""
+  survey = {'intact': {}, 'damaged': {}}
   for step in sorted(int(path.name) for path in folder.glob('*') if path.name.isdigit()):
     reason = _damage(folder / str(step))
     if reason:
-      found['damaged'][str(step)] = reason
+      survey['damaged'][str(step)] = reason
     else:
       metrics = folder / str(step) / _METRICS
-      found['intact'][str(step)] = _score(json.loads(metrics.read_text())) if metrics.exists() else None
-  return found
+      survey['intact'][str(step)] = _score(json.loads(metrics.read_text())) if metrics.exists() else None
+  return survey
 
 
 def _damage(checkpoint: pathlib.Path) -> str | None:
-  """What is wrong with the files of a checkpoint; None where they are as they were saved."""
+  """Returns the first problem in the files of a checkpoint; None if they are unchanged since they were saved."""
   try:
     digests = json.loads((checkpoint / _DIGESTS).read_text())
     expected = {str(name): str(digest) for name, digest in digests.items()}
@@ -183,7 +195,7 @@ def _damage(checkpoint: pathlib.Path) -> str | None:
   for name, digest in expected.items():
     try:
       if _digest(checkpoint / name) != digest:
-        return f'{name} is not as it was saved'
+        return f'{name} has changed since it was saved'
     except FileNotFoundError:
       return f'{name} is missing'
     except OSError as error:
@@ -192,11 +204,11 @@ def _damage(checkpoint: pathlib.Path) -> str | None:
 
 
 def _write_digests(folder: pathlib.Path) -> None:
-  """Into the checkpoint that is being written in `folder`, which has a temporary name still."""
+  """Adds the digests to the checkpoint that is being written in `folder` and still has a temporary name."""
   if not hosts.is_main():
     return
   (partial,) = folder.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}*')
-  # The files beside the items are Orbax's own notes of the save, and still change; nothing is read from them.
+  # Outside the items' folders are only Orbax's notes about the save. They still change, and are never read.
   files = sorted(path for item in partial.iterdir() if item.is_dir() for path in item.rglob('*') if path.is_file())
   text = json.dumps({path.relative_to(partial).as_posix(): _digest(path) for path in files}, indent=1)
   with (partial / _DIGESTS).open('w') as file:
@@ -211,16 +223,16 @@ def _digest(path):
 
 
 class Preemption:
-  """Whether this run is asked to stop (SIGTERM), at a step on which all of its processes agree. A context manager."""
+  """A context manager that waits for SIGTERM, so that all processes of a run save and stop at the same step."""
 
   def __init__(self):
-    self._asked = threading.Event()
+    self._signalled = threading.Event()
     self._previous = None
 
   def __enter__(self):
-    # With several processes JAX's own handler listens, and spreads the word.
+    # With several processes, JAX's own handler receives the signal and tells the other processes.
     if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
-      self._previous = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+      self._previous = signal.signal(signal.SIGTERM, lambda *_: self._signalled.set())
     return self
 
   def __exit__(self, *_):
@@ -228,12 +240,12 @@ class Preemption:
       signal.signal(signal.SIGTERM, self._previous)
 
   def reached(self, step: int) -> bool:
-    """Whether to save and stop after `step`. To be asked at every step."""
-    return self._asked.is_set() or multihost_utils.reached_preemption_sync_point(step)
+    """Whether to save and stop after `step`. Every process must call this at every step."""
+    return self._signalled.is_set() or multihost_utils.reached_preemption_sync_point(step)
 
 
 def exists(workdir: pathlib.Path) -> bool:
-  """Whether a run in `workdir` has a checkpoint to go on from; makes no folder."""
+  """Whether `workdir` holds a checkpoint to resume from. Creates no folder."""
   folder = pathlib.Path(workdir) / 'checkpoints'
   return any(path.name.isdigit() for path in folder.glob('*'))
 

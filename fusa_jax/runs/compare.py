@@ -1,4 +1,4 @@
-"""Two runs on the same test patients: what one has over the other, patient by patient."""
+"""Compares two runs on the same test patients, overall and patient by patient."""
 
 import logging
 import pathlib
@@ -14,42 +14,48 @@ from fusa_jax.system.files import write_json
 
 
 def default_output(workdir: pathlib.Path, against: pathlib.Path) -> pathlib.Path:
-  """test/against-FOLDER-NAME.json of the first run."""
+  """Returns the default file of a comparison: test/against-FOLDER-NAME.json in the first run."""
   return workdir / 'test' / f'against-{"-".join(against.resolve().parts[-2:])}.json'
 
 
 def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path | None = None) -> dict:
-  """Run minus run, with intervals; written to `output` or `default_output`.
+  """Computes the differences between two runs, with intervals, and writes them as JSON.
 
   Args:
-    workdir: of a run or a cross-validation, evaluated.
-    against: of another one.
-    output: of the JSON file.
+    workdir: the folder of an evaluated run or cross-validation.
+    against: the folder of another one, which is subtracted.
+    output: the JSON file; None takes `default_output`.
+
+  Returns:
+    The content of the JSON file.
 
   Raises:
-    UserError: one of them is no evaluated run; other tasks; other test patients, slices or lesions.
+    UserError: one of the folders holds no evaluated run, or the runs differ in task, test patients, slices or lesions.
   """
   configs = [run_config.load_config(folder) for folder in (workdir, against)]
   if configs[0].task != configs[1].task:
-    raise UserError(f'against: {against} is of {configs[1].task}, {workdir} of {configs[0].task}; compare like tasks')
+    raise UserError(
+      f'against: {against} is for {configs[1].task}, {workdir} for {configs[0].task}; compare runs of the same task'
+    )
   tables = [results.read_table(folder) for folder in (workdir, against)]
   try:
-    found = paired(tasks.type_of(configs[0].task), *([table] for table in tables))
+    differences = paired(tasks.type_of(configs[0].task), *([table] for table in tables))
   except UserError as error:
     raise UserError(f'against: {workdir} and {against}: {error}') from None
   split = results.read_numbers(workdir)['split']
-  result = {'run': str(workdir), 'against': str(against), 'split': split, **found}
+  result = {'run': str(workdir), 'against': str(against), 'split': split, **differences}
   write_json(output or default_output(workdir, against), result)
   logging.info('%s', report(result))
   return result
 
 
 def _difference_of_tests(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str | None:
-  """In which way two tables, each sorted, are not of the same test; None where they are."""
+  """Returns how the tests of two sorted tables differ; None if they are the same."""
   patients = [set(table['patient'].tolist()) for table in (one, other)]
   if patients[0] != patients[1]:
     return (
-      f'{len(patients[0] - patients[1])} patients are in the first only, {len(patients[1] - patients[0])} in the second'
+      f'{len(patients[0] - patients[1])} patients are only in the first, '
+      f'{len(patients[1] - patients[0])} only in the second'
     )
   if len(one['label']) != len(other['label']) or (one['slice'] != other['slice']).any():
     return 'not the same slices'
@@ -62,18 +68,22 @@ def _difference_of_tests(one: dict[str, np.ndarray], other: dict[str, np.ndarray
 def paired(
   task_type: tasks.TaskType, one: Sequence[dict[str, np.ndarray]], other: Sequence[dict[str, np.ndarray]]
 ) -> dict:
-  """Every number of both sides and their difference, at threshold 0.5, under the same draws of patients.
+  """Computes every number of two models and their difference at threshold 0.5. Both use the same draws of patients.
 
-  A side is the tables of one or more runs of a model, as those of several seeds: its numbers, and the score of each
-  patient, are the means over them. Means have what no single seed decides, and the patients are still those that there
-  are: more seeds make no more patients.
+  A model can have several runs, for example with different seeds. Its numbers, and the scores of each patient, are then
+  means over its runs. This reduces the influence of a single seed, but does not add patients.
 
-  `per_patient` is the mean over patients of the difference of their own score (Dice of their pixels; for classification
-  the share of their slices that is called rightly), with its interval and the p-value of flipping signs. Patients for
-  whom any of the tables leaves it undefined are left out there, and counted.
+  `per_patient` holds the mean difference of the patients' own scores, with its interval and the p-value of the
+  sign-flip test. The score is Dice over the pixels of a patient; for classification, accuracy over the slices of a
+  patient. Patients with an undefined score in any table are left out and counted in `left_out`.
+
+  Args:
+    task_type: the type of task of both models.
+    one: the tables of slices of the runs of the first model.
+    other: the tables of slices of the runs of the second model, which is subtracted.
 
   Raises:
-    UserError: the tables are not all of the same patients, slices and lesions.
+    UserError: the tables differ in patients, slices or lesions.
   """
   one, other = ([_sorted(table) for table in side] for side in (one, other))
   for table in (*one[1:], *other):
@@ -86,14 +96,15 @@ def paired(
   difference = statistics.difference(*statistic)
   values = [statistics.estimates(s, patients) for s in (*statistic, difference)]
   spread = statistics.intervals(difference, patients)
-  names = dict(zip(('run', 'against', 'difference'), values, strict=True))
+  estimates_of = dict(zip(('run', 'against', 'difference'), values, strict=True))
   scores = [np.mean([task_type.patient_score(each.sums) for each in side], axis=0) for side in sides]
   gains = scores[0] - scores[1]
   mean = lambda weights: {'difference': statistics.mean(gains, weights)}
   return {
     'threshold': 0.5,
     'numbers': {
-      name: {key: found[name] for key, found in names.items()} | {'interval': spread[name]} for name in values[0]
+      name: {key: estimates[name] for key, estimates in estimates_of.items()} | {'interval': spread[name]}
+      for name in values[0]
     },
     'per_patient': {
       'score': task_type.patient_score_name,
@@ -110,7 +121,7 @@ def paired(
 
 
 def report(result: dict) -> str:
-  """The comparison as a table for people."""
+  """Returns the comparison as a text table."""
   lines = [f'{"":24}{"run":>10}{"against":>10}{"difference":>12}  95% interval']
   for name, row in result['numbers'].items():
     cells = [statistics.shown(row[key]) for key in ('run', 'against', 'difference')]
@@ -118,13 +129,13 @@ def report(result: dict) -> str:
   return '\n'.join([*lines, f'per patient, {per_patient_line(result["per_patient"])}{results.caveat(result)}'])
 
 
-def per_patient_line(found: dict) -> str:
-  """What `paired` found of single patients, in a line."""
-  left_out = f', {found["left_out"]} left out' if found['left_out'] else ''
-  difference, p = statistics.shown(found['difference']), statistics.shown(found['p'])
+def per_patient_line(per_patient: dict) -> str:
+  """Returns `per_patient` of a comparison as one line."""
+  left_out = f', {per_patient["left_out"]} left out' if per_patient['left_out'] else ''
+  difference, p = statistics.shown(per_patient['difference']), statistics.shown(per_patient['p'])
   return (
-    f'{found["score"]}: {difference} {_interval(found["interval"])}, sign-flip p {p} '
-    f'({found["patients"]} patients: {found["better"]} better, {found["worse"]} worse{left_out})'
+    f'{per_patient["score"]}: {difference} {_interval(per_patient["interval"])}, sign-flip p {p} '
+    f'({per_patient["patients"]} patients: {per_patient["better"]} better, {per_patient["worse"]} worse{left_out})'
   )
 
 

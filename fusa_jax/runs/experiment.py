@@ -1,4 +1,4 @@
-"""What a config means: which preset it is, the demo or data of the user's own, where the data are prepared."""
+"""Interprets a config: finds its preset, the demo or the user's data, and the prepared dataset."""
 
 import importlib.util
 import logging
@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import ml_collections
-import tqdm
 
-from fusa_jax.system import home  # noqa: F401 (data/ is found by it)
+from fusa_jax.runs import run_config
+from fusa_jax.system import home, progress  # noqa: F401 (importing home makes data/ importable)
 from fusa_jax.system.errors import UserError
 
-# Keys that may differ in another evaluation of a run.
+# Keys that --mode=evaluate may change.
 _OF_EVALUATION = ('evaluate.', 'data.patients', 'data.lesion_labels')
 
 
 def load_preset(path: str | pathlib.Path, preset: str) -> ml_collections.ConfigDict:
-  """The config of a preset of a config file."""
+  """Returns the config of a preset in a config file."""
   spec = importlib.util.spec_from_file_location('config', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -25,12 +25,12 @@ def load_preset(path: str | pathlib.Path, preset: str) -> ml_collections.ConfigD
 
 
 class Experiment(NamedTuple):
-  """What is to be run.
+  """A config to run, with its name.
 
   Attributes:
-    config: of the run.
-    name: of the config's file and preset; of the folder of a run that is repeated.
-    is_demo: whether no data were named, so that the demo takes the place of what was named.
+    config: the config.
+    name: the config file and the preset, for example `seg-demo`; for --config=RUN/config.json, `RUN-again`.
+    is_demo: whether this is the demo, because the command names no data.
   """
 
   config: ml_collections.ConfigDict
@@ -39,13 +39,13 @@ class Experiment(NamedTuple):
 
 
 def resolve(config: ml_collections.ConfigDict, path: str, preset: str, overrides: dict) -> Experiment:
-  """The config of a preset or, where it names no data, the demo of that preset.
+  """Returns the config of a preset; if it names no data, the demo version of the preset.
 
   Args:
-    config: of the preset, with the overrides in it.
-    path: of the config file.
-    preset: of the file.
-    overrides: {key with dots: value}.
+    config: the config of the preset, with the overrides applied.
+    path: the config file.
+    preset: the name of the preset in that file.
+    overrides: the values that the user gave, by dotted key.
   """
   is_demo = not names_data(config)
   if is_demo:
@@ -61,7 +61,7 @@ def names_data(config: ml_collections.ConfigDict) -> bool:
 
 
 def prepared(config: ml_collections.ConfigDict) -> pathlib.Path:
-  """The folder of the prepared dataset, after process 0 has prepared it where that was still to be done.
+  """Returns the folder of the prepared dataset. Process 0 prepares the dataset first if necessary.
 
   Raises:
     UserError: the cohort's files cannot be used, or the dataset cannot be written.
@@ -76,14 +76,18 @@ def prepared(config: ml_collections.ConfigDict) -> pathlib.Path:
     from data import prepare
 
     if options.raw_dir:
-      return str(prepare.prepare(options.raw_dir, options.dir, options.image_size, tqdm.tqdm, _cohort_options(options)))
-    return str(prepare.prepare_phantom(options.dir, options.image_size, progress=tqdm.tqdm, **options.phantom))
+      cohort_options = _cohort_options(options)
+      return str(prepare.prepare(options.raw_dir, options.dir, options.image_size, progress.bar, cohort_options))
+    return str(prepare.prepare_phantom(options.dir, options.image_size, progress=progress.bar, **options.phantom))
 
   return pathlib.Path(hosts.on_main(prepare_data))
 
 
 def scans_at_hand(config: ml_collections.ConfigDict) -> dict[str, Callable] | None:
-  """By patient, what reads the scan and its mask as released; None where they are not at hand or not needed."""
+  """Returns a function per patient that reads the scan and its mask as released.
+
+  Returns None if only a prepared dataset is named, if the task has no masks, or if several hosts run.
+  """
   import jax
 
   from data import prepare
@@ -93,23 +97,35 @@ def scans_at_hand(config: ml_collections.ConfigDict) -> dict[str, Callable] | No
   if not tasks.type_of(config.task).has_masks or (options.dir and not options.raw_dir):
     return None
   if jax.process_count() > 1:
-    # Only process 0 needs to have them, and prediction is work for all.
-    logging.info('masks are not scored as volumes by several hosts; --mode=evaluate on one of them does')
+    # The scans may be on host 0 only, but all hosts take part in prediction.
+    logging.info('several hosts do not test whole volumes; to test them, run --mode=evaluate on one host')
     return None
   if options.raw_dir:
     return prepare.scans(options.raw_dir, _cohort_options(options))
   return prepare.scans(prepare.draw_phantoms(options.image_size, **options.phantom))
 
 
+def demo_scan(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
+  """Returns the NIfTI file of a test patient of the demo; None if data.dir names a prepared dataset."""
+  from data import prepare
+
+  if config.data.dir:
+    return None
+  tested = run_config.load_split(workdir) if config.data.fold != 'all' else None
+  patient = tested['test'][0] if tested else '*-0001'
+  folder = prepare.draw_phantoms(config.data.image_size, **config.data.phantom)
+  return next(folder.glob(f'{patient}_ct.nii.gz'), None)
+
+
 def to_evaluate(config: ml_collections.ConfigDict, named) -> ml_collections.ConfigDict:
-  """A run's config, with the data and devices of today and what else may differ in another evaluation.
+  """Returns the config of a run, with the user's changes for another evaluation: data, devices and options.
 
   Args:
-    config: of the run.
-    named: what --config names (`arguments.Named`), or None.
+    config: the config of the run, which is changed in place.
+    named: the config that --config names (`arguments.Named`), or None.
 
   Raises:
-    UserError: a key was given that evaluation takes from the run.
+    UserError: the user gave a key that evaluation takes from the run.
   """
   config.mesh.update(data=-1, space=1)
   if named is None:
@@ -124,17 +140,25 @@ def to_evaluate(config: ml_collections.ConfigDict, named) -> ml_collections.Conf
 
 
 def check_changes(overrides: dict, allowed: tuple[str, ...]) -> None:
-  """Raises a UserError where --config.KEY was given of a key that a mode takes from the run instead."""
+  """Checks the keys that the user gave to a mode that takes most of its config from the run.
+
+  Args:
+    overrides: the values that the user gave, by dotted key.
+    allowed: the keys that may be given; a key that ends with a dot allows all keys below it.
+
+  Raises:
+    UserError: another key is given.
+  """
   for key in overrides:
     if not key.startswith(allowed):
       listed = ', '.join(name + ('*' if name.endswith('.') else '') for name in allowed)
       raise UserError(
-        f'--config.{key}: comes from the run; of its config this mode changes {listed} only; leave it out'
+        f'--config.{key}: this mode takes it from the run and lets you change only {listed}; leave it out'
       )
 
 
 def _cohort_options(options):
-  """What config.data says of how a cohort's files are to be read."""
+  """Returns the options in config.data for reading the files of a cohort."""
   from data.cohorts import CohortOptions
 
   return CohortOptions(*(options[key] for key in CohortOptions._fields))

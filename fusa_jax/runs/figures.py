@@ -1,12 +1,12 @@
 """Pictures of a test: curves, calibration, patients, and overlays in the colours of the paper's Fig. 4.
 
-Each chart is a matplotlib figure, written as PNG beside the numbers and set into the report as SVG.
+Each chart is a matplotlib figure. It is a PNG file in test/figures/ and an SVG element in the report.
 """
 
 import io
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -17,7 +17,7 @@ from fusa_jax.system.files import replacing
 
 TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE = (0.1, 0.35, 1.0), (0.1, 0.8, 0.2), (0.95, 0.1, 0.1)
 _BLUE, _ORANGE, _GREY = '#3b78c2', '#d9822b', '#8a8f98'
-# Stands for the colour of text, in SVG that is to be read on a light page and on a dark one.
+# Replaced by the colour of the text in SVG, so that a chart is readable on a light and on a dark page.
 _INK = '#010203'
 _STYLE = {
   'svg.fonttype': 'none',
@@ -30,43 +30,47 @@ _STYLE = {
 
 
 def charts(table: dict[str, np.ndarray], result: dict) -> dict[str, Figure]:
-  """The charts of a test, by name; those that are undefined (one kind of slice only) are left out.
+  """Returns the charts of a test by name, without those that are undefined (if all slices have the same label).
 
   Args:
-    table: of slices, as evaluation leaves it.
-    result: what metrics.json holds.
+    table: of slices, from the evaluation.
+    result: the contents of metrics.json.
   """
   with matplotlib.rc_context(_STYLE):
-    found = {
+    figures = {
       'confusion_matrix': _confusion_matrix(result),
       'roc': _roc(table, result),
       'precision_recall': _precision_recall(table, result),
       'calibration': _calibration(table, result),
       'patients': _patients(table),
     }
-  return {name: figure for name, figure in found.items() if figure is not None}
+  return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def write_charts(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict) -> None:
-  """Each of `charts` as NAME.png."""
+  """Writes each of `charts` as NAME.png."""
   for name, figure in charts(table, result).items():
     with replacing(folder / f'{name}.png') as partial:
       figure.savefig(partial, dpi=120, facecolor='white')
 
 
-def svg(figure: Figure) -> str:
-  """The figure as an SVG element that takes the colour of the text around it; the same bytes for the same figure."""
+def svg(figure: Figure, label: str) -> str:
+  """Returns the figure as an SVG element in the colour of the surrounding text; equal figures give equal bytes.
+
+  Args:
+    figure: the chart.
+    label: what a screen reader says in place of the chart.
+  """
   out = io.StringIO()
   with matplotlib.rc_context(_STYLE):
     figure.savefig(out, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
   text = out.getvalue()
-  return re.sub(r'<metadata>.*?</metadata>', '', text[text.index('<svg') :], flags=re.DOTALL).replace(
-    _INK, 'currentColor'
-  )
+  text = re.sub(r'<metadata>.*?</metadata>', '', text[text.index('<svg') :], flags=re.DOTALL)
+  return text.replace('<svg', f'<svg role="img" aria-label="{label}"', 1).replace(_INK, 'currentColor')
 
 
 def learning_curves(logs: dict[str, list[dict]], selection: str) -> Figure:
-  """Training loss, and the validation score by which the checkpoint was chosen, over steps; a line for each run."""
+  """Draws the training loss and the validation score that selects the checkpoint, by step; one line per run."""
   with matplotlib.rc_context(_STYLE):
     figure, (left, right) = _figure(2)
     for name, log in logs.items():
@@ -81,14 +85,14 @@ def learning_curves(logs: dict[str, list[dict]], selection: str) -> Figure:
 
 
 def threshold_curve(curve: dict, chosen: float) -> Figure:
-  """Dice, sensitivity and precision on the validation fold at every threshold, and where the operating point lies."""
+  """Draws Dice, sensitivity and precision of the validation fold by threshold, and marks the operating point."""
   with matplotlib.rc_context(_STYLE):
     figure, (axes,) = _figure(1)
     for name, colour in (('dice', _BLUE), ('sensitivity', _ORANGE), ('precision', _GREY)):
       axes.plot(curve['threshold'], [np.nan if v is None else v for v in curve[name]], color=colour, label=name)
     axes.axvline(chosen, color=_INK, linewidth=1, linestyle='--')
     axes.axvline(0.5, color=_INK, linewidth=0.6, linestyle=':')
-    axes.set(xlabel='threshold (dashed: chosen)', ylabel='validation fold', xlim=(0, 1), ylim=(0, 1.02))
+    axes.set(xlabel='threshold (dashed: chosen)', ylabel='score on the validation fold', xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(frameon=False)
   return figure
 
@@ -119,8 +123,8 @@ def _roc(table, result):
   figure, (axes,) = _figure(1)
   axes.plot(*_thinned(*metrics.roc(label, table['logit'])), color=_BLUE)
   axes.plot([0, 1], [0, 1], color=_GREY, linestyle=':')
-  found = result['operating_point']['slices']
-  axes.plot(1 - found['specificity'], found['sensitivity'], 'o', color=_ORANGE, label='operating point')
+  point = result['operating_point']['slices']
+  axes.plot(1 - point['specificity'], point['sensitivity'], 'o', color=_ORANGE, label='operating point')
   axes.set(xlabel='1 - specificity (slices)', ylabel='sensitivity (slices)', aspect='equal')
   axes.legend(frameon=False, loc='lower right')
   return figure
@@ -149,7 +153,7 @@ def _precision_recall(table, result):
 
 
 def _calibration(table, result):
-  """Reliability diagram, over the share of all that lies in each bin."""
+  """Draws a reliability diagram above the share of pixels or slices in each bin."""
   count, positive, probability = table['reliability'].sum(axis=0, dtype=np.float64)
   used = count > 0
   figure = Figure(figsize=(4, 3.6), layout='constrained')
@@ -164,10 +168,13 @@ def _calibration(table, result):
 
 
 def _patients(table):
-  """A dot a patient: Dice (for slices: F1) at 0.5 and at the operating point, patients in order of the latter."""
+  """Dice (for slices: F1) of each patient with lesion, at 0.5 and at the operating point, sorted by the latter.
+
+  Dice does not measure a patient without lesion. The report gives the falsely marked volume of these patients instead.
+  """
   rows = [metrics.patient_rows(metrics.by_patient(table, suffix)) for suffix in ('', '_chosen')]
   half, chosen = (np.array([row['dice'] for row in each]) for each in rows)
-  shown = np.isfinite(half) | np.isfinite(chosen)
+  shown = np.array([row['tp'] + row['fn'] > 0 for row in rows[0]])
   if not shown.any():
     return None
   order = np.argsort(chosen[shown])
@@ -185,29 +192,45 @@ def _patients(table):
 
 
 def _thinned(x, y, most=500):
-  """At most so many points of a curve, its ends among them: a report has no use for thousands."""
+  """Keeps at most `most` points of a curve, with both ends: more would only enlarge the report."""
   at = np.unique(np.linspace(0, len(x) - 1, most).astype(int))
   return x[at], y[at]
 
 
 def telling_slices(table: dict[str, np.ndarray], most: int) -> list[int]:
-  """Rows worth a look: of each patient one slice, the worst patient first, then the best, the second worst, ...
+  """Returns the row of one slice per patient: the worst patient first, then the best, the second worst, and so on.
 
-  Patients are ordered by their Dice (of slices: F1) at the operating point. Shown is their slice with the most that is
-  lesion or called so and, among equals, the one whose score is most wrong.
+  The order is by Dice (of slices: F1) at the operating point. The slice of a patient is the one with the most lesion or
+  marks and, among equals, the one with the largest error of the score.
   """
   rows = metrics.patient_rows(metrics.by_patient(table, '_chosen'))
   ordered = [row['patient'] for row in sorted(rows, key=lambda row: (np.isnan(row['dice']), row['dice']))]
-  seen = table['tp_chosen'] + table['fn_chosen'] + table['fp_chosen']
-  error = np.abs(table['label'] - table['score'])
-  best_of = {
-    patient: max(np.flatnonzero(table['patient'] == patient), key=lambda row: (seen[row], error[row]))
-    for patient in ordered
-  }
   defined = [row['patient'] for row in rows if np.isfinite(row['dice'])]
   measured, rest = ordered[: len(defined)], ordered[len(defined) :]
   alternating = [measured[k // 2] if k % 2 == 0 else measured[-1 - k // 2] for k in range(len(measured))]
-  return [int(best_of[patient]) for patient in [*alternating, *rest]][:most]
+  return [_telling_slice(table, patient) for patient in [*alternating, *rest]][:most]
+
+
+def _telling_slice(table, patient):
+  extent = table['tp_chosen'] + table['fn_chosen'] + table['fp_chosen']
+  error = np.abs(table['label'] - table['score'])
+  return int(max(np.flatnonzero(table['patient'] == patient), key=lambda row: (extent[row], error[row])))
+
+
+def typical_slices(table: dict[str, np.ndarray]) -> dict[str, int]:
+  """Returns one row of a slice, as `telling_slices`, per title: of the best, the median and the worst patient.
+
+  Patients without lesion are left out: Dice does not measure them.
+  """
+  rows = metrics.patient_rows(metrics.by_patient(table, '_chosen'))
+  rows = sorted((row for row in rows if row['tp'] + row['fn']), key=lambda row: -row['dice'])
+  places = {'best': 0, 'median': len(rows) // 2, 'worst': len(rows) - 1} if rows else {}
+  return {
+    f'{name} of {len(rows)} patients with lesion, Dice {rows[place]["dice"]:.2f}': _telling_slice(
+      table, rows[place]['patient']
+    )
+    for name, place in places.items()
+  }
 
 
 def write_overlay(
@@ -219,25 +242,21 @@ def write_overlay(
   intensity: str,
   title: str,
 ) -> None:
-  """The slice, then once for each prediction with true positives blue, false positives green, false negatives red.
+  """Draws a slice, then the slice per prediction: true positives blue, false positives green, false negatives red.
 
-  Every pixel of the slice is a square of whole pixels of the picture: nothing is interpolated.
+  Every pixel of the slice is a square of whole pixels of the picture; nothing is interpolated.
 
   Args:
-    path: of the PNG.
-    values: [H, W], in HU or grey.
+    path: the PNG file.
+    values: [H, W], HU or 8-bit values.
     mask: [H, W], the reference; None without a reference mask.
-    predictions: bool [H, W] by the name of the run; {} of a model without masks: the reference is shown in red.
-    black_and_white: the values that are shown black and white.
+    predictions: bool [H, W] by the name of the run. With {} (a model without masks) the reference is red.
+    black_and_white: the values that are drawn black and white.
     intensity: of the values, one of volumes.VALUES.
-    title: above the picture; what black and white are is added, and the names of several runs.
+    title: text above the picture. The values of black and white, and the names of several runs, are added to it.
   """
   black, white = black_and_white
-  grey = np.clip((values.astype(np.float32) - black) / (white - black), 0, 1)
-  plain = np.repeat(grey[..., None], 3, axis=-1)
-  mask = None if mask is None else np.asarray(mask, bool)
-  parts = [_parts(mask, predicted) for predicted in (predictions.values() if predictions else [None])]
-  pictures = [plain, *(_coloured(plain, one) for one in parts)]
+  pictures, parts = _pictures(values, mask, list(predictions.values()), black_and_white)
 
   times = max(1, round(384 / values.shape[1]))
   height, width, above, below, gap = values.shape[0] * times, values.shape[1] * times, 44, 30, 8
@@ -247,8 +266,7 @@ def write_overlay(
     axes = figure.add_axes((k * (width + gap) / total[0], below / total[1], width / total[0], height / total[1]))
     axes.imshow(picture.repeat(times, axis=0).repeat(times, axis=1), interpolation='none')
     axes.set_axis_off()
-  patches = [matplotlib.patches.Patch(color=colour, label=name) for name, (_, colour) in parts[0].items()]
-  figure.legend(handles=patches, loc='lower center', ncols=3, frameon=False, fontsize=8, borderaxespad=0.1)
+  _colour_legend(figure, parts)
   unit = {'hu': 'HU', 'grey': 'grey'}[intensity]
   text = f'{title}\n{unit} {black:g} (black) to {white:g} (white)'
   if len(predictions) > 1:
@@ -258,12 +276,52 @@ def write_overlay(
     figure.savefig(partial, dpi=100)
 
 
+def write_overview(
+  path: pathlib.Path,
+  rows: Sequence[tuple[str, np.ndarray, np.ndarray | None, list[np.ndarray]]],
+  black_and_white: tuple[float, float],
+) -> None:
+  """Draws the slices of some patients below each other, as `write_overlay` draws one.
+
+  Args:
+    path: the PNG file.
+    rows: of each slice: title, values [H, W], reference mask [H, W] or None, and no or one predicted mask.
+    black_and_white: the values that are drawn black and white.
+  """
+  figure = Figure(figsize=(6.4, 3.45 * len(rows) + 0.35), layout='constrained', facecolor='white')
+  for axes, (title, values, mask, predicted) in zip(figure.subplots(len(rows), 2, squeeze=False), rows, strict=True):
+    pictures, parts = _pictures(values, mask, predicted, black_and_white)
+    for one, picture in zip(axes, pictures, strict=True):
+      one.imshow(picture, interpolation='none')
+      one.set_axis_off()
+    axes[0].set_title(title, loc='left', fontsize=9, parse_math=False)
+  _colour_legend(figure, parts)
+  with replacing(path) as partial:
+    figure.savefig(partial, dpi=110)
+
+
+def _pictures(values, mask, predictions, black_and_white):
+  """Returns the slice in grey and once per prediction in colour, and the coloured parts by name."""
+  black, white = black_and_white
+  grey = np.clip((values.astype(np.float32) - black) / (white - black), 0, 1)
+  plain = np.repeat(grey[..., None], 3, axis=-1)
+  mask = None if mask is None else np.asarray(mask, bool)
+  parts = [_parts(mask, predicted) for predicted in predictions or [None]]
+  return [plain, *(_coloured(plain, one) for one in parts)], parts[0]
+
+
+def _colour_legend(figure, parts):
+  patches = [matplotlib.patches.Patch(color=colour, label=name) for name, (_, colour) in parts.items()]
+  where = 'outside lower center' if figure.get_layout_engine() else 'lower center'
+  figure.legend(handles=patches, loc=where, ncols=3, frameon=False, fontsize=8, borderaxespad=0.1)
+
+
 def _parts(mask, predicted):
-  """By name, where a picture is coloured, and how."""
+  """Returns where a picture is coloured, and the colour, by name."""
   if mask is None:
     return {}
   if predicted is None:
-    return {'lesion (truth)': (mask, FALSE_NEGATIVE)}
+    return {'lesion in the reference': (mask, FALSE_NEGATIVE)}
   return {
     'true positive': (mask & predicted, TRUE_POSITIVE),
     'false positive': (~mask & predicted, FALSE_POSITIVE),

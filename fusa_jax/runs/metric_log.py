@@ -1,4 +1,4 @@
-"""Scalars by step: log.jsonl for programs, TensorBoard files for eyes (written by tensorboardX, without TensorFlow)."""
+"""Logs scalars by step, in log.jsonl for programs and as TensorBoard files for people (by tensorboardX)."""
 
 import json
 import pathlib
@@ -8,9 +8,10 @@ from fusa_jax.system.files import replacing, writing
 
 
 class MetricLog:
-  """Appends to a run's log, on process 0. Resumed at a step, it first drops what a lost stretch wrote after that."""
+  """Appends to the log of a run, on process 0."""
 
   def __init__(self, workdir: pathlib.Path, step: int):
+    """Opens the log of a run that starts or resumes at `step`; first removes the lines of later steps."""
     self._file = None
     if not hosts.is_main():
       return
@@ -20,13 +21,16 @@ class MetricLog:
       with replacing(self._path) as partial:
         partial.write_text(''.join(kept))
     self._file = self._path.open('a')
-    import tensorboardX  # with it comes PyTorch, where that is installed: more than a second, for this alone
+    import tensorboardX  # only here: it imports PyTorch if that is installed, which takes more than a second
 
     folder = pathlib.Path(workdir) / 'tensorboard'
     self._board = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1 if folder.exists() else None)
 
   def write(self, step: int, scalars: dict[str, float | int | None]) -> None:
-    """One object a line: the step and the scalars; None (undefined) is null here and left out of TensorBoard."""
+    """Writes one line: a JSON object with the step and the scalars.
+
+    None (undefined) becomes null in log.jsonl, and is left out of TensorBoard.
+    """
     if self._file is None:
       return
     with writing(self._path):
@@ -43,7 +47,7 @@ class MetricLog:
 
 
 def _step(line):
-  """The step of a line; beyond any for a line that a crash cut off."""
+  """Returns the step of a line; infinity if a crash cut the line off."""
   try:
     return json.loads(line)['step']
   except (json.JSONDecodeError, KeyError):

@@ -1,6 +1,6 @@
-"""From probabilities to masks: threshold, temperature and all else that a run is used with.
+"""The operating point of a run: the threshold and the other options that turn probabilities into masks.
 
-What can be chosen is chosen on the run's validation fold, never on its test fold, and kept beside it.
+It is chosen on the validation fold of the run, never on its test fold, and saved in the folder of the run.
 """
 
 import dataclasses
@@ -18,27 +18,26 @@ from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import read_json, write_json
 
 FILE = 'operating_point.json'
-# Round numbers, so that a validation fold of a few patients does not decide on a digit. 2 mL is a ball of 16 mm: what
-# is larger should be looked at, whatever the fold says.
+# The candidates for `smallest_ml`. They are few and round, because a validation fold has too few patients for a finer
+# choice. The largest, 2 mL, is the volume of a ball of 16 mm: larger lesions must stay visible in any case.
 SMALLEST_ML = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class OperatingPoint:
-  """From which probability on a pixel or slice is called a lesion.
+  """The options that decide which pixels or slices count as lesion.
 
   Attributes:
-    threshold: of the probability, after the temperature.
-    bin: the first of the histograms' bins (fusa_jax.measures.histogram) that is called a lesion, which it stands for.
-    temperature: what logits are divided by; 1 leaves them as the network gives them. Of an ensemble, those of its
-      members.
-    flips: whether probabilities are the mean of slices as they are and mirrored left and right.
-    lungs: whether masks are limited to the lungs (fusa_jax.scans.lungs).
-    smallest_ml: lesions of a scan's mask below so many mL are left out.
-    chosen_by: how and on what it was chosen, in words.
-    step: of the checkpoint that it is for; None where that is none.
-    validation: Dice, sensitivity, specificity and precision there, at this threshold and at 0.5.
-    curve: the same at every threshold, as lists.
+    threshold: the lowest probability that counts as lesion. Logits are divided by the temperature first.
+    bin: the same threshold as a bin of `fusa_jax.measures.histogram`: the first bin that counts as lesion.
+    temperature: the logits are divided by it; 1 leaves them unchanged. For an ensemble, one number per member.
+    flips: whether to average the probabilities of each slice and its left-right mirror image.
+    lungs: whether to limit masks to the lungs (fusa_jax.scans.lungs).
+    smallest_ml: lesions with a smaller volume, in mL, are left out of the mask of a scan.
+    chosen_by: how the threshold was chosen, in words.
+    step: the step of the checkpoint that it was chosen for; None if it was chosen for no checkpoint.
+    validation: Dice, sensitivity, specificity and precision on the validation fold, at this threshold and at 0.5.
+    curve: the same numbers at every threshold, as lists.
   """
 
   threshold: float = 0.5
@@ -47,15 +46,15 @@ class OperatingPoint:
   flips: bool = False
   lungs: bool = False
   smallest_ml: float = 0.0
-  chosen_by: str = 'default: nothing to choose on'
+  chosen_by: str = 'default: no data to choose it on'
   step: int | None = None
   validation: dict = dataclasses.field(default_factory=dict)
   curve: dict = dataclasses.field(default_factory=dict)
 
   def about(self) -> dict:
-    """What every JSON says of it."""
-    said = ('threshold', 'temperature', 'flips', 'lungs', 'smallest_ml', 'chosen_by')
-    return {name: getattr(self, name) for name in said}
+    """Returns the attributes that every JSON file repeats."""
+    names = ('threshold', 'temperature', 'flips', 'lungs', 'smallest_ml', 'chosen_by')
+    return {name: getattr(self, name) for name in names}
 
   def with_options(
     self,
@@ -64,30 +63,38 @@ class OperatingPoint:
     lungs: bool | None = None,
     smallest_ml: float | None = None,
   ) -> 'OperatingPoint':
-    """The same but for what is given.
+    """Returns a copy with the given options; None keeps an option.
 
     Raises:
-      UserError: a threshold that is no probability; a volume below zero.
+      UserError: the threshold is not between 0 and 1, or the volume is below zero.
     """
     if threshold is not None and not 0 <= threshold <= 1:
       raise UserError(f'threshold: {threshold} must be between 0 and 1')
     if smallest_ml is not None and not smallest_ml >= 0:
-      raise UserError(f'smallest_ml: {smallest_ml} must be mL from 0 up; 0 keeps all lesions')
+      raise UserError(f'smallest_ml: {smallest_ml} mL must be at least 0; 0 keeps all lesions')
     given = {'threshold': threshold, 'flips': flips, 'lungs': lungs, 'smallest_ml': smallest_ml}
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(self, **given, **({'chosen_by': 'given'} if 'threshold' in given else {}))
 
   def for_model(self, task: str, intensity: str, lungs: bool | None = None, smallest_ml: float | None = None, **given):
-    """As `with_options`, for a model of a task and one of volumes.VALUES.
+    """Does the same as `with_options`, after checking that the options fit the model.
+
+    Args:
+      task: the task of the model.
+      intensity: the intensity of its images, one of volumes.VALUES.
+      lungs: as in `with_options`.
+      smallest_ml: as in `with_options`.
+      **given: the other options of `with_options`.
 
     Raises:
-      UserError: as `with_options`; `lungs` of grey values; `lungs` or `smallest_ml` of a model without masks.
+      UserError: as `with_options`. `lungs` is given for a model on 8-bit images. `lungs` or `smallest_ml` is given for
+        a model without masks.
     """
     if not tasks.type_of(task).has_masks and (lungs or smallest_ml):
       flag = 'lungs' if lungs else 'smallest_ml'
-      raise UserError(f'{flag}: is about masks, and this model gives none; leave it out')
+      raise UserError(f'{flag}: applies to masks only, and this model gives none; leave it out')
     if intensity != 'hu' and lungs:
-      raise UserError('lungs: lungs are found by their HU, and this model takes grey values; leave it out')
+      raise UserError('lungs: needs HU to find the lungs, but this model takes 8-bit images; leave it out')
     return self.with_options(lungs=lungs, smallest_ml=smallest_ml, **given)
 
   def save(self, workdir: pathlib.Path) -> None:
@@ -95,7 +102,7 @@ class OperatingPoint:
 
 
 def load_point(workdir: pathlib.Path) -> OperatingPoint:
-  """The one of a run; the default where it has none yet.
+  """Returns the operating point of a run, or the default if none is saved.
 
   Raises:
     UserError: the file is damaged.
@@ -110,19 +117,19 @@ def load_point(workdir: pathlib.Path) -> OperatingPoint:
 
 
 def mean(points: Sequence[OperatingPoint]) -> OperatingPoint:
-  """The one of the mean of several runs' probabilities: their mean threshold and smallest lesion.
+  """Returns the operating point for the mean probabilities of several runs: their mean threshold and smallest lesion.
 
-  There are no patients left to choose it on: those that one fold's run was validated on, others were trained on.
+  It cannot be chosen on data, because the validation patients of one fold are training patients of other folds.
 
   Raises:
-    UserError: only some of them are used with flips, or limited to the lungs.
+    UserError: the runs differ in `flips` or `lungs`.
   """
   if len(points) == 1:
     return points[0]
   for name, flag in (('flips', 'tta'), ('lungs', 'lungs')):
     if len({getattr(point, name) for point in points}) > 1:
       raise UserError(
-        f'workdir: the runs differ in evaluate.{name}; say --{flag} or --no{flag} (in code, {name}=True or False)'
+        f'workdir: the runs differ in evaluate.{name}; give --{flag} or --no{flag} (in Python, {name}=True or False)'
       )
   return OperatingPoint(
     threshold=float(np.mean([point.threshold for point in points])),
@@ -135,19 +142,23 @@ def mean(points: Sequence[OperatingPoint]) -> OperatingPoint:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises a UserError where config.evaluate asks for a share that is none, or for what the task or values lack."""
+  """Checks config.evaluate.
+
+  Raises:
+    UserError: a share is out of range, or an option does not fit the task or the intensity of the images.
+  """
   options = config.evaluate
-  masks = [key for key in ('lungs', 'fit_smallest') if options[key]]
-  if masks and not tasks.type_of(config.task).has_masks:
-    raise UserError(f'evaluate.{masks[0]}: is about masks, and {config.task} gives none; leave it out')
+  mask_options = [key for key in ('lungs', 'fit_smallest') if options[key]]
+  if mask_options and not tasks.type_of(config.task).has_masks:
+    raise UserError(f'evaluate.{mask_options[0]}: applies to masks only, and {config.task} gives none; leave it out')
   if options.lungs and config.data.intensity != 'hu':
-    raise UserError('evaluate.lungs: lungs are found by their HU, and these are grey values; leave it out')
+    raise UserError('evaluate.lungs: needs HU to find the lungs, but these are 8-bit images; leave it out')
   target = options.target_sensitivity
   if target is not None and not 0 < target <= 1:
-    raise UserError(f'evaluate.target_sensitivity: {target} is no share; give one above 0, up to 1')
+    raise UserError(f'evaluate.target_sensitivity: {target} must be above 0 and at most 1')
   for share in options.prevalences:
     if not 0 < share < 1:
-      raise UserError(f'evaluate.prevalences: {share} is no share; give some between 0 and 1')
+      raise UserError(f'evaluate.prevalences: {share} must be above 0 and below 1')
 
 
 def choose(
@@ -158,23 +169,23 @@ def choose(
   target_sensitivity: float | None = None,
   fit_temperature: bool = False,
 ) -> OperatingPoint:
-  """The operating point by a validation fold's table of slices.
+  """Chooses the operating point from the table of slices of a validation fold.
 
   Args:
-    table: of the validation fold, with its histograms.
-    step: of the checkpoint that made it.
-    score: what Dice is called; of slices it is F1.
-    target_sensitivity: take the highest threshold that finds this share of what is lesion (pixels of a segmenter,
-      slices of a classifier); None takes the one with the best Dice (of slices: F1).
-    fit_temperature: divide logits by what makes them most likely on that fold (Guo et al. 2017, section 4.2). No
-      ranking changes, nor what is marked at 0.5 or at the operating point.
+    table: the table of slices of the validation fold, with the histograms of logits.
+    step: the step of the checkpoint that the table was computed with.
+    score: the name of the score in `chosen_by`: Dice, or F1 for slices.
+    target_sensitivity: choose the highest threshold with at least this sensitivity, over pixels for a segmenter and
+      over slices for a classifier. None chooses the threshold with the best Dice (for slices: F1).
+    fit_temperature: also fit the temperature that makes the truth of the fold most likely (Guo et al. 2017, section
+      4.2). It changes neither ranks nor the masks at 0.5 or at the operating point.
   """
   pooled = table['histogram'].sum(axis=0, dtype=np.int64)
   counts = histogram.counts_from(pooled)
   tp, fp, fn, tn = (counts[key] for key in metrics.COUNTS)
   temperature = temperature_of(pooled) if fit_temperature else 1.0
   if not tp[0] or not fp[0]:
-    return OperatingPoint(chosen_by='default: the validation fold has lesions only, or none', step=step)
+    return OperatingPoint(chosen_by='default: all of the validation fold is lesion, or none of it', step=step)
   curve = {
     'threshold': special.expit(histogram.edges() / temperature),
     'dice': metrics.dice(tp, fp, fn),
@@ -203,27 +214,31 @@ def choose(
 
 
 def choose_smallest(point: OperatingPoint, volumes: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> OperatingPoint:
-  """The point with the smallest lesion that gives a validation fold's masks the best Dice, of all their mL pooled.
+  """Chooses `smallest_ml`: the value with the best Dice on the validation fold, over all volumes pooled.
 
   Args:
-    point: with a threshold, by which the masks were made, and without a smallest lesion.
-    volumes: of each scan the mL of its mask's lesions, how many of each are true, and the true ones in all.
+    point: the operating point that the masks were made with; its `smallest_ml` must be 0.
+    volumes: for each scan, the volume of each lesion in its mask, the true part of each of these volumes, and the
+      volume of the reference mask. All are in mL.
+
+  Returns:
+    `point` with the chosen value; `validation` also lists the Dice of every candidate.
   """
-  sizes, rightly = (np.concatenate([of_scan[k] for of_scan in volumes]) for k in (0, 1))
+  sizes, true_parts = (np.concatenate([of_scan[k] for of_scan in volumes]) for k in (0, 1))
   truth = sum(of_scan[2] for of_scan in volumes)
-  found = {}
+  dice = {}
   for smallest in SMALLEST_ML:
     kept = sizes >= smallest
-    right, marked = rightly[kept].sum(), sizes[kept].sum()
-    found[smallest] = defined(metrics.dice(right, marked - right, truth - right))
-  # The least of equals: what nothing speaks against stays.
-  best = max(SMALLEST_ML, key=lambda smallest: (found[smallest] or 0, -smallest))
-  curve = {'smallest_ml': list(found), 'dice_of_volumes': list(found.values())}
+    tp, marked = true_parts[kept].sum(), sizes[kept].sum()
+    dice[smallest] = defined(metrics.dice(tp, marked - tp, truth - tp))
+  # Among equals take the smallest: a lesion is left out only if that improves Dice.
+  best = max(SMALLEST_ML, key=lambda smallest: (dice[smallest] or 0, -smallest))
+  curve = {'smallest_ml': list(dice), 'dice_of_volumes': list(dice.values())}
   return dataclasses.replace(point, smallest_ml=best, validation=point.validation | curve)
 
 
 def temperature_of(pooled: np.ndarray) -> float:
-  """The temperature with the least cross-entropy, of a histogram of logits by truth [2, BINS]."""
+  """Returns the temperature with the lowest cross-entropy, for a histogram of logits by truth [2, BINS]."""
   logits = histogram.centres()
 
   def cross_entropy(log_temperature):

@@ -1,5 +1,5 @@
-"""A run's test as one page that needs nothing beside it: what was trained on what, every number with its interval and
-definition, pictures, and what the model must not be used for."""
+"""The report of a run's test: one self-contained page with the training, the data, every result with its interval and
+definition, pictures, and the limits of use."""
 
 import base64
 import datetime
@@ -10,24 +10,32 @@ import pathlib
 import shlex
 
 import jax
+import numpy as np
 from PIL import Image
 
 from fusa_jax import tasks
-from fusa_jax.measures import metrics
+from fusa_jax.measures import masks, metrics
 from fusa_jax.runs import figures, operating_point, results, run_config
 from fusa_jax.system import pages
 from fusa_jax.tasks import window
 
 _OVERLAYS = 6
+_ALT = {
+  'confusion_matrix': 'Confusion matrix',
+  'roc': 'ROC curve of slices',
+  'precision_recall': 'Precision against recall',
+  'calibration': 'Share with lesion against predicted probability',
+  'patients': 'Score of each patient with lesion',
+}
 _LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'scipy')
 
 
 def write_report(workdir: pathlib.Path, data_card: dict) -> pathlib.Path:
-  """Writes test/report.html of an evaluated run or cross-validation; gives its path.
+  """Writes test/report.html of an evaluated run or cross-validation and returns its path.
 
   Args:
-    workdir: of the run.
-    data_card: `datasets.card` of what it was tested on.
+    workdir: folder of the run.
+    data_card: `datasets.card` of the test data.
 
   Raises:
     UserError: the run was not evaluated.
@@ -37,7 +45,8 @@ def write_report(workdir: pathlib.Path, data_card: dict) -> pathlib.Path:
   result = results.read_numbers(workdir)
   task_type = tasks.type_of(config.task)
   runs = sorted(workdir.glob('fold*/')) if run_config.is_cross_validation(config) else [workdir]
-  charts = {name: figures.svg(figure) for name, figure in figures.charts(table, result).items()}
+  volumes = {row['case']: row for row in results.read_volumes(workdir)}
+  charts = {name: figures.svg(figure, _ALT[name]) for name, figure in figures.charts(table, result).items()}
   curves = figures.learning_curves({run.name: _log(run) for run in runs}, task_type.selection)
   points = {run.name: operating_point.load_point(run) for run in runs}
   path = workdir / 'test' / 'report.html'
@@ -48,17 +57,22 @@ def write_report(workdir: pathlib.Path, data_card: dict) -> pathlib.Path:
     result=result,
     task_type=task_type,
     command=shlex.join(['python', 'launch.py', f'--config={workdir}/config.json', '--workdir=NEW_FOLDER']),
+    labels=metrics.LABELS,
     definitions=metrics.DEFINITIONS,
+    volume_labels=masks.LABELS,
     charts=charts,
-    curves=figures.svg(curves),
+    curves=figures.svg(curves, 'Training loss and validation score by step'),
     thresholds={
-      name: figures.svg(figures.threshold_curve(p.curve, p.threshold)) for name, p in points.items() if p.curve
+      name: figures.svg(figures.threshold_curve(p.curve, p.threshold), 'Scores by threshold on validation patients')
+      for name, p in points.items()
+      if p.curve
     },
     data=data_card['folds'],
     caveat=results.caveat(result),
     low_high=window.black_and_white(config.data.intensity, config.data.window),
     validated=data_card['validated'],
-    overlays=list(_overlays(task_type, table, runs)),
+    overlays=list(_overlays(task_type, table, runs, volumes)),
+    healthy=healthy(table, volumes),
     is_phantom='phantom' in result['dataset'],
     libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
     device=jax.devices()[0].device_kind,
@@ -67,8 +81,32 @@ def write_report(workdir: pathlib.Path, data_card: dict) -> pathlib.Path:
   return path
 
 
-def _overlays(task_type, table, runs):
-  """The pictures that evaluation drew of the worst and the best patients, as data URLs."""
+def healthy(table: dict[str, np.ndarray], volumes: dict[str, dict]) -> dict:
+  """Counts false marks in the test patients without lesion, at the operating point.
+
+  Args:
+    table: of slices.
+    volumes: rows of volumes.csv by patient; {} if the scans were not at hand.
+
+  Returns:
+    patients: number of patients without lesion. clean: number of these without a mark. pixels: marks of each of the
+    others, in what `counted` names. ml: their volumes in mL on the scan's grid; None without volumes.
+  """
+  rows = metrics.patient_rows(metrics.by_patient(table, '_chosen'))
+  labelled = set(table['patient'][np.asarray(table['label']) > 0].tolist())
+  rows = [row for row in rows if row['patient'] not in labelled]
+  marked = [row for row in rows if row['fp']]
+  ml = [volumes[row['patient']]['predicted_ml'] for row in rows] if volumes and rows else None
+  return {
+    'patients': len(rows),
+    'clean': len(rows) - len(marked) if ml is None else sum(value == 0 for value in ml),
+    'pixels': [row['fp'] for row in marked],
+    'ml': None if ml is None else [value for value in ml if value],
+  }
+
+
+def _overlays(task_type, table, runs, volumes):
+  """Yields the pictures that the evaluation drew of the worst and the best patients, as data URLs."""
   for row in figures.telling_slices(table, _OVERLAYS):
     name = results.overlay_name(table, row)
     for path in (run / 'test' / 'figures' / name for run in runs):
@@ -76,7 +114,7 @@ def _overlays(task_type, table, runs):
         out = io.BytesIO()
         Image.open(path).convert('RGB').save(out, 'WEBP', quality=90)
         url = 'data:image/webp;base64,' + base64.b64encode(out.getvalue()).decode()
-        yield {'title': results.overlay_title(task_type, table, row), 'url': url}
+        yield {'title': results.overlay_title(task_type, table, row, volumes), 'url': url}
 
 
 def _log(run):

@@ -1,4 +1,4 @@
-"""A table of slices -> numbers with their intervals, and the files of a run's test/."""
+"""Computes numbers with intervals from a table of slices; writes and reads the files in test/ of a run."""
 
 import csv
 import pathlib
@@ -17,27 +17,33 @@ from fusa_jax.tasks import TaskType
 COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS)
 TABLE = 'table.npz'
 _FILES = (TABLE, 'slices.csv', 'patients.csv', 'volumes.csv', 'report.html')
-# What numbers say of the split that they come from.
-BY_PATIENT, BY_SLICE = 'by patient', 'by slice, not by patient: whose the slices are is not known'
-# The same at any threshold.
-_OF_SCORES = ('auc', 'brier', 'ece')
+# The texts that describe the split of a test.
+BY_PATIENT, BY_SLICE = 'by patient', 'by slice, not by patient: the patients of the slices are unknown'
+# Numbers that do not depend on the threshold.
+_WITHOUT_THRESHOLD = ('auc', 'brier', 'ece')
 
 
 def summary(task_type: TaskType, table: dict[str, np.ndarray]) -> dict[str, float | int | None]:
-  """A table's numbers and counts at threshold 0.5, without intervals: what is looked at while training."""
+  """Returns the numbers and counts of a table of slices at threshold 0.5, without intervals, for validation."""
   patients = metrics.by_patient(table)
   return statistics.estimates(patients.statistic(task_type.definition), len(patients)) | _counts(patients)
 
 
 def numbers(task_type: TaskType, table: dict[str, np.ndarray], prevalences=()) -> dict:
-  """All that follows from a table of slices, each number with its interval: what metrics.json holds of them."""
+  """Returns the part of metrics.json that is computed from a table of slices: numbers, intervals and counts.
+
+  Args:
+    task_type: the type of task, which defines the numbers.
+    table: the table of slices.
+    prevalences: shares of slices with lesion to compute PPV and NPV for.
+  """
   half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
   at_chosen = _with_intervals(chosen, task_type.definition)
-  for name in _OF_SCORES:
+  for name in _WITHOUT_THRESHOLD:
     at_chosen.pop(name, None)
     at_chosen['intervals'].pop(name, None)
-  found = _with_intervals(chosen, metrics.detection)
-  found['at_prevalence'] = [
+  detection = _with_intervals(chosen, metrics.detection)
+  detection['at_prevalence'] = [
     {'prevalence': share, **_with_intervals(chosen, lambda totals, at=share: metrics.detection_at(totals, at))}
     for share in prevalences
   ]
@@ -50,7 +56,7 @@ def numbers(task_type: TaskType, table: dict[str, np.ndarray], prevalences=()) -
     'num_slices': len(table['label']),
     'num_patients': len(half),
     'intervals': {**statistics.method(), **at_half['intervals']},
-    'operating_point': {**at_chosen, **_counts(chosen), 'slices': found},
+    'operating_point': {**at_chosen, **_counts(chosen), 'slices': detection},
   }
 
 
@@ -67,7 +73,7 @@ def _counts(patients):
 
 
 def one_line(task_type: TaskType, summary: dict) -> str:
-  """The scores for a log: those of the paper's table, with intervals and the split's flaw where there are any."""
+  """Returns a line of scores for the log: those of the paper's table, with their intervals and the caveat if any."""
   scores = ', '.join(
     f'{name} {statistics.shown(summary[name], summary.get("intervals", {}).get(name))}' for name in task_type.shown
   )
@@ -75,15 +81,15 @@ def one_line(task_type: TaskType, summary: dict) -> str:
 
 
 def caveat(result: dict) -> str:
-  """What is to be said beside every number of a test that is not of new patients; '' of others."""
+  """Returns the warning that belongs beside every number of a test that is not on new patients; else ''."""
   split = result.get('split', BY_PATIENT)
   return '' if split == BY_PATIENT else f' (split {split})'
 
 
 def clear_test(folder: pathlib.Path) -> None:
-  """Removes a test's files before the next test's are written, so that an interrupted one leaves nothing to mistake."""
+  """Removes the files of a test before a new one, so that an interrupted test leaves no outdated files."""
   with writing(folder):
-    # First what says that a test is complete.
+    # metrics.json first: it marks a test as complete.
     for path in (folder / 'metrics.json', *(folder / name for name in _FILES), *folder.glob('against-*.json')):
       path.unlink(missing_ok=True)
   for path in (folder / 'figures', *folder.glob('against-*')):
@@ -91,7 +97,7 @@ def clear_test(folder: pathlib.Path) -> None:
 
 
 def write_test(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict, volumes: list[dict] | None) -> None:
-  """The files of test/: metrics.json last, so that a folder with it is complete."""
+  """Writes the files of test/. metrics.json is the last one and marks the folder as complete."""
   slices = zip(*(table[key] for key in COLUMNS), strict=True)
   write_csv(folder / 'slices.csv', (dict(zip(COLUMNS, row, strict=True)) for row in slices))
   half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
@@ -108,12 +114,16 @@ def write_test(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict,
 
 
 def is_complete(workdir: pathlib.Path) -> bool:
-  """Whether a run's test/ has all that comparing, pooling and tables go by."""
+  """Whether test/ of a run holds the files that comparison, pooling and tables read."""
   return all((workdir / 'test' / name).exists() for name in (TABLE, 'metrics.json'))
 
 
 def check_complete(workdir: pathlib.Path) -> None:
-  """Raises a UserError where a run was not evaluated, or its last evaluation was interrupted."""
+  """Checks that the last evaluation of a run is complete.
+
+  Raises:
+    UserError: the run was not evaluated, or its last evaluation was interrupted.
+  """
   if not is_complete(workdir):
     raise UserError(
       f'{workdir / "test"}: the run was not evaluated, or its evaluation was interrupted ({TABLE} or metrics.json is '
@@ -122,13 +132,17 @@ def check_complete(workdir: pathlib.Path) -> None:
 
 
 def read_numbers(workdir: pathlib.Path) -> dict:
-  """What metrics.json of a complete test/ holds; raises UserError as `check_complete`, or where it is damaged."""
+  """Returns metrics.json of an evaluated run.
+
+  Raises:
+    UserError: as `check_complete`, or the file is damaged.
+  """
   check_complete(workdir)
   return read_json(workdir / 'test' / 'metrics.json', f'evaluate the run with --mode=evaluate --workdir={workdir}')
 
 
 def read_volumes(workdir: pathlib.Path) -> list[dict]:
-  """The rows of test/volumes.csv; none where the scans were not at hand."""
+  """Returns the rows of test/volumes.csv; an empty list if the evaluation had no scans and wrote none."""
   path = workdir / 'test' / 'volumes.csv'
   if not path.exists():
     return []
@@ -139,7 +153,7 @@ def read_volumes(workdir: pathlib.Path) -> list[dict]:
 
 
 def read_table(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """The table of slices that an evaluation left in a run's test/.
+  """Returns the table of slices that the evaluation of a run saved in test/.
 
   Raises:
     UserError: the run was not evaluated, or the file is damaged.
@@ -157,19 +171,30 @@ def read_table(workdir: pathlib.Path) -> dict[str, np.ndarray]:
       'reliability',
     } - table.keys()
     if missing:
-      raise ValueError(f'without {", ".join(sorted(missing))}')
+      raise ValueError(f'it lacks {", ".join(sorted(missing))}')
     return table
   except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
     raise UserError(
-      f'{path}: damaged, or of another version ({error}); make it again with --mode=evaluate --workdir={workdir}'
+      f'{path}: damaged, or from another version ({error}); write it again with --mode=evaluate --workdir={workdir}'
     ) from None
 
 
-def overlay_title(task_type: TaskType, table: dict[str, np.ndarray], row: int) -> str:
-  """Patient, slice, and the result on it at the operating point."""
-  return f'patient {table["patient"][row]}, slice {table["slice"][row]}: {task_type.slice_result(table, row)}'
+def overlay_title(task_type: TaskType, table: dict[str, np.ndarray], row: int, volumes: dict[str, dict]) -> str:
+  """Returns the title of an overlay: patient, slice, and the result at the operating point.
+
+  Args:
+    task_type: the type of task of the run.
+    table: the table of slices.
+    row: the row of the slice in it.
+    volumes: the rows of volumes.csv by patient, or {}. For a patient without lesion they give the false volume.
+  """
+  patient = table['patient'][row]
+  title = f'patient {patient}, slice {table["slice"][row]}: {task_type.slice_result(table, row)}'
+  if patient in volumes and not volumes[patient]['true_ml']:
+    title += f', false volume {volumes[patient]["predicted_ml"]:.1f} mL in the scan'
+  return title
 
 
 def overlay_name(table: dict[str, np.ndarray], row: int) -> str:
-  """The file of a slice's overlay in test/figures/."""
+  """Returns the file name of the overlay of a slice in test/figures/."""
   return f'{table["patient"][row]}_{table["slice"][row]:03d}.png'

@@ -1,57 +1,67 @@
-"""The resolved config and the patients of a run, in its workdir: what resuming, evaluation and prediction go by."""
+"""Saves the resolved config and the patients of a run in its workdir, for resuming, evaluation and prediction."""
 
 import json
 import pathlib
 
 import ml_collections
 
-from fusa_jax.system import home, hosts  # noqa: F401 (configs/ is found by home)
+from fusa_jax.system import home, hosts  # noqa: F401 (importing home makes configs/ importable)
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import read_json, write_json
 
-# Keys that may change between the stops of one run: they do not change its result.
-_HARMLESS = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.')
+# Keys that may change when a run is resumed: they do not change the trained model.
+_RESUMABLE = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.')
 
 
 def save_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  """Process 0 writes config.json, or checks a run's own against `config`; all see that they have the same workdir.
+  """Writes config.json on process 0, or compares `config` with the config.json that a run already has.
+
+  All processes check that they see this file, and so share the workdir.
 
   Raises:
-    UserError: the workdir holds a run whose result this config would change (the keys are named); it cannot be written;
-      another process does not see it.
+    UserError: the workdir holds a run with another config (the message names the keys), or cannot be written. Another
+      process does not see the file.
   """
   hosts.on_main(lambda: _save(workdir, config))
   if not hosts.is_main() and not (workdir / 'config.json').is_file():
-    raise UserError(f'workdir: {workdir} is not what process 0 sees there; name a folder that all hosts share')
+    raise UserError(
+      f'workdir: this host does not see the files of process 0 in {workdir}; name a folder that all hosts share'
+    )
 
 
 def _save(workdir, config):
   path = workdir / 'config.json'
   if path.exists():
     before, now = (_flat(plain(each).to_dict()) for each in (load_config(workdir), config))
-    # Where data are named, no phantom is drawn.
-    named = any(flat[key] for flat in (before, now) for key in ('data.raw_dir', 'data.dir'))
-    harmless = (*_HARMLESS, 'data.phantom.') if named else _HARMLESS
+    # With named data no phantoms are drawn, so their options do not matter.
+    names_data = any(flat[key] for flat in (before, now) for key in ('data.raw_dir', 'data.dir'))
+    resumable = (*_RESUMABLE, 'data.phantom.') if names_data else _RESUMABLE
     differ = sorted(
-      key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(harmless)
+      key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(resumable)
     )
     if differ == ['train.steps']:
       raise UserError(
-        f'{workdir} holds a run of {before["train.steps"]} steps, over which its learning rate is scheduled: it '
-        'cannot be made longer or shorter; name another --workdir'
+        f'{workdir} holds a run of {before["train.steps"]} steps: train.steps cannot change, because the learning rate '
+        'schedule depends on it; name another --workdir'
       )
     if differ:
       listed = ', '.join(f'{key} ({before.get(key)} -> {now.get(key)})' for key in differ)
-      raise UserError(f'{workdir} holds a run of another config: {listed}; name another --workdir, or set these back')
+      raise UserError(
+        f'{workdir} holds a run with another config: {listed}; undo these changes, or name another --workdir'
+      )
   write_json(path, plain(config).to_dict())
 
 
 def save_split(workdir: pathlib.Path, split: dict[str, list[str]]) -> None:
-  """Process 0 writes split.json: the patients of each part, {'train', 'validation', 'test'}; or checks a run's own.
+  """Writes split.json on process 0, or compares `split` with the split.json that a run already has.
+
+  Args:
+    workdir: the folder of the run.
+    split: the patients of each part, {'train', 'validation', 'test'}.
 
   Raises:
-    UserError: the run was begun on other patients: files were added to the cohort, or taken out, and the folds dealt
-      anew.
+    UserError: the run was started with other patients. Files were added to the cohort or removed, which changes the
+      folds.
   """
   hosts.on_main(lambda: _save_split(workdir, split))
 
@@ -62,13 +72,13 @@ def _save_split(workdir, split):
     write_json(workdir / 'split.json', split)
   elif before != split:
     raise UserError(
-      f'{workdir}: the patients of its folds have changed since it was begun (files were added or taken out); '
-      'bring the old ones back, or train anew in another --workdir'
+      f'{workdir}: the run was started with other patients in its folds (files were added to the cohort or removed); '
+      'restore the old files, or train in another --workdir'
     )
 
 
 def load_split(workdir: pathlib.Path) -> dict[str, list[str]] | None:
-  """The patients that a run was trained, validated and to be tested on; None where that was not written down.
+  """Returns the patients of each part of a run, as `save_split` wrote them; None if the run has no split.json.
 
   Raises:
     UserError: the file is damaged.
@@ -78,56 +88,58 @@ def load_split(workdir: pathlib.Path) -> dict[str, list[str]] | None:
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config of a run, each key of the type that configs/base.py gives it.
+  """Returns the config of a run; each key has the type that configs/base.py gives it.
 
   Raises:
-    UserError: there is no run of this version in the workdir.
+    UserError: the workdir holds no run, or the run is from another version.
   """
   path = workdir / 'config.json'
   if not path.exists():
-    raise UserError(f'{workdir}: no run in it (config.json is missing); give --workdir of a trained run')
+    raise UserError(f'{workdir}: no run in it (config.json is missing); name the folder of a trained run in --workdir')
   return get_config(str(path))
 
 
 def get_config(path: str) -> ml_collections.ConfigDict:
-  """As `load_config`, of a config.json; by this name and argument, this module is the config file that --config reads.
+  """Reads a config.json as `load_config` does; `--config=RUN/config.json` repeats that run.
 
-  `--config=RUN/config.json` is that run again.
+  For this, --config uses this module as the config file and calls this function, so its name and argument are fixed.
   """
   from configs import base
 
+  if not pathlib.Path(path).exists():
+    raise UserError(f'{path} does not exist; give configs/seg.py, configs/cls.py or RUN/config.json')
   saved = read_json(pathlib.Path(path), 'restore it, or train again in another --workdir')
   config = base.paper()
   if not isinstance(saved, dict) or not isinstance(saved.get('data'), dict):
-    raise UserError(f'{path}: of something else than a run, as a bundle; name the folder of a run')
-  unlike = _flat(saved).keys() ^ _flat(config.to_dict()).keys()
-  if unlike:
+    raise UserError(f'{path}: not the config of a run, but perhaps of a bundle; name the folder of a run')
+  differ = _flat(saved).keys() ^ _flat(config.to_dict()).keys()
+  if differ:
     raise UserError(
-      f'{path}: of a run of another version, by its keys {", ".join(sorted(unlike))}; train again with this version'
+      f'{path}: from another version (the keys {", ".join(sorted(differ))} differ); train again with this version'
     )
   config.update(_with_tuples(saved))
   return config
 
 
 def is_cross_validation(config: ml_collections.ConfigDict) -> bool:
-  """Whether a config trains and tests each fold in turn, each as a run of its own."""
+  """Whether a config is a cross-validation: a separate run trains and tests for each fold."""
   return config.data.fold == 'all'
 
 
 def plain(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """As JSON would give it back: tuples are lists."""
+  """Returns the config as it would be read back from JSON: with lists in place of tuples."""
   return ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict())))
 
 
 def _with_tuples(values):
-  """Lists as the tuples that they were before JSON."""
+  """Converts lists back to tuples, which JSON stores as lists."""
   if isinstance(values, dict):
     return {key: _with_tuples(value) for key, value in values.items()}
   return tuple(values) if isinstance(values, list) else values
 
 
 def _flat(values: dict, prefix: str = '') -> dict:
-  """Nested dictionaries as one, by keys with dots."""
+  """Flattens nested dictionaries to one with dotted keys."""
   flat = {}
   for key, value in values.items():
     flat |= _flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {f'{prefix}{key}': value}

@@ -1,1 +1,1 @@
-"""A file <-> a scan: NIfTI, DICOM, pictures, archives, and the lungs in a scan. formats.py says how to add one."""
+"""Reads and writes scans (NIfTI, DICOM, pictures, archives); finds the lungs. formats.py explains a new format."""

@@ -1,4 +1,4 @@
-"""What lies in folders and .zip archives, at any depth: archives are unpacked for as long as they are looked into."""
+"""Finds files in folders and .zip archives at any depth. Archives are unpacked only while they are in use."""
 
 import contextlib
 import lzma
@@ -14,15 +14,18 @@ from collections.abc import Iterator
 from fusa_jax.system import exits
 from fusa_jax.system.errors import UserError
 
-# Archives in archives, counted from the outermost.
+# How deep archives may be nested; the outermost archive counts as 1.
 _DEPTH = 4
-# Folders of `unpacking`.
+# The folders of `unpacking` that exist now.
 _in_use = set()
 
 
 @contextlib.contextmanager
 def unpacking() -> Iterator[pathlib.Path]:
-  """Gives a folder for what archives hold (`within`), gone afterwards; a UserError names files as ARCHIVE.zip/FILE."""
+  """Makes a temporary folder for unpacked archives (see `within`), and removes it at the end.
+
+  In a UserError raised inside, unpacked files are named ARCHIVE.zip/FILE, without the temporary folder.
+  """
   with tempfile.TemporaryDirectory(prefix='fusa-jax-') as folder:
     _in_use.add(folder)
     try:
@@ -35,38 +38,43 @@ def unpacking() -> Iterator[pathlib.Path]:
 
 @exits.before_leaving
 def remove_unpacked() -> None:
-  """For a process that ends without leaving `unpacking`: scans name their patients."""
+  """Removes the folders of `unpacking` if the process exits inside it: scans contain the names of patients."""
   for folder in list(_in_use):
-    # Out of the way of threads that may still be writing to it.
-    gone = f'{folder}.gone'
+    # Rename the folder first: other threads may still be writing to it.
+    renamed = f'{folder}.gone'
     with contextlib.suppress(OSError):
-      os.rename(folder, gone)
-    for left in (gone, folder):
-      shutil.rmtree(left, ignore_errors=True)
+      os.rename(folder, renamed)
+    for path in (renamed, folder):
+      shutil.rmtree(path, ignore_errors=True)
 
 
 def unpack(archive: pathlib.Path, folder: pathlib.Path, called: str = '') -> None:
-  """Unpacks a .zip into a folder, and nowhere else; errors call it `called`, or by its path.
+  """Unpacks a .zip into a folder, and nowhere else.
+
+  Args:
+    archive: the .zip file.
+    folder: the folder to unpack into.
+    called: the name of the archive in errors; '' for its path.
 
   Raises:
-    UserError: damaged or encrypted; names that lead out of the folder; more than there is room for.
+    UserError: the archive is damaged or encrypted; its file names lead out of the folder; the disk is too full.
   """
   called = called or str(archive)
   try:
     with zipfile.ZipFile(archive) as packed:
       names = [pathlib.PurePosixPath(name.replace('\\', '/')) for name in packed.namelist()]
       if any(name.is_absolute() or '..' in name.parts for name in names):
-        raise UserError(f'{called}: has names that lead out of it; unpack it by hand if you trust it')
+        raise UserError(f'{called}: has file names that lead out of its folder; unpack it by hand if you trust it')
       size, free = sum(entry.file_size for entry in packed.infolist()), shutil.disk_usage(folder).free
       if size > 0.9 * free:
         raise UserError(
-          f'{called}: {size / 1e9:.1f} GB unpacked, and {tempfile.gettempdir()} has room for {free / 1e9:.1f}; set '
-          'TMPDIR to a folder with more'
+          f'{called}: needs {size / 1e9:.1f} GB unpacked, but {tempfile.gettempdir()} has {free / 1e9:.1f} GB free; '
+          'set TMPDIR to a folder with more space'
         )
       packed.extractall(folder)
   except NotImplementedError as error:
-    raise UserError(f'{called}: packed in a way that is not known here ({error}); unpack it by hand') from None
-  except RuntimeError:  # of zipfile, where a password is needed
+    raise UserError(f'{called}: unsupported kind of .zip ({error}); unpack it by hand') from None
+  except RuntimeError:  # zipfile raises it if the archive needs a password
     raise UserError(f'{called}: encrypted; unpack it by hand') from None
   except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
     if isinstance(error, UserError):
@@ -75,20 +83,20 @@ def unpack(archive: pathlib.Path, folder: pathlib.Path, called: str = '') -> Non
 
 
 def is_archive(path: pathlib.Path) -> bool:
-  """Whether it is a .zip, by its name."""
+  """Whether the path is a .zip file, judged by its name."""
   return path.suffix.lower() == '.zip' and path.is_file()
 
 
 def within(source: pathlib.Path, unpacked: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A file itself, or the files of a folder or .zip, at any depth, sorted; those of archives in these, too.
+  """Yields the file itself, or all files of a folder or .zip at any depth, sorted. Unpacks archives inside, too.
 
   Args:
-    source: a file or a folder; what begins with a dot in it is left out.
-    unpacked: a folder for what archives hold, as `unpacking` gives it.
+    source: a file or a folder. Names that begin with a dot are skipped.
+    unpacked: the folder for unpacked archives, from `unpacking`.
 
   Raises:
-    UserError: as `unpack`, where archives in a folder are called by their own names: exports name folders by patient;
-      archives in archives, and so on.
+    UserError: as `unpack`; archives are nested too deep. Errors show only the file name of an archive in a folder,
+      because exports name folders by patient.
   """
   if source.is_dir():
     for path in in_folder(source):
@@ -100,8 +108,8 @@ def within(source: pathlib.Path, unpacked: pathlib.Path) -> Iterator[pathlib.Pat
 
 
 def _unpacked(archive, folder, called, depth=1):
-  if depth > _DEPTH:  # there is one that holds itself
-    raise UserError(f'{called}: archives in archives, {depth} deep; unpack it by hand')
+  if depth > _DEPTH:  # some archives contain themselves
+    raise UserError(f'{called}: archives are nested {depth} deep; unpack it by hand')
   inside = folder / str(len(list(folder.iterdir()))) / archive.name
   inside.mkdir(parents=True)
   unpack(archive, inside, called)
@@ -110,6 +118,6 @@ def _unpacked(archive, folder, called, depth=1):
 
 
 def in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files of a folder at any depth, sorted, without those that begin with a dot or lie in such a folder."""
+  """The files of a folder at any depth, sorted. Files and folders that begin with a dot are skipped."""
   visible = lambda path: not any(part.startswith('.') for part in path.relative_to(folder).parts)
   return sorted(path for path in folder.rglob('*') if visible(path) and path.is_file())

@@ -1,11 +1,13 @@
-"""Runs functions in a process of its own: on some damaged files, GDCM kills the process that it runs in.
+"""Runs functions in a separate process, because GDCM kills its own process on some damaged files.
 
-Each thread starts one such worker at its first file and keeps it. Run as a script, this module is the worker: it reads
-(function, arguments) by pickle from the standard input, and writes the result or the UserError to the standard output.
+Each thread starts one worker at its first file and keeps it. Run as a script, this module is the worker. It reads
+(function, arguments) as pickles from the standard input, and writes the result or the UserError to the standard output.
 
-ProcessPoolExecutor does not replace it. A spawned worker first imports modules of the current folder and the main
-module: launch.py takes 0.6 s, the worker here 0.03 s, and a script that Python reads from the standard input fails. The
-pool also waits forever for a worker that dies while it sends an image, and its worker survives a killed parent.
+ProcessPoolExecutor cannot replace it:
+- Its spawned workers first import modules of the current folder and the main module. With launch.py this takes 0.6 s;
+  the worker here takes 0.03 s. It fails for a script that Python reads from the standard input.
+- The pool waits forever for a worker that dies while it sends an image.
+- Its workers survive a killed parent.
 """
 
 import os
@@ -19,7 +21,7 @@ from fusa_jax.system.errors import UserError
 
 
 class _Worker:
-  """The process. `self(function, *arguments)` returns the result or the UserError; None where the process ended."""
+  """The worker process. `self(function, *arguments)` returns the result or the UserError; None if the process died."""
 
   def __init__(self):
     self.owner = os.getpid()
@@ -47,34 +49,36 @@ class _Worker:
       self._process.communicate()
 
 
-_of_thread = threading.local()
+_thread_local = threading.local()
 
 
 def apart(function: Callable, *arguments):
-  """Computes function(*arguments) in the thread's worker; the function must be a module's own, all must be picklable.
+  """Computes function(*arguments) in this thread's worker.
+
+  The function must be defined at the top level of a module. The arguments and the result must be picklable.
 
   Raises:
-    UserError: the function raised it; the worker died; or the system refuses to start one.
+    UserError: the function raised it; the worker died; the system refuses to start a worker.
   """
-  worker = getattr(_of_thread, 'worker', None)
+  worker = getattr(_thread_local, 'worker', None)
   if worker is None or worker.owner != os.getpid():  # after a fork, the worker belongs to the parent process
     try:
       worker = _Worker()
     except OSError as error:
-      raise UserError(f'no process to decode it in ({error.strerror}); close others, and start again') from None
+      raise UserError(f'cannot start a decoder process ({error.strerror}); close other programs, then retry') from None
   # Detach the worker until it replies, so that a late reply cannot be matched to the next file.
-  _of_thread.worker = None
+  _thread_local.worker = None
   result = worker(function, *arguments)
   if result is None:
-    raise UserError('a slice cannot be decoded (its decoder broke down); copy it again from its source')
-  _of_thread.worker = worker
+    raise UserError('a slice cannot be decoded (the decoder crashed); copy it again from its source')
+  _thread_local.worker = worker
   if isinstance(result, UserError):
     raise result
   return result
 
 
 def main():
-  # Keep the standard output for results: send to the standard error what libraries print.
+  # Keep the standard output for results. What libraries print goes to the standard error.
   results = os.fdopen(os.dup(sys.stdout.fileno()), 'wb')
   os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
   while True:

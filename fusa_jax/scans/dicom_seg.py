@@ -1,7 +1,6 @@
-"""Lesion masks as DICOM SEG: written beside the series that they were found on, and read as what a viewer has saved.
+"""Writes lesion masks as DICOM SEG for their series, and reads SEGs that a viewer saved.
 
-A SEG belongs to its patient: by DICOM's rules name, ID and dates are those of the series, so that an archive files it
-there.
+By DICOM's rules a SEG has the patient name, ID and dates of its series, so that an archive files it under that patient.
 """
 
 import contextlib
@@ -21,27 +20,32 @@ from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing
 
 _SEGMENTATION, _LABELMAP = '1.2.840.10008.5.1.4.1.1.66.4', '1.2.840.10008.5.1.4.1.1.66.7'
-# What a SEG says of the slices that it was made on; their study and frame of reference are also its own.
+# How a SEG refers to its source slices. It has the same study and frame of reference.
 _REFERRED = ('StudyInstanceUID', 'SeriesInstanceUID', 'FrameOfReferenceUID', 'SOPClassUID', 'SOPInstanceUID')
 _OF_SLICE = (*_REFERRED, 'Modality', 'PixelSpacing', 'ImagePositionPatient')
-# What highdicom asks of a source, and prints where it does not like it: copied when nobody looks at it any more.
+# highdicom requires these elements of a source slice, and prints values that it rejects. So they are empty at first,
+# and copied after highdicom's checks.
 _OF_PATIENT = ('PatientID', 'PatientName', 'PatientBirthDate', 'PatientSex')
 _OF_STUDY = ('AccessionNumber', 'StudyID', 'StudyDate', 'StudyTime')
-# From the series' number to that of its mask.
+# The series number of a mask is this much larger than that of its series.
 _NUMBER = 1000
 
 
 def check_series(sources: Sequence[formats.Source]) -> None:
-  """Raises a UserError: a source is no series; a line for each of which no SEG can be made; highdicom is missing."""
+  """Checks that a SEG can be made for each source.
+
+  Raises:
+    UserError: a source is not a DICOM series; highdicom is not installed; no SEG can be made, one line per series.
+  """
   others = [source.name for source in sources if not isinstance(source, dicom.Series)]
   if others:
-    raise UserError(f'dicom: {others[0]} is no DICOM series; give such alone, or leave it out')
+    raise UserError(f'dicom: {others[0]} is not a DICOM series; give only DICOM series, or leave out --dicom')
   _highdicom()
   problems = []
   for one in sources:
     lacking = [key for key in _REFERRED if not all(header.get(key) for header in one.headers)]
     if lacking:
-      problems.append(f'{one}: its slices lack {", ".join(lacking)}, which a SEG refers to; leave out --dicom')
+      problems.append(f'{one}: its slices lack {", ".join(lacking)}, which a SEG needs; leave out --dicom')
       continue
     try:
       _check(one)
@@ -52,9 +56,9 @@ def check_series(sources: Sequence[formats.Source]) -> None:
 
 
 def _check(series):
-  """Makes a SEG in memory, as if slices had one pixel: only highdicom can tell which headers it takes."""
+  """Makes a SEG in memory with one pixel per slice, because only highdicom can tell which headers it accepts."""
   frames = np.zeros((len(series.grid[0]), 1, 1), np.uint8)
-  frames[0] = 1  # where there is any, slices without have no frame
+  frames[0] = 1  # one slice with a lesion is enough: all others then have no frame
   with _without_values(series):
     _segmentation(series, frames, {'model': 'none', 'threshold': 0.5}).save_as(io.BytesIO(), enforce_file_format=True)
 
@@ -62,17 +66,18 @@ def _check(series):
 def write_seg(path: pathlib.Path, mask: np.ndarray, scan: volumes.Scan, about: Mapping[str, Any]) -> None:
   """Writes the mask of a series as one binary segment of the coded type Lesion.
 
-  Slices without lesion have no frame; where none has any, each has an empty one. Frames refer to the slices that they
-  lie on, and have their rows and columns.
+  Slices without lesion have no frame. If no slice has a lesion, every slice has an empty frame. Each frame refers to
+  its source slice and has the same rows and columns.
 
   Args:
-    path: of the file, .dcm.
+    path: the file to write, .dcm.
     mask: uint8 {0, 1} [S, H, W] on canonical axes.
-    scan: as `dicom.read_series` gave it, of a series that `check_series` let through.
-    about: what made it, all of which its parameters say: 'model', 'threshold'; 'lungs', 'smallest_ml' and others.
+    scan: the scan from `dicom.read_series`, of a series that passed `check_series`.
+    about: how the mask was made, stored as parameters of the algorithm: 'model', 'threshold', and further ones
+      ('lungs', 'smallest_ml', ...).
 
   Raises:
-    UserError: headers of the series of which highdicom makes no SEG; the system refuses to write there.
+    UserError: highdicom rejects the headers of the series; the system refuses to write the file.
   """
   with _without_values(scan.path):
     made = _segmentation(scan.path, volumes.to_own_axes(mask, scan).transpose(2, 1, 0), about)
@@ -82,21 +87,21 @@ def write_seg(path: pathlib.Path, mask: np.ndarray, scan: volumes.Scan, about: M
 
 @contextlib.contextmanager
 def _without_values(series):
-  """Around what uses a series' headers: warnings and errors quote the values that they are about."""
+  """Hides the warnings and error texts of code that uses a series' headers, because they quote the values."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')
       yield
   except UserError:
     raise
-  except Exception as error:  # of many types, with values of the patient's in their texts
+  except Exception as error:  # of many types; the texts may contain data of the patient
     raise UserError(
-      f'{series}: its headers make no DICOM SEG ({type(error).__name__}); predict it without --dicom'
+      f'{series}: no DICOM SEG can be made from its headers ({type(error).__name__}); leave out --dicom'
     ) from None
 
 
 def find_segs(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-  """Which of some DICOM files, such as `dicom.find_series` has read, are SEGs."""
+  """The SEGs among DICOM files. The files must be readable, as those that `dicom.find_series` accepted."""
   from pydicom import filereader
 
   of_class = lambda path: str(filereader.read_file_meta_info(path).get('MediaStorageSOPClassUID', ''))
@@ -104,27 +109,27 @@ def find_segs(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
 
 
 def series_uid(path: pathlib.Path) -> str:
-  """Of the series that a SEG refers to; '' where it names none, also because it is damaged."""
+  """The UID of the series that a SEG refers to; '' if it names none or is damaged."""
   import pydicom
 
   try:
     header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=['ReferencedSeriesSequence'])
     return str(header.ReferencedSeriesSequence[0].SeriesInstanceUID)
-  except Exception:  # pydicom lets errors of many types through
+  except Exception:  # pydicom raises errors of many types
     return ''
 
 
 def read_seg(path: pathlib.Path, scan: volumes.Scan, lesion_labels: Sequence[int] = ()) -> np.ndarray:
-  """A SEG as the lesion mask of its series: uint8 {0, 1} [S, H, W], of scan.values's shape and axes.
+  """Reads a SEG as the lesion mask of its series: uint8 {0, 1} [S, H, W], with the shape and axes of scan.values.
 
   Args:
-    path: of the SEG, whosever. Its frames lie on slices of the series, in any order; slices without one are empty.
-    scan: of the series, as `dicom.read_series` gave it.
-    lesion_labels: the numbers of the segments that are lesion; () where it has one only.
+    path: the SEG, from any program. Frames may be in any order; slices without a frame are empty.
+    scan: the scan of the series, from `dicom.read_series`.
+    lesion_labels: the numbers of the segments that are lesion; () if there is only one segment.
 
   Raises:
-    UserError: damaged; not binary; several segments and no labels, or labels of none of them; frames that lie on no
-      slice, pixel by pixel.
+    UserError: the SEG is damaged or not binary; it has several segments and no labels are given, or none of its
+      segments is in the labels; a frame does not match a slice pixel by pixel.
   """
   import pydicom
 
@@ -132,24 +137,23 @@ def read_seg(path: pathlib.Path, scan: volumes.Scan, lesion_labels: Sequence[int
     return _read(pydicom.dcmread(path), path.name, scan, lesion_labels)
   except UserError:
     raise
-  except Exception as error:  # pydicom lets errors of many types through
-    raise UserError(f'{path.name}: a DICOM SEG that cannot be read ({type(error).__name__}); save it again') from None
+  except Exception as error:  # pydicom raises errors of many types
+    raise UserError(f'{path.name}: the DICOM SEG cannot be read ({type(error).__name__}); save it again') from None
 
 
 def _read(seg, name, scan, lesion_labels):
   if seg.SegmentationType != 'BINARY':
-    raise UserError(f'{name}: a DICOM SEG of another type than binary; save it as a binary one')
+    raise UserError(f'{name}: the DICOM SEG must be of type BINARY; save it as a binary segmentation')
   numbers = sorted(int(segment.SegmentNumber) for segment in seg.SegmentSequence)
   if len(numbers) > 1 and not lesion_labels:
     raise UserError(
-      f'{name}: a DICOM SEG with the segments {", ".join(map(str, numbers))}; name those that are lesion, as in '
-      f'--config.data.lesion_labels="({numbers[0]},)"'
+      f'{name}: the DICOM SEG has several segments ({", ".join(map(str, numbers))}); name the lesion segments, for '
+      f'example --config.data.lesion_labels="({numbers[0]},)"'
     )
   if lesion_labels and not set(numbers) & set(lesion_labels):
     raise UserError(
-      f'{name}: a DICOM SEG with the segments {", ".join(map(str, numbers))}, none of which data.lesion_labels '
-      f'({", ".join(map(str, lesion_labels))}) names; add those that are lesion, or save it with one of them, empty '
-      'where there is no lesion'
+      f'{name}: data.lesion_labels ({", ".join(map(str, lesion_labels))}) names no segment of the DICOM SEG '
+      f'({", ".join(map(str, numbers))}); add the lesion segments or, without lesions, save an empty lesion segment'
     )
   headers, _ = scan.path.grid
   slices = np.stack([_corners(header, header, header, header) for header in headers])
@@ -167,15 +171,15 @@ def _read(seg, name, scan, lesion_labels):
     nearest = apart.argmin()
     if frame.shape != own.shape[1:] or not apart[nearest] <= 0.1 * min(scan.spacing):
       raise UserError(
-        f'{name}: a DICOM SEG whose frames lie on no slices of {scan.path}, pixel by pixel; save it on the grid of '
-        'that series'
+        f'{name}: frames of the DICOM SEG do not match the slices of {scan.path} pixel by pixel; save it on the grid '
+        'of that series'
       )
     own[nearest] |= frame
   return np.ascontiguousarray(volumes.to_canonical_axes(own.transpose(2, 1, 0), scan))
 
 
 def _corners(orientation, spacing, position, size):
-  """Where three corners of an image lie [3, (x, y, z)], in millimetres, of the elements that say so."""
+  """The positions of three corners of an image [3, (x, y, z)], in millimetres, from its DICOM elements."""
   across, down = np.array(orientation.ImageOrientationPatient, float).reshape(2, 3)
   height, width = map(float, spacing.PixelSpacing)
   first = np.array(position.ImagePositionPatient, float)
@@ -183,7 +187,7 @@ def _corners(orientation, spacing, position, size):
 
 
 def _segmentation(series, frames, about):
-  """highdicom's Segmentation of frames [slices, rows, columns], in the order of the series' grid."""
+  """Makes a highdicom Segmentation of frames [slices, rows, columns], in the order of the series' grid."""
   import pydicom
 
   highdicom, codes = _highdicom()
@@ -193,7 +197,7 @@ def _segmentation(series, frames, about):
   thickness = whole.get('SliceThickness') or f'{spacing:.8g}'
   sources = [_source(header, headers[0], frames.shape[1:], thickness, f'{spacing:.8g}') for header in headers]
   version = provenance.version() or 'source'
-  by_us = highdicom.AlgorithmIdentificationSequence(
+  algorithm = highdicom.AlgorithmIdentificationSequence(
     'fusa_jax', codes.DCM.ArtificialIntelligence, version, parameters={key: str(about[key]) for key in sorted(about)}
   )
   segment = highdicom.seg.SegmentDescription(
@@ -202,7 +206,7 @@ def _segmentation(series, frames, about):
     segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
     segmented_property_type=codes.SCT.Lesion,
     algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-    algorithm_identification=by_us,
+    algorithm_identification=algorithm,
   )
   made = highdicom.seg.Segmentation(
     source_images=sources,
@@ -214,12 +218,12 @@ def _segmentation(series, frames, about):
     sop_instance_uid=highdicom.UID(),
     instance_number=1,
     manufacturer='fusa_jax',
-    manufacturer_model_name=about['model'][:64],  # as much as there is room for
+    manufacturer_model_name=about['model'][:64],  # DICOM allows 64 characters
     software_versions=version,
     device_serial_number='none',
     series_description='Lesions by fusa_jax, for research only',
     content_label='LESION',
-    content_creator_name='',  # required, and nobody
+    content_creator_name='',  # required, but no person made it
     content_description=_description(about),
   )
   for key in (*_OF_PATIENT, *_OF_STUDY, 'SpecificCharacterSet', 'LossyImageCompression'):
@@ -230,20 +234,20 @@ def _segmentation(series, frames, about):
 
 
 def _description(about):
-  """In 64 characters, which is what there is room for."""
+  """Describes the mask in at most 64 characters, the limit of DICOM."""
   limits = ', in lungs' if about.get('lungs') else ''
-  limits += f', from {about["smallest_ml"]:.3g} mL' if about.get('smallest_ml') else ''
-  return f'Lesions, probability from {about["threshold"]:.3g}{limits}'
+  limits += f', >= {about["smallest_ml"]:.3g} mL' if about.get('smallest_ml') else ''
+  return f'Lesions, probability >= {about["threshold"]:.3g}{limits}'
 
 
 def _source(header, first, size, thickness, spacing):
-  """A slice as highdicom wants it, of one orientation and without the patient."""
+  """The header of a slice for highdicom: with the orientation of the first slice and without data of the patient."""
   import pydicom
 
   source = pydicom.Dataset()
   for key in _OF_SLICE:
     source.add(header[key])
-  source.add(first['ImageOrientationPatient'])  # they may differ by rounding
+  source.add(first['ImageOrientationPatient'])  # orientations may differ by rounding
   source.Rows, source.Columns = size
   source.SliceThickness, source.SpacingBetweenSlices = thickness, spacing
   for key in (*_OF_PATIENT, *_OF_STUDY):
@@ -253,13 +257,11 @@ def _source(header, first, size, thickness, spacing):
 
 @functools.cache
 def _highdicom():
-  """highdicom, and the codes of terms."""
+  """Imports highdicom and the dictionary of DICOM codes."""
   try:
     import highdicom
     from pydicom.sr.codedict import codes
   except ImportError:
-    raise UserError(
-      'dicom: highdicom, which writes it, is not installed; pip install -r requirements-dicom.txt'
-    ) from None
-  logging.getLogger('highdicom').setLevel(logging.ERROR)  # as its warnings
+    raise UserError('dicom: highdicom is not installed; pip install -r requirements-dicom.txt') from None
+  logging.getLogger('highdicom').setLevel(logging.ERROR)  # its log quotes values, too
   return highdicom, codes

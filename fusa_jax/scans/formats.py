@@ -1,6 +1,6 @@
-"""The interface of a file format. A new format is a module like nifti.py, and its class a line in `sources.FORMATS`.
+"""The interface of a file format. To add one, write a module like nifti.py and list its class in `sources.FORMATS`.
 
-Results are written by what a source is, not by its format: NIfTI for scans, PNG for pictures.
+Results do not have the format of their source: scans give NIfTI, pictures give PNG.
 """
 
 import abc
@@ -15,14 +15,14 @@ from fusa_jax.scans.volumes import Scan
 
 
 class Source(abc.ABC):
-  """A scan or picture as it is stored, unread. Error messages begin with its `str`.
+  """A stored scan or picture that is not yet read. Error messages begin with its `str`.
 
   Attributes:
-    endings: of its files' names, for messages; '' where the content of a file tells the format.
-    is_picture: whether `read_image` gives a picture, not a scan.
-    name: what results call it.
-    stem: what the names of result files begin with.
-    title: what log lines call it.
+    endings: the endings of file names, for messages; '' if the format is recognised by content.
+    is_picture: whether `read_image` returns a picture instead of a scan.
+    name: the name in results.
+    stem: the first part of the names of result files.
+    title: the name in log lines.
   """
 
   endings: ClassVar[str] = ''
@@ -33,25 +33,28 @@ class Source(abc.ABC):
   @classmethod
   @abc.abstractmethod
   def claims(cls, path: pathlib.Path) -> bool:
-    """Whether a file is of this format, be it damaged."""
+    """Whether a file has this format, even if it is damaged."""
 
   @classmethod
   @abc.abstractmethod
   def from_files(cls, paths: Iterable[pathlib.Path]) -> Sequence[Self]:
-    """The sources that some files of this format hold; raises UserError where damage hides that."""
+    """The sources in files of this format. Raises UserError if a file is too damaged to tell."""
 
   @abc.abstractmethod
   def read_image(self, intensity: str) -> Scan | np.ndarray:
-    """A scan (`volumes.from_volume` makes one), or a picture of grey values: uint8 [H, W].
+    """Reads a scan (use `volumes.from_volume` to make it) or an 8-bit picture, uint8 [H, W].
+
+    Args:
+      intensity: one of volumes.VALUES.
 
     Raises:
-      UserError: it is damaged; a scan's values are not of that intensity, one of volumes.VALUES.
+      UserError: the source is damaged; the values of a scan do not have this intensity.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class FileSource(Source):
-  """A source that is one file."""
+  """A source stored in one file."""
 
   path: pathlib.Path
   name = property(lambda self: self.path.name)

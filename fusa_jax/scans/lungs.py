@@ -1,8 +1,8 @@
-"""Where the lungs are in a chest CT, by its Hounsfield units: what masks can be limited to.
+"""Finds the lungs in a chest CT by Hounsfield units, so that masks can be limited to them.
 
-Air inside of the body is lung, airway or gas in the bowel; the lungs are the largest of it. Lesions may be as dense as
-muscle and lie at the pleura, where no HU tells them from it: the field is closed over them, and wider than the lungs.
-The steps are those of most such rules, as Hu, Hoffman and Reinhardt's (IEEE TMI 2001), with fixed thresholds.
+Air inside the body is lung, airway or bowel gas; the lungs are the largest part. Lesions at the pleura can be as dense
+as muscle, and HU cannot separate them from it. So the field is closed over these lesions, and wider than the lungs.
+The steps follow published methods, for example Hu, Hoffman and Reinhardt (IEEE TMI 2001), with fixed thresholds.
 """
 
 import logging
@@ -12,24 +12,24 @@ from scipy import ndimage
 
 from fusa_jax.scans import volumes
 
-# Aerated lung (-850) and ground glass (-700 to -300) are below, tissue and its fat (-100) above.
+# In HU. Aerated lung (-850) and ground glass (-700 to -300) are below, tissue including fat (-100) is above.
 THRESHOLD = -200
-# Both lungs are more than this together; one that is emptier than the other has at least a share of it. What gas there
-# is in the stomach has less.
+# The largest region of air must have at least _LEAST_ML mL. Another region counts as lung if it has at least _SHARE of
+# that volume, as the smaller of two lungs has. Gas in the stomach has less.
 _LEAST_ML, _SHARE = 300, 0.1
-# Millimetres: gaps twice as wide are closed over, which a lesion at the pleura leaves; then the margin remains.
+# Millimetres. Gaps of up to twice _CLOSED, as a lesion at the pleura leaves them, are closed. _MARGIN is added around.
 _CLOSED, _MARGIN = 20, 3
-# The voxels that all this is done on, in millimetres.
+# Millimetres: slices are resampled to about this pixel size first.
 _COARSE = 3
 
 
 def field(scan: volumes.Scan) -> np.ndarray:
-  """The lungs with what is closed in by them, and some millimetres around: bool [S, H, W].
+  """The lungs, the regions that they enclose, and a few millimetres around: bool [S, H, W].
 
-  All of the scan, and a warning, where no lungs are found.
+  If no lungs are found, the field is the whole scan, and a warning is logged.
 
   Args:
-    scan: in HU, of the chest or some of it.
+    scan: in HU, of the chest or a part of it.
   """
   shape = scan.values.shape[1:]
   thickness, *pixel = scan.spacing
@@ -46,7 +46,7 @@ def field(scan: volumes.Scan) -> np.ndarray:
 
 
 def _lungs(hu, voxel_ml):
-  """The largest air inside of the body; None where there is too little of it."""
+  """The largest regions of air inside the body; None if they are too small."""
   air = hu < THRESHOLD
   inside = air & ~_around(air)
   labels, count = ndimage.label(inside)
@@ -57,10 +57,10 @@ def _lungs(hu, voxel_ml):
 
 
 def _around(air):
-  """The air around the body: what reaches the edge of its slice and, through others, a corner of one.
+  """The air around the body. It touches the edge of its slice, and is connected in 3D to a corner of some slice.
 
-  A lung at the edge of a narrow field of view reaches no corner. Slice by slice first, since air in the throat leads
-  from the lungs out of the mouth.
+  A lung at the edge of a narrow field of view touches no corner. Edges are checked within each slice first, because
+  the airways connect the lungs with the air outside of the mouth.
   """
   at_edge = np.stack([_at_edge(one) for one in air])
   labels, _ = ndimage.label(at_edge)
@@ -74,9 +74,9 @@ def _at_edge(air):
 
 
 def _closed(lungs, spacing):
-  """Closed with a ball, widened by the margin, and without holes in any slice."""
-  # Beyond its ends the scan goes on as it ends: a ball does not bite into the first and the last slice. Beyond the
-  # edges of slices there is room for it.
+  """Closes the lungs with a ball, widens them by the margin, and fills holes in each slice."""
+  # Repeat the first and the last slice, so that the ball does not cut into them. Pad rows and columns with False, so
+  # that the ball has room.
   ends, rows, columns = (int(np.ceil((_CLOSED + _MARGIN) / mm)) for mm in spacing)
   padded = np.pad(lungs, ((ends, ends), (0, 0), (0, 0)), mode='edge')
   padded = np.pad(padded, ((0, 0), (rows, rows), (columns, columns)))

@@ -1,4 +1,4 @@
-"""Slices as PNG or JPEG: grey values of 0 to 255 that somebody windowed, and masks. NumPy and Pillow only."""
+"""Reads slices in PNG or JPEG, which are windowed 8-bit images, and their masks. Needs only NumPy and Pillow."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ from fusa_jax.scans import formats
 from fusa_jax.system.errors import UserError, one_line
 from fusa_jax.system.files import replacing
 
-# JPEG rounds the three channels of a grey picture each in its own way.
+# The largest difference between colour channels in a grey picture. JPEG rounds each of the three channels differently.
 _COLOURLESS = 24
 
 
@@ -18,7 +18,7 @@ def is_picture_file(path: pathlib.Path) -> bool:
 
 
 class PictureFile(formats.FileSource):
-  """A slice in one file."""
+  """A slice in one picture file."""
 
   endings = '.png, .jpg'
   is_picture = True
@@ -29,46 +29,47 @@ class PictureFile(formats.FileSource):
 
 
 def read_picture(path: pathlib.Path) -> np.ndarray:
-  """A slice as uint8 [H, W].
+  """Reads a slice as uint8 [H, W].
 
   Raises:
-    UserError: unreadable; 16-bit; in colour.
+    UserError: the picture is unreadable, 16-bit or in colour.
   """
   image = _open(path)
   if image.mode.startswith(('I', 'F')):
-    raise UserError(f'{path}: more than 8 bits a pixel; export the scan as .nii.gz in HU, or the picture in 8-bit grey')
+    raise UserError(f'{path}: more than 8 bits per pixel; export the scan as .nii.gz in HU, or as 8-bit grey picture')
   if image.mode in ('1', 'L'):
     return np.asarray(image.convert('L'))
   if _is_coloured(image):
-    raise UserError(f'{path}: a picture in colour; give the slice in grey, without anything drawn on it')
+    raise UserError(f'{path}: the picture is in colour; give the slice in grey, without annotations')
   return np.asarray(image.convert('RGB').convert('L'))
 
 
 def read_mask(path: pathlib.Path, shape: tuple[int, int], lesion_labels: tuple[int, ...] = ()) -> np.ndarray:
-  """The mask of a slice: uint8 {0, 1} [H, W].
+  """Reads the mask of a slice: uint8 {0, 1} [H, W].
 
   Args:
-    path: of the picture.
-    shape: of the slice.
-    lesion_labels: its values that are lesion; () where it holds 0 and 255, or 0 and 1, only.
+    path: the mask's picture.
+    shape: the shape of the slice.
+    lesion_labels: the values that are lesion; () if the mask holds only 0 and 255, or only 0 and 1.
 
   Raises:
-    UserError: as `read_picture`; also of another shape, or with other values.
+    UserError: as `read_picture`; the mask has another shape or other values.
   """
   image = _open(path)
-  # Colours of a palette stand for labels, whose numbers are its indices; of a grey palette, the grey is meant.
+  # In a palette with colours, or with labels, the palette's indices are the labels. In a grey palette, without labels,
+  # the grey values count.
   indexed = image.mode == 'P' and (lesion_labels or _is_coloured(image))
   values = np.asarray(image) if indexed else read_picture(path)
   if values.shape != tuple(shape):
-    raise UserError(f'{path}: the mask has {values.shape} pixels and its slice {tuple(shape)}; save it in that size')
+    raise UserError(f'{path}: the mask has {values.shape} pixels, its slice {tuple(shape)}; save it in that size')
   if lesion_labels:
     return np.isin(values, lesion_labels).astype(np.uint8)
-  found = np.unique(values)
-  if not (set(found.tolist()) <= {0, 255} or set(found.tolist()) <= {0, 1}):
-    shown = ', '.join(map(str, found[:6])) + (', ...' if found.size > 6 else '')
+  distinct = np.unique(values)
+  if not (set(distinct.tolist()) <= {0, 255} or set(distinct.tolist()) <= {0, 1}):
+    shown = ', '.join(map(str, distinct[:6])) + (', ...' if distinct.size > 6 else '')
     raise UserError(
-      f'{path}: a mask holds 0 and 255, or 0 and 1, only, this one has {shown}; save it as PNG (JPEG blurs it), or '
-      'name those that are lesion, as in --config.data.lesion_labels="(3,)"'
+      f'{path}: mask values must be 0 and 255, or 0 and 1, but are {shown}; save the mask as PNG (JPEG changes '
+      'values), or name the lesion labels, for example --config.data.lesion_labels="(3,)"'
     )
   return (values > 0).astype(np.uint8)
 
@@ -90,6 +91,6 @@ def _open(path):
       image.load()
       return image
   except FileNotFoundError:
-    raise UserError(f'{path}: no such file; check the path') from None
-  except Exception as error:  # Pillow lets errors of its decoders through, of many types
-    raise UserError(f'{path}: no picture that can be read ({one_line(error)}); copy it again from its source') from None
+    raise UserError(f'{path}: file not found; check the path') from None
+  except Exception as error:  # Pillow's decoders raise errors of many types
+    raise UserError(f'{path}: the picture cannot be read ({one_line(error)}); copy it again from its source') from None

@@ -1,9 +1,12 @@
-"""A scan in memory, on canonical axes: its checks, and the way back to the grid that it was read on.
+"""A scan in memory on canonical axes: its checks, and the way back to the grid of its file.
 
-Canonical axes, the way a radiologist sees axial slices: [S, H, W] with axis 0 from inferior to superior, axis 1 from
-anterior to posterior (row 0 is the front of the chest), axis 2 from the patient's right to left. Values are int16, in
-Hounsfield units or, of scans that were windowed and saved as 8-bit images, grey of 0 to 255. NumPy only: worker
-processes import this file, and they should start quickly.
+Canonical axes [S, H, W] show axial slices as a radiologist sees them:
+- axis 0 runs from inferior to superior,
+- axis 1 runs from anterior to posterior (row 0 is the front of the chest),
+- axis 2 runs from the patient's right to left.
+
+Values are int16: Hounsfield units, or grey values of 0 to 255 if the scan was windowed and saved as 8-bit images.
+This module does not import JAX: worker processes import it and must start quickly.
 """
 
 import dataclasses
@@ -17,11 +20,12 @@ from PIL import Image
 
 from fusa_jax.system.errors import UserError, one_line
 
-# What scanners call air outside of the field of view lies below this (-2000, -3024, ...); it is no tissue.
+# In HU. Scanners fill the area outside the field of view with lower values (-2000, -3024, ...), which are not tissue.
 AIR = -1024
-# The two kinds of values that networks are trained on, never both.
+# The intensities of a scan. A network is trained on one of the two, never on both.
 VALUES = ('hu', 'grey')
 _CANONICAL = orientations.axcodes2ornt(('L', 'P', 'S'))
+_IMAGE = 'an 8-bit image'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +34,8 @@ class Grid:
 
   Attributes:
     shape: slices, rows, columns.
-    affine: [4, 4], canonical voxel (x, y, z) = (axis 2, axis 1, axis 0) to world millimetres (RAS+).
-    path: where it was read from: a file, or what else has a `name` and, as str, stands at the head of a message.
+    affine: [4, 4], from canonical voxels (x, y, z) = (axis 2, axis 1, axis 0) to world millimetres (RAS+).
+    path: its file, or another source with a `name`. Messages begin with str(path).
   """
 
   shape: tuple[int, int, int]
@@ -51,11 +55,11 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Scan(Grid):
-  """A scan on canonical axes, with what is needed to go back.
+  """A scan on canonical axes, with the header of its file, which leads back to the stored axes.
 
   Attributes:
-    values: int16 [S, H, W]: Hounsfield units, at least AIR; or grey, 0 to 255.
-    header: the file's own header: its shape, affines and codes.
+    values: int16 [S, H, W]: Hounsfield units, at least AIR; or grey values, 0 to 255.
+    header: the file's header, with shape, affines and their codes.
   """
 
   values: np.ndarray
@@ -64,7 +68,7 @@ class Scan(Grid):
 
 @dataclasses.dataclass(frozen=True)
 class Mask(Grid):
-  """A lesion mask on canonical axes, with no scan beside it.
+  """A lesion mask on canonical axes, without its scan.
 
   Attributes:
     mask: uint8 {0, 1} [S, H, W].
@@ -74,18 +78,18 @@ class Mask(Grid):
 
 
 def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, intensity: str = 'hu') -> Scan:
-  """A scan that was read by other means, with the checks of `nifti.read_scan`.
+  """Makes a scan from values that were not read from NIfTI, with the checks of `nifti.read_scan`.
 
-  Its header has the affine as sform and, where that holds no shear, as qform, both with code 1 (scanner).
+  The header has the affine as sform and, if it has no shear, as qform, both with code 1 (scanner).
 
   Args:
     values: numbers [x, y, z].
-    affine: [4, 4], their (x, y, z) to world millimetres (RAS+).
-    source: what messages call it, as Grid's path.
-    intensity: one of VALUES, which they have to be.
+    affine: [4, 4], from voxels (x, y, z) to world millimetres (RAS+).
+    source: the source in messages, see Grid.path.
+    intensity: the intensity that the values must have, one of VALUES.
 
   Raises:
-    UserError: as `nifti.read_scan`; an affine that is not [4, 4] numbers; more voxels along an axis than NIfTI holds.
+    UserError: as `nifti.read_scan`; the affine is not [4, 4] numbers; an axis has more voxels than NIfTI allows.
   """
   header = nib.Nifti1Header()
   try:
@@ -93,8 +97,8 @@ def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, intensity: 
     header.set_data_shape(values.shape)
     header.set_sform(affine, 1)
   except (nib.spatialimages.HeaderDataError, TypeError, ValueError) as error:
-    raise UserError(f'{source}: its shape and affine make no volume ({one_line(error)}); save it again') from None
-  scan = to_scan(values, header, source, intensity)  # refuses an affine that no whole header can be made of
+    raise UserError(f'{source}: invalid shape or affine ({one_line(error)}); save it again') from None
+  scan = to_scan(values, header, source, intensity)  # first: _header fails on affines that this refuses
   return dataclasses.replace(scan, header=_header(values.shape, affine))
 
 
@@ -104,7 +108,7 @@ def to_scan(values, header, path, intensity, windowed=False):
     check_grey(values, path)
   else:
     _check_hu(values, path, windowed)
-  # The upper bound is int16's; metal goes to a few tens of thousands on extended scales.
+  # The upper bound is that of int16. On extended scales, metal reaches a few tens of thousands.
   hu = np.clip(values, AIR, np.iinfo(np.int16).max)
   if hu.dtype.kind == 'f':
     hu = np.rint(hu)
@@ -112,7 +116,7 @@ def to_scan(values, header, path, intensity, windowed=False):
 
 
 def canonical(values, header, path):
-  """Values [x, y, z] as [S, H, W] on canonical axes, and their grid."""
+  """Brings values [x, y, z] to canonical axes [S, H, W]; returns them and their grid."""
   if values.dtype.kind not in 'iuf':
     raise UserError(f'{path}: voxels are {values.dtype}, not numbers; save Hounsfield units (mask: 0 and 1)')
   if values.dtype.kind == 'f' and not np.isfinite(values).all():
@@ -120,30 +124,30 @@ def canonical(values, header, path):
     raise UserError(f'{path}: {count} of {values.size} voxels are NaN or infinite; export it again without them')
   affine = header.get_best_affine()
   if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-    raise UserError(f'{path}: its affine maps no volume (zero or undefined spacing); repair the header')
+    raise UserError(f'{path}: invalid affine (zero or undefined spacing); repair the header')
   orientation = orientations.io_orientation(affine)
   lengths = np.linalg.norm(affine[:3, :3], axis=0)
-  # A tilted gantry leaves 0.8 of a right-angled voxel's volume, or more.
+  # A tilted gantry leaves at least 0.8 of the volume of a voxel with right angles.
   if np.isnan(orientation).any() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 0.05:
-    raise UserError(f'{path}: its affine maps no volume (its axes are nearly parallel); repair the header')
+    raise UserError(f'{path}: invalid affine (its axes are nearly parallel); repair the header')
   to_canonical = orientations.ornt_transform(orientation, _CANONICAL)
   values = orientations.apply_orientation(values, to_canonical).transpose(2, 1, 0)
   affine = affine @ orientations.inv_ornt_aff(to_canonical, header.get_data_shape())
   if len(values) < 2:
-    raise UserError(f'{path}: {len(values)} axial slice; a scan has at least 2')
+    raise UserError(f'{path}: {len(values)} axial slice; a scan must have at least 2')
   return values, Grid(values.shape, affine, path)
 
 
 def on_canonical_axes(scan: Scan) -> Scan:
-  """The scan as of a file that stores canonical axes, in the order of L, P, S, and has one affine, `scan.affine`.
+  """The scan as if its file stored canonical axes, in the order L, P, S, and had one affine, `scan.affine`.
 
-  Of a header with two affines, or with none, programs do not all take the same.
+  If a header has two affines or none, programs differ in the affine that they use.
   """
   return dataclasses.replace(scan, header=_header(scan.shape[::-1], scan.affine))
 
 
 def _header(shape, affine):
-  """Of a volume [x, y, z] that lies at an affine."""
+  """Makes the header of a volume [x, y, z] with one affine."""
   header = nib.Nifti1Header()
   header.set_data_shape(shape)
   header.set_xyzt_units('mm')
@@ -151,58 +155,58 @@ def _header(shape, affine):
   header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
   try:
     header.set_qform(affine, 1, strip_shears=False)
-  except nib.spatialimages.HeaderDataError:  # quaternions hold no shear
+  except nib.spatialimages.HeaderDataError:  # quaternions cannot express shear
     header['qform_code'] = 0
   return header
 
 
 def check_same_grid(mask: Grid, other: Grid, called: str) -> None:
-  """Raises a UserError where a mask's voxels are not those of another grid, however each file is stored.
+  """Raises a UserError if a mask and its scan or reference mask have different grids. Stored axes may differ.
 
   Args:
-    mask: of the mask.
-    other: of what it belongs to.
-    called: what messages call that: 'scan' or 'true mask'.
+    mask: the grid of the mask.
+    other: the grid of its scan or reference mask.
+    called: the name of the other in messages: 'scan' or 'reference mask'.
   """
   if mask.shape != other.shape:
     raise UserError(
-      f'{mask.path}: the mask has {mask.shape} voxels (slices, rows, columns) and its {called} {other.path.name} '
+      f'{mask.path}: the mask has {mask.shape} voxels (slices, rows, columns), but its {called} {other.path.name} has '
       f'{other.shape}; save the mask on the grid of its {called}'
     )
-  # Headers keep affines in float32, some as quaternions: equal grids differ by rounding, far below this.
+  # Headers store affines in float32, some as quaternions. Rounding differences of equal grids are far below this limit.
   apart = _corner_distance(mask.affine, other.affine, other.shape)
   if apart > 0.1 * min(other.spacing):
     raise UserError(
-      f'{mask.path}: the affine differs from that of its {called} {other.path.name} '
+      f'{mask.path}: the affines of the mask and its {called} {other.path.name} differ '
       f'(corners up to {apart:.3g} mm apart); save the mask on the grid of its {called}'
     )
 
 
 def _corner_distance(affine, other, shape):
-  """The largest distance in mm between where two affines put the corners of a canonical volume."""
+  """The largest distance in mm between the corners of a canonical volume under two affines."""
   corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape[::-1]])).reshape(3, -1)
   return np.linalg.norm((affine - other)[:3, :3] @ corners + (affine - other)[:3, 3:], axis=0).max()
 
 
 def to_own_axes(volume: np.ndarray, scan: Scan) -> np.ndarray:
-  """A volume on canonical axes [S, H, W] on those that the scan was read on, [x, y, z]."""
+  """Brings a volume from canonical axes [S, H, W] to the stored axes of the scan [x, y, z]."""
   back = orientations.ornt_transform(_CANONICAL, orientations.io_orientation(scan.header.get_best_affine()))
   return orientations.apply_orientation(volume.transpose(2, 1, 0), back)
 
 
 def to_canonical_axes(volume: np.ndarray, scan: Scan) -> np.ndarray:
-  """The way back from `to_own_axes`."""
+  """The inverse of `to_own_axes`."""
   there = orientations.ornt_transform(orientations.io_orientation(scan.header.get_best_affine()), _CANONICAL)
   return orientations.apply_orientation(volume, there).transpose(2, 1, 0)
 
 
 def network_slices(slices: Sequence[np.ndarray], size: int) -> np.ndarray:
-  """Slices, each [H, W] -> int16 [S, size, size]: what datasets store and networks see, in training and prediction."""
+  """Resizes slices, each [H, W], to int16 [S, size, size]: the network's input in datasets and in prediction."""
   return np.rint(resize(slices, (size, size))).astype(np.int16)
 
 
 def resize(slices: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-  """Slices, each [H, W] -> float32 [S, *shape], bilinear, with the filter widened where it shrinks (no aliasing)."""
+  """Resizes slices, each [H, W], to float32 [S, *shape]: bilinear, with antialiasing when they shrink."""
   height, width = shape
   out = np.empty((len(slices), height, width), np.float32)
   for target, source in zip(out, slices, strict=True):
@@ -215,13 +219,13 @@ def resize(slices: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
 
 
 def check_grey(values: np.ndarray, path: Any) -> None:
-  """Refuses values that are no image of 0 to 255: HU, masks, normalised data, 16-bit images."""
+  """Refuses values that are not an 8-bit image: HU, masks, normalised data, 16-bit images."""
   low, high = values.min(), values.max()
   if low < 0 or high > 255 or high <= 1:
-    kind = 'Hounsfield units or the like' if low < 0 else _kind(values)
+    form = 'Hounsfield units or similar' if low < 0 else _form(values)
     raise UserError(
-      f'{path}: values {low:g} to {high:g} are {kind}, not grey values of an 8-bit image (0 to 255), which is what '
-      'data.intensity=grey stands for; give such, or train on HU without it'
+      f'{path}: values {low:g} to {high:g} are {form}, but data.intensity=grey needs 8-bit images (0 to 255); give '
+      '8-bit images, or train on HU without data.intensity=grey'
     )
 
 
@@ -230,27 +234,27 @@ def _check_hu(values, path, windowed):
   low, high = values.min(), values.max()
   advice = 'export the original Hounsfield units, neither windowed nor rescaled'
   if low >= 0:
-    kind = _kind(values)
-    if kind == 'a 0-255 image':
-      advice += '; or train on such images, and predict them, with --config.data.intensity=grey'
-    raise UserError(f'{path}: values {low:g} to {high:g} are {kind}, not HU (air is -1000); {advice}')
-  # Air, in the lungs and around the body, is a large part of any chest CT.
+    form = _form(values)
+    if form == _IMAGE:
+      advice += '; or train and predict on 8-bit images with --config.data.intensity=grey'
+    raise UserError(f'{path}: values {low:g} to {high:g} are {form}, not HU (air is -1000); {advice}')
+  # Air in the lungs and around the body is a large part of every chest CT.
   air = np.count_nonzero(values < -500) / values.size
   if air < 0.001:
     raise UserError(f'{path}: values {low:g} to {high:g} hold no air (below -500), so they are not HU; {advice}')
-  # A window leaves a wall at its upper end: everything above it has one value. In real scans a few voxels have the
-  # greatest value, except where metal meets the end of the 12-bit scale (3071).
+  # A window sets all values above its upper end to one value. In other scans only a few voxels have the highest value,
+  # unless metal reaches the end of the 12-bit scale (3071).
   at_top = np.count_nonzero(values == high)
   if not windowed and high < 1500 and at_top > max(16, 1e-4 * values.size):
     raise UserError(
       f'{path}: windowed: {at_top / values.size:.2%} of all voxels have the highest value, {high:g}, '
-      f'so what lay above is lost; {advice}'
+      f'so values above it are lost; {advice}'
     )
 
 
-def _kind(values):
-  """What values are that have none below 0."""
+def _form(values):
+  """Describes values without negative numbers."""
   if np.isin(values, (0, 1)).all():
     return 'a mask'
   high = values.max()
-  return 'normalised data' if high <= 1 else 'a 0-255 image' if high <= 255 else 'raw scanner values'
+  return 'normalised data' if high <= 1 else _IMAGE if high <= 255 else 'raw scanner values'

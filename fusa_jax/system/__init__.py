@@ -1,1 +1,1 @@
-"""What every room stands on: errors and exits, files, processes and devices, memory, pages."""
+"""Services that all other packages use: errors, exit codes, files, processes, devices, memory and pages."""

@@ -1,4 +1,4 @@
-"""What ends a run early; system/program.py turns each into one line and an exit code of its own."""
+"""Errors that end a run early; system/program.py prints each as one line and exits with the error's own code."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -7,9 +7,9 @@ T = TypeVar('T')
 
 
 class UserError(ValueError):
-  """Bad input from outside: a file, a flag, a config. The text says what is wrong, where, and what to do. Exit code 2.
+  """The user's input is wrong: a file, a flag or a config. The text says what is wrong, where, and what to do.
 
-  Several findings of one kind (all bad files of a cohort) are given together, a line each.
+  Exit code 2. One error can report several problems (all bad files of a cohort), one per line.
   """
 
 
@@ -18,26 +18,26 @@ class DoesNotFitError(Exception):
 
 
 class Terminated(BaseException):
-  """Asked to end by SIGTERM, as schedulers ask before they take a machine away. Exit code 143: to be started again."""
+  """The process received SIGTERM. Schedulers send it before they take a machine away. Exit code 143: run it again."""
 
 
 def look_up(registry: Mapping[str, T], name: str, key: str) -> T:
-  """registry[name], where a user chose the name.
+  """Returns registry[name] for a name that a user chose.
 
   Args:
-    registry: what there is, by name.
-    name: of one of them.
-    key: the config key or the flag that gave the name; the message begins with it.
+    registry: the possible values, by name.
+    name: the name to look up.
+    key: the config key or flag that holds the name; the message begins with it.
 
   Raises:
-    UserError: the registry has no such name; the message lists those that it has.
+    UserError: the name is not in the registry; the message lists the possible names.
   """
   if name not in registry:
-    raise UserError(f'{key}: there is no {name!r}; one of {", ".join(registry)}')
+    raise UserError(f'{key}: {name!r} is unknown; give one of {", ".join(registry)}')
   return registry[name]
 
 
 def one_line(error: Exception, most: int = 120) -> str:
-  """An error's text in one line, shortened; its type where it has none."""
+  """Returns an error's text on one line, cut to `most` characters; the name of its type if it has no text."""
   text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
   return ' '.join(text.split())[:most] or type(error).__name__

@@ -1,4 +1,4 @@
-"""How a process ends: its exit code, the lines that say why, and what is cleared away first."""
+"""Ends a process: runs the clean-up functions, prints the reason, and sets the exit code."""
 
 import os
 import sys
@@ -8,20 +8,20 @@ _clearing = []
 
 
 def before_leaving(clear: Callable[[], None]) -> Callable[[], None]:
-  """A decorator of functions that clear away what must not stay behind, however the process ends (SIGKILL apart)."""
+  """Decorator for clean-up functions that must run before the process ends in any way except SIGKILL."""
   _clearing.append(clear)
   return clear
 
 
 def fail(error: Exception | str, code: int = 2) -> None:
-  """Ends the process with the error's lines."""
+  """Prints each line of the error and ends the process."""
   for line in str(error).splitlines():
     print(f'error: {line}', file=sys.stderr)
   leave(code)
 
 
 def leave(code: int) -> None:
-  """Ends the process, but not by sys.exit: threads of the input pipeline and of Orbax have nothing left to finish."""
+  """Ends the process with os._exit. sys.exit would wait for input and Orbax threads, which have nothing to finish."""
   for clear in _clearing:
     clear()
   sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and one line where one cannot be written."""
+"""Writes files atomically: a file is complete or absent. A failed write is an error of one line."""
 
 import contextlib
 import csv
@@ -16,23 +16,23 @@ from fusa_jax.system.errors import UserError, one_line
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-  """Around what writes `path`: the system's refusal (a full disk, no permission) becomes a UserError that says so."""
+  """Context for code that writes `path`: turns an OSError (a full disk, no permission) into a UserError."""
   try:
     yield
   except OSError as error:
     reason = error.strerror or error
-    raise UserError(f'{path}: cannot be written ({reason}); free space there, or name another folder') from error
+    raise UserError(f'{path}: cannot be written ({reason}); free space there, or give another folder') from error
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a name to write to; on leaving, that file becomes `path` in one step. On an error nothing is left.
+  """Yields a temporary path to write to; on exit, renames that file to `path` in one step. An error leaves no file.
 
-  The name ends as `path` does (libraries choose a format by it) and lies in the same folder (a rename is atomic only
-  within a file system).
+  The temporary name has the same ending as `path`, because libraries choose a format by it. It is in the same folder,
+  because a rename is atomic only within a file system.
 
   Raises:
-    UserError: the system refuses to write there.
+    UserError: the file cannot be written.
   """
   path = pathlib.Path(path)
   partial = path.with_name(f'.{os.getpid()}.{path.name}')
@@ -47,14 +47,14 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a folder to fill; on leaving, it becomes `path` in one step. On an error nothing is left.
+  """Yields a temporary folder to fill; on exit, renames it to `path` in one step. An error leaves no folder.
 
   Raises:
-    UserError: there is something already; the system refuses to write there.
+    UserError: `path` exists and is not an empty folder, or it cannot be written.
   """
   path = pathlib.Path(path).absolute()
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise UserError(f'{path}: is there already; name a new folder, or delete this one')
+    raise UserError(f'{path}: exists already; give a new folder, or delete this one')
   partial = path.with_name(f'.{os.getpid()}.{path.name}')
   with writing(path):
     try:
@@ -70,14 +70,14 @@ def sha256(content: bytes) -> str:
 
 
 def read_json(path: pathlib.Path, advice: str) -> Any:
-  """What a JSON file holds.
+  """Reads a JSON file.
 
   Args:
-    path: of the file.
-    advice: what to do where it cannot be read or is damaged.
+    path: path of the file.
+    advice: end of the error message: what to do if the file cannot be read.
 
   Raises:
-    UserError: it is missing, cannot be read or is damaged.
+    UserError: the file is missing, cannot be read, or is damaged.
   """
   try:
     return json.loads(path.read_text())
@@ -85,7 +85,7 @@ def read_json(path: pathlib.Path, advice: str) -> Any:
     raise UserError(f'{path}: missing; {advice}') from None
   except OSError as error:
     raise UserError(f'{path}: cannot be read ({error.strerror}); {advice}') from None
-  except ValueError as error:  # of JSON, or of an encoding
+  except ValueError as error:  # invalid JSON, or an invalid encoding
     raise UserError(f'{path}: damaged ({one_line(error)}); {advice}') from None
 
 
@@ -93,17 +93,17 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes indented JSON atomically.
 
   Raises:
-    UserError: the system refuses to write there.
+    UserError: the file cannot be written.
   """
   with replacing(path) as partial:
     partial.write_text(json.dumps(value, indent=2) + '\n')
 
 
 def write_csv(path: pathlib.Path, rows: Iterable[dict]) -> None:
-  """A table, a column for each key of the first row; what is undefined (NaN, None) is an empty cell.
+  """Writes rows as CSV, one column per key of the first row. Undefined values (NaN, None) become empty cells.
 
   Raises:
-    UserError: the system refuses to write there.
+    UserError: the file cannot be written.
   """
   rows = list(rows)
   empty = lambda value: value is None or (isinstance(value, float) and math.isnan(value))

@@ -1,8 +1,8 @@
-"""Where configs/ and data/ lie: the one place that knows.
+"""Finds configs/ and data/; only this module knows where they are.
 
-At the top of the repository they stand beside launch.py. Installed, they lie in fusa_jax/home: at the top of
-site-packages, packages of these names would shadow other people's. Who imports them imports this module first, which
-puts HOME on the path of modules.
+In the repository they are next to launch.py. In an installed package they are in fusa_jax/home, because packages with
+these names at the top of site-packages would shadow those of others. This module adds HOME to sys.path: import it
+before configs or data.
 """
 
 import pathlib

@@ -1,6 +1,6 @@
-"""The processes of a run, one a host: they come together, wait for each other, and end together.
+"""The processes of a run, one per host: they connect, wait for each other, and end together.
 
-The one module that uses what JAX has no public name for: its store of keys that all processes share.
+They share a key-value store of JAX. This store has no public name, and no other module uses it.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from jax._src import distributed
 from fusa_jax.system import exits
 from fusa_jax.system.errors import UserError
 
-# Keys of JAX's store that all processes share (its client has no public name; Orbax reaches for it in the same way).
+# Keys in JAX's key-value store, which all processes share. Orbax uses the store in the same way.
 _DONE, _FAILED, _ENDED = 'fusa_jax/done/', 'fusa_jax/failed/', 'fusa_jax/ended/'
 _turns = itertools.count()
 _leaving = threading.Event()
@@ -33,43 +33,44 @@ def connect(
   connect_timeout: int = 300,
   heartbeat_timeout: int = 100,
 ) -> None:
-  """Joins the other processes of the run, if there are any; before anything asks JAX for devices.
+  """Connects to the other processes of the run, if there are any. Call it before any code asks JAX for devices.
 
-  Told by the first three arguments; else as JAX detects it on Cloud TPU, GKE, Slurm, Open MPI and Kubernetes; else this
-  process is alone. From then on all end together: where one fails, the others print its error and end too; where one
-  dies without a word, JAX ends the others after `heartbeat_timeout`.
+  The first three arguments describe the processes. Without them, JAX detects the processes on Cloud TPU, GKE, Slurm,
+  Open MPI and Kubernetes. If JAX detects none, this process runs alone.
+  Connected processes end together. If one fails, the others print its error and end too. If one dies without a message,
+  JAX ends the others after `heartbeat_timeout`.
 
   Args:
-    coordinator: HOST:PORT at which process 0 can be reached.
-    num_processes: of the run.
-    process_id: of this one, 0 to num_processes - 1.
-    connect_timeout: seconds to wait for all of them to come.
-    heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+    coordinator: HOST:PORT of process 0.
+    num_processes: number of processes of the run.
+    process_id: number of this process, 0 to num_processes - 1.
+    connect_timeout: seconds to wait until all processes are connected.
+    heartbeat_timeout: a process counts as dead after this many seconds without a heartbeat.
 
   Raises:
-    UserError: some of the first three, but not all; or values that cannot be.
+    UserError: only some of the first three arguments are given, or one has an invalid value.
   """
   address = (coordinator, num_processes, process_id)
   if any(value is not None for value in address):
     if None in address:
-      raise UserError('coordinator, num_processes, process_id: give all or, where the cluster does, none')
+      raise UserError('coordinator, num_processes, process_id: give all three, or none if the cluster sets them')
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdigit():
-      raise UserError(f'coordinator: {coordinator!r} is no HOST:PORT; name the host of process 0 and a free port')
+      raise UserError(f'coordinator: {coordinator!r} must be HOST:PORT; give the host of process 0 and a free port')
     if not 0 <= process_id < num_processes:
-      raise UserError(f'process_id: {process_id}, but with {num_processes} processes it is 0 to {num_processes - 1}')
+      raise UserError(f'process_id: {process_id} does not fit {num_processes} processes; give 0 to {num_processes - 1}')
     logging.info('process %d of %d, waiting for the others at %s', process_id, num_processes, coordinator)
 
   def give_up():
     where = f' at {coordinator}' if coordinator else ''
     print(
-      f'error: hosts: the processes did not all come together{where} within {connect_timeout} s; start the command '
-      'on every host, each with its own process id, and see that they reach that port',
+      f'error: hosts: not all processes connected{where} within {connect_timeout} s; start the command on every host '
+      'with its own process id, and check that they can reach that port',
       file=sys.stderr,
     )
     exits.leave(2)
 
-  # JAX itself would abort without saying who was waited for.
+  # JAX itself would abort without saying what it waited for.
   patience = threading.Timer(connect_timeout, give_up)
   patience.daemon = True
   patience.start()
@@ -83,30 +84,30 @@ def connect(
   except ValueError as error:
     if coordinator or 'coordinator_address should be defined' not in str(error):
       raise
-    return  # nothing tells of other processes
+    return  # JAX detected no other processes
   finally:
     patience.cancel()
   _watcher.start()
 
 
 def disconnect() -> None:
-  """Leaves together: waits until every process has come here, or ends as soon as one of them fails."""
+  """Waits until every process has called this function, then disconnects; ends the process if another one fails."""
   if _client() is not None:
-    on_main(lambda: None)  # process 0 writes the results: until then, the others still listen
+    on_main(lambda: None)  # wait for process 0, which writes the results, and still react to its failure
     _leaving.set()
     _watcher.join()
     jax.distributed.shutdown()
 
 
 def is_main() -> bool:
-  """Whether this is process 0, the one that writes files, prepares data and shows progress."""
+  """Whether this is process 0. Only process 0 writes files, prepares data and shows progress."""
   return distributed.global_state.process_id == 0
 
 
 def on_main(function: Callable[[], Any]) -> Any:
-  """function() of process 0, for all: the others wait for its value (anything that JSON can hold), or fail with it.
+  """Runs function() on process 0 and returns its value on all processes. If process 0 fails, all fail.
 
-  To be called by all processes in the same order.
+  The value must be serialisable as JSON. All processes must call `on_main` in the same order.
   """
   client, key = _client(), f'{_DONE}{next(_turns)}'
   if client is None:
@@ -115,7 +116,7 @@ def on_main(function: Callable[[], Any]) -> Any:
     value = function()
     client.key_value_set(key, json.dumps(value))
     return value
-  # Not a collective of the devices: those give up after a time, and preparing a cohort takes as long as it takes.
+  # Not a collective of the devices: those have a timeout, and preparing a cohort may take longer.
   while True:
     try:
       return json.loads(client.blocking_key_value_get(key, 60_000))
@@ -125,7 +126,7 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 
 def compiled_together(jitted: Callable) -> Callable:
-  """A jitted function of one set of shapes, compiled at its first call, by `compile_together`."""
+  """Wraps a jitted function so that its first call compiles it with `compile_together`. All calls need equal shapes."""
   compiled = None
 
   def run(*arguments):
@@ -138,7 +139,7 @@ def compiled_together(jitted: Callable) -> Callable:
 
 
 def compile_together(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """Compiles, and waits until all processes have: Gloo gives up after 30 s of waiting for one in the first exchange."""
+  """Compiles and waits until all processes have compiled; Gloo's first exchange would wait only 30 s for the others."""
   compiled = lowered.compile()
   if _client() is not None:
     _client().wait_at_barrier(f'{_DONE}{next(_turns)}', timeout_in_ms=24 * 3600 * 1000)
@@ -146,7 +147,7 @@ def compile_together(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def fail_together(message: str, code: int) -> None:
-  """Tells the other processes that this one ends, why, and with which exit code; they end in the same way."""
+  """Sends the other processes this process's error and exit code; they end with the same ones."""
   client = _client()
   if client is None or _leaving.is_set():
     return
@@ -154,20 +155,20 @@ def fail_together(message: str, code: int) -> None:
   number, count = distributed.global_state.process_id, distributed.global_state.num_processes
   try:
     client.key_value_set(f'{_FAILED}{number}', json.dumps([code, f'process {number} of {count}: {message}']))
-    # They meet at process 0: it stays until they have heard.
+    # Process 0 holds the store. It waits, for at most 10 s, until the others have read the message.
     until = time.monotonic() + (10 if number == 0 else 0)
-    while time.monotonic() < until and _told(client) < count:
+    while time.monotonic() < until and _num_ended(client) < count:
       time.sleep(0.1)
   except jax.errors.JaxRuntimeError:
-    pass  # nobody to tell
+    pass  # the others cannot be reached
 
 
 def _client():
   return distributed.global_state.client
 
 
-def _told(client) -> int:
-  """How many processes have failed, or ended for another's failure."""
+def _num_ended(client) -> int:
+  """Number of processes that have failed, or ended because another one failed."""
   return sum(len(client.key_value_dir_get(folder)) for folder in (_FAILED, _ENDED))
 
 

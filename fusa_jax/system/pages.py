@@ -1,4 +1,4 @@
-"""Pages of one file each, which need nothing beside it: Jinja's templates in templates/, HTML in one style."""
+"""Writes self-contained pages, one file each, from the Jinja templates in templates/."""
 
 import pathlib
 from typing import Any
@@ -12,10 +12,10 @@ TEMPLATES = pathlib.Path(__file__).parent / 'templates'
 
 
 def write_page(path: pathlib.Path, template: str, **values: Any) -> None:
-  """Writes the page that a template and its values make.
+  """Fills a template with values and writes the page.
 
   Raises:
-    UserError: the system refuses to write there.
+    UserError: the page cannot be written.
   """
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES),

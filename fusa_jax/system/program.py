@@ -1,4 +1,4 @@
-"""A main function as a program: the house's errors, signals and exit codes, and the other processes of the run told."""
+"""Runs a main function as a program: prints errors, handles signals, sets exit codes, informs the other processes."""
 
 import logging
 import pathlib
@@ -13,16 +13,26 @@ from absl import app, flags
 from fusa_jax.system import exits
 from fusa_jax.system.errors import DoesNotFitError, Terminated, UserError
 
-# Parameters with flags of other names.
+# Flags with another name than the parameter that they set: {parameter: flag}.
 _FLAGS = {'flips': 'tta'}
 COMPILED = pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()
 
 
 def start(main: Callable, parse_flags: Callable) -> None:
-  """Runs a main function of the remaining arguments.
+  """Parses the flags, runs the main function and exits.
 
-  Exit codes: 2 is the user's to mend and 3 does not fit; anything else but 0 asks for the same command again: 130
-  (Ctrl-C), 143 (SIGTERM), 1 (a bug, or another host lost) and 134 (JAX ended it, for another host's silence).
+  Exit codes:
+    0: success.
+    1: a bug, or the connection to another host is lost. Rerun the command.
+    2: an error in the user's input. Fix it first.
+    3: the training step does not fit into the memory of the chip.
+    130: Ctrl-C. Rerun the command.
+    134: JAX stopped the process because another host did not respond. Rerun the command.
+    143: SIGTERM. Rerun the command.
+
+  Args:
+    main: takes the arguments that are not flags.
+    parse_flags: takes all arguments and returns those that are not flags.
   """
 
   def run(argv):
@@ -36,11 +46,11 @@ def start(main: Callable, parse_flags: Callable) -> None:
       hosts.fail_together(text, code)
       exits.fail(text, code)
     except Terminated as stop:
-      print(f'\nstopped {stop}; the same command goes on from the last checkpoint', file=sys.stderr)
+      print(f'\nstopped {stop}; rerun the same command to resume from the last checkpoint', file=sys.stderr)
       hosts.disconnect()
       exits.leave(143)
     except KeyboardInterrupt:
-      print('\ninterrupted; the same command goes on from the last checkpoint', file=sys.stderr)
+      print('\ninterrupted; rerun the same command to resume from the last checkpoint', file=sys.stderr)
       hosts.fail_together('interrupted', 130)
       exits.leave(130)
     except Exception as error:
@@ -52,7 +62,7 @@ def start(main: Callable, parse_flags: Callable) -> None:
 
 
 def with_dashes(text: str) -> str:
-  """Lines that begin with the name of a parameter, with that of its flag: `input: ...` as `--input: ...`."""
+  """Turns the name of a parameter at the start of a line into its flag: `input: ...` becomes `--input: ...`."""
   return '\n'.join(_line_with_dashes(line) for line in text.splitlines())
 
 
@@ -68,18 +78,28 @@ def _terminate(*_) -> None:
   raise Terminated('by SIGTERM')
 
 
-def start_logging() -> None:
-  """Messages as plain lines on stderr, beside the progress bars; libraries only where they warn."""
+def start_logging(verbose: bool = False) -> None:
+  """Logs messages as plain lines to standard error, like the progress bars. From libraries it logs only warnings.
+
+  Args:
+    verbose: also log this package's messages of level DEBUG.
+  """
   logging.basicConfig(format='%(message)s', level=logging.WARNING, force=True)
   logging.getLogger().setLevel(logging.INFO)
+  logging.getLogger('fusa_jax').setLevel(logging.DEBUG if verbose else logging.INFO)
   for name in ('jax', 'orbax', 'matplotlib', 'tensorboardX', 'grain'):
     logging.getLogger(name).setLevel(logging.WARNING)
-  # Through absl, TFDS warns of folders that it has yet to write, and Orbax prints errors that it raises as well.
+  # Silence absl: TFDS warns about folders that it has not written yet, and Orbax logs errors that it also raises.
   absl.logging.set_verbosity(absl.logging.FATAL)
 
 
+def command() -> str:
+  """Returns the program's name as the user typed it, for the commands that messages suggest."""
+  return 'fusa-jax' if pathlib.Path(sys.argv[0]).stem == 'fusa-jax' else 'python launch.py'
+
+
 def use_compilation_cache() -> None:
-  """Keeps compiled programs on disk: a second run of the same shapes starts in seconds."""
+  """Keeps compiled programs on disk, so that a second run with the same shapes starts in seconds."""
   import jax
 
   jax.config.update('jax_compilation_cache_dir', str(COMPILED))

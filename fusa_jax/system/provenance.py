@@ -1,4 +1,4 @@
-"""Which code it was that made something."""
+"""The version and commit of the code, for files that must record them."""
 
 import importlib.metadata
 import pathlib
@@ -6,7 +6,7 @@ import subprocess
 
 
 def version(package: str = 'fusa_jax') -> str | None:
-  """Of an installed package; None where it is not, as where this one is run as it was checked out."""
+  """Version of an installed package; None if it is not installed. A checkout of fusa_jax need not be installed."""
   try:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
@@ -14,12 +14,12 @@ def version(package: str = 'fusa_jax') -> str | None:
 
 
 def commit() -> str | None:
-  """The commit that this code was checked out at; None outside of its repository, as where it was installed."""
+  """The commit of this code's checkout; None if the code is not in its repository, for example if installed."""
   file = pathlib.Path(__file__)
-  # An environment may lie in the repository of something else.
+  # The first command fails if the code is installed in an environment inside another repository.
   commands = [['git', 'ls-files', '--error-unmatch', file.name], ['git', 'rev-parse', 'HEAD']]
   try:
-    *_, found = [subprocess.run(c, cwd=file.parent, capture_output=True, text=True, check=True) for c in commands]
+    *_, head = [subprocess.run(c, cwd=file.parent, capture_output=True, text=True, check=True) for c in commands]
   except (OSError, subprocess.CalledProcessError):
     return None
-  return found.stdout.strip()
+  return head.stdout.strip()

@@ -1,6 +1,7 @@
-"""A task: what a config computes from slices. `TASKS` holds the types of task, segmentation and classification.
+"""Builds the task of a config: model, network input and loss. `TASKS` lists the types of task.
 
-`TaskType` documents what a type of task has. Open this package to add a type of task or a loss.
+The types are segmentation and classification; `TaskType` documents what a type defines. To add a type of task or a
+loss, edit this package.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ TASKS = {task_type.name: task_type for task_type in (SEGMENTATION, CLASSIFICATIO
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What a config computes from slices.
+  """The computation that a config describes: from slices to logits and loss.
 
   Attributes:
     type: the type of task.
@@ -46,17 +47,17 @@ class Task:
     return self.model.init(key, jnp.zeros((1, size, size, 1)), train=False)
 
   def train_logits(self, variables: dict, slices: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
-    """Slices [B, H, W] -> (logits, new batch_stats), with the norms of this batch; the key is of dropout."""
-    logits, changed = self.model.apply(
+    """Slices [B, H, W] -> (logits, new batch_stats), in training mode: norms use this batch, dropout uses the key."""
+    logits, updated = self.model.apply(
       variables, self.inputs(slices), train=True, mutable=['batch_stats'], rngs={'dropout': key}
     )
-    return logits, changed['batch_stats']
+    return logits, updated['batch_stats']
 
   def logits(self, variables: dict, slices: jax.Array, flips: bool = False) -> jax.Array:
-    """Slices [B, H, W] -> logit of lesion, per slice [B] or per pixel [B, H, W]; float32, running statistics.
+    """Slices [B, H, W] -> float32 logit of lesion, per slice [B] or per pixel [B, H, W], with running statistics.
 
-    With `flips`, that of the mean probability of the slices as they are and mirrored left and right, the one flip of
-    training's augmentation (test-time augmentation).
+    With `flips` (test-time augmentation) it returns the logit of the mean probability of each slice and its left-right
+    mirror image, the only flip in training's augmentation.
     """
     logits = lambda slices: self.model.apply(variables, self.inputs(slices), train=False)[..., 0]
     if not flips:
@@ -72,35 +73,37 @@ class Task:
 
 
 def mean_logits(*logits: jax.Array) -> jax.Array:
-  """The logit of the mean of their probabilities; exact where these would round to 0 or 1."""
+  """The logit of the mean of the probabilities of `logits`; exact even if a probability would round to 0 or 1."""
   stacked = jnp.stack(logits)
-  lesion, none = (jax.nn.logsumexp(jax.nn.log_sigmoid(sign * stacked), axis=0) for sign in (1, -1))
-  return lesion - none
+  lesion, background = (jax.nn.logsumexp(jax.nn.log_sigmoid(sign * stacked), axis=0) for sign in (1, -1))
+  return lesion - background
 
 
 def type_of(name: str) -> TaskType:
-  """The type of task with that name, which is the value of config.task.
+  """Returns the type of task with that name, the value of config.task.
 
   Raises:
-    UserError: there is no such type.
+    UserError: the name is not in TASKS.
   """
   return look_up(TASKS, name, 'task')
 
 
 def create(config: ml_collections.ConfigDict) -> Task:
-  """The task of a config.
+  """Creates the task of a config.
 
   Raises:
-    UserError: an unknown task, loss, model or value of data.intensity; a model of another type of task; no window.
+    UserError: the task, loss, model or data.intensity is unknown. The model is for another type of task, or an option
+      of the model is invalid. The lower HU limit of the window is not below the upper one.
   """
   task_type, loss = type_of(config.task), losses.get_loss(config.train.loss)
   if config.model.name in models.NAMES and config.model.name not in task_type.models:
-    raise UserError(f'model.name: {config.model.name} is not for {config.task}; one of {", ".join(task_type.models)}')
+    names = ', '.join(task_type.models)
+    raise UserError(f'model.name: {config.model.name} is not for {config.task}; give one of {names}')
   low, high = config.data.window
   if not low < high:
-    raise UserError(f'data.window: {low} is not below {high}; give the lowest and the highest HU, in this order')
+    raise UserError(f'data.window: {low} must be below {high}; give the lower HU limit first')
   if config.data.intensity not in volumes.VALUES:
-    raise UserError(f'data.intensity: there is no {config.data.intensity!r}; one of {", ".join(volumes.VALUES)}')
+    raise UserError(f'data.intensity: {config.data.intensity!r} is unknown; give one of {", ".join(volumes.VALUES)}')
   inputs = grey_input if config.data.intensity == 'grey' else functools.partial(network_input, window=(low, high))
   dtype = config.model.dtype
   if dtype == 'auto':
@@ -109,7 +112,7 @@ def create(config: ml_collections.ConfigDict) -> Task:
   options = {key: value for key, value in options.items() if value is not None}
   for key in _DEPTHS & options.keys():
     if not options[key] or not all(isinstance(number, int) and number >= 1 for number in options[key]):
-      raise UserError(f'model.{key}: {options[key]} is no list of whole numbers from 1 on; give (1, 2), for example')
-    options[key] = tuple(options[key])  # from a run's folder it comes as a list
+      raise UserError(f'model.{key}: {options[key]} must be a list of whole numbers above 0; give (1, 2), for example')
+    options[key] = tuple(options[key])  # a run's config.json holds a list
   model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(dtype), **options)
   return Task(task_type, model, inputs, loss)

@@ -1,4 +1,4 @@
-"""Classification of slices: with a lesion or without (paper, section III-C)."""
+"""Classification of slices as with or without lesion (paper, section III-C)."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from fusa_jax.measures import metrics
 from fusa_jax.measures.statistics import ratio
 from fusa_jax.tasks.task_type import TaskType
 
-# The counts of one slice are one 1 and three 0.
+# In a table of slices, one of these four counts is 1 and the others are 0.
 _OUTCOMES = {'tp': 'true positive', 'fp': 'false positive', 'fn': 'false negative', 'tn': 'true negative'}
 
 
@@ -17,6 +17,7 @@ def _truth(batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def _patient_score(sums: dict[str, np.ndarray]) -> np.ndarray:
+  """accuracy: (TP + TN) / all slices of the patient"""
   return ratio(sums['tp'] + sums['tn'], sums['slices'])
 
 
@@ -29,7 +30,7 @@ CLASSIFICATION = TaskType(
   name='classification',
   models=models.CLASSIFIERS,
   has_masks=False,
-  output='of each slice [batch]',
+  output='per slice, [batch]',
   truth=_truth,
   definition=metrics.classification,
   selection='auc',

@@ -1,8 +1,8 @@
 """Loss functions by name: the values of train.loss.
 
-A new loss is one function here and one line in LOSSES. Each takes logits [B, ..., 1] and the reference truth [B, ...],
-0 or 1, both over all devices, and returns a scalar. B counts slices, so that each works for masks [B, H, W] and for
-labels [B] alike.
+To add a loss, write one function here and add one line to LOSSES. Each loss takes logits [B, ..., 1] and the reference
+truth [B, ...] of 0 and 1, both over all devices, and returns a scalar. B is the number of slices. Each loss therefore
+works for masks [B, H, W] and for labels [B].
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ def cross_entropy(logits: jax.Array, truth: jax.Array) -> jax.Array:
 def dice(logits: jax.Array, truth: jax.Array) -> jax.Array:
   """Soft Dice loss: 1 - (2 sum(p t) + 2) / (sum(p) + sum(t) + 2), for probabilities p and the truth t.
 
-  The sums run over all pixels of the batch: most slices have little or no lesion, and the Dice of one such slice jumps
-  between 0 and 1. For labels the sums run over slices.
+  The sums run over all pixels of the batch, for labels over all slices. Sums per slice would be unstable: most slices
+  have little or no lesion, so their Dice jumps between 0 and 1.
   """
   return optax.losses.dice_loss(logits, _truth_like(logits, truth), axis=tuple(range(truth.ndim)))
 
@@ -37,8 +37,8 @@ def cross_entropy_dice(logits: jax.Array, truth: jax.Array) -> jax.Array:
 def focal(logits: jax.Array, truth: jax.Array) -> jax.Array:
   """Focal loss (Lin et al., ICCV 2017) with gamma = 2 and no class weights, averaged over all pixels or slices.
 
-  Each pixel's cross-entropy is multiplied by (1 - p_t)^2, where p_t is the probability of the true class: the many
-  pixels that are easy weigh little.
+  It multiplies each pixel's cross-entropy by (1 - p_t)^2, where p_t is the probability of the true class. The many easy
+  pixels therefore weigh little.
   """
   return optax.losses.sigmoid_focal_loss(logits, _truth_like(logits, truth), gamma=2.0).mean()
 
@@ -52,14 +52,14 @@ LOSSES = {
 
 
 def get_loss(name: str) -> Loss:
-  """The loss with that name, which is the value of config.train.loss.
+  """Returns the loss with that name, the value of config.train.loss.
 
   Raises:
-    UserError: there is no such loss.
+    UserError: the name is not in LOSSES.
   """
   return look_up(LOSSES, name, 'train.loss')
 
 
 def _truth_like(logits, truth):
-  """The truth [B, ...] in the shape and dtype of the logits [B, ..., 1]."""
+  """Returns the truth [B, ...] in the shape and dtype of the logits [B, ..., 1]."""
   return truth.astype(logits.dtype)[..., None]

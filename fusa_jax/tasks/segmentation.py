@@ -1,4 +1,4 @@
-"""Lesion segmentation: a probability for each pixel (paper, section III-D)."""
+"""Segmentation of lesions: one probability per pixel (paper, section III-D)."""
 
 import jax
 import numpy as np
@@ -13,11 +13,14 @@ def _truth(batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def _patient_score(sums: dict[str, np.ndarray]) -> np.ndarray:
+  """Dice: 2 TP / (2 TP + FP + FN), over all pixels of the patient"""
   return metrics.dice(sums['tp'], sums['fp'], sums['fn'])
 
 
 def _slice_result(table: dict[str, np.ndarray], row: int) -> str:
   tp, fp, fn = (table[f'{key}_chosen'][row] for key in ('tp', 'fp', 'fn'))
+  if not tp + fn:
+    return f'no lesion in the reference, {fp} pixels marked'
   return f'Dice {statistics.shown(statistics.defined(metrics.dice(tp, fp, fn)))}'
 
 
@@ -25,7 +28,7 @@ SEGMENTATION = TaskType(
   name='segmentation',
   models=models.SEGMENTERS,
   has_masks=True,
-  output='of each pixel [batch, height, width]',
+  output='per pixel, [batch, height, width]',
   truth=_truth,
   definition=metrics.segmentation,
   selection='dice',

@@ -1,1 +1,1 @@
-"""From a prepared dataset to a trained and evaluated run. Open it to add an augmentation."""
+"""Trains and evaluates a run on a prepared dataset. To add an augmentation, edit this package."""

@@ -1,7 +1,7 @@
-"""Random changes to a training batch, made on the device inside the step (paper, section III-B).
+"""Augments training batches on the device, inside the training step (paper, section III-B).
 
-Functions of one image [H, W] and its mask are written for one row and mapped over the batch; every row has a key of
-its own, so that what happens to it does not depend on how the batch is spread over devices.
+Functions are written for one image [H, W] and its mask, and mapped over the batch. Every row has its own random key, so
+its augmentation does not depend on the distribution of the batch over devices.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from fusa_jax.tasks import window
 
 
 class Augmentation(NamedTuple):
-  """What is done to a training row; each part is off at its default.
+  """The augmentation of a training row. By default it changes nothing.
 
   Attributes:
-    crop_probability: of cropping; otherwise the whole slice is kept.
-    crop_fractions: sides of a crop relative to the slice's, one drawn for each row (the paper: 1/2, 1/4, 1/8).
-    flip: mirror left and right with probability 1/2.
-    hu_shift: up to so much, up or down, is added to all of a slice.
-    hu_scale: up to this fraction a slice's contrast around water is raised or lowered.
-    water: the value of water, 0 HU.
-    tissue: above this value is tissue: where there is no lesion to crop around, a crop shows some of the body.
+    crop_probability: probability of a crop; otherwise the whole slice is kept.
+    crop_fractions: possible sides of a crop as fractions of the slice's side (the paper: 1/2, 1/4, 1/8).
+    flip: mirror left to right with probability 1/2.
+    hu_shift: a number from -hu_shift to hu_shift is added to the whole slice.
+    hu_scale: the contrast around water is multiplied by a number from 1 - hu_scale to 1 + hu_scale.
+    water: the stored value of water, 0 HU.
+    tissue: higher values are tissue. A slice without lesion is cropped around a pixel of tissue.
   """
 
   crop_probability: float = 0.0
@@ -37,21 +37,24 @@ class Augmentation(NamedTuple):
 
 
 def create(config: ml_collections.ConfigDict) -> Augmentation:
-  """What config.augment asks for, in the values of config.data; black and white of grey are the HU window's ends."""
+  """Returns the augmentation of a config, converted to grey values if config.data.intensity is 'grey'.
+
+  The conversion maps the HU window linearly to the grey values from black to white.
+  """
   options = Augmentation(**config.augment)
   if config.data.intensity == 'hu':
     return options
   (black, white), (low, high) = window.GREY, config.data.window
-  a_hu = (white - black) / (high - low)
+  per_hu = (white - black) / (high - low)
   return options._replace(
-    hu_shift=options.hu_shift * a_hu,
-    water=black + (options.water - low) * a_hu,
-    tissue=black + (options.tissue - low) * a_hu,
+    hu_shift=options.hu_shift * per_hu,
+    water=black + (options.water - low) * per_hu,
+    tissue=black + (options.tissue - low) * per_hu,
   )
 
 
 def augment(key: jax.Array, image: jax.Array, mask: jax.Array, options: Augmentation) -> tuple[jax.Array, jax.Array]:
-  """image and mask {0, 1}, both [B, H, W] -> the same, float32 and uint8, changed row by row at random."""
+  """Augments each row of a batch: image and mask {0, 1}, both [B, H, W] -> the same shapes, float32 and uint8."""
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(image)))
   return jax.vmap(lambda *row: _row(*row, options))(keys, image.astype(jnp.float32), mask)
 
@@ -78,9 +81,10 @@ def _row(key, image, mask, options):
 
 
 def random_point(key: jax.Array, where: jax.Array) -> jax.Array:
-  """A place [2] = (row, column), each of those where `where` [H, W] holds equally likely; any place if there is none.
+  """Draws a pixel [2] = (row, column) uniformly from the True pixels of `where` [H, W], or from all if none is True.
 
-  First a row by how many it has, then a column of it: two draws, instead of one random number for each pixel.
+  It draws a row in proportion to its number of True pixels, and then a column. This needs two random numbers instead of
+  one per pixel.
   """
   weight = jnp.where(where.any(), where, True).astype(jnp.float32)
   row_key, column_key = jax.random.split(key)
@@ -89,25 +93,25 @@ def random_point(key: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def _draw(key, weights):
-  """An index with a probability proportional to `weights`, by inverting the distribution function."""
+  """Draws an index with probability proportional to `weights`, by inverting the distribution function."""
   total = jnp.cumsum(weights)
-  # In (0, 1]: an index of weight zero is never the first one whose sum reaches the drawn value.
+  # 1 - uniform is in (0, 1], so the drawn value is above 0 and the search never returns an index of weight 0.
   drawn = (1 - jax.random.uniform(key)) * total[-1]
   return jnp.minimum(jnp.searchsorted(total, drawn, side='left'), len(weights) - 1)
 
 
 def crop_around(key: jax.Array, point: jax.Array, fraction: jax.Array, shape: tuple[int, int]) -> jax.Array:
-  """The top left corner [2], in pixels, of a crop that lies inside the image and has `point` somewhere in it."""
+  """Draws the top left corner [2], in pixels, of a crop that contains `point` and lies inside the image."""
   side = fraction * jnp.asarray(shape, jnp.float32)
   corner = point + 0.5 - jax.random.uniform(key, (2,)) * side
   return jnp.clip(corner, 0, jnp.asarray(shape, jnp.float32) - side)
 
 
 def crop(image: jax.Array, mask: jax.Array, top_left: jax.Array, fraction: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The crop at `top_left` with sides of `fraction` of the image's, resized to the image's shape.
+  """Crops at `top_left`, with sides of `fraction` times the image's sides, and resizes to the image's shape.
 
-  The image is interpolated linearly (two small matrix products), the mask takes the nearest pixel; both sample the
-  same points, centres of the output's pixels laid over the crop.
+  The image is interpolated linearly (two small matrix products), the mask by nearest neighbour. Both are sampled at the
+  centres of the output pixels.
   """
   scale = 1 / fraction
   image = jax.image.scale_and_translate(

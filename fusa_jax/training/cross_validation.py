@@ -1,5 +1,7 @@
-"""Every fold in turn, each a run of its own, and all of them pooled: every patient is tested once, by a model that has
-not seen it."""
+"""Cross-validation: trains and tests a separate run for each fold, and pools their results.
+
+Every patient is tested once, by a model that was not trained on this patient.
+"""
 
 import logging
 import pathlib
@@ -23,7 +25,7 @@ def train_and_test(
   data_dir: pathlib.Path,
   scans: Mapping[str, Callable] | None = None,
 ) -> dict:
-  """Trains and tests a run or, of data.fold 'all', each fold's; arguments and errors as `evaluate.evaluate`."""
+  """Trains and tests a run; with data.fold 'all', a run for each fold. Arguments and errors: `evaluate.evaluate`."""
   evaluate.check_scans(config, scans)
   if run_config.is_cross_validation(config):
     return cross_validate(config, workdir, data_dir, scans)
@@ -32,14 +34,18 @@ def train_and_test(
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-  """Raises the UserErrors that training would raise of a config alone, before any data are prepared for it."""
+  """Checks a config before data are prepared for it.
+
+  Raises:
+    UserError: as training would raise for this config with any data.
+  """
   operating_point.check(config)
   tasks.create(config)
   optimizers.make_optimizer(config)
 
 
 def evaluate_again(config, workdir, data_dir, scans=None) -> dict:
-  """Tests a trained run or, of data.fold 'all', each fold's run again, and pools; arguments as `train_and_test`."""
+  """Tests a trained run again; with data.fold 'all', each fold's run, and pools. Arguments: `train_and_test`."""
   if not run_config.is_cross_validation(config):
     return evaluate.evaluate(config, workdir, data_dir, scans)
   for run, one in runs(config, workdir, data_dir).items():
@@ -48,13 +54,12 @@ def evaluate_again(config, workdir, data_dir, scans=None) -> dict:
 
 
 def write_reports(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
-  """Process 0 writes the page of a run that has been tested, and those of its folds."""
+  """Writes the report of a tested run, and the reports of its folds, on process 0."""
   if not hosts.is_main():
     return
   folds = runs(config, workdir, data_dir) if run_config.is_cross_validation(config) else {}
   for run, one in (folds | {workdir: config}).items():
     report.write_report(run, datasets.card(data_dir, one.data.fold))
-  logging.info('results: %s', workdir / 'test')
 
 
 def cross_validate(
@@ -63,18 +68,20 @@ def cross_validate(
   data_dir: pathlib.Path,
   scans: Mapping[str, Callable] | None = None,
 ) -> dict:
-  """Trains and tests what is not finished, in fold0, fold1, ... of `workdir`, and pools. Arguments as `evaluate` has.
+  """Trains and tests the folds that are not finished, in fold0, fold1, ... of `workdir`; then pools all folds.
+
+  Arguments are as in `evaluate.evaluate`.
 
   Raises:
-    UserError: as `train.train` and `evaluate.evaluate`; folds of a cohort that has changed meanwhile.
+    UserError: as `train.train`, `evaluate.evaluate` and `pool`.
   """
   run_config.save_config(workdir, config)
   for run, one in runs(config, workdir, data_dir).items():
     if hosts.on_main(lambda run=run, one=one: is_finished(run, one)):
-      run_config.save_config(run, one)  # refuses a run of another config
+      run_config.save_config(run, one)  # rejects a run with another config
       continue
     logging.info('fold %d', one.data.fold)
-    # The fold's earlier test had other options: remove it before the run is tested again.
+    # Remove an earlier test of this fold, which may have had other options.
     hosts.on_main(lambda run=run: results.clear_test(run / 'test'))
     train.train(one, run, data_dir)
     evaluate.evaluate(one, run, data_dir, scans)
@@ -82,7 +89,7 @@ def cross_validate(
 
 
 def is_finished(run: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
-  """Whether the run of a fold has been tested as config.evaluate says."""
+  """Whether the run of a fold was tested with the options in config.evaluate."""
   if not results.is_complete(run):
     return False
   tested_as, expected = (run_config.plain(one).evaluate.to_dict() for one in (run_config.load_config(run), config))
@@ -90,20 +97,26 @@ def is_finished(run: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
 
 
 def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
-  """The config of each fold's run, by its workdir, in order of the folds."""
-  found = {}
+  """Returns {workdir: config} of each fold's run, in the order of the folds."""
+  configs = {}
   for fold in range(len(datasets.folds(data_dir))):
     values = config.to_dict()
     values['data']['fold'] = fold
-    found[workdir / f'fold{fold}'] = ml_collections.ConfigDict(values)
-  return found
+    configs[workdir / f'fold{fold}'] = ml_collections.ConfigDict(values)
+  return configs
 
 
 def pool(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
-  """The folds' tables of slices as one test; process 0 writes `workdir`/test. Gives what metrics.json holds.
+  """Pools the tables of slices of all folds as one test, and writes it to `workdir`/test on process 0.
 
-  Each slice counts at the operating point of its own fold's run. AUC ranks the scores of different models together. The
-  folds' own numbers stand beside the pooled ones, with their spread.
+  Counts at the operating point use each fold's own operating point. AUC ranks the scores of different models together.
+  The result also holds each fold's own numbers, and their spread.
+
+  Returns:
+    The content of metrics.json.
+
+  Raises:
+    UserError: a fold is not evaluated, or the folds do not test each patient once because the cohort has changed.
   """
   return hosts.on_main(lambda: _pool(config, workdir, data_dir))
 
@@ -116,13 +129,13 @@ def _pool(config, workdir, data_dir):
   expected = [patient['patient'] for fold in datasets.folds(data_dir) for patient in fold]
   if sorted(tested) != sorted(expected):
     raise UserError(
-      f'{workdir}: its folds do not test each patient of {data_dir} once: files were added to the cohort, or taken '
-      'out; bring the old ones back, or start anew in another --workdir'
+      f'{workdir}: the folds do not test each patient of {data_dir} once, because files were added to the cohort or '
+      'removed; restore the old files, or start again in another --workdir'
     )
   table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
   tests = [results.read_numbers(run) for run in folders]
   volumes = [results.read_volumes(run) for run in folders]
-  # Some folds' would pass for all patients'.
+  # Only if every fold has volumes: a part of them could be mistaken for all patients.
   volumes = [row for rows in volumes for row in rows] if all(volumes) else []
   result = results.numbers(task_type, table, config.evaluate.prevalences)
   points = [one['operating_point'] for one in tests]
@@ -156,7 +169,7 @@ def _pool(config, workdir, data_dir):
 
 
 def _spread(values):
-  """Lowest, highest, mean and standard deviation over the folds in which a number is defined; None without two."""
+  """Returns low, high, mean and standard deviation over the folds that define a number; None for fewer than two."""
   values = [value for value in values if value is not None]
   if len(values) < 2:
     return None

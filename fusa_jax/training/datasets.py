@@ -1,4 +1,4 @@
-"""A prepared dataset on disk: its folds dealt into training, validation and test, and what is known of each slice."""
+"""Reads a prepared dataset and divides its folds into training, validation and test."""
 
 import dataclasses
 import pathlib
@@ -14,13 +14,13 @@ from fusa_jax.system.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Some folds of a prepared dataset, as Grain reads them, and what is known of each slice without reading it.
+  """The slices of some folds of a prepared dataset. All attributes except `source` come from its metadata.
 
   Attributes:
-    source: random access to slices: {'image': int16, 'mask': uint8, 'label', 'patient', 'slice', 'spacing'}.
-    label: bool [N], whether a slice has a lesion.
-    patient: str [N].
-    slice: int [N], the slice's place in its scan, 0 the most inferior.
+    source: reads slices by index, each {'image': int16, 'mask': uint8, 'label', 'patient', 'slice', 'spacing'}.
+    label: bool [N], whether each slice has a lesion.
+    patient: str [N], the patient of each slice.
+    slice: int [N], the position of each slice in its scan; 0 is the most inferior slice.
   """
 
   source: Sequence[dict]
@@ -34,14 +34,17 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A prepared dataset, its folds dealt into training, validation and test.
+  """A prepared dataset with its folds divided into training, validation and test.
 
   Attributes:
-    name: TFDS's, with config and version.
-    image_size: of its square slices.
+    name: its name in TFDS, with config and version.
+    image_size: the side of its square slices, in pixels.
     intensity: 'hu' or 'grey'.
-    by_patient: whether folds are of patients; False where nobody knows whose some of the slices are.
-    masks: whether it has masks; False for labels of slices only.
+    by_patient: whether patients are divided into folds; False if the patients of some slices are unknown.
+    masks: whether it has masks; False if it has only a label per slice.
+    train: the training folds.
+    validation: the validation fold, or None.
+    test: the test fold.
   """
 
   name: str
@@ -54,50 +57,59 @@ class Dataset:
   test: Split
 
   def patients(self) -> dict[str, list[str]]:
-    """Those of each part, sorted."""
+    """Returns the sorted patients of each part."""
     parts = {'train': self.train, 'validation': self.validation, 'test': self.test}
     return {name: [] if part is None else np.unique(part.patient).tolist() for name, part in parts.items()}
 
 
 def load_dataset_for(config: ml_collections.ConfigDict, data_dir: str | pathlib.Path) -> Dataset:
-  """The dataset that a config's task is trained and tested on.
+  """Opens a prepared dataset and checks that it fits the config.
 
   Raises:
-    UserError: as `load_dataset`; values of another kind than the config's; labels only, and a task that needs masks.
+    UserError: as `load_dataset`; the dataset has another intensity than the config, or no masks although the task
+      needs them.
   """
   dataset = load_dataset(data_dir, config.data.fold, config.data.image_size)
   if dataset.intensity != config.data.intensity:
     raise UserError(
-      f'data.intensity: {config.data.intensity}, but {data_dir} holds {dataset.intensity}: a network of one cannot '
-      'read the other; set one to the other'
+      f'data.intensity: {config.data.intensity}, but {data_dir} holds {dataset.intensity}; set data.intensity to '
+      f'{dataset.intensity}, or name another dataset'
     )
   if tasks.type_of(config.task).has_masks and not dataset.masks:
-    raise UserError(f'data: {data_dir} has labels of slices and no masks; train a classifier, --config=configs/cls.py')
+    raise UserError(
+      f'data: {data_dir} has labels of slices but no masks; train a classifier with --config=configs/cls.py'
+    )
   return dataset
 
 
 def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
-  """Opens a prepared dataset: test = fold k, validation = fold k + 1, the rest is trained on.
+  """Opens a prepared dataset: the test fold is k, the validation fold is k + 1, the others are for training.
 
-  A cohort of two patients has two folds and nothing left to validate on: `validation` is None (`parts`).
+  With only two folds (a cohort of two patients), `validation` is None (see `parts`).
+
+  Args:
+    data_dir: the folder of the prepared dataset.
+    fold: the test fold k.
+    image_size: the expected size of the slices.
 
   Raises:
-    UserError: nothing prepared there, prepared at another size, or no such fold.
+    UserError: the folder holds no prepared dataset of this version, or more than one; the slices have another size; the
+      fold does not exist.
   """
   builder = _open(pathlib.Path(data_dir))
   metadata = builder.info.metadata
   missing = {'folds', 'size', 'intensity', 'patients', 'masks'} - metadata.keys()
   if missing:
     raise UserError(
-      f'data.dir: {data_dir} was not prepared by this version (its metadata lack {", ".join(sorted(missing))}); '
-      'prepare the scans again, in another folder, with --mode=prepare'
+      f'data.dir: {data_dir} was prepared by another version (the metadata lack {", ".join(sorted(missing))}); prepare '
+      'the scans again in another folder with --mode=prepare'
     )
   folds, size = metadata['folds'], metadata['size']
   if size != image_size:
-    raise UserError(f'data.image_size: {image_size}, but {data_dir} was prepared at {size}; set one to the other')
+    raise UserError(f'data.image_size: {image_size}, but {data_dir} was prepared at {size}; set data.image_size={size}')
   if fold not in range(len(folds)):
     raise UserError(
-      f"data.fold: {fold!r}, but the folds of {data_dir} are 0 to {len(folds) - 1}; or 'all' of them in turn"
+      f"data.fold: {fold!r} is not a fold of {data_dir}; give 0 to {len(folds) - 1}, or 'all' for cross-validation"
     )
   split = {part: _split(builder, folds, chosen) if chosen else None for part, chosen in parts(fold, len(folds)).items()}
   return Dataset(
@@ -111,34 +123,38 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
 
 
 def parts(fold: int, num_folds: int) -> dict[str, list[int]]:
-  """The folds that are trained on, validated on (none of fewer than three) and tested on, where `fold` is tested."""
+  """Returns the folds of each part if `fold` is the test fold; with fewer than three folds, none is for validation."""
   validation = [(fold + 1) % num_folds] if num_folds > 2 else []
   train = [k for k in range(num_folds) if k not in (fold, *validation)]
   return {'train': train, 'validation': validation, 'test': [fold]}
 
 
 def folds(data_dir: str | pathlib.Path) -> list[list[dict]]:
-  """The patients of each fold of a prepared dataset: {'patient', 'lesion_voxels' of each slice, 'lesion_ml' or None}.
+  """Returns the patients of each fold: {'patient', 'lesion_voxels' (one number per slice), 'lesion_ml' or None}.
 
   Raises:
-    UserError: nothing prepared there.
+    UserError: the folder holds no prepared dataset, or more than one.
   """
-  found = _open(pathlib.Path(data_dir)).info.metadata['folds']
-  return [found[f'fold{k}'] for k in range(len(found))]
+  by_name = _open(pathlib.Path(data_dir)).info.metadata['folds']
+  return [by_name[f'fold{k}'] for k in range(len(by_name))]
 
 
 def card(data_dir: str | pathlib.Path, tested: int | str) -> dict:
-  """What a report says of a dataset in which the fold `tested` ('all': each in turn) is tested on.
+  """Describes a dataset for the report.
+
+  Args:
+    data_dir: the folder of the prepared dataset.
+    tested: the test fold, or 'all' for a cross-validation.
 
   Returns:
-    folds: a row for each: what it was used for, patients, slices, and lesion volumes where they are known.
-    validated: whether there are folds enough to validate on one.
+    folds: a row per fold: its role, its patients and slices, and their lesion volumes if known.
+    validated: whether there are enough folds for a validation fold.
   """
   of_folds = folds(data_dir)
   roles = dict.fromkeys(range(len(of_folds)), 'tested once')
   if tested != 'all':
-    dealt = parts(tested, len(of_folds))
-    roles = {k: {'train': 'training'}.get(part, part) for part, chosen in dealt.items() for k in chosen}
+    folds_of = parts(tested, len(of_folds))
+    roles = {k: {'train': 'training'}.get(part, part) for part, chosen in folds_of.items() for k in chosen}
   rows = []
   for k, patients in enumerate(of_folds):
     slices = np.concatenate([patient['lesion_voxels'] for patient in patients])
@@ -151,7 +167,7 @@ def card(data_dir: str | pathlib.Path, tested: int | str) -> dict:
       'positive': int((slices > 0).sum()),
     }
     volumes = [patient['lesion_ml'] for patient in patients]
-    if None not in volumes:  # as of pictures
+    if None not in volumes:  # pictures have no volumes
       row |= {
         'lesion_ml': float(np.sum(volumes)),
         'median_ml': float(np.median(volumes)),
@@ -163,12 +179,12 @@ def card(data_dir: str | pathlib.Path, tested: int | str) -> dict:
 
 def _open(data_dir):
   if not data_dir.is_dir():
-    raise UserError(f'data.dir: {data_dir} is no folder; prepare the dataset with --mode=prepare')
-  found = [path for path in data_dir.rglob('dataset_info.json') if 'incomplete' not in path.parent.name]
-  if len(found) != 1:
-    what = 'no prepared dataset' if not found else f'{len(found)} prepared datasets'
-    raise UserError(f'data.dir: {what} in {data_dir}; name the folder of one, or prepare it with --mode=prepare')
-  return tfds.builder_from_directory(found[0].parent)
+    raise UserError(f'data.dir: {data_dir} is not a folder; prepare the dataset with --mode=prepare')
+  infos = [path for path in data_dir.rglob('dataset_info.json') if 'incomplete' not in path.parent.name]
+  if len(infos) != 1:
+    count = 'no prepared dataset' if not infos else f'{len(infos)} prepared datasets'
+    raise UserError(f'data.dir: {count} in {data_dir}; name the folder of one, or prepare it with --mode=prepare')
+  return tfds.builder_from_directory(infos[0].parent)
 
 
 def _split(builder, folds, chosen):

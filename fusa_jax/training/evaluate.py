@@ -8,14 +8,13 @@ from typing import NamedTuple
 import jax
 import ml_collections
 import numpy as np
-import tqdm
 
 from fusa_jax import tasks
 from fusa_jax.inference import postprocessing, predictor, trained
 from fusa_jax.measures import histogram, masks
 from fusa_jax.runs import figures, operating_point, results, run_config
 from fusa_jax.scans import volumes
-from fusa_jax.system import hosts, meshes, provenance
+from fusa_jax.system import hosts, meshes, progress, provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import window
 from fusa_jax.training import datasets
@@ -28,21 +27,21 @@ def evaluate(
   data_dir: pathlib.Path,
   scans: Mapping[str, Callable[[], tuple[volumes.Scan, np.ndarray]]] | None = None,
 ) -> dict:
-  """Scores a run's best checkpoint on its test fold; process 0 writes test/. Gives what metrics.json holds.
+  """Tests a run's best checkpoint on its test fold and returns the contents of metrics.json; process 0 writes test/.
 
-  The operating point is chosen first, on the validation fold; until it is saved, the test fold is not read. On other
-  data than the run was validated on, its own is kept.
+  It first chooses the operating point on the validation fold and saves it; only then does it read the test fold. On
+  data with other validation patients than the run's, it keeps the run's operating point.
 
   Args:
-    config: of the run.
-    workdir: of the run.
-    data_dir: of the prepared dataset.
-    scans: by patient, what reads the scan and its mask as released, where they are at hand: a segmenter's masks are
-      then also compared with them as volumes, on each scan's own grid. For a run of one process.
+    config: config of the run.
+    workdir: folder of the run.
+    data_dir: folder of the prepared dataset.
+    scans: functions by patient that read the released scan and its reference mask. With them, the masks of a
+      segmentation model are also compared as volumes on each scan's own grid. Only for a run of one process.
 
   Raises:
-    UserError: a config that does not fit the data or the devices; no checkpoint, or none that is whole; patients to be
-      tested whom the run was trained or validated on; logits that are not finite.
+    UserError: the config does not fit the data or the devices; there is no undamaged checkpoint; the run was trained or
+      validated on a test patient; or a logit is not finite.
   """
   operating_point.check(config)
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
@@ -53,16 +52,18 @@ def evaluate(
   step, variables = trained.load_variables(config, task, workdir, mesh)
   test = _Test(config, workdir, dataset, task, mesh, step, variables, scans or {})
   point, scorer = _choose_point(test)
-  table, volumes_of_scans = _score(test, point, scorer)
+  run = test.predictor(point)
+  table, volumes_of_scans = _score(test, run, scorer)
   result = _numbers(test, point, table, volumes_of_scans)
+  masks_to_draw = _masks_to_draw(test, run, table)
   if hosts.is_main():
-    _write(test, point, table, volumes_of_scans, result)
+    _write(test, point, table, volumes_of_scans, masks_to_draw, result)
     logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.type, result))
   return result
 
 
 class _Test(NamedTuple):
-  """What is tested, on what, and with which devices."""
+  """The run, its data and its devices."""
 
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
@@ -78,14 +79,14 @@ class _Test(NamedTuple):
     return predictor.Predictor(trained.create([network], point.flips), point, self.mesh)
 
   def scanned(self, split: datasets.Split) -> list[str]:
-    """The patients of a split whose scans are at hand, in its order; pictures and loose slices are not scans."""
+    """Returns the patients of a split whose scans are available, in its order. Pictures and slices are not scans."""
     return [patient for patient in dict.fromkeys(split.patient.tolist()) if patient in self.scans]
 
 
 def _choose_point(test):
-  """The operating point, and what scores slices at it. It is saved before the test fold is read.
+  """Chooses the operating point on the validation fold and saves it; returns it with the scorer of slices.
 
-  It is chosen on the validation fold or, on other data than the run's own, the one that the run has.
+  With other validation patients than the run's own, it returns the run's operating point.
   """
   config, workdir, dataset = test.config, test.workdir, test.dataset
   split, point = check_unseen(workdir, dataset), operating_point.load_point(workdir)
@@ -98,7 +99,7 @@ def _choose_point(test):
     return point, scorer
   if dataset.validation is not None:
     point = operating_point.choose(
-      scorer.table(test.variables, dataset.validation, progress=hosts.is_main()),
+      scorer.table(test.variables, dataset.validation, stage='Validating'),
       step=test.step,
       score=test.task.type.overlap,
       target_sensitivity=config.evaluate.target_sensitivity,
@@ -115,19 +116,20 @@ def _choose_point(test):
   return point, scorer
 
 
-def _score(test, point, scorer):
-  """The test fold's table of slices, and a row for each of its scans at hand; None where none is."""
-  table = scorer.table(test.variables, test.dataset.test, point.temperature, progress=hosts.is_main())
+def _score(test, run, scorer):
+  """Returns the test fold's table of slices, and a row per available scan; None if there is no scan."""
+  point = run.point
+  table = scorer.table(test.variables, test.dataset.test, point.temperature, stage='Testing')
   chosen = histogram.counts_at(table['histogram'], point.bin)
   table |= {f'{key}_chosen': values for key, values in chosen.items()}
   scanned = test.scanned(test.dataset.test)
   if not scanned or not test.task.type.has_masks:
     return table, None
-  return table, score_volumes(test.predictor(point), test.scans, scanned)
+  return table, score_volumes(run, test.scans, scanned)
 
 
 def _numbers(test, point, table, volumes_of_scans):
-  """What metrics.json holds."""
+  """Returns the contents of metrics.json."""
   result = results.numbers(test.task.type, table, test.config.evaluate.prevalences)
   result['operating_point'] = point.about() | result['operating_point']
   result |= {
@@ -143,44 +145,54 @@ def _numbers(test, point, table, volumes_of_scans):
   return result
 
 
-def _write(test, point, table, volumes_of_scans, result):
-  """The files of test/."""
+def _masks_to_draw(test, run, table):
+  """Predicts the masks of the slices that `_draw` draws: {row of the table: mask}. All processes take part."""
+  rows = figures.telling_slices(table, test.config.evaluate.num_overlays)
+  rows = list(dict.fromkeys([*rows, *figures.typical_slices(table).values()]))
+  if not test.task.type.has_masks or not rows:
+    return {}
+  slices = np.stack([test.dataset.test.source[row]['image'] for row in rows])
+  return dict(zip(rows, run.probabilities(slices) >= run.point.threshold, strict=True))
+
+
+def _write(test, point, table, volumes_of_scans, masks_to_draw, result):
+  """Writes the files of test/."""
   folder = test.workdir / 'test'
   results.clear_test(folder)
-  _draw(test, table, point, folder / 'figures')
+  _draw(test, table, point, volumes_of_scans, masks_to_draw, folder / 'figures')
   results.write_test(folder, table, result, volumes_of_scans)
 
 
 def check_scans(config: ml_collections.ConfigDict, scans: Collection[str] | None) -> None:
-  """Raises a UserError where config.evaluate asks for what needs scans, and there are none."""
+  """Raises a UserError if a key of config.evaluate needs scans and there are none."""
   if config.evaluate.fit_smallest and not scans:
     raise UserError(
-      'evaluate.fit_smallest: needs the scans and masks as released, on one host, and volumes, no slices; name them '
-      'with data.raw_dir, or leave it out'
+      'evaluate.fit_smallest: needs the released scans and masks as volumes, on one host; give data.raw_dir, or leave '
+      'evaluate.fit_smallest out'
     )
 
 
 def check_unseen(workdir: pathlib.Path, dataset: datasets.Dataset) -> dict[str, list[str]] | None:
-  """The patients that the run was trained, validated and tested on, as it wrote them down.
+  """Checks the test patients against split.json of the run; returns its contents, or None if there is no such file.
 
   Raises:
-    UserError: it was trained or validated on some of those to be tested now: the cohort's files have changed.
+    UserError: the run was trained or validated on a test patient, because the files of the cohort changed.
   """
   split = run_config.load_split(workdir)
   seen = sorted(set(dataset.patients()['test']) & {*split['train'], *split['validation']}) if split else []
   if seen:
     raise UserError(
-      f'{workdir}: {len(seen)} of the patients to be tested were trained or validated on (as {seen[0]}): files '
-      'were added to the cohort, or taken out, and its folds dealt anew; bring the old ones back, or train anew (or, '
-      'if it is another cohort with the same names, rename)'
+      f'{workdir}: the run was trained or validated on {len(seen)} of the test patients (for example {seen[0]}), '
+      'because files were added to the cohort or removed; restore the files, or train again (if this is another cohort '
+      'with the same names, rename its files)'
     )
   return split
 
 
 def score_volumes(run: predictor.Predictor, scans, patients: list[str]) -> list[dict]:
-  """A row of `masks.volume` for each patient: the run's mask against the released one."""
+  """Compares the run's mask with the reference mask: a row of `masks.volume` per patient."""
   rows = []
-  for patient in tqdm.tqdm(patients, desc='Scoring volumes', unit='scan', leave=False):
+  for patient in progress.bar(patients, desc='Testing volumes', unit='scans'):
     scan, truth = scans[patient]()
     rows.append({'case': patient, **masks.volume(run(scan).mask, truth, scan.spacing, scan.voxel_ml)})
   return rows
@@ -191,19 +203,24 @@ def _true_volumes(run, read):
   return postprocessing.true_volumes(run(scan).mask, truth, scan.voxel_ml)
 
 
-def _draw(test, table, point, folder):
-  """Overlays of some slices, computed on one device of this process alone."""
+def _draw(test, table, point, volumes_of_scans, masks_to_draw, folder):
   config, task, dataset = test.config, test.task, test.dataset
-  variables = jax.tree.map(lambda x: x.addressable_data(0), test.variables)
-  how = point.temperature, point.flips
-  probabilities = jax.jit(lambda variables, slices: task.probabilities(variables, slices, *how))
   shown = window.black_and_white(config.data.intensity, config.data.window)
-  for row in tqdm.tqdm(figures.telling_slices(table, config.evaluate.num_overlays), desc='Drawing', leave=False):
+  volumes = {row['case']: row for row in volumes_of_scans or []}
+
+  def slice_and_masks(row):
     example = dataset.test.source[row]
-    predictions = {}
-    if task.type.has_masks:
-      predictions['run'] = np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)
-    title = f'{results.overlay_title(task.type, table, row)}, threshold {point.threshold:.3f}'
+    predicted = [masks_to_draw[row]] if row in masks_to_draw else []
+    return example['image'], example['mask'] if dataset.masks else None, predicted
+
+  rows = figures.telling_slices(table, config.evaluate.num_overlays)
+  for row in progress.bar(rows, desc='Drawing pictures', unit='pictures'):
+    values, mask, predicted = slice_and_masks(row)
+    title = f'{results.overlay_title(task.type, table, row, volumes)}, threshold {point.threshold:.3f}'
     path = folder / results.overlay_name(table, row)
-    mask = example['mask'] if dataset.masks else None
-    figures.write_overlay(path, example['image'], mask, predictions, shown, config.data.intensity, title)
+    predictions = {'run': predicted[0]} if predicted else {}
+    figures.write_overlay(path, values, mask, predictions, shown, config.data.intensity, title)
+  typical = figures.typical_slices(table)
+  if typical:
+    panels = [(title, *slice_and_masks(row)) for title, row in typical.items()]
+    figures.write_overview(folder / 'overview.png', panels, shown)

@@ -1,8 +1,8 @@
-"""Prepared dataset -> the global batch of step t, on the devices.
+"""Reads batches of a prepared dataset onto the devices.
 
-The batch of step t is a function of (seed, t) alone: a row's slice is looked up from its number, step * batch + row,
-in a shuffled index that Grain computes at random access. So there is no iterator state to save, a run resumes at any
-step on any number of hosts, and each host reads its own rows only.
+The batch of step t depends only on (seed, t). Row r of step t is entry t * batch_size + r of a shuffled index, and
+Grain computes each entry directly. So a run needs no saved iterator state, and resumes at any step on any number of
+hosts. Each host reads only its own rows.
 """
 
 from collections.abc import Iterator
@@ -15,24 +15,24 @@ from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.training.datasets import Split
 
-# Decoding is zlib and NumPy, which let go of Python's lock: threads are enough (benchmarks/input_pipeline.py).
+# Threads are enough: zlib and NumPy decode the slices and release Python's lock (benchmarks/input_pipeline.py).
 _READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=32)
 
 
 def sampled_indices(label: np.ndarray, seed: int, balanced: bool) -> grain.MapDataset:
-  """The endless order in which slices are trained on: indices into a split, at random access.
+  """Returns the endless training order of the slices: indices into a split, with random access.
 
-  Balanced, every second slice is drawn from those with a lesion (paper, section III-B: up-sampling); each of the two
-  kinds is gone through in a new order each time round. Unbalanced, all slices are.
+  If balanced, slices with and without lesion alternate (paper, section III-B: up-sampling). Otherwise all slices are
+  one group. Each group is shuffled in a new order in each of its epochs.
 
   Raises:
-    UserError: balanced, but one of the kinds is missing.
+    UserError: `balanced` is set, but one of the groups is empty.
   """
   pools = [np.flatnonzero(label), np.flatnonzero(~label)] if balanced else [np.arange(len(label))]
-  for kind, pool in zip(('with', 'without'), pools, strict=False):
+  for group, pool in zip(('with', 'without'), pools, strict=False):
     if balanced and not len(pool):
-      raise UserError(f'data: no training slice {kind} a lesion, so none can be balanced; set data.balanced=False')
-  # Grain shuffles epoch e with seed + e: seeds far apart keep runs of neighbouring seeds from sharing orders.
+      raise UserError(f'data.balanced: the training slices include none {group} lesion; set data.balanced=False')
+  # Grain shuffles epoch e with seed + e. These seeds are far apart, so runs with seeds 0 and 1 share no order.
   seeds = np.random.SeedSequence(seed).generate_state(len(pools))
   streams = [grain.MapDataset.source(pool).shuffle(seed=int(s)).repeat() for pool, s in zip(pools, seeds, strict=True)]
   return streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams)
@@ -41,7 +41,7 @@ def sampled_indices(label: np.ndarray, seed: int, balanced: bool) -> grain.MapDa
 def train_batches(
   split: Split, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int, first_step: int, last_step: int, balanced: bool
 ) -> Iterator[dict[str, jax.Array]]:
-  """The batches of steps first_step .. last_step - 1: image int16 [B, H, W], mask uint8 [B, H, W], label [B]."""
+  """Yields the batches of steps first_step .. last_step - 1: image int16 [B, H, W], mask uint8 [B, H, W], label [B]."""
   rows = meshes.local_rows(mesh, batch_size)
   order = sampled_indices(split.label, seed, balanced)
 
@@ -54,9 +54,9 @@ def train_batches(
 
 
 def test_batches(split: Split, mesh: jax.sharding.Mesh, *, batch_size: int) -> Iterator[dict[str, jax.Array]]:
-  """Every slice of a split once, in order, as train_batches and with `index` [B]: its place in the split.
+  """Yields every slice of a split once, in order. Batches are as in `train_batches`, with `index` [B] into the split.
 
-  The last batch is filled up with repeats, whose index is -1: they are computed like the others and then dropped.
+  Repeated slices fill the last batch. Their index is -1, so that the caller can drop their results.
   """
   rows = meshes.local_rows(mesh, batch_size)
   steps = -(-len(split) // batch_size)
@@ -82,5 +82,5 @@ def _batches(indices, split, mesh, batch_size, rows):
     return {key: meshes.to_devices(mesh, batch_size, rows, value) for key, value in batch.items()}
 
   batches = indices.map(read).to_iter_dataset(_READ).batch(len(rows)).map(put)
-  # One more thread copies the next batches to the devices while this one is computed.
+  # Another thread copies the next batches to the devices during the computation of the current one.
   return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))

@@ -1,6 +1,6 @@
-"""Optimizers and learning rate schedules by name: the values of train.optimizer and train.schedule.
+"""Optimizers and learning rate schedules by name, the values of train.optimizer and train.schedule.
 
-A new one is one function here and one line in OPTIMIZERS or SCHEDULES.
+To add one, write a function here and add a line to OPTIMIZERS or SCHEDULES.
 """
 
 import jax
@@ -11,16 +11,16 @@ from fusa_jax.system.errors import UserError, look_up
 
 
 def warmup_cosine(train: ml_collections.ConfigDict) -> optax.Schedule:
-  """Linear from 0 to train.learning_rate over train.warmup_steps, then a cosine to 0 at train.steps.
+  """Rises linearly from 0 to train.learning_rate over train.warmup_steps, then falls by a cosine to 0 at train.steps.
 
-  The warm-up takes at most half of the steps, so that a short trial of a long config runs.
+  The warm-up takes at most half of the steps, so that a long config also works for a short trial.
   """
   warmup = min(train.warmup_steps, train.steps // 2)
   return optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, warmup, train.steps)
 
 
 def polynomial(train: ml_collections.ConfigDict) -> optax.Schedule:
-  """train.learning_rate * (1 - step / train.steps)^0.9, as nnU-Net (Isensee et al., 2021) has it. No warm-up."""
+  """train.learning_rate * (1 - step / train.steps)^0.9, as in nnU-Net (Isensee et al., 2021). No warm-up."""
   return optax.polynomial_schedule(train.learning_rate, 0.0, 0.9, train.steps)
 
 
@@ -35,7 +35,7 @@ def adamw(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransf
 
 
 def sgd(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-  """SGD with Nesterov momentum 0.99, as nnU-Net has it: the gradient includes weight_decay * kernel."""
+  """SGD with Nesterov momentum 0.99, as in nnU-Net: the gradient includes weight_decay * kernel."""
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=_is_kernel), optax.sgd(schedule, momentum=0.99, nesterov=True)
   )
@@ -46,17 +46,17 @@ OPTIMIZERS = {'adamw': adamw, 'sgd': sgd}
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """Returns the optimizer of a config, which decays kernels only, and its learning rate by step.
+  """Returns the optimizer of a config and its learning rate by step. Weight decay applies to kernels only.
 
   Raises:
-    UserError: an unknown optimizer or schedule; no steps; a negative warm-up; a learning rate that is not above 0.
+    UserError: the optimizer or the schedule is unknown. The number of steps is below 1, or of warm-up steps below 0.
+      The learning rate is not above 0.
   """
   train = config.train
-  if train.steps < 1 or train.warmup_steps < 0:
-    raise UserError(
-      f'train: {train.steps} steps, of which {train.warmup_steps} to warm up; train.steps is at least 1, '
-      'train.warmup_steps at least 0'
-    )
+  if train.steps < 1:
+    raise UserError(f'train.steps: {train.steps} must be at least 1')
+  if train.warmup_steps < 0:
+    raise UserError(f'train.warmup_steps: {train.warmup_steps} must be at least 0')
   if not train.learning_rate > 0:
     raise UserError(f'train.learning_rate: {train.learning_rate} must be above 0')
   schedule = look_up(SCHEDULES, train.schedule, 'train.schedule')(train)
@@ -64,5 +64,5 @@ def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTra
 
 
 def _is_kernel(params):
-  """True for each kernel; False for biases and for the scales of norms, which are vectors."""
+  """Returns True for each kernel, and False for biases and the scales of norms, which are vectors."""
   return jax.tree.map(lambda p: p.ndim > 1, params)

@@ -1,20 +1,19 @@
-"""The slices of a split -> the table of slices that every number of a test follows from."""
+"""Computes the table of slices of a split, from which all numbers of a test are computed."""
 
 import math
 
 import jax
 import numpy as np
-import tqdm
 
 from fusa_jax import tasks
 from fusa_jax.measures import histogram
-from fusa_jax.system import hosts, meshes
+from fusa_jax.system import hosts, meshes, progress
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, input_pipeline
 
 
 class Scorer:
-  """Scores the slices of a split on a mesh, in batches of any size; compiled once."""
+  """Applies a model to the slices of a split on a mesh, in batches. The program is compiled only once."""
 
   def __init__(self, task: tasks.Task, mesh: jax.sharding.Mesh, batch_size: int, flips: bool = False):
     self._mesh, self._batch_size = mesh, meshes.fitting_batch(mesh, batch_size)
@@ -26,22 +25,33 @@ class Scorer:
       score = jax.nn.sigmoid(highest / temperature)
       return counts | {'score': score, 'logit': highest, 'index': batch['index']}
 
-    # Every host gets every row: a few thousand numbers each.
+    # Every host receives all rows; each row is a few thousand numbers.
     self._run = hosts.compiled_together(jax.jit(run, out_shardings=meshes.replicated(mesh)))
 
   def table(
-    self, variables: dict, split: datasets.Split, temperature: float = 1.0, progress: bool = False
+    self, variables: dict, split: datasets.Split, temperature: float = 1.0, stage: str = ''
   ) -> dict[str, np.ndarray]:
-    """The table of slices, in the split's order.
+    """Returns the table of slices, in the order of the split.
 
-    Its columns: those of `results.COLUMNS`, with the counts at threshold 0.5; `logit`, the highest of the slice, by
-    which slices are ranked (probabilities near 0 and 1 round to the same number); and those of `histogram.count`.
+    Its columns are those of `results.COLUMNS`, with the counts at threshold 0.5; those of `histogram.count`; and
+    `logit`, the highest logit of the slice. Slices are ranked by logits, because probabilities near 0 and 1 round to
+    the same number.
+
+    Args:
+      variables: the variables of the model.
+      split: the slices.
+      temperature: the logits are divided by it.
+      stage: the title of the progress bar; '' shows none.
+
+    Raises:
+      UserError: a logit is not finite.
     """
     columns, seen = {}, np.zeros(len(split), np.int64)
     steps = math.ceil(len(split) / self._batch_size)
     batches = input_pipeline.test_batches(split, self._mesh, batch_size=self._batch_size)
     divisor = jax.device_put(np.float32(temperature), meshes.replicated(self._mesh))
-    for batch in tqdm.tqdm(batches, total=steps, desc='Evaluating', unit='batch', disable=not progress, leave=False):
+    show = bool(stage) and hosts.is_main()
+    for batch in progress.bar(batches, total=steps, desc=stage, unit='batches', show=show):
       rows = jax.device_get(self._run(variables, batch, divisor))
       index = rows.pop('index')
       real = index >= 0

@@ -1,4 +1,4 @@
-"""The masks of two segmentation runs on the same slices, side by side, as in the paper's Fig. 4."""
+"""Draws the masks of two segmentation runs side by side, as in the paper's Fig. 4."""
 
 import logging
 import pathlib
@@ -16,20 +16,21 @@ from fusa_jax.training import datasets
 
 
 def draw(workdir: pathlib.Path, against: pathlib.Path, data_dir: pathlib.Path, folder: pathlib.Path, most: int) -> None:
-  """Writes PNGs of the slices on which two runs differ most, one slice a patient.
+  """Writes PNG files of the slices on which two runs differ most, one slice per patient.
 
   Args:
-    workdir, against: of runs or cross-validations that `compare.compare` can compare.
-    data_dir: of the prepared dataset that both were tested on.
-    folder: for the pictures.
-    most: how many slices.
+    workdir: the folder of a run or cross-validation.
+    against: the folder of another one, which `compare.compare` can compare with the first.
+    data_dir: the folder of the prepared dataset that both were tested on.
+    folder: the folder for the pictures.
+    most: the largest number of slices.
 
   Raises:
-    UserError: runs without masks; runs on slices of different sizes, intensities or folds.
+    UserError: the runs have no masks, or differ in image size, intensity or fold.
   """
   config, other = (run_config.load_config(one) for one in (workdir, against))
   if not tasks.type_of(config.task).has_masks:
-    raise UserError('overlays: these runs give no masks; leave it out')
+    raise UserError('overlays: applies to masks only, and these runs give none; leave it out')
   for key in ('image_size', 'intensity', 'fold'):
     if config.data[key] != other.data[key]:
       raise UserError(f'overlays: the runs differ in data.{key} ({config.data[key]}, {other.data[key]}); leave it out')
@@ -55,25 +56,25 @@ def draw(workdir: pathlib.Path, against: pathlib.Path, data_dir: pathlib.Path, f
 
 
 def slices_that_differ(one: dict[str, np.ndarray], other: dict[str, np.ndarray], most: int) -> set[tuple[str, int]]:
-  """(patient, slice) of each patient's slice on which two tables of slices differ most in errors, up to `most`.
+  """Returns (patient, slice) of the slices on which two runs differ most in errors: one per patient, up to `most`.
 
   The errors of a slice are its false positives and false negatives at each run's own operating point.
   """
   errors = [dict(zip(_keys(table), table['fp_chosen'] + table['fn_chosen'], strict=True)) for table in (one, other)]
   differ = sorted(errors[0], key=lambda key: -abs(int(errors[0][key]) - int(errors[1][key])))
-  first_of = {}
+  largest_of = {}
   for patient, number in differ:
-    first_of.setdefault(patient, (patient, number))
-  return set(list(first_of.values())[:most])
+    largest_of.setdefault(patient, (patient, number))
+  return set(list(largest_of.values())[:most])
 
 
 def _keys(table):
-  """(patient, slice) of each row."""
+  """Returns (patient, slice) of each row."""
   return list(zip(table['patient'].tolist(), table['slice'].tolist(), strict=True))
 
 
 def _masks(run, images):
-  """A run's masks of slices as datasets store them, at its operating point."""
+  """Returns the masks of a run for slices of a prepared dataset, at the run's operating point."""
   mesh = meshes.create_mesh()
   model, point = trained.load_model([run], mesh)
   return Predictor(model, point, mesh).probabilities(images) >= point.threshold

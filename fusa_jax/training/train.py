@@ -1,4 +1,4 @@
-"""Training, from top to bottom: `train` reads in the order in which things happen."""
+"""Training: `train` reads from top to bottom in the order in which things happen."""
 
 import contextlib
 import itertools
@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-import tqdm
 
 from fusa_jax import tasks, torch_weights
 from fusa_jax.runs import checkpoint, operating_point, results, run_config
 from fusa_jax.runs.metric_log import MetricLog
-from fusa_jax.system import hosts, meshes
+from fusa_jax.system import hosts, meshes, progress
 from fusa_jax.system.errors import Terminated, UserError
 from fusa_jax.training import augment, datasets, input_pipeline, optimizers, scorer
 
@@ -29,7 +28,7 @@ class TrainState:
   """Everything that a training step changes.
 
   Attributes:
-    step: number of steps taken, int32 scalar. The optimizer keeps counters of its own in `opt_state`.
+    step: number of finished steps, int32 scalar. The optimizer has its own counters in `opt_state`.
     variables: {'params', 'batch_stats'} of the model.
     opt_state: state of the optimizer.
   """
@@ -40,19 +39,19 @@ class TrainState:
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
-  """Trains to config.train.steps, from the workdir's latest checkpoint where there is one.
+  """Trains up to config.train.steps; resumes from the latest checkpoint in `workdir`, if there is one.
 
   Args:
-    config: as configs/ gives it.
-    workdir: of the run; the README lists what is in it.
-    data_dir: of the prepared dataset.
+    config: a config of configs/.
+    workdir: folder of the run; the README lists its files.
+    data_dir: folder of the prepared dataset.
 
   Raises:
-    UserError: a config that does not fit the data, the devices or the run in `workdir`; a loss that is not finite; a
-      checkpoint that cannot be written.
-    Terminated: by SIGTERM, after the state was saved.
+    UserError: the config does not fit the data, the devices or the run in `workdir`; a loss is not finite; or a
+      checkpoint cannot be written.
+    Terminated: on SIGTERM, after the state was saved.
   """
-  # ---- what is trained on what
+  # ---- devices, data, task, optimizer
   operating_point.check(config)
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
@@ -64,13 +63,13 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   pretrained = None
   if config.model.init_from and not checkpoint.exists(workdir):
     pretrained, notes = torch_weights.initial(config.model.init_from, config.model.name, shapes.variables)
-  # What does not fit has been said by now, so that no refused config leaves a workdir behind.
+  # All checks of the config are done, so a refused config leaves no workdir behind.
   run_config.save_config(workdir, config)
   run_config.save_split(workdir, dataset.patients())
   report_parameters(shapes.variables)
 
   with contextlib.ExitStack() as stack:
-    # ---- the state: restored, or initialised on the devices
+    # ---- the state: restored from a checkpoint, or initialised on the devices
     everywhere = meshes.replicated(mesh)
     preemption = stack.enter_context(checkpoint.Preemption())
     checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
@@ -88,7 +87,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
     if first_step >= config.train.steps:
       return
 
-    # ---- the step, compiled before the first batch is read
+    # ---- the step: compiled before the first batch is read
     step_function = compile_step(task, optimizer, config, mesh, shapes)
     validation = scorer.Scorer(task, mesh, config.train.batch_size)
     batches = input_pipeline.train_batches(
@@ -103,14 +102,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
     stack.enter_context(contextlib.closing(batches))
     log = stack.enter_context(contextlib.closing(MetricLog(workdir, first_step)))
     bar = stack.enter_context(
-      tqdm.tqdm(
-        desc='Training',
-        total=config.train.steps * config.train.batch_size,
-        initial=first_step * config.train.batch_size,
-        unit=' slices',
-        smoothing=0.1,
-        mininterval=1,
-        disable=not hosts.is_main(),
+      progress.bar(
+        desc='Training', unit='steps', total=config.train.steps, initial=first_step, smoothing=0.1, show=hosts.is_main()
       )
     )
 
@@ -120,11 +113,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       waiting_since = time.perf_counter()
       batch = next(batches)
       waited += time.perf_counter() - waiting_since
-      # Nothing moves between host and devices unasked: a transfer in here would stall every step.
+      # Forbid implicit transfers between host and devices: one here would stall every step.
       with jax.transfer_guard('disallow'):
         state, scalars = step_function(state, batch)
       pending.append(scalars)
-      bar.update(config.train.batch_size)
+      bar.update()
 
       evaluating = step % config.train.evaluate_every == 0 or step == config.train.steps
       stopping = preemption.reached(step)
@@ -132,13 +125,14 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
         means = finite_means(pending, step)
         checkpoints.check()
         elapsed = time.perf_counter() - began
-        bar.set_postfix_str(f'loss {means["loss"]:.4f}', refresh=False)
+        rate = len(pending) * config.train.batch_size / elapsed
+        bar.set_postfix_str(f'{rate:.3g} slices/s, loss {means["loss"]:.4f}', refresh=False)
         log.write(
           step,
           {f'train/{name}': value for name, value in means.items()}
           | {
             'train/learning_rate': float(learning_rate(step - 1)),
-            'train/slices_per_second': len(pending) * config.train.batch_size / elapsed,
+            'train/slices_per_second': rate,
             'train/input_wait': waited / elapsed,
           },
         )
@@ -161,7 +155,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
 
 
 def initial_state(task: tasks.Task, optimizer: optax.GradientTransformation, config) -> TrainState:
-  """The train state of step 0, with parameters drawn from config.seed."""
+  """Returns the train state of step 0, with random parameters from config.seed."""
   variables = task.init(jax.random.key(config.seed), config.data.image_size)
   return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables['params']))
 
@@ -169,22 +163,22 @@ def initial_state(task: tasks.Task, optimizer: optax.GradientTransformation, con
 def state_shapes(
   task: tasks.Task, optimizer: optax.GradientTransformation, config, mesh: jax.sharding.Mesh
 ) -> TrainState:
-  """Shapes and dtypes of the train state, each array on all devices of the mesh. No array is made."""
+  """Returns shapes and dtypes of the train state, replicated over the mesh, without creating an array."""
   return meshes.replicated_shapes(lambda: initial_state(task, optimizer, config), mesh)
 
 
 def compile_init(
   task: tasks.Task, optimizer: optax.GradientTransformation, config, sharding: jax.sharding.Sharding | None
 ) -> Callable[[], TrainState]:
-  """Returns a jitted initialiser of the train state, which gives all of it that sharding."""
+  """Returns a jitted initialiser of the train state; all its arrays get the given sharding."""
   init = lambda: initial_state(task, optimizer, config)
   return jax.jit(init, out_shardings=sharding, compiler_options=options_to_run_once())
 
 
 def options_to_run_once() -> dict | None:
-  """Returns compiler options for a program that runs once: on a CPU, no optimisation.
+  """Returns compiler options for a program that runs once: no optimisation on a CPU.
 
-  Optimising the code that draws each parameter would take most of a minute there.
+  Optimising the initialisation of each parameter takes most of a minute there.
   """
   return {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
 
@@ -218,11 +212,11 @@ def train_step(
 
 
 def lower_step(task, optimizer, config, mesh, shapes: TrainState) -> jax.stages.Lowered:
-  """Returns the training step, lowered for the devices of the mesh and ready to compile. The state is donated.
+  """Returns the training step, lowered for the devices of the mesh and ready to compile. It donates the state.
 
   Args:
-    task, optimizer, config, mesh: of the training.
-    shapes: of the train state, as `state_shapes` gives them.
+    task, optimizer, config, mesh: as in `train`.
+    shapes: the train state's shapes from `state_shapes`.
   """
   step = lambda state, batch: train_step(
     state,
@@ -245,7 +239,7 @@ def lower_step(task, optimizer, config, mesh, shapes: TrainState) -> jax.stages.
 
 
 def compile_step(task, optimizer, config, mesh, shapes: TrainState) -> jax.stages.Compiled:
-  """Compiles the step of `lower_step`; logs its FLOPs and memory."""
+  """Compiles the step of `lower_step` and logs its FLOPs and memory."""
   began = time.perf_counter()
   compiled = hosts.compile_together(lower_step(task, optimizer, config, mesh, shapes))
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
@@ -259,21 +253,26 @@ def compile_step(task, optimizer, config, mesh, shapes: TrainState) -> jax.stage
 
 
 def finite_means(pending: list[dict[str, jax.Array]], step: int) -> dict[str, float]:
-  """Means of the scalars of the latest steps, of which `step` is the last. Waits for the devices.
+  """Returns the means of the scalars of the latest steps, up to `step`. It waits for the devices.
 
   Raises:
-    UserError: one of the losses is not finite; the message names its step. The loop calls this before it saves.
+    UserError: a loss is not finite; the message names its step. The loop calls this before it saves.
   """
   values = jax.device_get(pending)
   for number, scalars in enumerate(values, start=step - len(values) + 1):
     if not np.isfinite(scalars['loss']):
       raise UserError(
-        f'train: the loss is {scalars["loss"]} at step {number}; lower train.learning_rate, or look at the data'
+        f'train: the loss is {scalars["loss"]} at step {number}; lower train.learning_rate, or check the data'
       )
   return {name: float(np.mean([scalars[name] for scalars in values])) for name in values[0]}
 
 
 def report_parameters(variables: dict) -> None:
-  """Logs the parameter table: name, shape, size."""
+  """Logs the number of parameters per block and, with --verbose, the name, shape and size of each parameter."""
+  blocks = {name: jax.tree.leaves(block) for name, block in variables['params'].items()}
+  sizes = {name: sum(leaf.size for leaf in leaves) for name, leaves in blocks.items()}
+  width = max(map(len, [*sizes, 'parameters']))
+  lines = [f'  {name:{width}}{size:14,}' for name, size in sizes.items()]
+  logging.info('\n'.join([*lines, f'  {"parameters":{width}}{sum(sizes.values()):14,}']))
   table = clu.parameter_overview.get_parameter_overview(variables['params'], include_stats=False)
-  logging.info('parameters\n%s', table)
+  logging.getLogger(__name__).debug('%s', table)

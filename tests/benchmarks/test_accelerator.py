@@ -1,4 +1,4 @@
-"""The accelerator's benchmark, rehearsed: what it computes of times, and that no failure loses what was measured."""
+"""The accelerator benchmark: its computations from times, and that a failure loses no measured number."""
 
 import importlib.metadata
 import importlib.util
@@ -32,7 +32,7 @@ OPTIONS = Options(
 )
 
 
-def test_share_is_what_a_step_takes_longer_than_without():
+def test_share_is_the_extra_time_relative_to_the_step():
   seconds, memory = {'without': 0.3, 'FUSA': 0.4, 'literal': 0.6}, {'without': 1, 'FUSA': 2, 'literal': 3}
   rows = accelerator_parts.share_rows('fusa_resunet', seconds, memory, 8, 39_560.0, 'NVIDIA H100 80GB HBM3')
   assert [row['form'] for row in rows] == ['without', 'FUSA', 'literal']
@@ -58,7 +58,7 @@ def test_share_is_what_a_step_takes_longer_than_without():
     ('cpu', None),
   ],
 )
-def test_peak_is_the_devices_own_or_unknown(kind, peak):
+def test_peak_of_known_and_unknown_devices(kind, peak):
   assert accelerator_report.peak_tflops(kind) == peak
   assert accelerator_report.mfu(500.0, kind) == (None if peak is None else pytest.approx(0.5 / peak))
 
@@ -69,7 +69,7 @@ def test_peak_is_the_devices_own_or_unknown(kind, peak):
 )
 @pytest.mark.parametrize('tells', [True, False])
 def test_the_largest_batch_is_found(fixed, each, first, limit, tells):
-  """Against the batch that the memory's own formula allows, within a sixteenth; in few attempts."""
+  """Finds the largest batch that the memory formula allows, within a sixteenth, in at most ten attempts."""
   tried = []
 
   def attempt(batch):
@@ -85,8 +85,8 @@ def test_the_largest_batch_is_found(fixed, each, first, limit, tells):
     assert last['fits_bytes'] == fixed + each * last['fits'] <= limit
 
 
-def test_kernels_are_those_that_ran(tmp_path):
-  """Three runs of a function of two products and a sine."""
+def test_kernel_times_of_a_profile(tmp_path):
+  """Profiles three runs of a function with two products and a sine."""
   product = jax.jit(lambda x: jnp.sin(x @ x) @ x)
   x = jnp.ones((256, 256))
   product(x).block_until_ready()
@@ -94,9 +94,9 @@ def test_kernels_are_those_that_ran(tmp_path):
     for _ in range(3):
       product(x).block_until_ready()
   (path,) = tmp_path.rglob('*.xplane.pb')
-  found = accelerator_parts.kernel_seconds(path)
-  assert sum(calls for name, (_, calls) in found.items()) % 3 == 0
-  assert 2 <= len(found) <= 6 and all(seconds > 0 for seconds, _ in found.values())
+  kernels = accelerator_parts.kernel_seconds(path)
+  assert sum(calls for name, (_, calls) in kernels.items()) % 3 == 0
+  assert 2 <= len(kernels) <= 6 and all(seconds > 0 for seconds, _ in kernels.values())
 
 
 def test_top_kernels():
@@ -107,7 +107,7 @@ def test_top_kernels():
 
 
 def test_a_kill_between_parts_loses_nothing(tmp_path, monkeypatch):
-  """The first part finds something twice; the command is stopped in the second."""
+  """The first part reports numbers twice; the command is stopped during the second part."""
   out, seen = tmp_path / 'numbers.json', []
 
   def run(name, options, until):
@@ -115,7 +115,7 @@ def test_a_kill_between_parts_loses_nothing(tmp_path, monkeypatch):
       raise KeyboardInterrupt
     yield 'facts', {'device': 'a device', 'commit': None}
     for speed in (5.0, 7.0):
-      yield 'found', {'slices_per_second': speed}
+      yield 'result', {'slices_per_second': speed}
       seen.append(json.loads(out.read_text())['parts']['input_path']['slices_per_second'])
 
   monkeypatch.setattr(accelerator, '_run', run)
@@ -128,10 +128,10 @@ def test_a_kill_between_parts_loses_nothing(tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == [out]
 
 
-def test_parts_have_their_share_and_what_was_left(tmp_path, monkeypatch):
+def test_parts_get_their_share_of_the_remaining_time(tmp_path, monkeypatch):
   ends = {}
   began = time.monotonic()
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)  # PyTorch need not be here
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)  # PyTorch need not be installed
   monkeypatch.setattr(accelerator, '_run', lambda name, options, until: ends.update({name: until - began}) or ())
   accelerator.measure(OPTIONS, list(accelerator.PARTS), 480, tmp_path / 'numbers.json')
   shares = [part.seconds for part in accelerator.PARTS.values()]
@@ -142,15 +142,15 @@ def test_parts_have_their_share_and_what_was_left(tmp_path, monkeypatch):
 
 
 def test_a_part_that_takes_too_long_is_stopped():
-  """It has not even imported JAX by then."""
+  """It is stopped before it has imported JAX."""
   (found,) = accelerator._run('profile', OPTIONS, time.monotonic() + 0.5)
-  assert found[0] == 'reason' and re.fullmatch(r'stopped after \d+ s: its share of the time was over', found[1])
+  assert found[0] == 'reason' and re.fullmatch(r'stopped after \d+ s, at the end of its share of the time', found[1])
 
 
-def test_a_part_that_dies_says_so(monkeypatch):
-  monkeypatch.setattr(accelerator, '_work', print)  # it ends without a word to the command
+def test_a_part_that_dies_is_reported(monkeypatch):
+  monkeypatch.setattr(accelerator, '_work', print)  # the process ends without a report
   (found,) = accelerator._run('profile', OPTIONS, time.monotonic() + 600)
-  assert found == ('reason', 'its process died with code 0, perhaps for want of memory')
+  assert found == ('reason', 'its process ended with code 0, perhaps because it ran out of memory')
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
@@ -158,12 +158,12 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name in ('nibabel', 'torch') else find(name))
   monkeypatch.setattr(accelerator, '_run', lambda *_: pytest.fail('a process was started'))
   report = accelerator.measure(OPTIONS, ['prediction', 'compare'], 480, tmp_path / 'numbers.json')
-  assert report['not_whole']['prediction'].startswith('needs nibabel, which the machine lacks')
+  assert report['not_whole']['prediction'].startswith('needs nibabel, missing on this machine')
   assert 'torch' in report['not_whole']['compare'] and 'nibabel' in report['not_whole']['compare']
   assert not report['parts']
 
 
-def test_the_input_path_is_set_against_training():
+def test_input_path_is_compared_with_training():
   share = [{'form': 'FUSA', 'slices_per_second': 20.0}, {'form': 'literal', 'slices_per_second': 90.0}]
   compared = [
     {'framework': 'JAX', 'train_slices_per_second': 40.0},
@@ -179,13 +179,13 @@ def test_the_input_path_is_set_against_training():
   ('changes', 'reason'),
   [
     ({'out': None}, '--out: missing'),
-    ({'parts': ['compare', 'speed']}, "--parts: there is no 'speed'; one or more of compare, fusa_share"),
-    ({'models': ['resnet19']}, "--models: there is no 'resnet19'; one or more of densenet121"),
-    ({'models': []}, "--models: there is no ''"),
+    ({'parts': ['compare', 'speed']}, "--parts: 'speed' is unknown; choose from compare, fusa_share"),
+    ({'models': ['resnet19']}, "--models: 'resnet19' is unknown; choose from densenet121"),
+    ({'models': []}, "--models: '' is unknown"),
     ({'out': '/proc/numbers.json'}, '/proc/numbers.json: cannot be written'),
   ],
 )
-def test_what_cannot_be_is_refused(changes, reason, tmp_path, monkeypatch):
+def test_invalid_flags_are_refused(changes, reason, tmp_path, monkeypatch):
   values = {
     'out': str(tmp_path / 'numbers.json'),
     'models': ['fusa_resunet'],
@@ -206,8 +206,8 @@ def test_what_cannot_be_is_refused(changes, reason, tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_the_wheels_to_carry_are_all_that_is_needed():
-  """What the parts need is in docs/benchmarks.md's list, or comes with jax."""
+def test_the_documented_wheels_are_complete():
+  """The packages that the parts need are in the list of docs/benchmarks.md or come with jax."""
   command = re.search(r'pip download .*?```', pathlib.Path('docs/benchmarks.md').read_text(), re.DOTALL)[0]
   carried = {re.sub(r'[-_.]+', '-', word).lower() for word in re.findall(r'[\w-]+', command)}
   known = importlib.metadata.packages_distributions()
@@ -217,7 +217,7 @@ def test_the_wheels_to_carry_are_all_that_is_needed():
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-  """As on an accelerator, at a tiny size, without PyTorch's parts; and a limit of memory that the first batch meets."""
+  """Runs the command at a tiny size without the PyTorch parts; no batch fits the memory limit."""
   out = tmp_path / 'numbers.json'
   command = [sys.executable, '-m', 'benchmarks.accelerator', f'--out={out}', '--models=fusa_resunet', '--image_size=32']
   command += ['--batch_size=2', '--width=4', '--rounds=1', '--steps=1', '--memory_limit_mb=1', '--minutes=30']

@@ -1,4 +1,4 @@
-"""The benchmark's two sides do the same work; that it runs and writes what it prints."""
+"""Both sides of the benchmark do the same work; the command runs and saves the numbers that it prints."""
 
 import dataclasses
 import json
@@ -20,10 +20,10 @@ SETTINGS = Settings(image_size=32, batch_size=2, rounds=1, steps=1)
 
 @pytest.mark.slow
 def test_rows_and_json(tmp_path, monkeypatch, capsys):
-  asked = types.SimpleNamespace(
+  flag_values = types.SimpleNamespace(
     models=['resnet18'], torch_compile=False, json=str(tmp_path / 'numbers.json'), **dataclasses.asdict(SETTINGS)
   )
-  monkeypatch.setattr(compare, 'flags', types.SimpleNamespace(FLAGS=asked))
+  monkeypatch.setattr(compare, 'flags', types.SimpleNamespace(FLAGS=flag_values))
   monkeypatch.setattr(compare.program, 'start_logging', lambda: None)
   monkeypatch.setattr(compare.program, 'use_compilation_cache', lambda: None)
   compare.main([])
@@ -39,8 +39,8 @@ def test_rows_and_json(tmp_path, monkeypatch, capsys):
   assert written['image_size'] == 32
 
 
-def test_what_cannot_be_compared_is_refused():
-  with pytest.raises(UserError, match=r"--models: there is no 'resnet19'; one or more of densenet121, "):
+def test_incomparable_models_are_refused():
+  with pytest.raises(UserError, match=r"--models: 'resnet19' is unknown; choose from densenet121, "):
     compare.ours('resnet19', SETTINGS)
   with pytest.raises(UserError, match="--width: 8, but PyTorch's resnet50 exists at full width only"):
     compare.theirs('resnet50', dataclasses.replace(SETTINGS, width=8), compiled=False)
@@ -49,21 +49,21 @@ def test_what_cannot_be_compared_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet18', 'linknet'])
 def test_both_sides_compute_the_same_loss(name, monkeypatch):
-  """From the same weights: the loss that PyTorch's side goes back from is the one of our loop's step."""
+  """From the same weights, PyTorch's loss at its backward call equals the loss of our training step."""
   losses = []
   backward = torch.Tensor.backward
   monkeypatch.setattr(torch.Tensor, 'backward', lambda self: (losses.append(self.item()), backward(self)))
   made = []
   create = compare.torch_reference.create
 
-  def remember(*args):
+  def create_and_keep_weights(*args):
     made.append(create(*args))
     weights.update({key: value.clone() for key, value in made[0].state_dict().items()})
     return made[0]
 
   weights = {}
-  monkeypatch.setattr(compare.torch_reference, 'create', remember)
-  # Enough values for each norm, of which the last see 16, to be well conditioned.
+  monkeypatch.setattr(compare.torch_reference, 'create', create_and_keep_weights)
+  # Each norm needs enough values to be well conditioned; at this size the last norms have 16.
   settings = Settings(image_size=64, batch_size=4)
   batch = workload.batch_of(64, 4)
   compare.theirs(name, settings, compiled=False).step()

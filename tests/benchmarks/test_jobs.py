@@ -1,4 +1,4 @@
-"""Jobs that share a machine: who gets what of it, and how workers end."""
+"""Jobs that share a machine: how cores and GPUs are divided, and how workers end."""
 
 import collections
 import os
@@ -10,12 +10,12 @@ import pytest
 from benchmarks import jobs, processes
 from fusa_jax.system.errors import UserError
 
-# Functions of this file can be run by workers, which import it by name.
+# Workers can run functions of this file: they import it by name.
 CPU, GPUS = jobs.Machine('cpu', 'cpu', 8), jobs.Machine('gpu', 'H100', 4)
 
 
 class Say:
-  """A job: its text."""
+  """A job that returns its text."""
 
   def __init__(self, text):
     self.text = text
@@ -47,7 +47,7 @@ def cores():
   return os.sched_getaffinity(0), signal.getsignal(signal.SIGINT)
 
 
-def test_cores_are_dealt_and_each_is_in_one_share(monkeypatch):
+def test_each_core_is_in_one_share(monkeypatch):
   monkeypatch.setattr(jobs, '_cores', lambda: [1, 3, 4, 5, 8, 9, 10])
   dealt = [share.cores for share in jobs.shares(3, CPU)]
   assert sorted(sum(dealt, ())) == [1, 3, 4, 5, 8, 9, 10]
@@ -56,7 +56,7 @@ def test_cores_are_dealt_and_each_is_in_one_share(monkeypatch):
     jobs.shares(8, CPU)
 
 
-def test_each_job_has_a_gpu_of_those_that_are_visible(monkeypatch):
+def test_each_job_gets_one_visible_gpu(monkeypatch):
   monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
   assert [share.device for share in jobs.shares(3, GPUS)] == ['0', '1', '2']
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '6,2,GPU-8a,1')
@@ -66,7 +66,7 @@ def test_each_job_has_a_gpu_of_those_that_are_visible(monkeypatch):
 
 
 def test_a_tpu_is_not_shared():
-  with pytest.raises(UserError, match='^--jobs: 2, but a TPU belongs to one process; leave --jobs out$'):
+  with pytest.raises(UserError, match='^--jobs: 2, but only one process can use a TPU; leave --jobs out$'):
     jobs.shares(2, jobs.Machine('tpu', 'TPU v5e', 4))
 
 
@@ -82,7 +82,7 @@ def test_jobs_may_be_added_while_others_run(shares):
 
 
 @pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='the system deals the cores')
-def test_workers_keep_to_their_share_and_leave_ctrl_c_to_the_first_process():
+def test_workers_use_their_share_and_ignore_ctrl_c():
   mine, heard = sorted(os.sched_getaffinity(0)), signal.getsignal(signal.SIGINT)
   ((_, (seen, handler), _),) = jobs.run(collections.deque([cores]), [jobs.Share((mine[-1],))])
   assert seen == {mine[-1]}
@@ -96,11 +96,11 @@ def test_workers_keep_to_their_share_and_leave_ctrl_c_to_the_first_process():
   [
     (refuse, UserError, 'refuse.*: train: the loss is nan$'),
     (fail, RuntimeError, "KeyError: 'missing'"),
-    (die, RuntimeError, 'its process was killed, perhaps for want of memory'),
+    (die, RuntimeError, 'its process was killed, perhaps because it ran out of memory'),
   ],
 )
 def test_an_error_stops_the_other_workers(job, error, reason, monkeypatch):
-  """The other would sleep for ten minutes."""
+  """The other job would sleep for ten minutes."""
   started, start = [], processes.start
   monkeypatch.setattr(processes, 'start', lambda *args: started.append(start(*args)) or started[-1])
   with pytest.raises(error, match=reason):
@@ -118,5 +118,5 @@ def test_a_worker_that_was_killed_between_jobs_is_reported(monkeypatch):
   started[0][0].kill()
   started[0][0].join()
   todo.append(Say('b'))
-  with pytest.raises(RuntimeError, match='^job b: its process was killed, perhaps for want of memory$'):
+  with pytest.raises(RuntimeError, match='^job b: its process was killed, perhaps because it ran out of memory$'):
     next(running)

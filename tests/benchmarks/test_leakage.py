@@ -1,4 +1,4 @@
-"""The cohorts that the self-test of leakage is made of, and what it says of its runs."""
+"""The cohorts of the leakage self-test, and its verdict on its runs."""
 
 import json
 import logging
@@ -21,20 +21,20 @@ PATIENTS, SLICES = 5, 16
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-  """A protocol of few small phantoms, which are drawn into a cache of their own."""
+  """A config with few small phantoms, drawn into a separate cache."""
   monkeypatch.setattr(prepare, 'CACHE', tmp_path / 'cache')
   return tiny(cls, **{'data.phantom.patients': PATIENTS, 'data.phantom.slices': SLICES})
 
 
 def read(folder):
-  """Scans and masks [N, S, H, W] of a cohort."""
+  """Returns scans and masks [N, S, H, W] of a cohort."""
   cases = covid19_20.find(folder)
   scans = [nifti.read_scan(case.ct) for case in cases]
   masks = [nifti.read_mask(case.mask, scan) for case, scan in zip(cases, scans, strict=True)]
   return np.stack([scan.values for scan in scans]), np.stack(masks)
 
 
-def test_slices_are_dealt_once_each_at_their_level_and_apart_from_their_neighbours():
+def test_slices_are_dealt_once_at_their_level_and_away_from_their_neighbours():
   patient, level = np.divmod(np.arange(PATIENTS * SLICES).reshape(PATIENTS, SLICES, 1, 1), SLICES)
   dealt_patient, dealt_level = leakage.deal_slices(patient)[..., 0, 0], leakage.deal_slices(level)[..., 0, 0]
   assert len(set(zip(dealt_patient.flat, dealt_level.flat, strict=True))) == PATIENTS * SLICES
@@ -45,7 +45,7 @@ def test_slices_are_dealt_once_each_at_their_level_and_apart_from_their_neighbou
       assert file[p, s] != file[p, s + 1]
 
 
-def test_shuffled_masks_are_those_of_another_patient_rolled():
+def test_shuffled_masks_come_from_another_patient_and_are_rolled():
   masks = np.random.default_rng(0).integers(2, size=(PATIENTS, SLICES, 4, 4)).astype(np.uint8)
   shuffled = leakage.shuffle(masks, seed=3)
   donors, shifts = np.transpose(
@@ -63,24 +63,24 @@ def test_shuffled_masks_are_those_of_another_patient_rolled():
   assert not np.array_equal(shuffled, leakage.shuffle(masks, seed=4))
 
 
-def test_cohorts_are_files_as_any_other(config, tmp_path, caplog):
-  raw, found = {}, {}
+def test_cohorts_have_the_expected_scans_and_masks(config, tmp_path, caplog):
+  raw, cohorts = {}, {}
   for name, (labels, unit) in leakage.ROWS.items():
     raw[name] = tmp_path / 'cohorts' / name
     leakage.write_cohort(config, raw[name], shuffled=labels == 'shuffled', by_slice=unit == 'slice')
-    found[name] = read(raw[name])
-  scans, masks = found['true-by-patient']
+    cohorts[name] = read(raw[name])
+  scans, masks = cohorts['true-by-patient']
   drawn = read(prepare.draw_phantoms(32, PATIENTS, SLICES, 0))
   np.testing.assert_array_equal(scans, drawn[0])
   np.testing.assert_array_equal(masks, drawn[1])
   shuffled = leakage.shuffle(masks, config.seed)
-  np.testing.assert_array_equal(found['shuffled-by-patient'][0], scans)
-  np.testing.assert_array_equal(found['shuffled-by-patient'][1], shuffled)
-  # Masks go with their slices, the true ones and the shuffled.
-  for name, these in (('true-by-slice', masks), ('shuffled-by-slice', shuffled)):
-    np.testing.assert_array_equal(found[name][0], leakage.deal_slices(scans))
-    np.testing.assert_array_equal(found[name][1], leakage.deal_slices(these))
-  # None is taken for a copy of another.
+  np.testing.assert_array_equal(cohorts['shuffled-by-patient'][0], scans)
+  np.testing.assert_array_equal(cohorts['shuffled-by-patient'][1], shuffled)
+  # True and shuffled masks stay with their slices.
+  for name, expected_masks in (('true-by-slice', masks), ('shuffled-by-slice', shuffled)):
+    np.testing.assert_array_equal(cohorts[name][0], leakage.deal_slices(scans))
+    np.testing.assert_array_equal(cohorts[name][1], leakage.deal_slices(expected_masks))
+  # No scan counts as a copy of another.
   for name in ('true-by-slice', 'shuffled-by-slice'):
     survey.survey(covid19_20.find(raw[name]))
   assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -91,7 +91,7 @@ def result(auc, interval):
 
 
 @pytest.mark.parametrize(
-  ('interval', 'control', 'no_leak', 'said'),
+  ('interval', 'control', 'no_leak', 'verdict'),
   [
     ([0.42, 0.58], [0.74, 0.83], True, 'No leak: .*0.420 to 0.580.* a leak would have been seen'),
     ([0.42, 0.58], [0.45, 0.83], True, 'proves little'),
@@ -100,11 +100,11 @@ def result(auc, interval):
     (None, [0.74, 0.83], False, 'Leak: .*undefined'),
   ],
 )
-def test_half_must_be_in_the_interval_of_shuffled_labels(interval, control, no_leak, said):
+def test_shuffled_labels_must_have_0_5_in_their_interval(interval, control, no_leak, verdict):
   results = {'shuffled-by-patient': result(0.5, interval), 'shuffled-by-slice': result(0.8, control)}
-  found, sentence = leakage.verdict(results)
-  assert found is no_leak
-  assert re.search(said, sentence)
+  passed, sentence = leakage.verdict(results)
+  assert passed is no_leak
+  assert re.search(verdict, sentence)
 
 
 def test_finished_runs_are_kept_and_make_the_table(config, tmp_path, monkeypatch):
@@ -132,5 +132,5 @@ def test_finished_runs_are_kept_and_make_the_table(config, tmp_path, monkeypatch
   record = json.loads((tmp_path / 'leakage.json').read_text())
   assert record['no_leak'] and record['rows']['shuffled-by-slice']['interval'] == [0.4, 0.6]
   config.train.steps += 1
-  with pytest.raises(UserError, match='it cannot be made longer or shorter'):
+  with pytest.raises(UserError, match='train.steps cannot change'):
     leakage.finish(config, tmp_path, 'true-by-patient')

@@ -1,4 +1,4 @@
-"""Operations as XLA counts them against PyTorch's own counter."""
+"""XLA's count of operations compared with PyTorch's counter."""
 
 import pytest
 
@@ -10,8 +10,8 @@ from benchmarks import torch_reference  # noqa: E402 (needs torch)
 
 
 @pytest.mark.parametrize('name', [name for name in models.NAMES if not name.startswith('fusa_')])
-def test_gflops_are_pytorchs(name):
-  """Within 6%: XLA also counts norms and activations, and leaves out products with padding (much of DeepLabV3's)."""
+def test_gflops_equal_pytorchs(name):
+  """They agree within 6%. XLA counts norms and activations, but not products with padding (many in DeepLabV3)."""
   from torch.utils.flop_counter import FlopCounterMode
 
   with torch.device('meta'):
@@ -23,7 +23,7 @@ def test_gflops_are_pytorchs(name):
   assert (0.8 if name == 'deeplabv3' else 0.94) < ratio < 1.06
 
 
-def test_parameters_are_pytorchs():
+def test_parameter_counts_equal_pytorchs():
   for name in ('fusa_resnet50', 'fusa_resunet', 'linknet', 'vgg16'):
     with torch.device('meta'):
       model = torch_reference.create(name)

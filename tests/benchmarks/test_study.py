@@ -1,4 +1,4 @@
-"""Models, folds and seeds under one protocol: what is written, what is kept, what is refused."""
+"""A study of models, folds and seeds under one protocol: its tables, resuming, and refusals."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ def numbers(run):
 
 
 def dice_of_patients(run):
-  """From slices.csv alone: {patient: Dice of their pixels}, without those of whom it is undefined."""
+  """Computes {patient: Dice of all pixels} from slices.csv; patients with undefined Dice are left out."""
   sums = {}
   with (run / 'test' / 'slices.csv').open(newline='') as file:
     for row in csv.DictReader(file):
@@ -48,7 +48,7 @@ def dice_of_patients(run):
 
 @pytest.fixture(scope='module')
 def made(data_dir, tmp_path_factory):
-  """Two models and two seeds of one fold."""
+  """A study of two models and two seeds on one fold."""
   workdir = tmp_path_factory.mktemp('study')
   make(workdir, data_dir)
   return workdir
@@ -69,7 +69,7 @@ def test_a_row_is_the_mean_and_spread_of_its_seeds(made):
       values = [run[key] for run in runs if run[key] is not None]
       assert float(row[column]) == pytest.approx(statistics.mean(values))
       if len(values) == 2:
-        # Half the distance of two values, times the square root of two.
+        # The standard deviation of two values is their distance divided by the square root of two.
         assert float(row[f'{column} sd']) == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     configs = [json.loads((made / f'{row["name"]}-seed{s}' / 'config.json').read_text()) for s in SEEDS]
     assert [config['seed'] for config in configs] == SEEDS
@@ -78,8 +78,8 @@ def test_a_row_is_the_mean_and_spread_of_its_seeds(made):
 
 
 @pytest.mark.slow
-def test_fusa_minus_plain_is_of_patients_over_seeds_and_of_each_seed(made):
-  """By hand from the slices: the mean over patients of the means over seeds of what FUSA has over plain."""
+def test_fusa_minus_plain_over_all_seeds_and_per_seed(made):
+  """Recomputes the gain of FUSA from the slices: the mean over patients of the difference of seed means."""
   found = json.loads((made / 'differences.json').read_text())
   assert [each['seeds'] for each in found] == [[3, 4], [3], [4]]
   text = (made / 'table.md').read_text()
@@ -108,13 +108,13 @@ def test_a_finished_study_is_kept_and_another_protocol_is_refused(made, data_dir
   make(made, data_dir)
   assert not trained
   assert {file: (made / file).read_bytes() for file in before} == before
-  with pytest.raises(UserError, match=r'resunet-seed3 holds a run of another config: train.learning_rate'):
+  with pytest.raises(UserError, match=r'resunet-seed3 holds a run with another config: train.learning_rate'):
     make(made, data_dir, **{'train.learning_rate': 0.1})
 
 
 @pytest.mark.slow
-def test_until_both_have_a_seed_only_the_others_are_compared(made, tmp_path):
-  """As it is when stopped before the last run: one seed is left to compare by, and the caption says what is missing."""
+def test_only_seeds_of_both_models_are_compared(made, tmp_path):
+  """The study stopped before the last run: one seed is compared, and the caption names the missing run."""
   workdir = tmp_path / 'study'
   shutil.copytree(made, workdir)
   (workdir / 'fusa_resunet-seed4' / 'test' / 'metrics.json').unlink()
@@ -127,13 +127,13 @@ def test_until_both_have_a_seed_only_the_others_are_compared(made, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_split_that_is_not_by_patient_is_said_to_be(made, tmp_path):
+def test_a_split_by_slice_is_reported(made, tmp_path):
   workdir = tmp_path / 'study'
   shutil.copytree(made, workdir)
-  for split, said in (('by patient', ', fold 0: 32'), ('by slice', ', fold 0 (split by slice): 32')):
+  for split, caption in (('by patient', ', fold 0: 32'), ('by slice', ', fold 0 (split by slice): 32')):
     for path in workdir.glob('*/test/metrics.json'):
       path.write_text(json.dumps(json.loads(path.read_text()) | {'split': split}))
-    assert said in study_table.write(protocol(), PAIR, SEEDS, workdir, jobs.machine(), 1)
+    assert caption in study_table.write(protocol(), PAIR, SEEDS, workdir, jobs.machine(), 1)
 
 
 @pytest.fixture(scope='module')
@@ -154,7 +154,7 @@ def test_all_folds_are_a_cross_validation(all_folds, data_dir):
   assert float(row['Dice']) == numbers(run)['dice']
   text = (all_folds / 'table.md').read_text()
   assert f'all folds, each patient tested once: {PATIENTS * SLICES} test slices of {PATIENTS} patients' in text
-  # What launch.py would make of the same config finds everything done.
+  # With the same config, launch.py has nothing to do.
   before = (run / 'test' / 'metrics.json').read_bytes()
   whole = study_table.row_config(protocol(**{'data.fold': 'all'}), 'resunet', 3)
   with pytest.MonkeyPatch.context() as patch:
@@ -164,8 +164,8 @@ def test_all_folds_are_a_cross_validation(all_folds, data_dir):
 
 
 @pytest.mark.slow
-def test_folds_go_on_where_they_were_stopped(all_folds, data_dir, tmp_path, monkeypatch):
-  """One fold untested: it alone is done, and pooled with the others; nothing pooled before stays meanwhile."""
+def test_unfinished_folds_are_resumed(all_folds, data_dir, tmp_path, monkeypatch):
+  """One fold is not tested: only this fold is run, then all are pooled. The old pooled results are removed before."""
   workdir = tmp_path / 'study'
   shutil.copytree(all_folds, workdir)
   run, done, original = workdir / 'resunet-seed3', [], train.train
@@ -180,12 +180,12 @@ def test_folds_go_on_where_they_were_stopped(all_folds, data_dir, tmp_path, monk
   assert done == [(2, False)]
   without_commit = lambda folder: {key: value for key, value in numbers(folder).items() if key != 'commit'}
   assert without_commit(run) == without_commit(all_folds / 'resunet-seed3')
-  with pytest.raises(UserError, match=r'resunet-seed3 holds a run of another config: data.fold \(all -> 1\)'):
+  with pytest.raises(UserError, match=r'resunet-seed3 holds a run with another config: data.fold \(all -> 1\)'):
     make(workdir, data_dir, ['resunet'], [3], **{'data.fold': 1})
 
 
 def refused(*arguments):
-  """The one line with which a study of such flags is refused."""
+  """Runs a study with invalid flags and returns its one-line error."""
   command = [sys.executable, '-m', 'benchmarks.study', '--config=configs/seg.py:demo', *arguments]
   done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
   assert done.returncode == 2
@@ -199,7 +199,7 @@ def test_jobs_and_folds_are_checked_before_anything_is_drawn_or_trained():
     f'error: --jobs: {there + 1}, but there are {there} CPU cores; give --jobs={there} or fewer'
   )
   assert refused('--folds=all', '--config.data.fold=1') == (
-    'error: --folds: all, but --config.data.fold is 1; give one of them'
+    'error: --folds: all, but --config.data.fold is 1; give only one of them'
   )
 
 
@@ -209,13 +209,13 @@ def test_seeds_are_whole_numbers(seeds):
     study.read_seeds(seeds)
 
 
-def test_models_and_seeds_are_named_once_and_are_of_the_task():
+def test_models_and_seeds_are_named_once_and_fit_the_task():
   assert study.read_models(None, 'segmentation') == list(study_table.ROWS['segmentation'].values())
   assert study.read_models(['fusa_linknet', 'linknet'], 'segmentation') == ['fusa_linknet', 'linknet']
   for names, reason in (
-    (['resunet', 'unet'], "'unet' is no model of segmentation; one or more of deeplabv3, "),
-    (['resnet18'], "'resnet18' is no model of segmentation; one or more of deeplabv3, "),
-    ([], "'' is no model of segmentation; one or more of deeplabv3, "),
+    (['resunet', 'unet'], "'unet' is not a segmentation model; choose from deeplabv3, "),
+    (['resnet18'], "'resnet18' is not a segmentation model; choose from deeplabv3, "),
+    ([], "'' is not a segmentation model; choose from deeplabv3, "),
     (['resunet', 'linknet', 'resunet'], 'resunet is given more than once; name each once'),
   ):
     with pytest.raises(UserError) as error:
@@ -229,14 +229,14 @@ def test_folds_are_all_or_one():
   assert [study.read_fold(text, None) for text in ('all', '0', '3')] == ['all', 0, 3]
   assert (study.read_fold('all', 'all'), study.read_fold('2', 2)) == ('all', 2)
   for text in ('0,1', 'some', '-1', ''):
-    with pytest.raises(UserError, match=f"^--folds: '{text}' is neither 'all' nor the number of a fold; some folds"):
+    with pytest.raises(UserError, match=f"^--folds: '{text}' must be 'all' or one fold number; for example"):
       study.read_fold(text, None)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(len(jobs._cores()) < 2, reason='each job has a core of its own')
 def test_two_jobs_at_a_time_from_the_command_line(data_dir, tmp_path):
-  """The runs of both models and all folds by two workers; their tests are those of one process after the other."""
+  """Two workers run both models on all folds; the pooled results are complete, and a second call has nothing to do."""
   command = [
     *(sys.executable, '-m', 'benchmarks.study', '--config=configs/seg.py:demo', '--models=resunet,fusa_resunet'),
     *('--folds=all', '--jobs=2', f'--workdir={tmp_path}', f'--config.data.dir={data_dir}'),

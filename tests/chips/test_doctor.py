@@ -1,4 +1,4 @@
-"""What is wrong is found, named with what to do, and ends with exit code 2; where nothing is, the text says so."""
+"""The doctor finds each problem, says what to do, and ends with exit code 2. Without problems it says so."""
 
 import pathlib
 
@@ -17,8 +17,8 @@ def problems(part):
   return [problem for _, problem in part if problem]
 
 
-def test_nothing_wrong_here(tmp_path):
-  """As a user types it, in a folder of theirs and with a home of theirs."""
+def test_no_problem_on_this_machine(tmp_path):
+  """Runs the command as a user does, in another folder and with another home."""
   result = launch('--mode=doctor', home=tmp_path, folder=tmp_path)
   assert result.returncode == 0, result.stderr
   lines = result.stdout.splitlines()
@@ -28,13 +28,13 @@ def test_nothing_wrong_here(tmp_path):
     'devices:',
     'caches:',
     'self-check:',
-    'nothing wrong was found',
+    'no problems found',
   ]
   assert f'  jax {jax.__version__}' in lines
   assert str(tmp_path) not in result.stdout and '~/.cache/fusa_jax' in result.stdout
 
 
-def test_requirements_are_those_of_the_file():
+def test_requirements_match_the_file():
   lines = [line for line in pathlib.Path('requirements.txt').read_text().splitlines() if line[0] != '#']
   assert len(lines) == len(doctor.requirements()) > 15
   assert all(line.startswith(one.name) for line, one in zip(lines, doctor.requirements(), strict=True))
@@ -44,28 +44,28 @@ def test_requirements_are_those_of_the_file():
   ('line', 'problem'),
   [
     ('no-such-package>=1', "no-such-package is not installed; pip install 'no-such-package>=1'"),
-    ('numpy>=1000', "is not one of >=1000; pip install 'numpy>=1000'"),
+    ('numpy>=1000', "does not meet >=1000; pip install 'numpy>=1000'"),
     ('numpy>=1', None),
   ],
 )
 def test_packages(monkeypatch, line, problem):
   monkeypatch.setattr(doctor, 'requirements', lambda: [doctor.Requirement(line)])
-  found = problems(doctor.versions())
-  assert len(found) == (problem is not None)
-  assert not problem or problem in found[0]
+  reported = problems(doctor.versions())
+  assert len(reported) == (problem is not None)
+  assert not problem or problem in reported[0]
 
 
-def test_caches_that_cannot_be_written(tmp_path, monkeypatch):
+def test_unwritable_caches(tmp_path, monkeypatch):
   (tmp_path / 'file').touch()
-  (found,) = problems(doctor.look_at_caches({'compiled': tmp_path / 'file' / 'compiled'}))
-  assert 'cannot be written' in found and 'set HOME' in found
+  (problem,) = problems(doctor.look_at_caches({'compiled': tmp_path / 'file' / 'compiled'}))
+  assert 'cannot be written' in problem and 'set HOME' in problem
   assert not problems(doctor.look_at_caches({'compiled': tmp_path / 'a' / 'b'}))
   monkeypatch.setattr(doctor, '_FREE_GB', 1e9)
   assert 'GB free' in problems(doctor.look_at_caches({'compiled': tmp_path}))[0]
 
 
 def test_a_wrong_fusa_is_found(monkeypatch, capsys):
-  """One percent off, in the factored form alone; and what raises is a finding, not a traceback."""
+  """The factored form is one percent off. A check that raises is reported as a problem, without a traceback."""
   right = fusa.gate
   monkeypatch.setattr(fusa, 'gate', lambda *arguments: 1.01 * right(*arguments))
   monkeypatch.setattr(doctor, 'machine', lambda: 1 / 0)
@@ -74,11 +74,11 @@ def test_a_wrong_fusa_is_found(monkeypatch, capsys):
   machine, check = str(error.value).splitlines()
   assert machine.startswith('machine: ZeroDivisionError: division by zero; ')
   assert check.startswith('self-check: FUSA differs from its literal form by ')
-  assert 'nothing wrong' not in capsys.readouterr().out
+  assert 'no problems' not in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_not_a_number_is_found(monkeypatch):
-  """In one leaf, with all values right."""
+  """One leaf of the gradients is NaN; all values are correct."""
   right = fusa.gate
   monkeypatch.setattr(fusa, 'gate', lambda x, *arguments: right(x, *arguments) + 0 * jnp.sqrt(0 * arguments[-1].sum()))
   _, problem = next(doctor.self_check(seg.get_config('demo')))

@@ -1,4 +1,4 @@
-"""Slices of chips, and what a compiled program sends between them, against programs of which that is known."""
+"""TPU slices, and the traffic of compiled programs, compared with programs of known traffic."""
 
 import importlib.util
 import math
@@ -16,15 +16,15 @@ from fusa_jax.system.errors import UserError
 @pytest.mark.parametrize(
   ('text', 'slices', 'reason'),
   [
-    ('v5e', 1, "'v5e' is no slice; give KIND:SHAPE like v5e:4x4, KIND one of v4, v5e, v5p, v6e"),
-    ('v9:2x2', 1, "'v9:2x2' is no slice"),
-    ('v5e:4', 1, "'v5e:4' is no slice"),
-    ('v5e:4x0', 1, "'v5e:4x0' is no slice"),
-    ('v5e:16x32', 1, 'a slice of v5e has at most 256 chips'),
-    ('v5e:4x4', 0, 'slices: 0; give 1 or more'),
+    ('v5e', 1, "'v5e' is not a TPU slice; give KIND:SHAPE like v5e:4x4, KIND one of v4, v5e, v5p, v6e"),
+    ('v9:2x2', 1, "'v9:2x2' is not a TPU slice"),
+    ('v5e:4', 1, "'v5e:4' is not a TPU slice"),
+    ('v5e:4x0', 1, "'v5e:4x0' is not a TPU slice"),
+    ('v5e:16x32', 1, 'v5e:16x32 has too many chips; give a slice of v5e with at most 256'),
+    ('v5e:4x4', 0, 'slices: 0 is too few; give 1 or more'),
   ],
 )
-def test_topologies_that_are_none(text, slices, reason):
+def test_invalid_topologies_are_refused(text, slices, reason):
   with pytest.raises(UserError, match=reason):
     tpu.Topology.parse(text, slices)
 
@@ -38,28 +38,28 @@ def test_topologies():
 
 
 def collectives(function, mesh, *arguments):
-  """Those in the program that XLA makes for CPU devices: the same operations as for others."""
+  """Returns the collectives in the program that XLA compiles for CPU devices; other devices use the same operations."""
   text = jax.jit(function).lower(*arguments).compile().as_text()
   return tpu.collectives(text, mesh.devices.size)
 
 
 def test_collectives_are_counted_with_their_bytes_and_groups():
-  """Programs of which it is known what they must send."""
+  """Uses programs of known traffic."""
   mesh = meshes.create_mesh(4, 2)
   place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
   array = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(shape, dtype, sharding=place(*axes))
-  # A matrix product over split rows: the gradient of a dense layer, summed over 'data'.
+  # A matrix product over sharded rows, as in the gradient of a dense layer: summed over 'data'.
   product = lambda x, y: jax.lax.with_sharding_constraint(x.T @ y, place())
   found = collectives(product, mesh, array((64, 24), jnp.float32, 'data'), array((64, 40), jnp.float32, 'data'))
   assert [(c.kind, c.nbytes, c.group) for c in found] == [('all-reduce', 24 * 40 * 4, 4)]
   gather = lambda x: jax.lax.with_sharding_constraint(x, place())
   found = collectives(gather, mesh, array((32, 16), jnp.bfloat16, 'space'))
   assert [(c.kind, c.group) for c in found] == [('all-gather', 2)]
-  assert found[0].nbytes in (32 * 16 * 2, 32 * 16 * 4)  # the CPU's compiler may gather bfloat16 as float32
-  # A sum over everything takes part on all eight.
+  assert found[0].nbytes in (32 * 16 * 2, 32 * 16 * 4)  # the CPU compiler may gather bfloat16 as float32
+  # A sum over all elements involves all eight devices.
   found = collectives(lambda x: x.sum(), mesh, array((8, 8), jnp.float32, 'data', 'space'))
   assert math.prod(c.group for c in found if c.kind == 'all-reduce') == 8
-  # A row from the neighbour.
+  # Each device receives one row from its neighbour.
   shift = lambda x: jax.lax.with_sharding_constraint(jnp.roll(x, 1, axis=0), place('space'))
   found = collectives(shift, mesh, array((32, 16), jnp.float32, 'space'))
   assert {(c.kind, c.nbytes) for c in found} == {('collective-permute', 16 * 4)}
@@ -91,18 +91,18 @@ def test_collectives_are_counted_with_their_bytes_and_groups():
     ),
   ],
 )
-def test_lines_as_the_tpu_compiler_writes_them(line, expected):
+def test_lines_of_the_tpu_compiler(line, expected):
   (found,) = tpu.collectives(line, 8)
   assert (found.kind, found.nbytes, found.group) == expected
 
 
-def test_an_exchange_behind_several_computations_counts_once():
+def test_a_collective_with_several_computations_counts_once():
   line = '%g.{} = f32[8,2,64]{{2,1,0}} all-gather(%p), channel_id={}, replica_groups=[1,8]<=[8], dimensions={{0}}'
   program = '\n'.join(line.format(*numbers) for numbers in ((1, 7), (2, 7), (3, 9), (4, 7)))
   assert [found.nbytes for found in tpu.collectives(program, 8)] == [4096, 4096]
 
 
-def test_what_only_looks_like_a_collective_is_left_out():
+def test_lines_that_only_look_like_collectives_are_ignored():
   for line in (
     '%d = f32[8] all-reduce-done(%s)',
     '%s = (f32[8], token[]) send(%x)',
@@ -112,29 +112,29 @@ def test_what_only_looks_like_a_collective_is_left_out():
 
 
 def test_times_follow_the_published_rates():
-  """All-reduce on a whole v5e pod runs at the 51.2 TB/s that its page publishes, small ones at what the way takes."""
+  """All-reduce on a whole v5e pod runs at the published 51.2 TB/s; a small one takes the latency of its path."""
   pod = tpu.Topology.parse('v5e:16x16')
   large = tpu.Collective('all-reduce', 10**10, 256)
   assert 256 * 2 * large.nbytes / large.seconds(pod) == pytest.approx(51.2e12, rel=0.01)
   assert tpu.Collective('all-reduce', 4, 256).seconds(pod) == pytest.approx(2 * 16e-6, rel=0.01)
-  # Lines instead of rings: half the rate.
+  # A slice with lines instead of rings has half the rate.
   ratio = tpu.Collective('all-reduce', 10**10, 16).seconds(tpu.Topology.parse('v5e:4x4')) / large.seconds(pod)
   assert ratio == pytest.approx(2 * (15 / 16) / (255 / 256), rel=0.01)
-  # What is gathered is sent once, what is reduced twice; scattered, it counts by its whole.
+  # All-gather sends the data once, all-reduce twice. Reduce-scatter counts the whole input, not one part.
   seconds = {kind: tpu.Collective(kind, 10**10, 256).seconds(pod) for kind in ('all-reduce', 'all-gather')}
   assert seconds['all-reduce'] == pytest.approx(2 * seconds['all-gather'], rel=0.01)
   scatter = tpu.Collective('reduce-scatter', 10**10 // 256, 256).seconds(pod)
   assert scatter == pytest.approx(seconds['all-gather'], rel=0.01)
 
 
-def test_the_compiler_is_asked_for_where_it_is_missing(monkeypatch):
+def test_missing_compiler_is_reported(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='the TPU compiler is not installed; pip install -r requirements-aot.txt'):
     tpu.Topology.parse('v5e:4x4').devices()
 
 
-def test_movements_are_those_of_hbm_with_their_source():
-  """What lies in the core's memory, S(1), costs nothing; a copy that is begun and ended costs once."""
+def test_hbm_movements_and_their_sources():
+  """Data in the memory of the core, S(1), cost nothing. A copy with a start and a done line counts once."""
   program = """HloModule step
 
 ENTRY %main (x: f32[1024]) -> f32[1024] {
@@ -149,15 +149,15 @@ ENTRY %main (x: f32[1024]) -> f32[1024] {
   assert [(m.operation, m.nbytes, m.source) for m in tpu.hbm_movements(program)] == [
     ('a', 4096, 'jit(step)/jvp(Net)/norm1/sub'),
     ('b', 2048 + 4096, 'jit(step)/jvp(Net)/relu/max'),
-    ('d', 2048, 'jit(step)/jvp(Net)/relu/max'),  # made by the compiler: its operand's
+    ('d', 2048, 'jit(step)/jvp(Net)/relu/max'),  # made by the compiler: takes the source of its operand
     ('e', 4096, 'jit(step)/jvp(Net)/relu/max'),
   ]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='no TPU compiler: requirements-aot.txt')
 @pytest.mark.slow
-def test_traffic_with_memory_is_what_a_program_must_read_and_write():
-  """Programs of one or two operations, compiled for a v5e; what is in between stays in the core."""
+def test_memory_traffic_equals_the_necessary_reads_and_writes():
+  """Programs of one or two operations, compiled for a v5e. Intermediate results stay in the core."""
   device = jax.sharding.SingleDeviceSharding(tpu.Topology.parse('v5e:2x2').devices()[0])
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
   x, y = array(jnp.bfloat16, 2048, 2048), array(jnp.bfloat16, 2048, 1024)

@@ -1,4 +1,4 @@
-"""From files to a dataset: what is in it, what is refused, and what an interruption leaves."""
+"""Preparing a dataset from files: its contents, refused files, and interruptions."""
 
 import gzip
 import multiprocessing
@@ -23,7 +23,7 @@ from fusa_jax.scans import nifti, volumes
 from fusa_jax.system.errors import UserError
 
 
-def test_every_slice_is_stored_in_order_with_its_facts(data_dir, raw_dir):
+def test_every_slice_is_stored_in_order_with_its_metadata(data_dir, raw_dir):
   builder = tfds.builder_from_directory(data_dir)
   assert sorted(builder.info.splits) == [f'fold{k}' for k in range(5)]
   assert builder.info.splits.total_num_examples == PATIENTS * SLICES
@@ -62,7 +62,7 @@ def test_other_sizes_are_resized(raw_dir, tmp_path):
   np.testing.assert_array_equal(example['image'], volumes.network_slices(scan.values, 16)[SLICES // 2])
 
 
-def test_processes_write_what_a_thread_does(raw_dir, data_dir, processes, tmp_path, monkeypatch):
+def test_processes_write_the_same_as_a_thread(raw_dir, data_dir, processes, tmp_path, monkeypatch):
   monkeypatch.setattr(workers, 'ProcessPoolExecutor', processes)
   written = prepare.prepare(str(raw_dir), str(tmp_path), SIZE)
   assert not multiprocessing.active_children()
@@ -86,7 +86,7 @@ def test_folds_are_stratified_and_do_not_depend_on_order():
   assert sorted(p.case.patient for fold in folds for p in fold) == sorted(p.case.patient for p in patients)
   shuffled = [patients[i] for i in rng.permutation(199)]
   assert survey.deal(shuffled) == folds
-  # Each fold's quartiles are the cohort's: far closer than chance would have them.
+  # The quartiles of each fold are much closer to those of the cohort than by chance.
   whole = np.quantile([p.lesion_ml for p in patients], [0.25, 0.5, 0.75])
   for fold in folds:
     np.testing.assert_allclose(np.quantile([p.lesion_ml for p in fold], [0.25, 0.5, 0.75]), whole, rtol=0.15)
@@ -143,7 +143,7 @@ def test_all_bad_files_are_listed_and_nothing_is_written(raw_dir, tmp_path):
     prepare.prepare(str(raw), str(tmp_path / 'out'), SIZE)
   lines = str(caught.value).splitlines()
   assert [line.split(': ')[0] for line in lines] == [str(ct1), str(seg2), str(ct3)]
-  assert 'truncated' in lines[0] and 'holds 0 and 1 only' in lines[1] and 'not a NIfTI file' in lines[2]
+  assert 'truncated' in lines[0] and 'must be 0 and 1' in lines[1] and 'not a NIfTI file' in lines[2]
   assert not list((tmp_path / 'out').rglob('*array_record*'))
   assert not list((tmp_path / 'out').rglob('dataset_info.json'))
 
@@ -157,7 +157,7 @@ def test_scans_without_masks_are_listed(raw_dir, tmp_path):
     covid19_20.find(raw)
 
 
-def test_the_release_folder_or_its_train_folder(raw_dir, tmp_path):
+def test_release_folder_and_its_train_folder_are_equal(raw_dir, tmp_path):
   shutil.copytree(raw_dir, tmp_path / 'Train')
   (tmp_path / 'Validation').mkdir()
   shutil.copy(raw_dir / 'volume-phantom-A-0001_ct.nii.gz', tmp_path / 'Validation')
@@ -167,7 +167,7 @@ def test_the_release_folder_or_its_train_folder(raw_dir, tmp_path):
 
 @pytest.mark.parametrize(
   ('make', 'reason'),
-  [(False, 'data.raw_dir: .* is no folder'), (True, 'no scans with masks in a naming that is')],
+  [(False, 'data.raw_dir: .* is not a folder'), (True, 'no known layout of scans and masks')],
 )
 def test_folders_without_scans(tmp_path, make, reason):
   if make:
@@ -182,7 +182,7 @@ PREPARE = 'import sys; from data import prepare; prepare.prepare(sys.argv[1], sy
 
 @pytest.mark.slow
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_build_is_not_taken_for_a_whole_one(raw_dir, tmp_path, how):
+def test_an_interrupted_build_is_done_again(raw_dir, tmp_path, how):
   out = tmp_path / 'out'
   command = [sys.executable, '-c', PREPARE, str(raw_dir), str(out)]
   process = subprocess.Popen(command, cwd=os.getcwd(), stderr=subprocess.DEVNULL, start_new_session=True)
@@ -196,8 +196,8 @@ def test_an_interrupted_build_is_not_taken_for_a_whole_one(raw_dir, tmp_path, ho
   assert tfds.builder_from_directory(path).info.splits.total_num_examples == PATIENTS * SLICES
 
 
-def test_preparing_and_reading_leave_tensorflow_alone(data_dir):
-  """In a fresh interpreter: another test may have imported it here, were it installed."""
+def test_preparing_and_reading_do_not_import_tensorflow(data_dir):
+  """Runs in a new interpreter, because another test may have imported TensorFlow in this one."""
   code = f"""
 import sys
 from data import prepare

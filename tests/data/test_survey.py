@@ -1,4 +1,4 @@
-"""One scan under two names: equal voxels are refused, however they are stored; what is nearly equal is warned of."""
+"""One scan under two names: equal voxels in any storage are refused; similar scans give a warning."""
 
 import logging
 import shutil
@@ -20,7 +20,7 @@ def path_of(folder, number, kind='ct', suffix='.nii.gz'):
 
 @pytest.fixture
 def raw(raw_dir, tmp_path):
-  """A few patients of the cohort, to be changed."""
+  """Three patients of the cohort; tests may change them."""
   folder = tmp_path / 'raw'
   folder.mkdir()
   for number in (1, 2, 3):
@@ -30,7 +30,7 @@ def raw(raw_dir, tmp_path):
 
 
 def add(folder, number, hu, scan):
-  """Adds a scan [S, H, W] on the grid of another, without lesions."""
+  """Adds a scan [S, H, W] on the grid of `scan`, without lesions."""
   for kind, volume in (('ct', hu), ('seg', np.zeros_like(hu))):
     nib.save(nib.Nifti1Image(volume.transpose(2, 1, 0), scan.affine), path_of(folder, number, kind))
 
@@ -39,10 +39,10 @@ def warnings(caplog):
   return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_scan_under_two_names_is_refused_however_it_is_stored(raw, tmp_path):
+def test_a_scan_under_two_names_is_refused_in_any_storage(raw, tmp_path):
   shutil.copy(path_of(raw, 1), path_of(raw, 7))
   shutil.copy(path_of(raw, 1, 'seg'), path_of(raw, 7, 'seg'))
-  # Other orientation, voxel type, scaling, compression and mask.
+  # Patient 8 is patient 2 with another orientation, voxel type, scaling, compression and mask.
   image = nib.load(path_of(raw, 2))
   turned = image.as_reoriented([[1, 1], [0, -1], [2, -1]])
   other = nib.Nifti1Image(turned.get_fdata() + 3, turned.affine, dtype=np.float32)
@@ -75,13 +75,13 @@ def test_other_reconstructions_of_a_scan_are_warned_of(raw, caplog):
     assert 'remove one of the two' in line
 
 
-def test_no_two_patients_are_taken_for_one(raw_dir, caplog):
+def test_different_patients_give_no_warning(raw_dir, caplog):
   survey.survey(covid19_20.find(raw_dir))
   assert not warnings(caplog)
 
 
-def test_a_kernel_changes_less_than_a_patient():
-  """On coarse matrices, where a pixel's blur takes much. At the paper's size, the gap is wider (see the threshold)."""
+def test_smoothing_changes_a_thumbnail_less_than_another_patient():
+  """Coarse matrices are the hard case: a blur of one pixel changes much. At the paper's size the gap is wider."""
   volumes = [phantom.patient(0, number, size=96, slices=24)[0].astype(np.float32) for number in range(1, 9)]
   smoother = [ndimage.gaussian_filter(volume, (0, 1, 1)) for volume in volumes]
   one, other = (np.stack([survey._thumbnail(volume, 'hu') for volume in each]) for each in (volumes, smoother))

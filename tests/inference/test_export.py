@@ -1,4 +1,4 @@
-"""Bundles: the run's own numbers without the run, for whoever gets one, and nothing of where it came from."""
+"""A bundle predicts the same as its run, does not need the run, and contains no name of its data or paths."""
 
 import json
 import os
@@ -26,7 +26,7 @@ SCAN = 'volume-phantom-A-0001_ct.nii.gz'
 
 @pytest.fixture(scope='module')
 def bundles(runs, tmp_path_factory):
-  """Of the two runs; and of the first with another network that was not tested, as the mean of both and of flips."""
+  """Bundles of both runs ('seg', 'cls'), and 'both': the mean, with flips, of 'seg' and of an untested network."""
   folder = tmp_path_factory.mktemp('bundles')
   config = tiny(seg, **{'model.name': 'resunet', 'model.init_from': 'a_patients_name.pth'})
   other = folder / 'a_patients_name'
@@ -51,35 +51,36 @@ def run_bundle(folder, slices):
   return np.asarray(jax.jit(run.model.function)(run.model.variables, slices))
 
 
-def test_a_bundle_predicts_as_its_run(bundles, predictors, raw_dir):
-  """A whole scan, on eight devices that share its batches."""
-  found, expected = (run(raw_dir / SCAN) for run in (predictor.load_predictor(bundles['seg']), predictors['seg']))
-  np.testing.assert_allclose(found.probability, expected.probability, atol=1e-5)
-  np.testing.assert_array_equal(found.mask, expected.mask)
-  assert found.numbers == expected.numbers
-  assert np.ptp(found.probability) > 0.01
+def test_a_bundle_predicts_the_same_as_its_run(bundles, predictors, raw_dir):
+  """Predicts a whole scan on eight devices that share its batches."""
+  bundle = predictor.load_predictor(bundles['seg'])
+  prediction, expected = (run(raw_dir / SCAN) for run in (bundle, predictors['seg']))
+  np.testing.assert_allclose(prediction.probability, expected.probability, atol=1e-5)
+  np.testing.assert_array_equal(prediction.mask, expected.mask)
+  assert prediction.numbers == expected.numbers
+  assert np.ptp(prediction.probability) > 0.01
   scored, other = (run(raw_dir / SCAN).numbers for run in (predictor.load_predictor(bundles['cls']), predictors['cls']))
-  np.testing.assert_allclose(scored.pop('slice_scores'), other.pop('slice_scores'), atol=1.01e-4)  # they are rounded
+  np.testing.assert_allclose(scored.pop('slice_scores'), other.pop('slice_scores'), atol=1.01e-4)  # scores are rounded
   assert scored == other
 
 
 def test_the_mean_of_networks_and_flips(bundles, runs, raw_dir):
-  asked = {'flips': True, 'threshold': 0.25, 'smallest_ml': 0.5, 'lungs': False}
-  run = predictor.load_predictor([runs['seg'], bundles['other']], **asked)
+  options = {'flips': True, 'threshold': 0.25, 'smallest_ml': 0.5, 'lungs': False}
+  run = predictor.load_predictor([runs['seg'], bundles['other']], **options)
   bundle = predictor.load_predictor(bundles['both'], meshes.create_mesh(4, 2))  # two devices share an image
-  found, expected = bundle(raw_dir / SCAN), run(raw_dir / SCAN)
-  np.testing.assert_allclose(found.probability, expected.probability, atol=1e-5)
-  assert np.ptp(found.probability) > 0.01
+  prediction, expected = bundle(raw_dir / SCAN), run(raw_dir / SCAN)
+  np.testing.assert_allclose(prediction.probability, expected.probability, atol=1e-5)
+  assert np.ptp(prediction.probability) > 0.01
   for key in ('threshold', 'flips', 'smallest_ml', 'chosen_by', 'model', 'step'):
-    assert found.numbers[key] == expected.numbers[key]
+    assert prediction.numbers[key] == expected.numbers[key]
   assert bundle.point.flips and bundle.point.threshold == 0.25
 
 
 @pytest.mark.parametrize(('count', 'height', 'width'), [(1, 70, 90), (3, 40, 53)])
-def test_slices_as_scans_have_them(bundles, predictors, count, height, width):
-  """Resizing there and back is within, equal to Pillow's; what scanners put outside of the field of view is air.
+def test_slices_in_the_size_of_their_scan(bundles, predictors, count, height, width):
+  """The program resizes as Pillow does, in both directions; padding outside the field of view counts as air.
 
-  float32 sums in another order round a few values the other way (measured: 3 of 3072, probabilities 5e-5 apart).
+  float32 sums in another order round a few values differently (measured: 3 of 3072, probabilities 5e-5 apart).
   """
   slices = slices_of((count, height, width))
   slices[:, :9] = -3024
@@ -90,11 +91,11 @@ def test_slices_as_scans_have_them(bundles, predictors, count, height, width):
 
 
 @pytest.mark.parametrize(('source', 'target'), [((512, 512), (96, 96)), ((40, 53), (32, 64)), ((7, 96), (512, 100))])
-def test_resize_is_pillows(source, target):
+def test_resize_equals_pillows(source, target):
   slices = slices_of((2, *source)) * 2
-  found, expected = np.asarray(export.resize(slices, *target)), volumes.resize(slices, target)
-  np.testing.assert_allclose(found, expected, atol=1e-3)
-  assert (np.rint(found) != np.rint(expected)).mean() < 1e-3
+  resized, expected = np.asarray(export.resize(slices, *target)), volumes.resize(slices, target)
+  np.testing.assert_allclose(resized, expected, atol=1e-3)
+  assert (np.rint(resized) != np.rint(expected)).mean() < 1e-3
 
 
 def test_resize_to_its_own_size_changes_nothing():
@@ -106,7 +107,7 @@ def test_resize_to_its_own_size_changes_nothing():
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [name for name in models.NAMES if f'fusa_{name}' not in models.NAMES])
 def test_every_model_can_be_exported(name):
-  """For any batch and slices, on all three platforms; its products at the highest precision."""
+  """Each program accepts any batch and image size on all three platforms, and uses the highest precision."""
   config = tiny(seg if name in models.SEGMENTERS else cls, **{'model.name': name, 'data.image_size': SIZE})
   config.data.intensity = 'grey'
   shapes = jax.eval_shape(lambda: tasks.create(config).init(jax.random.key(0), SIZE))
@@ -115,24 +116,23 @@ def test_every_model_can_be_exported(name):
   assert exported.platforms == ('cpu', 'cuda', 'tpu')
   text = exported.mlir_module()
   assert 'HIGHEST' in text and 'DEFAULT' not in text
-  # Shapes alone: for each platform there is a branch, and the sizes may be any.
+  # The shapes are symbolic: any size is accepted.
   assert [str(size) for size in exported.in_avals[-1].shape] == ['batch', 'height', 'width']
   assert str(exported.out_avals[0].shape[0]) == 'batch'
 
 
-def test_nothing_names_where_it_came_from(bundles, runs, raw_dir, data_dir):
+def test_bundles_contain_no_names_of_patients_or_paths(bundles, runs, raw_dir, data_dir):
   patients = [patient for part in run_config.load_split(runs['seg']).values() for patient in part]
   root = pathlib.Path(__file__).parents[2]
   names = [*patients, 'a_patients_name', *map(str, (*runs.values(), bundles['other'].parent, raw_dir, data_dir, root))]
   for folder in (bundles['seg'], bundles['cls'], bundles['both']):
     files = {path.name: path.read_bytes() for path in folder.rglob('*')}
     assert files.keys() == {'bundle.json', *bundle.FILES}
-    found = [(file, name) for file, content in files.items() for name in names if name.encode() in content]
-    assert not found
+    assert not [(file, name) for file, content in files.items() for name in names if name.encode() in content]
   saved = json.loads((bundles['seg'] / 'config.json').read_text())
-  wanted = run_config.plain(run_config.load_config(runs['seg'])).to_dict()
-  wanted['data'] |= {'raw_dir': '', 'dir': ''}
-  assert saved == [wanted]
+  expected = run_config.plain(run_config.load_config(runs['seg'])).to_dict()
+  expected['data'] |= {'raw_dir': '', 'dir': ''}
+  assert saved == [expected]
 
 
 def test_the_card(bundles, runs):
@@ -148,8 +148,8 @@ def test_the_card(bundles, runs):
   assert 'Network 1: not evaluated.' in both and 'single networks' in both and export.NO_LICENCE in both
 
 
-def test_the_script_runs_it_with_jax_and_numpy_alone(bundles, predictors, tmp_path):
-  """Of what else is installed here, jax itself needs some; the rest it does not find."""
+def test_the_script_needs_only_jax_and_numpy(bundles, predictors, tmp_path):
+  """Blocks other packages, except those that jax itself needs."""
   script = bundles['seg'] / 'run.py'
   assert len(script.read_text().splitlines()) <= 30
   slices = slices_of((11, SIZE, SIZE))
@@ -166,7 +166,7 @@ def test_the_script_runs_it_with_jax_and_numpy_alone(bundles, predictors, tmp_pa
   shutil.copytree(bundles['seg'], tmp_path / 'damaged')
   damage(tmp_path / 'damaged' / 'weights.safetensors')
   refused = run(tmp_path / 'damaged' / 'run.py')
-  assert refused.returncode == 1 and refused.stderr.startswith('error: weights.safetensors is not as it was exported')
+  assert refused.returncode == 1 and refused.stderr.startswith('error: weights.safetensors changed since the export')
 
 
 def damage(path):
@@ -182,22 +182,25 @@ def change(path, **values):
 @pytest.mark.parametrize(
   ('act', 'reason'),
   [
-    (lambda b: damage(b / 'weights.safetensors'), r'b/weights.safetensors: not as it was exported'),
-    (lambda b: damage(b / 'model.stablehlo'), r'b/model.stablehlo: not as it was exported'),
-    (lambda b: damage(b / 'README.md'), r'b/README.md: not as it was exported'),
+    (lambda b: damage(b / 'weights.safetensors'), r'b/weights.safetensors: changed since the export'),
+    (lambda b: damage(b / 'model.stablehlo'), r'b/model.stablehlo: changed since the export'),
+    (lambda b: damage(b / 'README.md'), r'b/README.md: changed since the export'),
     (lambda b: (b / 'config.json').unlink(), r'b/config.json: cannot be read \(No such file'),
-    (lambda b: (b / 'bundle.json').unlink(), r'b/bundle.json: missing, so this is no bundle of fusa_jax; give the'),
-    (lambda b: (b / 'bundle.json').write_text('{'), r'b/bundle.json: not of a bundle of fusa_jax; give the folder'),
-    (lambda b: (b / 'bundle.json').write_text('[1]'), r'b/bundle.json: not of a bundle of fusa_jax'),
-    (lambda b: change(b / 'bundle.json', format='other'), r'b/bundle.json: not of a bundle of fusa_jax'),
-    (lambda b: change(b / 'bundle.json', version=2), r'b/bundle.json: of format 2, and this fusa_jax knows 1'),
+    (
+      lambda b: (b / 'bundle.json').unlink(),
+      r'b/bundle.json: missing, so the folder is not a bundle of fusa_jax; give a',
+    ),
+    (lambda b: (b / 'bundle.json').write_text('{'), r'b/bundle.json: not from a bundle of fusa_jax; give a folder'),
+    (lambda b: (b / 'bundle.json').write_text('[1]'), r'b/bundle.json: not from a bundle of fusa_jax'),
+    (lambda b: change(b / 'bundle.json', format='other'), r'b/bundle.json: not from a bundle of fusa_jax'),
+    (lambda b: change(b / 'bundle.json', version=2), r'b/bundle.json: has format 2, but this fusa_jax reads 1'),
     (lambda b: change(b / 'bundle.json', operating_point={'curve': 1, 'new': 2}), r'b/bundle.json: damaged \(.*new'),
     (lambda b: change(b / 'bundle.json', sha256=['a']), r'b/bundle.json: damaged \('),
     (lambda b: change(b / 'bundle.json', version='1'), r'b/bundle.json: damaged \(parts'),
-    (lambda b: change(b / 'bundle.json', sha256={}), r'b/bundle.json: damaged \(parts of it are missing\)'),
+    (lambda b: change(b / 'bundle.json', sha256={}), r'b/bundle.json: damaged \(parts are missing\)'),
     (
       lambda b: change(b / 'bundle.json', calling_convention_version=99, jax='9.9'),
-      r'b/model.stablehlo: written by jax 9.9, and jax \S+ here does not read it \(calling convention 99',
+      r'b/model.stablehlo: written by jax 9.9, which jax \S+ cannot read \(calling convention 99',
     ),
   ],
 )
@@ -209,34 +212,34 @@ def test_damaged_and_foreign_bundles_are_refused(bundles, tmp_path, act, reason)
   assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_program_that_jax_cannot_read(bundles, tmp_path):
-  """As of a later jax: its file is whole, by its digest."""
+def test_a_program_of_a_later_jax_is_refused(bundles, tmp_path):
+  """The program is in a later form than this jax can read; its digest is correct."""
   shutil.copytree(bundles['cls'], tmp_path / 'b')
   (tmp_path / 'b' / 'model.stablehlo').write_bytes(b'of a later form')
   digests = json.loads((tmp_path / 'b' / 'bundle.json').read_text())['sha256']
   digests['model.stablehlo'] = export.sha256(b'of a later form')
   change(tmp_path / 'b' / 'bundle.json', sha256=digests)
-  with pytest.raises(UserError, match=r'b/model.stablehlo: written by jax \S+, and jax \S+ here does not read it'):
+  with pytest.raises(UserError, match=r'b/model.stablehlo: written by jax \S+, which jax \S+ cannot read'):
     predictor.load_predictor(tmp_path / 'b')
 
 
-def test_what_does_not_go_with_a_bundle(bundles, runs, tmp_path):
+def test_invalid_uses_of_a_bundle_are_refused(bundles, runs, tmp_path):
   refused = lambda reason: pytest.raises(UserError, match=reason)
-  with refused(r'workdir: .*seg is a bundle, and stands alone; for the mean of several'):
+  with refused(r'workdir: .*seg is a bundle and cannot be combined; give it alone'):
     predictor.load_predictor([bundles['seg'], runs['seg']])
-  with refused(r'flips: .*seg was exported without flips, which its program holds; leave'):
+  with refused(r'flips: .*seg was exported without flips, and its program cannot change; leave'):
     predictor.load_predictor(bundles['seg'], flips=True)
   with refused(r'flips: .*both was exported with flips'):
     predictor.load_predictor(bundles['both'], flips=False)
-  with refused(r'lungs: is about masks, and this model gives none'):
+  with refused(r'lungs: applies to masks only, and this model gives none'):
     predictor.load_predictor(bundles['cls'], lungs=True)
-  with refused(r'smallest_ml: is about masks, and this model gives none'):
+  with refused(r'smallest_ml: applies to masks only, and this model gives none'):
     export.write_bundle([runs['cls']], tmp_path / 'none', smallest_ml=1.0)
-  with refused(r'workdir: .*seg is a bundle already; copy it'):
+  with refused(r'workdir: .*seg is already a bundle; copy it'):
     export.write_bundle([bundles['seg']], tmp_path / 'none')
-  with refused(r'seg/config.json: of something else than a run, as a bundle; name the folder of a run'):
+  with refused(r'seg/config.json: not the config of a run, but perhaps of a bundle; name the folder of a run'):
     run_config.load_config(bundles['seg'])
-  with refused(r'cls: is there already; name a new folder, or delete this one'):
+  with refused(r'cls: exists already; give a new folder, or delete this one'):
     export.write_bundle([runs['seg']], bundles['cls'])
   assert predictor.load_predictor(bundles['seg'], flips=False, threshold=0.9).point.threshold == 0.9
   assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Lesions of known sizes: those that are too small go, whole ones stay as they are."""
+"""Lesions of known sizes: those below the limit are removed, the others do not change."""
 
 import pathlib
 
@@ -18,7 +18,7 @@ def scan():
 
 @pytest.fixture(scope='module')
 def mask():
-  """Lesions of 12, 3 and 1 voxels; the second one hangs together by corners only."""
+  """Lesions of 12, 3 and 1 voxels; the voxels of the second one touch at corners only."""
   mask = np.zeros((6, 20, 20), np.uint8)
   mask[1:3, 2:5, 2:4] = 1
   for k in range(3):
@@ -30,16 +30,15 @@ def mask():
 @pytest.mark.parametrize(
   ('smallest_ml', 'voxels'), [(0, 16), (0.001, 16), (0.0025, 15), (0.003, 15), (0.004, 12), (1, 0)]
 )
-def test_lesions_below_a_volume_are_left_out(scan, mask, smallest_ml, voxels):
-  found = postprocessing.refine(mask, scan, smallest_ml=smallest_ml)
-  assert found.dtype == np.uint8 and found.sum() == voxels
-  assert not (found & ~mask).any()
+def test_lesions_below_a_volume_are_removed(scan, mask, smallest_ml, voxels):
+  refined = postprocessing.refine(mask, scan, smallest_ml=smallest_ml)
+  assert refined.dtype == np.uint8 and refined.sum() == voxels
+  assert not (refined & ~mask).any()
 
 
-def test_how_much_of_each_lesion_is_true(scan, mask):
+def test_true_volume_of_each_lesion(scan, mask):
   truth = np.zeros_like(mask)
   truth[1, 2:5, 2:4] = truth[0, 0, 0] = truth[5, 19, 19] = 1
-  sizes, rightly, all_of_it = postprocessing.true_volumes(mask, truth, scan.voxel_ml)
-  found = sorted(zip(sizes.round(6), rightly.round(6), strict=True))
-  assert found == [(0.001, 0.001), (0.003, 0), (0.012, 0.006)]
-  assert all_of_it == pytest.approx(0.008)
+  sizes, overlaps, true_ml = postprocessing.true_volumes(mask, truth, scan.voxel_ml)
+  assert sorted(zip(sizes.round(6), overlaps.round(6), strict=True)) == [(0.001, 0.001), (0.003, 0), (0.012, 0.006)]
+  assert true_ml == pytest.approx(0.008)

@@ -1,4 +1,4 @@
-"""Masks on each scan's own grid: its shape, affines and codes; the same in the world however the scan is stored."""
+"""Masks have each scan's grid (shape, affines, codes), and the same world positions for any stored orientation."""
 
 import collections
 import gzip
@@ -31,7 +31,7 @@ from fusa_jax.system.errors import UserError
 
 @pytest.fixture(scope='module')
 def predictions(predictors, raw_dir, tmp_path_factory):
-  """One scan, stored three ways, predicted with probabilities: (folder of scans, folder of results)."""
+  """One scan in three orientations, predicted with probabilities: (folder of scans, folder of results)."""
   scans, out = tmp_path_factory.mktemp('scans'), tmp_path_factory.mktemp('out')
   image = nib.load(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   for codes in ('LPS', 'RAS', 'IPL'):
@@ -42,7 +42,7 @@ def predictions(predictors, raw_dir, tmp_path_factory):
   return scans, out
 
 
-def test_what_is_written(predictions):
+def test_written_files(predictions):
   _, out = predictions
   kinds = ('_mask.nii.gz', '_probability.nii.gz', '.json')
   assert sorted(p.name for p in out.iterdir()) == sorted(f'{c}_ct{k}' for c in ('LPS', 'RAS', 'IPL') for k in kinds)
@@ -84,8 +84,8 @@ def test_numbers_follow_from_the_mask(predictions):
   assert all(other['positive_slices'] == result['positive_slices'] for other in others)
 
 
-def test_predictions_are_the_evaluations(predictors, runs, raw_dir, data_dir, tmp_path):
-  """The highest probability of each slice of a test patient is what slices.csv has for it."""
+def test_predictions_equal_those_of_evaluation(predictors, runs, raw_dir, data_dir, tmp_path):
+  """The highest probability of each slice of a test patient equals its score in slices.csv."""
   lines = (runs['seg'] / 'test' / 'slices.csv').read_text().splitlines()[1:]
   patient = lines[0].split(',')[0]
   predict.predict(predictors['seg'], raw_dir / f'{patient}_ct.nii.gz', tmp_path)
@@ -103,7 +103,7 @@ def test_classification_writes_numbers_only(predictors, raw_dir, tmp_path):
   assert viewer.view(raw_dir / 'volume-phantom-A-0002_ct.nii.gz', tmp_path)
 
 
-def test_what_is_written_can_be_viewed(predictions, tmp_path):
+def test_predictions_can_be_viewed(predictions, tmp_path):
   scans, out = predictions
   for path in [*out.glob('*.json'), *out.glob('*_mask.nii.gz')]:
     shutil.copy(path, tmp_path)
@@ -112,18 +112,18 @@ def test_what_is_written_can_be_viewed(predictions, tmp_path):
 
 
 def test_images_may_be_shared_between_devices(runs, predictions, tmp_path):
-  """Two devices for each image: the same scores. Three cannot share 32 rows."""
+  """Two devices per image give the same scores. Three devices cannot share 32 rows."""
   scans, out = predictions
   predict.predict(predictor.load_predictor(runs['seg'], meshes.create_mesh(4, 2)), scans / 'LPS_ct.nii.gz', tmp_path)
   shared, alone = (json.loads((folder / 'LPS_ct.json').read_text()) for folder in (tmp_path, out))
   np.testing.assert_allclose(shared['slice_scores'], alone['slice_scores'], atol=2e-4)
   three = meshes.create_mesh(1, 3, jax.devices()[:3])
-  with pytest.raises(UserError, match=r'data.image_size: 32 does not divide over mesh.space=3; 30 or 33 does'):
+  with pytest.raises(UserError, match=r'data.image_size: 32 must be a multiple of mesh.space=3; give 30 or 33'):
     predict.predict(predictor.load_predictor(runs['seg'], three), scans / 'LPS_ct.nii.gz', tmp_path / 'none')
   assert not (tmp_path / 'none').exists()
 
 
-def test_refused_scans_are_all_named_before_anything_is_written(predictors, raw_dir, tmp_path):
+def test_all_refused_scans_are_named_before_anything_is_written(predictors, raw_dir, tmp_path):
   folder = tmp_path / 'in'
   folder.mkdir()
   good = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
@@ -156,7 +156,7 @@ def test_missing_inputs(runs, tmp_path, source, workdir, reason):
     )
 
 
-def test_the_threshold_is_the_runs_own_unless_another_is_given(predictors, runs, raw_dir, tmp_path):
+def test_the_threshold_of_the_run_is_used_unless_another_is_given(predictors, runs, raw_dir, tmp_path):
   scan = raw_dir / 'volume-phantom-A-0001_ct.nii.gz'
   own = json.loads((runs['seg'] / 'operating_point.json').read_text())
   predict.predict(predictors['seg'], scan, tmp_path / 'own')
@@ -186,7 +186,7 @@ def test_an_operating_point_of_another_checkpoint_is_not_used(runs, raw_dir, tmp
 
 @pytest.fixture(scope='module')
 def of_dicom(predictors, raw_dir, tmp_path_factory):
-  """(folder of two series of DICOM, a localizer and a NIfTI file; what was predicted of it). All three are one scan."""
+  """(folder of scans, folder of results). One scan as two DICOM series and one NIfTI file, and a localizer."""
   source, out = tmp_path_factory.mktemp('dicom'), tmp_path_factory.mktemp('of_dicom')
   image = nib.load(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   for number, syntax in ((3, 'jpeg lossless'), (4, 'jpeg 2000')):
@@ -200,8 +200,8 @@ def of_dicom(predictors, raw_dir, tmp_path_factory):
   return source, out
 
 
-def test_series_of_dicom_get_the_masks_of_the_same_scan_in_nifti(of_dicom):
-  """In the world, with the scan's affine; and the same numbers."""
+def test_dicom_series_get_the_same_masks_as_nifti(of_dicom):
+  """The masks agree in world coordinates, and the numbers are equal."""
   names = {path.name.removesuffix('.json') for path in of_dicom[1].glob('*.json')}
   assert sorted(name.partition('_')[0] for name in names) == ['phantom', 'series3', 'series4']
   assert listed(of_dicom[1]) == sorted(
@@ -209,12 +209,12 @@ def test_series_of_dicom_get_the_masks_of_the_same_scan_in_nifti(of_dicom):
   )
   for name in names - {'phantom'}:
     for kind in ('mask', 'probability'):
-      found, expected = (
+      image, expected = (
         nib.as_closest_canonical(nib.load(of_dicom[1] / f'{stem}_{kind}.nii.gz')) for stem in (name, 'phantom')
       )
-      np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)
-      np.testing.assert_array_equal(found.get_fdata(), expected.get_fdata())
-      assert found.get_fdata().any()
+      np.testing.assert_allclose(image.affine, expected.affine, atol=1e-4)
+      np.testing.assert_array_equal(image.get_fdata(), expected.get_fdata())
+      assert image.get_fdata().any()
     result, of_nifti = (json.loads((of_dicom[1] / f'{stem}.json').read_text()) for stem in (name, 'phantom'))
     assert result.pop('scan') == name and of_nifti.pop('scan') == 'phantom.nii.gz'
     assert result.pop('lesion_ml') == pytest.approx(of_nifti.pop('lesion_ml'), rel=1e-5)
@@ -222,7 +222,7 @@ def test_series_of_dicom_get_the_masks_of_the_same_scan_in_nifti(of_dicom):
 
 
 def test_an_archive_is_predicted_as_its_folder(predictors, of_dicom, tmp_path, monkeypatch):
-  """Alone, and in a folder. Nothing of it stays behind."""
+  """As a file and in a folder; no temporary file is left."""
   source, out = of_dicom
   (tmp_path / 'in').mkdir()
   archive = shutil.make_archive(tmp_path / 'in' / 'some', 'zip', source)
@@ -242,7 +242,7 @@ def test_an_archive_is_predicted_as_its_folder(predictors, of_dicom, tmp_path, m
 
 @pytest.fixture(scope='module')
 def dicom_only(of_dicom, tmp_path_factory):
-  """The same folder without the NIfTI file."""
+  """The folder of `of_dicom` without the NIfTI file."""
   folder = tmp_path_factory.mktemp('dicom_only') / 'in'
   shutil.copytree(of_dicom[0], folder, ignore=shutil.ignore_patterns('*.nii.gz'))
   return folder
@@ -251,7 +251,7 @@ def dicom_only(of_dicom, tmp_path_factory):
 def test_dicom_seg_beside_the_mask_and_nothing_else_names_the_patient(
   predictors, dicom_only, of_dicom, tmp_path, caplog, capfd
 ):
-  """Names, numbers and dates of the headers, in whatever is written and said of scans and of refusals."""
+  """Looks for names, numbers and dates of the headers in all written files, messages and errors."""
   caplog.set_level(logging.DEBUG)
   predict.predict(predictors['seg'], dicom_only, tmp_path / 'out', probabilities=True, as_dicom=True)
   bad = tmp_path / 'bad'
@@ -281,10 +281,14 @@ def test_dicom_seg_beside_the_mask_and_nothing_else_names_the_patient(
     assert all(f'{key}={result[key]}' in parameters for key in ('model', 'step', 'threshold', 'flips', 'smallest_ml'))
 
 
-def test_dicom_seg_of_what_has_none_is_refused_before_anything_is_predicted(predictors, of_dicom, dicom_only, tmp_path):
+def test_dicom_seg_without_dicom_or_masks_is_refused_first(predictors, of_dicom, dicom_only, tmp_path):
   for run, source, reason in (
-    ('seg', of_dicom[0], r'^dicom: phantom.nii.gz is no DICOM series; give such alone, or leave it out$'),
-    ('cls', dicom_only, r'^dicom: is about masks, and this model gives none; leave it out$'),
+    (
+      'seg',
+      of_dicom[0],
+      r'^dicom: phantom.nii.gz is not a DICOM series; give only DICOM series, or leave out --dicom$',
+    ),
+    ('cls', dicom_only, r'^dicom: applies to masks only, and this model gives none; leave it out$'),
   ):
     with pytest.raises(UserError, match=reason):
       predict.predict(predictors[run], source, tmp_path / 'out', as_dicom=True)
@@ -293,7 +297,7 @@ def test_dicom_seg_of_what_has_none_is_refused_before_anything_is_predicted(pred
 
 @pytest.fixture
 def folder(raw_dir, tmp_path):
-  """Ten scans, a to j: one of the cohort, and links to it."""
+  """Ten scans, a to j, as links to one scan of the cohort."""
   (tmp_path / 'in').mkdir()
   for name in 'abcdefghij':
     (tmp_path / 'in' / f'{name}.nii.gz').symlink_to(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
@@ -309,7 +313,7 @@ def listed(folder):
 
 
 def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_path, monkeypatch, caplog):
-  """The first mask is not written before the second scan is computed and the fourth read. Four scans live at a time."""
+  """The first write waits until the second scan is computed and the fourth read. At most four scans are in memory."""
   caplog.set_level(logging.INFO)
   run, read, write = predictor.Predictor.probabilities, nifti.NiftiFile.read_image, nifti.write_volume
   begun, scans, alive, computed = collections.Counter(), [], [], threading.Event()
@@ -318,7 +322,7 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
   def reading(source, values):
     begun[source.name] += 1
     scan = read(source, values)
-    if begun[source.name] == 2:  # after the check
+    if begun[source.name] == 2:  # the first reading is the check
       scans.append(weakref.ref(scan))
       alive.append(sum(ref() is not None for ref in scans))
       if source.name == 'd.nii.gz':
@@ -326,11 +330,11 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
     return scan
 
   def computing(self, images):
-    found = run(self, images)
+    probability = run(self, images)
     if computing_counts[0]:
       computed.set()
     computing_counts[0] += 1
-    return found
+    return probability
 
   def writing(path, volume, scan):
     if path.name == 'a_mask.nii.gz':
@@ -348,8 +352,8 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
   assert 2 <= max(alive) <= 4
 
 
-def test_a_scan_that_is_damaged_meanwhile_ends_it_behind_those_before(predictors, folder, tmp_path, monkeypatch):
-  """The third, after the check: the first two are whole, and the error is the one that a check would give."""
+def test_a_scan_damaged_after_the_check_stops_after_earlier_results(predictors, folder, tmp_path, monkeypatch):
+  """The third scan is damaged after the check: the first two results are complete, and the error is that of a check."""
   read, damaged = nifti.NiftiFile.read_image, folder / 'c.nii.gz'
   whole = damaged.read_bytes()
 
@@ -367,8 +371,8 @@ def test_a_scan_that_is_damaged_meanwhile_ends_it_behind_those_before(predictors
   assert listed(tmp_path / 'out') == written('a', 'b')
 
 
-def test_what_cannot_be_written_ends_it_behind_those_before(predictors, folder, tmp_path):
-  """Where the third mask should be, there is a folder: nothing of the fourth is begun, and nothing is half-written."""
+def test_a_failed_write_stops_after_earlier_results(predictors, folder, tmp_path):
+  """A folder has the name of the third mask: no later result is written, and no file is incomplete."""
   (tmp_path / 'out' / 'c_mask.nii.gz').mkdir(parents=True)
   with pytest.raises(UserError, match=r'c_mask.nii.gz: cannot be written \(Is a directory\); free space there'):
     predict.predict(predictors['seg'], folder, tmp_path / 'out')
@@ -376,8 +380,8 @@ def test_what_cannot_be_written_ends_it_behind_those_before(predictors, folder, 
 
 
 @pytest.mark.slow
-def test_interrupted_it_ends_at_once_with_whole_files(runs, folder, tmp_path):
-  """Ctrl-C in a folder of two thousand scans: exit code 130, and what is there is whole."""
+def test_an_interruption_leaves_only_complete_files(runs, folder, tmp_path):
+  """Ctrl-C in a folder of two thousand scans: exit code 130, and all written files are complete."""
   for number in range(2000):
     (folder / f'more{number}.nii.gz').symlink_to((folder / 'a.nii.gz').resolve())
   out = tmp_path / 'out'
@@ -401,8 +405,8 @@ def test_interrupted_it_ends_at_once_with_whole_files(runs, folder, tmp_path):
     assert nib.load(out / f'{name}_mask.nii.gz').get_fdata().shape == nib.load(folder / 'a.nii.gz').shape
 
 
-def test_what_failed_first_is_said_first():
-  """A disk that is full is not hidden by the damaged file that is read next."""
+def test_the_first_failure_is_reported():
+  """A full disk is reported even if the next file read is damaged."""
 
   def items():
     yield 'written'
@@ -416,7 +420,7 @@ def test_what_failed_first_is_said_first():
   assert str(caught.value.__cause__) == 'damaged'
 
 
-def test_runs_that_differ_are_taken_as_is_asked(runs, tmp_path):
+def test_a_flag_decides_where_runs_differ(runs, tmp_path):
   other = tmp_path / 'other'
   shutil.copytree(runs['seg'], other)
   point = json.loads((other / 'operating_point.json').read_text())
@@ -426,22 +430,22 @@ def test_runs_that_differ_are_taken_as_is_asked(runs, tmp_path):
     predictor.load_predictor(both, lungs=True).point.lungs
     and not predictor.load_predictor(both, lungs=False).point.lungs
   )
-  with pytest.raises(UserError, match=r'workdir: the runs differ in evaluate.lungs; say --lungs or --nolungs'):
+  with pytest.raises(UserError, match=r'workdir: the runs differ in evaluate.lungs; give --lungs or --nolungs'):
     predictor.load_predictor(both)
 
 
-def test_in_code_a_scan_is_predicted_as_its_file(predictors, raw_dir, tmp_path):
-  """By path, as DICOM in a folder, and as an array, whose mL need its spacing."""
+def test_a_scan_in_code_is_predicted_as_its_file(predictors, raw_dir, tmp_path):
+  """Given as a path, as a DICOM folder, and as an array; an array needs its spacing for the mL."""
   path, run = raw_dir / 'volume-phantom-A-0001_ct.nii.gz', predictors['seg']
   scan = nifti.read_scan(path)
   expected = run(scan)
   image = nib.load(path)
   dicom_series.save(tmp_path / 'series', dicom_series.slices(np.asarray(image.dataobj), image.affine, 3))
   for given, spacing in ((str(path), None), (tmp_path / 'series', None), (scan.values, np.array(scan.spacing))):
-    found = run(given, spacing)
-    np.testing.assert_array_equal(found.mask, expected.mask)
-    np.testing.assert_array_equal(found.probability, expected.probability)
-    assert found.numbers['lesion_ml'] == pytest.approx(expected.numbers['lesion_ml'], rel=1e-4)
+    prediction = run(given, spacing)
+    np.testing.assert_array_equal(prediction.mask, expected.mask)
+    np.testing.assert_array_equal(prediction.probability, expected.probability)
+    assert prediction.numbers['lesion_ml'] == pytest.approx(expected.numbers['lesion_ml'], rel=1e-4)
   assert run(scan.values).numbers['lesion_ml'] == pytest.approx(expected.mask.sum() / 1000)
-  with pytest.raises(UserError, match=r'array: of 2 dimensions; give slices \[S, H, W\]$'):
+  with pytest.raises(UserError, match=r'array: has 2 dimensions; give slices \[S, H, W\]$'):
     run(scan.values[0])

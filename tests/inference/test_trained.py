@@ -1,4 +1,4 @@
-"""Several networks as one: NumPy's mean of what each gives alone."""
+"""The mean of several networks, compared with NumPy's mean of their probabilities."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from fusa_jax.system.errors import UserError
 
 
 def test_the_mean_of_networks_and_flips():
-  """Two of one architecture and one of another, each at its own temperature."""
+  """Two networks of one architecture and one of another, each with its own temperature."""
   slices = np.random.default_rng(0).integers(-1000, 300, (2, SIZE, SIZE)).astype(np.int16)
   networks, expected = [], []
   for number, (name, temperature) in enumerate([('fusa_resunet', 1.0), ('resunet', 0.5), ('fusa_resunet', 2.0)]):
@@ -28,16 +28,16 @@ def test_the_mean_of_networks_and_flips():
     expected.append(special.expit(special.logit(mean) / temperature))
     assert np.abs(plain - mirrored[:, :, ::-1]).max() > 1e-3
   model = trained.create(networks, flips=True)
-  found = np.asarray(jax.jit(model.function)(model.variables, slices))
-  assert found.shape == (2, SIZE, SIZE) and found.dtype == np.float32
-  np.testing.assert_allclose(found, np.mean(expected, axis=0), atol=2e-6)
+  probability = np.asarray(jax.jit(model.function)(model.variables, slices))
+  assert probability.shape == (2, SIZE, SIZE) and probability.dtype == np.float32
+  np.testing.assert_allclose(probability, np.mean(expected, axis=0), atol=2e-6)
   assert (model.name, model.step) == ('mean of 3: fusa_resunet, resunet', [0, 1, 2])
   assert len(model.variables) == 2
 
 
 def test_the_mean_of_flips_is_exact_where_probabilities_are_1():
   logits = np.array([[-300.0, 0.0, 40.0, 300.0], [-290.0, 4.0, 42.0, -300.0]])
-  # In probabilities of float64, 1 - 1e-17 is 1: by complements.
+  # In float64, 1 - 1e-17 is 1; the complements are therefore computed separately.
   lesion, none = np.logaddexp.reduce(-np.logaddexp(0, -logits)), np.logaddexp.reduce(-np.logaddexp(0, logits))
   np.testing.assert_allclose(tasks.mean_logits(*logits.astype(np.float32)), lesion - none, rtol=1e-6)
 
@@ -45,11 +45,11 @@ def test_the_mean_of_flips_is_exact_where_probabilities_are_1():
 @pytest.mark.parametrize(
   ('other', 'reason'),
   [
-    ({'data.image_size': 2 * SIZE}, rf'workdir: .*b has data.image_size {2 * SIZE}, .*a {SIZE}; give runs'),
-    ({'data.intensity': 'grey'}, r'workdir: .*b has data.intensity grey, .*a hu'),
+    ({'data.image_size': 2 * SIZE}, rf'workdir: .*b has data.image_size {2 * SIZE}, but .*a has {SIZE}; give'),
+    ({'data.intensity': 'grey'}, r'workdir: .*b has data.intensity grey, but .*a has hu'),
   ],
 )
-def test_runs_that_do_not_go_together_are_refused(tmp_path, other, reason):
+def test_incompatible_runs_are_refused(tmp_path, other, reason):
   for name, overrides in (('a', {}), ('b', other)):
     config = tiny(seg)
     for key, value in overrides.items():

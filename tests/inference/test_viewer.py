@@ -1,4 +1,4 @@
-"""Pages of scans and masks: what is in them, as others read it, and what a browser shows of it."""
+"""HTML pages of scans and masks: their contents, read with other libraries, and their display in a browser."""
 
 import base64
 import gzip
@@ -22,17 +22,17 @@ from fusa_jax.system import pages
 from fusa_jax.system.errors import UserError
 
 SHAPE = (32, 40, 12)  # from right to left, anterior to posterior, inferior to superior
-# Millimetres to the right, the back and the top, and a corner.
+# Voxels of 3 x 3 x 5 mm along L, P and S, and the position of the corner.
 AFFINE = np.array([[-3.0, 0, 0, 50], [0, -3, 0, 60], [0, 0, 5, -200], [0, 0, 0, 1]])
 SCORES = [0.01, 0.02, 0.4, 0.99, 0.9, 0.03, 0.04, 0.05, 0.6, 0.05, 0.05, 0.07]
 POSITIVE = [3, 4, 8]
-# Of lesion, on the patient's right and at the back.
+# The lesion, in the patient's right side at the back.
 BOX = np.s_[5:11, 26:33, 3:5]
 MARKER = 'Markername'
 
 
 class Page(html.parser.HTMLParser):
-  """Of a page: its tags, all attributes that can load something, and the texts of its scripts and of the rest."""
+  """A parsed page: tags, attributes that can load something, script texts and the other text."""
 
   def __init__(self, path):
     super().__init__()
@@ -60,7 +60,7 @@ class Page(html.parser.HTMLParser):
 
 
 def stored(values, codes, affine=AFFINE):
-  """An image of a volume in L, P, S, with its axes in another order, and a patient's name in its header."""
+  """Makes an image of an L, P, S volume with other axes and a patient's name in its header."""
   image = nib.Nifti1Image(values, affine)
   turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(codes))
   image = image.as_reoriented(turn)
@@ -69,18 +69,18 @@ def stored(values, codes, affine=AFFINE):
 
 
 def result(**changes):
-  made = {'scan': 'x', 'model': 'fusa_resunet', 'step': 7, 'values': 'hu', 'threshold': 0.5, 'num_slices': SHAPE[2]}
-  return {**made, 'lesion_ml': 1.26, 'positive_slices': POSITIVE, 'slice_scores': SCORES, **changes}
+  numbers = {'scan': 'x', 'model': 'fusa_resunet', 'step': 7, 'values': 'hu', 'threshold': 0.5, 'num_slices': SHAPE[2]}
+  return {**numbers, 'lesion_ml': 1.26, 'positive_slices': POSITIVE, 'slice_scores': SCORES, **changes}
 
 
 def hu():
-  """A body with lungs of two values, in air."""
+  """Returns HU of a body in air, with lungs of two different values."""
   values = np.full(SHAPE, -1000, np.int16)
   values[4:28, 8:36] = 40
   values[6:14, 14:34] = -800
   values[18:26, 14:34] = -600
   values += np.arange(SHAPE[2], dtype=np.int16)
-  values[16, 34] = 900  # bone: without any, it would count as windowed
+  values[16, 34] = 900  # bone: a scan without bone counts as windowed
   values[16, 34, 0] = 1000
   return values
 
@@ -93,7 +93,7 @@ def lesion():
 
 
 def case(folder, name='a', codes='IPL', scan=None, mask=True, **changes):
-  """Writes a scan to folder/in, and to folder/out what predict would have written; gives these two folders."""
+  """Writes a scan to folder/in and its predictions to folder/out. Returns both folders."""
   for part in ('in', 'out'):
     (folder / part).mkdir(exist_ok=True)
   nib.save(stored(hu() if scan is None else scan, codes), folder / 'in' / f'{name}.nii.gz')
@@ -103,7 +103,7 @@ def case(folder, name='a', codes='IPL', scan=None, mask=True, **changes):
   return folder / 'in', folder / 'out'
 
 
-def test_a_page_holds_the_scan_and_the_mask_and_nothing_of_the_patient(tmp_path):
+def test_a_page_holds_scan_and_mask_but_no_patient_name(tmp_path):
   source, masks = case(tmp_path)
   (path,) = viewer.view(source, masks)
   assert path == masks / 'a.html' and sorted(p.name for p in masks.iterdir()) == ['a.html', 'a.json', 'a_mask.nii.gz']
@@ -119,7 +119,7 @@ def test_a_page_holds_the_scan_and_the_mask_and_nothing_of_the_patient(tmp_path)
   assert re.search(r'fusa_resunet, step 7, threshold 0\.5:\s+1\.3 mL of lesion,\s+3 of 12 slices positive', page.text)
 
 
-def test_the_list_has_every_slice_the_most_superior_first(tmp_path):
+def test_the_list_has_every_slice_from_superior_to_inferior(tmp_path):
   (path,) = viewer.view(*case(tmp_path))
   rows = [attributes for tag, attributes in Page(path).tags if tag == 'li']
   assert [int(row['data-slice']) for row in rows] == list(range(SHAPE[2]))[::-1]
@@ -128,7 +128,7 @@ def test_the_list_has_every_slice_the_most_superior_first(tmp_path):
   assert [(int(index), float(score)) for index, score in listed] == list(enumerate(SCORES))[::-1]
 
 
-def test_a_page_loads_nothing(tmp_path):
+def test_a_page_loads_no_other_file(tmp_path):
   (path,) = viewer.view(*case(tmp_path))
   page = Page(path)
   assert not page.links
@@ -143,18 +143,18 @@ def test_a_page_loads_nothing(tmp_path):
   assert 'Copyright (c) 2021, Niivue' in page.text
 
 
-def test_niivue_is_the_one_that_its_notice_names():
+def test_niivue_matches_the_digest_in_its_licence_file():
   folder = pages.TEMPLATES / 'niivue'
   digest = hashlib.sha256(gzip.decompress((folder / 'niivue.umd.js.gz').read_bytes())).hexdigest()
   assert digest in (folder / 'LICENSE.txt').read_text()
 
 
-def test_several_scans_have_a_page_that_links_to_theirs(tmp_path):
-  case(tmp_path, 'b c', step=[7, 9])  # of two runs
+def test_several_scans_get_an_index_page(tmp_path):
+  case(tmp_path, 'b c', step=[7, 9])  # predicted by two runs
   case(tmp_path, 'd', mask=False, positive_slices=[1, 2])
-  changed = json.loads((tmp_path / 'out' / 'd.json').read_text())
-  del changed['lesion_ml']  # of a classification
-  (tmp_path / 'out' / 'd.json').write_text(json.dumps(changed))
+  numbers = json.loads((tmp_path / 'out' / 'd.json').read_text())
+  del numbers['lesion_ml']  # as from a classifier
+  (tmp_path / 'out' / 'd.json').write_text(json.dumps(numbers))
   source, masks = case(tmp_path)
   index, *written = viewer.view(source, masks)
   assert index.name == 'view.html' and [path.name for path in written] == ['a.html', 'b c.html', 'd.html']
@@ -170,7 +170,7 @@ def test_several_scans_have_a_page_that_links_to_theirs(tmp_path):
   np.testing.assert_array_equal(np.asarray(without_mask.volume('scan').dataobj), hu())
 
 
-def test_a_dicom_series_is_shown_and_names_nobody(tmp_path):
+def test_a_dicom_series_is_shown_without_patient_names(tmp_path):
   source, masks = case(tmp_path)
   (source / 'a.nii.gz').unlink()
   folder = dicom_series.save(source / 'x', dicom_series.slices(hu(), AFFINE))
@@ -198,7 +198,7 @@ def test_grey_scans_have_their_own_window(tmp_path):
   np.testing.assert_array_equal(np.asarray(page.volume('scan').dataobj), grey)
 
 
-def test_every_scan_without_its_result_is_named_before_anything_is_written(tmp_path):
+def test_all_missing_results_are_named_before_anything_is_written(tmp_path):
   for name in 'abcd':
     source, masks = case(tmp_path, name)
   (masks / 'a.json').unlink()
@@ -227,9 +227,11 @@ def test_every_scan_without_its_result_is_named_before_anything_is_written(tmp_p
     {'lesion_ml': '1'},
   ],
 )
-def test_a_result_whose_numbers_do_not_fit_is_refused(tmp_path, changes):
+def test_a_result_with_invalid_numbers_is_refused(tmp_path, changes):
   source, masks = case(tmp_path, **changes)
-  with pytest.raises(UserError, match=r'^.*a\.json: damaged, or not .*\(.+\); run --mode=predict.*again$'):
+  with pytest.raises(
+    UserError, match=r'^.*a\.json: damaged, or from another version \(.+\); run --mode=predict.*again$'
+  ):
     viewer.view(source, masks)
   (masks / 'a.json').write_text('[1]')
   with pytest.raises(UserError, match=r'^.*a\.json: damaged'):
@@ -238,25 +240,25 @@ def test_a_result_whose_numbers_do_not_fit_is_refused(tmp_path, changes):
 
 def test_a_result_of_another_scan_is_refused(tmp_path):
   source, masks = case(tmp_path, num_slices=11, slice_scores=SCORES[:-1])
-  with pytest.raises(UserError, match=r'a\.json: of 11 slices, and the scan a\.nii\.gz has 12; run --mode=predict'):
+  with pytest.raises(UserError, match=r'a\.json: has 11 slices, but the scan a\.nii\.gz has 12; run --mode=predict'):
     viewer.view(source, masks)
   source, masks = case(tmp_path)
   nib.save(stored(lesion(), 'IPL', AFFINE + 9 * np.eye(4, k=3)), masks / 'a_mask.nii.gz')
-  with pytest.raises(UserError, match=r'a_mask\.nii\.gz: the affine differs from that of its scan a\.nii\.gz'):
+  with pytest.raises(UserError, match=r'a_mask\.nii\.gz: the affines of the mask and its scan a\.nii\.gz differ'):
     viewer.view(source, masks)
   assert not list(masks.glob('*.html'))
 
 
 def test_pictures_are_left_out_or_refused(tmp_path):
   source, masks = case(tmp_path)
-  for name in ('a', 'p'):  # of which one is named as the scan is
+  for name in ('a', 'p'):  # one has the name of the scan
     Image.new('L', (8, 8)).save(source / f'{name}.png')
   assert [path.name for path in viewer.view(source, masks)] == ['a.html']
-  with pytest.raises(UserError, match=r'input: .*p\.png is a picture of grey values, give scans'):
+  with pytest.raises(UserError, match=r'input: .*p\.png is an 8-bit picture; give scans'):
     viewer.view(source / 'p.png', masks)
 
 
-def test_no_scan_is_called_as_the_page_of_all(tmp_path):
+def test_a_scan_with_the_name_of_the_index_page_is_refused(tmp_path):
   case(tmp_path)
   source, masks = case(tmp_path, 'view')
   with pytest.raises(UserError, match='rename the scan'):
@@ -264,7 +266,7 @@ def test_no_scan_is_called_as_the_page_of_all(tmp_path):
 
 
 def pixels(page, rectangle=None):
-  """The canvas, or a part [left, top, width, height] of it, as int [H, W, RGB]."""
+  """Returns the canvas, or its part [left, top, width, height], as int [H, W, RGB]."""
   picture = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert('RGB')).astype(int)
   left, top = page.value('(({left, top}) => [left, top])(canvas.getBoundingClientRect())')
   x, y, width, height = rectangle or page.value('[0, 0, canvas.width, canvas.height]')
@@ -273,19 +275,19 @@ def pixels(page, rectangle=None):
 
 @pytest.mark.slow
 @pytest.mark.skipif(browser.CHROMIUM is None, reason='no Chromium or Chrome: see CONTRIBUTING.md')
-def test_a_browser_shows_it(tmp_path):
+def test_a_browser_shows_the_page(tmp_path):
   (path,) = viewer.view(*case(tmp_path, codes='IPL'))
   with browser.opened(path, tmp_path / 'profile', size=(960, 800)) as page:
     page.wait('document.body?.dataset.state')
     assert page.value('document.body.dataset.state') == 'shown', page.value('document.body.innerText')
     slice_and_place = lambda: page.value('[slice(), [...nv.frac2mm(nv.scene.crosshairPos)].slice(0, 3)]')
 
-    # At first in the lesion of the slice with the highest score.
+    # The crosshair starts in the lesion of the slice with the highest score.
     index, place = slice_and_place()
     voxel = np.rint(np.linalg.inv(AFFINE) @ [*place, 1])[:3].astype(int)
     assert index == voxel[2] == 3 and lesion()[tuple(voxel)]
 
-    # The axial tile: the patient's right is on the left, the front above; the lesion is where the mask has it.
+    # In the axial view, the patient's right is on the left and the front is above. The lesion lies at the mask.
     *_, width, height = tile = page.value('[...nv.screenSlices[0].leftTopWidthHeight]')
     shown = pixels(page, tile)
     page.click('element("shown")')
@@ -303,7 +305,7 @@ def test_a_browser_shows_it(tmp_path):
     page.value('element("opacity").value = 1, element("opacity").dispatchEvent(new Event("input"))')
     assert np.median(pixels(page, tile)[tuple(marked.T)], axis=0) == pytest.approx(viewer._COLOUR, abs=3)
 
-    # Values at their place in each window; what is not in slice 3 is 3 HU lower.
+    # Grey values at three places in each window.
     for title, centre, across in (('Mediastinum', 40, 400), ('Lung', -600, 1500)):
       page.click(f'[...document.querySelectorAll("button")].find(b => b.textContent == "{title}")')
       picture = pixels(page, tile)
@@ -312,7 +314,7 @@ def test_a_browser_shows_it(tmp_path):
         seen = picture[tuple(np.rint((np.array([row, column]) + 0.5) * scale).astype(int))]
         assert seen == pytest.approx(grey, abs=3), (title, column, row)
 
-    # A click on a row, and keys.
+    # Clicks on rows of the list, then keys.
     for index in (0, 11, 6):
       page.click(f'element("slice{index}")')
       assert slice_and_place()[0] == index
@@ -325,7 +327,7 @@ def test_a_browser_shows_it(tmp_path):
       page.key(key)
       assert slice_and_place()[0] == index, key
 
-    # A window of one's own.
+    # A window set by the user.
     page.value(
       'element("centre").value = 100, element("width").value = 50, element("width").dispatchEvent(new Event("change"))'
     )

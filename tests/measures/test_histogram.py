@@ -1,4 +1,4 @@
-"""What is counted on the device, against the pixels themselves."""
+"""Counts on the device compared with counts of the pixels."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ def pixels(shape, seed=0):
 
 @pytest.mark.parametrize(('data', 'space'), [(1, 1), (4, 2)])
 def test_counts_at_every_threshold(data, space):
-  """On one device and on eight, images shared: those of the logits compared with each edge."""
+  """Compares with counts of logits above each edge; on one device, and on eight with images shared between two."""
   logits, truth = pixels((8, 16, 16))
   mesh = meshes.create_mesh(data, space, jax.devices()[: data * space])
   put = [jax.device_put(array, meshes.batched(mesh, 3)) for array in (logits, truth)]
@@ -45,7 +45,7 @@ def test_calibration_sums(temperature):
     assert got['squared_error'][row] / 900 == pytest.approx(brier, rel=1e-4)
 
 
-def test_a_slice_with_one_logit_is_one_pixel_and_none_is_lost():
+def test_a_slice_with_one_logit_counts_as_one_pixel():
   logits = np.array([-1e9, -0.01, 0.0, 1e9], np.float32)
   got = jax.device_get(histogram.count(logits, np.array([0, 1, 1, 0]), 1.0))
   assert got['histogram'].sum(axis=(1, 2)).tolist() == [1] * 4

@@ -1,4 +1,4 @@
-"""Every number against scikit-learn; what it cannot define is None."""
+"""Each metric compared with scikit-learn; undefined values are None."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from fusa_jax.measures import metrics, statistics
 
 
 def slices(truth, predicted, patient, **columns):
-  """A table as evaluation makes it, of pixels [N, P]."""
+  """Makes a table like that of evaluation from pixels [N, P]."""
   truth, predicted = np.asarray(truth, bool), np.asarray(predicted, bool)
   return {
     'patient': np.asarray(patient),
@@ -30,7 +30,7 @@ def of(table, definition):
 
 
 def reliability(truth, probability):
-  """Counts of one slice by bin, with NumPy."""
+  """Returns the reliability counts of one slice per bin, with NumPy."""
   index = np.minimum((probability * 20).astype(int), 19)
   count = lambda weights: np.bincount(index, weights, 20)
   return np.stack([count(np.ones(len(truth))), count(truth), count(probability)])
@@ -89,15 +89,15 @@ def test_classification_against_sklearn(ties):
     'ece': np.sum(np.abs(share - mean) * sizes[sizes > 0]) / 300,
   }
   got = of(table, metrics.classification)
-  if ties:  # scikit-learn's bins end with their upper edge, on which all scores lie here
+  if ties:  # scikit-learn's bins include their upper edge; with ties all scores lie on edges
     got.pop('ece'), expected.pop('ece')
   assert got == pytest.approx(expected)
   false, true, _ = sk.roc_curve(label, score, drop_intermediate=False)
   np.testing.assert_allclose(np.stack(metrics.roc(label, score)), [false, true])
 
 
-def test_numbers_of_drawn_patients_are_those_of_their_slices():
-  """A patient drawn twice counts as two, in AUC too."""
+def test_resampled_patients_equal_their_copied_slices():
+  """A patient who is drawn twice counts as two, also in AUC."""
   rng = np.random.default_rng(2)
   patient = rng.integers(0, 8, 100)
   truth = rng.random((100, 5)) < 0.3
@@ -117,20 +117,20 @@ def test_numbers_of_drawn_patients_are_those_of_their_slices():
 
 
 def test_detection_and_other_prevalences():
-  """Slices of a segmenter: found where any pixel is marked. Predictive values where 10% have a lesion, by hand."""
+  """A slice counts as positive if any pixel is marked. Predictive values at a prevalence of 10% by hand."""
   truth = np.array([[1, 0], [1, 1], [0, 0], [0, 0], [0, 0]])
   predicted = np.array([[0, 1], [0, 0], [0, 1], [0, 0], [0, 0]])
   table = slices(truth, predicted, ['a', 'a', 'b', 'b', 'b'])
   got = of(table, metrics.detection)
   expected = {'sensitivity': 1 / 2, 'specificity': 2 / 3, 'ppv': 1 / 2, 'npv': 2 / 3}
   assert {name: got[name] for name in expected} == pytest.approx(expected)
-  # Of 1000 slices 100 have a lesion, 50 of them are found; 300 of the other 900 are called positive.
+  # 100 of 1000 slices have a lesion and 50 of them are found; 300 of the other 900 are false positives.
   assert of(table, lambda totals: metrics.detection_at(totals, 0.1)) == pytest.approx(
     {'ppv': 50 / 350, 'npv': 600 / 650}
   )
 
 
-def test_what_is_undefined_is_none():
+def test_undefined_values_are_none():
   nothing = slices(np.zeros((2, 5)), np.zeros((2, 5)), ['a', 'b'])
   got = of(nothing, metrics.segmentation)
   assert got.pop('specificity') == got.pop('npv') == got.pop('dice_slices_empty_is_1') == 1
@@ -140,7 +140,7 @@ def test_what_is_undefined_is_none():
   assert got['accuracy'] == 1.0
 
 
-def test_patients_without_lesion_are_left_out_unless_something_was_marked():
+def test_patients_without_lesion_count_only_if_something_is_marked():
   truth = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
   predicted = np.array([[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
   table = slices(truth, predicted, ['ill', 'well', 'marked'])
@@ -153,7 +153,7 @@ def test_patients_without_lesion_are_left_out_unless_something_was_marked():
 
 
 def test_counts_do_not_overflow():
-  """More voxels than an int32 holds, as a release of 13 705 slices of 512 x 512 has."""
+  """13 705 slices of 512 x 512 have more voxels than an int32 can count."""
   count = 13705
   table = slices(np.zeros((count, 1)), np.zeros((count, 1)), np.arange(count) // 70)
   table |= {key: np.full(count, 512 * 512, np.int32) for key in metrics.COUNTS}

@@ -1,4 +1,4 @@
-"""Masks against masks: numbers against scikit-learn, MONAI and hand counts; names, grids and refusals."""
+"""--mode=score: numbers compared with scikit-learn, MONAI and hand counts; names, grids and errors."""
 
 import csv
 import json
@@ -20,14 +20,14 @@ REAL = pathlib.Path(__file__).parents[3] / 'shared' / 'ct' / 'Train' / 'volume-l
 
 
 def blobs(seed, shape=(6, 20, 18), share=0.2):
-  """A prediction and a truth that resemble each other."""
+  """Returns a predicted and a reference mask that are similar."""
   rng = np.random.default_rng(seed)
   fields = [ndimage.gaussian_filter(rng.normal(size=shape), (1, 2, 2)) for _ in range(2)]
   return tuple(field > np.quantile(field, 1 - share) for field in (fields[0] + 0.5 * fields[1], fields[0]))
 
 
 def save(path, mask, affine=AFFINE):
-  """Stores a mask [S, H, W] as L, P, S."""
+  """Saves a mask [S, H, W] in L, P, S order."""
   path.parent.mkdir(parents=True, exist_ok=True)
   nib.save(nib.Nifti1Image(np.asarray(mask).transpose(2, 1, 0).astype(np.uint8), affine), path)
   return path
@@ -35,7 +35,7 @@ def save(path, mask, affine=AFFINE):
 
 @pytest.fixture
 def folders(tmp_path):
-  """(predictions, true masks) of five cases of which the last two are healthy, one of them falsely marked."""
+  """Folders of predictions and reference masks of five cases. The last two are healthy; one has a false mark."""
   for seed in range(5):
     predicted, true = blobs(seed)
     save(tmp_path / 'true' / f'p{seed}_seg.nii.gz', true & (seed < 3))
@@ -44,7 +44,7 @@ def folders(tmp_path):
 
 
 def refusal(*arguments) -> list[str]:
-  """The lines of the error, after which nothing may have been written."""
+  """Returns the lines of the error and checks that nothing was written."""
   with pytest.raises(UserError) as caught:
     score.score(*arguments)
   assert not arguments[2].exists()
@@ -60,7 +60,7 @@ def test_numbers_of_a_volume(seed):
   assert row['predicted_ml'] == pytest.approx(predicted.sum() * 0.0028)
   assert row['true_ml'] == pytest.approx(true.sum() * 0.0028)
   assert row['error_ml'] == pytest.approx(row['predicted_ml'] - row['true_ml'])
-  # Measured without the crop; tests/test_surface.py compares these with MONAI.
+  # Computed on the whole volume, not a crop. test_surface.py compares these distances with MONAI.
   distances = surface.distances(predicted, true, SPACING, np.inf)
   assert row['hd95_mm'] == surface.hd95(distances)
   for tolerance in (1, 2):
@@ -68,7 +68,7 @@ def test_numbers_of_a_volume(seed):
 
 
 def test_lesions_by_hand():
-  """True: A, B of two voxels that share a corner, C. Predicted: over A and B at once, and two specks in nothing."""
+  """True lesions: A, B (two voxels that share a corner), C. Predicted: one lesion over A and B, and two false ones."""
   predicted, true = np.zeros((2, 5, 12, 12), bool)
   true[1, 1:3, 1:3] = True
   true[1, 5, 5] = true[2, 6, 6] = True
@@ -96,7 +96,7 @@ def test_healthy_and_missed_patients():
   assert masks.volume(empty, some, SPACING, 1.0) == measured | missed
 
 
-def test_what_is_written(folders, tmp_path):
+def test_written_files(folders, tmp_path):
   result = score.score(*folders, tmp_path / 'out')
   assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['scores.json', 'volumes.csv']
   assert json.loads((tmp_path / 'out' / 'scores.json').read_text()) == result
@@ -112,11 +112,11 @@ def test_what_is_written(folders, tmp_path):
   for name, measure in result['measures'].items():
     values = np.array([float(row[name]) for row in rows if row[name]])
     assert measure['defined'] == len(values)
-    for kind, expected in (('mean', values.mean()), ('median', np.median(values))):
-      assert measure[kind] == pytest.approx(expected)
-      if measure[f'{kind}_interval']:
-        low, high = measure[f'{kind}_interval']
-        assert values.min() <= low <= measure[kind] <= high <= values.max()
+    for average, expected in (('mean', values.mean()), ('median', np.median(values))):
+      assert measure[average] == pytest.approx(expected)
+      if measure[f'{average}_interval']:
+        low, high = measure[f'{average}_interval']
+        assert values.min() <= low <= measure[average] <= high <= values.max()
   assert all(result['measures'][name]['mean_interval'] for name in ('hd95_mm', 'error_ml', 'false_positives'))
 
 
@@ -133,7 +133,7 @@ def test_the_log_has_means_and_intervals(folders, tmp_path, caplog):
 
 
 @pytest.mark.parametrize('codes', ['RAS', 'IPL', 'ASR'])
-def test_however_the_prediction_is_stored(tmp_path, codes):
+def test_prediction_in_any_orientation(tmp_path, codes):
   predicted, true = blobs(0)
   source, truth = save(tmp_path / 'a.nii.gz', predicted), save(tmp_path / 'b.nii.gz', true)
   expected = score.score(source, truth, tmp_path / 'out')
@@ -147,18 +147,18 @@ def test_however_the_prediction_is_stored(tmp_path, codes):
 @pytest.mark.parametrize(
   ('predicted', 'true'),
   [
-    (['A_ct_mask.nii.gz', 'A_ct_probability.nii.gz'], ['A_ct.nii.gz', 'A_seg.nii.gz']),  # ours, COVID-19-20
+    (['A_ct_mask.nii.gz', 'A_ct_probability.nii.gz'], ['A_ct.nii.gz', 'A_seg.nii.gz']),  # our prediction, COVID-19-20
     (['A_ct_mask.nii.gz'], ['Train/A_ct.nii.gz', 'Train/A_seg.nii.gz']),
     (['A.nii.gz'], ['A.nii.gz', 'A_0000.nii.gz']),  # nnU-Net
     (['A_0000_pred.nii'], ['A_label.nii.gz']),
-    (['A_ct.nii.gz'], ['A_gt.nii']),  # nothing else can be the mask
-    (['A/A_mask.nii.gz'], ['A/B_seg.nii.gz']),  # a single file each
-    (['A/A_mask.nii.gz'], ['A_seg.nii.gz', 'B_seg.nii.gz']),  # a single file against a folder
+    (['A_ct.nii.gz'], ['A_gt.nii']),  # no other file can be the mask
+    (['A/A_mask.nii.gz'], ['A/B_seg.nii.gz']),  # one file against one file
+    (['A/A_mask.nii.gz'], ['A_seg.nii.gz', 'B_seg.nii.gz']),  # one file against a folder
     (['A_mask.nii.gz', 'B_mask.nii.gz'], ['A/A_seg.nii.gz']),
   ],
 )
-def test_names_that_belong_together(tmp_path, predicted, true):
-  """What is no mask of the case is on another grid, so that it would be refused."""
+def test_matching_file_names(tmp_path, predicted, true):
+  """Files that are not the mask of the case have another grid: to score one would be an error."""
   arguments = []
   for folder, names in (('predicted', predicted), ('true', true)):
     for name in names:
@@ -169,7 +169,7 @@ def test_names_that_belong_together(tmp_path, predicted, true):
   assert result['num_volumes'] == 1 and result['measures']['dice']['mean'] == 1
 
 
-def test_everything_wrong_is_said_at_once(folders, tmp_path):
+def test_all_problems_are_reported_at_once(folders, tmp_path):
   source, truth = folders
   mask = blobs(0)[0]
   save(source / 'p0_ct_mask.nii.gz', mask[:-1])
@@ -184,15 +184,15 @@ def test_everything_wrong_is_said_at_once(folders, tmp_path):
   (truth / 'p3_seg.nii.gz').write_bytes(b'no mask either')
   lines = refusal(source, truth, tmp_path / 'out')
   assert lines == [
-    f'{source}/extra.nii.gz: no true mask of extra in {truth}; add it, or take the prediction out',
-    f'{source}/p0_ct_mask.nii.gz: the mask has (5, 20, 18) voxels (slices, rows, columns) and its true mask '
-    'p0_seg.nii.gz (6, 20, 18); save the mask on the grid of its true mask',
-    f'{source}/p1_ct_mask.nii.gz: the affine differs from that of its true mask p1_seg.nii.gz (corners up to 3 mm '
-    'apart); save the mask on the grid of its true mask',
-    f'{source}/p2_ct_mask.nii.gz: a mask holds 0 and 1 only, this one has 0, 2; save one lesion label as 1',
+    f'{source}/extra.nii.gz: no reference mask for case extra in {truth}; add it, or remove the prediction',
+    f'{source}/p0_ct_mask.nii.gz: the mask has (5, 20, 18) voxels (slices, rows, columns), but its reference mask '
+    'p0_seg.nii.gz has (6, 20, 18); save the mask on the grid of its reference mask',
+    f'{source}/p1_ct_mask.nii.gz: the affines of the mask and its reference mask p1_seg.nii.gz differ (corners up to '
+    '3 mm apart); save the mask on the grid of its reference mask',
+    f'{source}/p2_ct_mask.nii.gz: mask values must be 0 and 1, but are 0, 2; save one lesion label as 1',
     *(line for line in lines if line.startswith(f'{source}/p3_ct_mask.nii.gz: not a NIfTI file')),
-    f'{source}/p4_ct_mask.nii.gz: of the same case as p4.nii.gz, p4; keep one of the two',
-    f'{truth}/missed_seg.nii.gz: no prediction of missed in {source}; add it, or take the true mask out',
+    f'{source}/p4_ct_mask.nii.gz: same case as p4.nii.gz (p4); keep one of the two',
+    f'{truth}/missed_seg.nii.gz: no prediction for case missed in {source}; add it, or remove the reference mask',
     *(line for line in lines if line.startswith(f'{truth}/p3_seg.nii.gz: not a NIfTI file')),
   ]
   assert len(lines) == 8
@@ -209,11 +209,11 @@ def test_nothing_to_score(folders, tmp_path):
     f'truth: no .nii or .nii.gz mask in {empty}; give a mask, or a folder of masks'
   ]
   assert refusal(source / 'p0_ct_mask.nii.gz', save(tmp_path / 'q' / 'q.nii', blobs(0)[0]).parent, out) == [
-    f'{source}/p0_ct_mask.nii.gz: no true mask of p0 in {tmp_path}/q; add it, or take the prediction out'
+    f'{source}/p0_ct_mask.nii.gz: no reference mask for case p0 in {tmp_path}/q; add it, or remove the prediction'
   ]
 
 
-def test_nothing_half_written(folders, tmp_path, monkeypatch):
+def test_no_file_is_left_incomplete(folders, tmp_path, monkeypatch):
   monkeypatch.setattr(csv.DictWriter, 'writerows', lambda *_: (_ for _ in ()).throw(OSError(28, 'disk full')))
   with pytest.raises(UserError, match='disk full'):
     score.score(*folders, tmp_path / 'out')
@@ -225,7 +225,7 @@ def test_nothing_half_written(folders, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings('ignore:monai:FutureWarning', 'ignore:the prediction of class 0 is all 0')
 @pytest.mark.parametrize('change', ['moved', 'dilated', 'emptied'])
 def test_a_real_mask(tmp_path, change):
-  """A lung tumour on 5 mm slices, against MONAI."""
+  """Compares a lung tumour on 5 mm slices with MONAI."""
   metrics, torch = pytest.importorskip('monai.metrics'), pytest.importorskip('torch')
   image = nib.load(REAL)
   true = np.asarray(image.dataobj).astype(bool)
@@ -241,7 +241,7 @@ def test_a_real_mask(tmp_path, change):
     theirs = float(metrics.compute_surface_dice(*tensors, [tolerance], **options))
     assert ours[f'surface_dice_{tolerance}mm'] == pytest.approx(theirs, abs=1e-6)
   theirs = float(metrics.compute_hausdorff_distance(*tensors, percentile=95, **options))
-  if change == 'emptied':  # undefined in MONAI, the scan's diagonal here
+  if change == 'emptied':  # undefined in MONAI; here the diagonal of the scan
     assert not np.isfinite(theirs)
     theirs = np.linalg.norm(np.multiply(true.shape, spacing))
   assert ours['hd95_mm'] == pytest.approx(theirs, abs=1e-4)

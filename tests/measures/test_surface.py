@@ -1,4 +1,4 @@
-"""Distances between boundaries, against MONAI, and against their definition written out voxel by voxel."""
+"""Surface distances compared with MONAI and with the definition computed voxel by voxel."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ FAR = 1000.0
 
 
 def blobs(seed, shape=(14, 40, 36), share=0.1):
-  """A mask of a few lumps, some of them cut by the volume's border, and one that resembles it."""
+  """Returns two similar masks of a few lesions, some of them cut by the border of the volume."""
   rng = np.random.default_rng(seed)
   noise = [ndimage.gaussian_filter(rng.normal(size=shape), (1, 3, 3)) for _ in range(2)]
   fields = noise[0], 0.8 * noise[0] + 0.5 * noise[1]
@@ -18,7 +18,7 @@ def blobs(seed, shape=(14, 40, 36), share=0.1):
 
 
 def written_out(first, second, spacing):
-  """Every boundary voxel against every other, the boundary found by looking at six neighbours."""
+  """Computes the distances between all boundary voxels; a boundary voxel lacks at least one of six neighbours."""
   points = []
   for mask in (first, second):
     padded, own = np.pad(mask, 1), []
@@ -56,7 +56,7 @@ def test_equal_to_the_definition(seed):
 
 
 def test_a_shift_by_hand():
-  """A cube moved by two voxels of 1 mm: of 26 boundary voxels 9 lie in the other's, 8 are 1 off, 9 are 2."""
+  """A cube moved by two voxels of 1 mm: of 26 boundary voxels, 9 are at distance 0, 8 at 1 mm and 9 at 2 mm."""
   first, second = np.zeros((2, 7, 7, 9), bool)
   first[2:5, 2:5, 2:5] = second[2:5, 2:5, 4:7] = True
   distances = surface.distances(first, second, (1, 1, 1), FAR)
@@ -68,15 +68,15 @@ def test_a_shift_by_hand():
 
 
 def test_exactly_the_tolerance_is_within_it():
-  """Ten slices of 0.2 mm, as float32 has them in headers, are 2 mm."""
+  """Ten slices of 0.2 mm, stored in the header as float32, are 2 mm."""
   first, second = np.zeros((2, 30, 4, 4), bool)
   first[3, 1, 1] = second[13, 1, 1] = True
   spacing = (float(np.float32(0.2)), 1, 1)
   assert surface.surface_dice(surface.distances(first, second, spacing, FAR), 2) == 1
 
 
-def test_the_border_is_outside():
-  """A mask that fills the volume has a boundary nonetheless."""
+def test_the_border_of_the_volume_counts_as_outside():
+  """A mask that fills the whole volume also has a boundary."""
   full = np.ones((4, 5, 6), bool)
   first, second = surface.distances(full, full, (1, 1, 1), FAR)
   assert len(first) == len(second) == full.size - 2 * 3 * 4

@@ -1,7 +1,7 @@
-"""Every model computes what its PyTorch original does: torchvision's, smp's, or the paper's text in PyTorch.
+"""Every model computes the same as its PyTorch original: torchvision's, smp's, or the paper's text in PyTorch.
 
-Evaluation in float32. Training in float64: what is compared is the function, and norms over the few values that small
-test images leave in the last stages amplify float32's rounding to 1e-2 in some gradients.
+Evaluation is compared in float32, training in float64. On small test images, norms in the last stages average few
+values; they would amplify float32 rounding errors to 1e-2 in some gradients.
 """
 
 import jax
@@ -16,13 +16,13 @@ torch = pytest.importorskip('torch')
 from benchmarks import torch_reference  # noqa: E402 (needs torch)
 
 DROPOUT = ('vgg16', 'mobilenet_v2', 'pspnet', 'deeplabv3', 'fusa_pspnet', 'fusa_deeplabv3')
-# Each takes from 5 to 10 s.
+# These take 5 to 10 s each.
 LARGE = ('densenet121', 'fusa_deeplabv3', 'fusa_resnet50')
 CLASSES, CHANNELS = 2, 3
 
 
 def original(name, **options):
-  """A PyTorch model with all of its tensors random, biases, norms' scales and their statistics included."""
+  """Returns a PyTorch model with random tensors, including biases and the scales and statistics of norms."""
   torch.manual_seed(0)
   model = torch_reference.create(name, num_classes=CLASSES, in_channels=CHANNELS, **options)
   with torch.no_grad():
@@ -46,7 +46,7 @@ def as_torch(array):
 
 
 def distance(ours, theirs, floor=0.0):
-  # NumPy on both sides: outside of x64 mode JAX would subtract in float32.
+  # Subtracted with NumPy: outside of x64 mode JAX would subtract in float32.
   return np.linalg.norm(np.asarray(ours) - theirs) / max(np.linalg.norm(theirs), floor)
 
 
@@ -84,7 +84,7 @@ def test_logits_over_another_encoder(name, encoder):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', models.NAMES)
 def test_a_training_step(name):
-  """The loss, every parameter's gradient and the norms' new statistics."""
+  """Compares the loss, the gradient of every parameter and the new statistics of the norms."""
   theirs = original(name, dropout=0.0).double().train()
   before = from_torch(name, theirs.state_dict())
   x = images(64, 64, np.float64)
@@ -92,23 +92,23 @@ def test_a_training_step(name):
   weights = np.random.default_rng(1).normal(size=np.moveaxis(out.detach().numpy(), 1, -1).shape)
   loss = (out * as_torch(weights)).mean() + (out**2).mean()
   loss.backward()
-  # Parameters that their model has and does not use (smp's PSPNet) have no gradient, and are not ours.
+  # The original has parameters that it does not use (smp's PSPNet). They have no gradient, and our model lacks them.
   gradients = {key: p.grad if p.grad is not None else p for key, p in theirs.named_parameters()}
   after = from_torch(name, {**gradients, **dict(theirs.named_buffers())})
 
   module = models.create(name, num_classes=CLASSES, dtype=jnp.float64, **({'dropout': 0.0} if name in DROPOUT else {}))
 
   def loss_of(params):
-    logits, changed = module.apply({**before, 'params': params}, x, train=True, mutable=['batch_stats'])
-    return (logits * weights).mean() + (logits**2).mean(), changed['batch_stats']
+    logits, updates = module.apply({**before, 'params': params}, x, train=True, mutable=['batch_stats'])
+    return (logits * weights).mean() + (logits**2).mean(), updates['batch_stats']
 
   with jax.enable_x64(True):
     (got, batch_stats), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(before['params'])
     assert got.dtype == np.float64
   assert abs(float(got) - loss.item()) < 1e-9 * abs(loss.item())
   largest = max(np.linalg.norm(leaf) for leaf in jax.tree.leaves(after['params']))
-  for kind, tree in (('params', gradient), ('batch_stats', batch_stats)):
-    assert jax.tree.structure(tree) == jax.tree.structure(after[kind])
-    for (path, leaf), expected in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(after[kind]), strict=True):
-      # A bias before a norm has no gradient but rounding: it is held against the largest one.
+  for name, tree in (('params', gradient), ('batch_stats', batch_stats)):
+    assert jax.tree.structure(tree) == jax.tree.structure(after[name])
+    for (path, leaf), expected in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(after[name]), strict=True):
+      # The gradient of a bias before a norm is only rounding error: it is compared relative to the largest gradient.
       assert distance(leaf, expected, floor=1e-6 * largest) < 1e-7, jax.tree_util.keystr(path)

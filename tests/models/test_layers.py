@@ -1,4 +1,4 @@
-"""Pooling, resizing and norms against NumPy, scipy and PyTorch."""
+"""Pooling, resizing and norms compared with NumPy, scipy and PyTorch."""
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ def images(height, width):
 
 @pytest.mark.parametrize(('height', 'width'), [(7, 7), (16, 16), (12, 5), (1, 3)])
 @pytest.mark.parametrize('size', [1, 3, 7])
-def test_adaptive_means_are_those_of_overlapping_bins(height, width, size):
+def test_adaptive_means_average_overlapping_bins(height, width, size):
   x = images(height, width)
   expected = np.empty((2, size, size, 3))
   for i in range(size):
@@ -29,7 +29,7 @@ def test_adaptive_means_are_those_of_overlapping_bins(height, width, size):
 
 @pytest.mark.parametrize(('height', 'width'), [(2, 2), (6, 4), (1, 5)])
 def test_resizing_keeps_the_corners(height, width):
-  """scipy's zoom, by default, also lays the centres of the corners onto each other."""
+  """scipy's zoom also aligns the centres of the corner pixels by default."""
   x = images(height, width)
   expected = scipy.ndimage.zoom(x.astype(np.float64), (1, 16 / height, 20 / width, 1), order=1, mode='nearest')
   out = layers.resize_corners(jnp.asarray(x), 16, 20)
@@ -38,19 +38,19 @@ def test_resizing_keeps_the_corners(height, width):
   np.testing.assert_allclose(out[:, -1, -1], x[:, -1, -1], rtol=1e-5)
 
 
-def test_running_variance_is_the_unbiased_one():
+def test_running_variance_is_unbiased():
   x = images(2, 3) * 3 + 1
   norm = layers.layers(train=True, dtype=None)['norm']()
   variables = norm.init(jax.random.key(0), jnp.asarray(x))
   np.testing.assert_array_equal(variables['batch_stats']['var'], 1)
-  out, changed = norm.apply(variables, jnp.asarray(x), mutable=['batch_stats'])
+  out, updates = norm.apply(variables, jnp.asarray(x), mutable=['batch_stats'])
   np.testing.assert_allclose(out, (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5), rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(changed['batch_stats']['mean'], 0.1 * x.mean((0, 1, 2)), rtol=1e-5)
-  np.testing.assert_allclose(changed['batch_stats']['var'], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-5)
+  np.testing.assert_allclose(updates['batch_stats']['mean'], 0.1 * x.mean((0, 1, 2)), rtol=1e-5)
+  np.testing.assert_allclose(updates['batch_stats']['var'], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-5)
 
 
-def test_the_gradients_of_a_norm_are_those_of_autodiff():
-  """In float64, against the formula differentiated by JAX; values far from zero, where the variance cancels most."""
+def test_gradients_of_a_norm_equal_autodiff():
+  """Compares with JAX's derivative of the formula in float64. Values far from zero are the hardest for the variance."""
   with jax.enable_x64(True):
     rng = np.random.default_rng(0)
     x, weight = (jnp.asarray(rng.normal(size=(3, 4, 5, 6))) for _ in range(2))
@@ -67,7 +67,7 @@ def test_the_gradients_of_a_norm_are_those_of_autodiff():
       np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)
 
 
-def test_a_norm_keeps_its_input_alone_for_the_backward_pass():
+def test_a_norm_keeps_only_its_input_for_the_backward_pass():
   x = jnp.asarray(images(8, 8), jnp.bfloat16)
   _, pull = jax.vjp(lambda x: layers.batch_norm(x, jnp.ones(3), jnp.zeros(3), 1e-5, x.dtype)[0], x)
   assert [leaf.dtype for leaf in jax.tree.leaves(pull) if leaf.size >= x.size] == [jnp.bfloat16]
@@ -76,12 +76,12 @@ def test_a_norm_keeps_its_input_alone_for_the_backward_pass():
 def test_a_single_value_has_no_variance():
   norm = layers.layers(train=True, dtype=None)['norm']()
   x = jnp.ones((1, 1, 1, 2))
-  _, changed = norm.apply(norm.init(jax.random.key(0), x), x, mutable=['batch_stats'])
-  np.testing.assert_allclose(changed['batch_stats']['var'], 0.9)
+  _, updates = norm.apply(norm.init(jax.random.key(0), x), x, mutable=['batch_stats'])
+  np.testing.assert_allclose(updates['batch_stats']['var'], 0.9)
 
 
-def test_doubling_is_a_transposed_convolution():
-  """Values and gradients, against Flax's, from the same parameters."""
+def test_doubling_equals_a_transposed_convolution():
+  """Compares values and gradients with Flax's, from the same parameters."""
   x = jnp.asarray(images(3, 4))
   theirs, ours = nn.ConvTranspose(5, (2, 2), (2, 2)), layers.Doubling(5)
   variables = theirs.init(jax.random.key(0), x)
@@ -101,7 +101,7 @@ def test_doubling_is_a_transposed_convolution():
   ('shape', 'size', 'stride', 'padding'),
   [((2, 8, 6, 3), 2, 2, 0), ((2, 9, 7, 3), 2, 2, 0), ((2, 9, 8, 3), 3, 2, 1), ((1, 5, 5, 2), 3, 1, 1)],
 )
-def test_pooling_is_pytorchs_ties_included(shape, size, stride, padding):
+def test_pooling_equals_pytorchs_with_ties(shape, size, stride, padding):
   torch = pytest.importorskip('torch')
   x = np.maximum(np.random.default_rng(0).integers(-3, 4, shape), 0).astype(np.float32)  # mostly ties
   theirs = torch.tensor(x, requires_grad=True)

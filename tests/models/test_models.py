@@ -1,4 +1,4 @@
-"""The models' shapes, sizes and starts. That they compute what PyTorch's do is in test_against_torch.py."""
+"""Shapes, sizes and initial values of the models. test_against_torch.py compares their outputs with PyTorch."""
 
 import functools
 
@@ -12,7 +12,7 @@ from fusa_jax.models.layers import layers
 from fusa_jax.models.resnet import BasicBlock, Bottleneck
 from fusa_jax.system.errors import UserError
 
-# Features are 32 times smaller than images in the deepest encoders; one size that is not square.
+# The deepest encoders reduce images 32 times; this size is not square.
 SHAPE = (2, 64, 96, 3)
 WITH_DROPOUT = ('vgg16', 'mobilenet_v2', 'pspnet', 'deeplabv3')
 
@@ -38,7 +38,7 @@ def count(variables):
   return sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
 
 
-# As torchvision documents its weights: https://pytorch.org/vision/stable/models.html (num_params).
+# From torchvision's documentation: https://pytorch.org/vision/stable/models.html (num_params).
 @pytest.mark.parametrize(
   ('name', 'parameters'),
   [
@@ -62,10 +62,10 @@ def test_logits_have_the_agreed_shape_and_are_float32(name, dtype):
   variables = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), images)
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
   apply = functools.partial(module.apply, train=True, mutable=['batch_stats'], rngs={'dropout': jax.random.key(0)})
-  logits, changed = jax.eval_shape(apply, variables, images)
+  logits, updates = jax.eval_shape(apply, variables, images)
   assert logits.dtype == jnp.float32
   assert logits.shape == ((2, 2) if name in models.CLASSIFIERS else (*SHAPE[:3], 2))
-  assert jax.tree.structure(changed['batch_stats']) == jax.tree.structure(variables['batch_stats'])
+  assert jax.tree.structure(updates['batch_stats']) == jax.tree.structure(variables['batch_stats'])
 
 
 @pytest.mark.parametrize('plain', list(FUSA_MODULES))
@@ -90,7 +90,7 @@ def test_every_name_is_a_plain_model_or_its_fusa_variant():
 
 
 @pytest.mark.parametrize('name', WITH_DROPOUT)
-def test_dropout_follows_its_key_in_training_and_is_off_otherwise(name):
+def test_dropout_depends_on_its_key_and_is_off_in_evaluation(name):
   module = models.create(name, width=8)
   images = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
   variables = module.init(jax.random.key(0), images, train=False)
@@ -98,7 +98,7 @@ def test_dropout_follows_its_key_in_training_and_is_off_otherwise(name):
   first, again, other = (np.asarray(train(jax.random.key(seed))[0]) for seed in (1, 1, 2))
   np.testing.assert_array_equal(first, again)
   assert np.abs(first - other).max() > 1e-3 * np.abs(first).max()
-  jax.eval_shape(functools.partial(module.apply, train=False), variables, images)  # asks for no key
+  jax.eval_shape(functools.partial(module.apply, train=False), variables, images)  # needs no key
 
 
 @pytest.mark.parametrize('encoder', ['resnet18', 'resnet34', 'resnet50'])
@@ -110,7 +110,7 @@ def test_segmenters_take_each_encoder(name, depth, encoder):
 
 
 def test_fusa_resunet_has_the_papers_channels():
-  """Section II-C: a residual module to 64 channels, then 128, 256, 512, 1024; the decoder mirrors them."""
+  """Section II-C: residual modules with 64, 128, 256, 512 and 1024 channels; the decoder mirrors them."""
   params = variables_of('fusa_resunet')['params']
   width = {name: block['conv2']['kernel'].shape[-1] for name, block in params.items() if 'conv2' in block}
   assert width == {
@@ -137,7 +137,7 @@ def test_residual_blocks_start_as_the_identity(block, attention):
 
 
 def test_attention_sits_between_branch_and_shortcut():
-  """Section II-B: the map scales F(x), then the shortcut is added: an attention of zero leaves the shortcut."""
+  """Section II-B: the map scales F(x), then the shortcut is added. Zero attention leaves only the shortcut."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)), jnp.float32)
 
   class Zero(FUSA):
@@ -153,28 +153,28 @@ def test_attention_sits_between_branch_and_shortcut():
 @pytest.mark.parametrize(
   ('name', 'reason'),
   [
-    ('resunet', 'ResUNet takes sides that are multiples of 16: 36 is not, 48 is'),
-    ('linknet', 'LinkNet takes sides that are multiples of 32: 36 is not, 64 is'),
-    ('pspnet', 'PSPNet takes sides that are multiples of 8: 36 is not, 40 is'),
-    ('deeplabv3', 'DeepLabV3 takes sides that are multiples of 8: 36 is not, 40 is'),
+    ('resunet', '36 must be a multiple of 16 for ResUNet; give 48'),
+    ('linknet', '36 must be a multiple of 32 for LinkNet; give 64'),
+    ('pspnet', '36 must be a multiple of 8 for PSPNet; give 40'),
+    ('deeplabv3', '36 must be a multiple of 8 for DeepLabV3; give 40'),
   ],
 )
 @pytest.mark.parametrize('shape', [(1, 64, 36, 1), (1, 36, 64, 1)])
-def test_decoders_name_the_next_size_that_they_take(name, reason, shape):
+def test_errors_name_the_next_valid_size(name, reason, shape):
   with pytest.raises(UserError, match=reason):
     variables_of(name, shape)
 
 
 @pytest.mark.parametrize('name', ['vgg16', 'densenet121'])
-def test_pooling_to_nothing_is_refused(name):
-  with pytest.raises(UserError, match='32 and above: 31 is not, 32 is'):
+def test_images_below_32_pixels_are_refused(name):
+  with pytest.raises(UserError, match='31 must be at least 32 for .*; give 32'):
     variables_of(name, (1, 64, 31, 1))
 
 
-def test_registry_refuses_by_name():
-  with pytest.raises(UserError, match='there is no .*resnet19.*one of .*resnet18'):
+def test_unknown_names_and_options_are_refused():
+  with pytest.raises(UserError, match='resnet19.* is unknown; give one of .*resnet18'):
     models.create('resnet19')
-  with pytest.raises(UserError, match='resnet18 cannot take .*depth'):
+  with pytest.raises(UserError, match='resnet18 does not accept .*depth'):
     models.create('resnet18', depth=3)
-  with pytest.raises(UserError, match="model.encoder: there is no 'vgg16'; one of resnet18, resnet34, resnet50"):
+  with pytest.raises(UserError, match="model.encoder: 'vgg16' is unknown; give one of resnet18, resnet34, resnet50"):
     variables_of('linknet', encoder='vgg16')

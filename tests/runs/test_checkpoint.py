@@ -1,4 +1,4 @@
-"""What is kept, what is found damaged, and what a save that fails says."""
+"""Which checkpoints are kept, how damage is found, and the errors of a failed save."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ VARIABLES, OPTIMIZER = {'w': jnp.arange(4.0)}, {'m': jnp.zeros(4)}
 
 
 def save(workdir, scores):
-  """A checkpoint for each score, at steps 1, 2, ...; `w` is the step in all elements."""
+  """Saves a checkpoint per score at steps 1, 2, ...; all elements of `w` equal the step."""
   with checkpoint.Checkpoints(workdir) as checkpoints:
     for step, score in enumerate(scores, start=1):
       checkpoints.save(step, jax.tree.map(lambda x, s=step: 0 * x + s, VARIABLES), OPTIMIZER, score)
@@ -51,7 +51,7 @@ def test_without_scores_the_latest_is_the_best(tmp_path):
     assert checkpoints.best() == checkpoints.latest() == 3
 
 
-def test_of_equal_scores_the_later_is_the_best_and_kept(tmp_path):
+def test_of_equal_scores_the_best_is_kept(tmp_path):
   save(tmp_path, [0.5, 0.5, 0.1, 0.1])
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.best() in saved(tmp_path)
@@ -74,8 +74,8 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize('damage', [truncate, flip, os.remove])
-def test_any_damage_to_the_newest_is_found_named_and_the_one_before_used(tmp_path, damage, caplog):
-  """Each file of the newest checkpoint in turn; Orbax's notes beside the items may say anything, and nothing stops."""
+def test_damage_is_reported_and_the_previous_checkpoint_is_used(tmp_path, damage, caplog):
+  """Damages each file of the newest checkpoint in turn. Damage to Orbax's own metadata files does not matter."""
   save(tmp_path / 'whole', [0.1, 0.2, 0.3])
   newest = tmp_path / 'whole' / 'checkpoints' / '3'
   tried = 0
@@ -100,8 +100,8 @@ def test_any_damage_to_the_newest_is_found_named_and_the_one_before_used(tmp_pat
   assert tried > 8
 
 
-def test_every_byte_of_the_digests_counts(tmp_path):
-  """Flipped anywhere, the file of digests is not believed: no flip makes it say something else that fits."""
+def test_damage_to_the_digests_is_detected(tmp_path):
+  """A flipped bit in the file of digests is always detected, unless its content stays the same."""
   save(tmp_path, [None])
   path = tmp_path / 'checkpoints' / '1' / 'sha256.json'
   text = path.read_bytes()
@@ -123,12 +123,12 @@ def _parsed(data):
     return None
 
 
-def test_what_was_damaged_is_set_aside_when_training_goes_on(tmp_path):
+def test_damaged_checkpoints_are_moved_when_training_resumes(tmp_path):
   save(tmp_path, [0.1, 0.2, 0.3])
   flip(tmp_path / 'checkpoints' / '3' / 'sha256.json')
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest() == 2
-    assert saved(tmp_path) == [2, 3]  # looking changes nothing
+    assert saved(tmp_path) == [2, 3]  # reading changes nothing
     checkpoints.save(3, VARIABLES, OPTIMIZER, 0.4)
   assert (tmp_path / 'checkpoints' / 'damaged' / '3').is_dir()
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -136,7 +136,7 @@ def test_what_was_damaged_is_set_aside_when_training_goes_on(tmp_path):
     np.testing.assert_array_equal(restored(checkpoints, 3), np.arange(4.0))
 
 
-def test_nothing_whole_left_is_an_error(tmp_path):
+def test_no_undamaged_checkpoint_is_an_error(tmp_path):
   save(tmp_path, [0.1, 0.2])
   for step in (1, 2):
     os.remove(tmp_path / 'checkpoints' / str(step) / 'variables' / 'manifest.ocdbt')
@@ -152,7 +152,7 @@ BIG = {'w': jnp.asarray(np.random.default_rng(0).standard_normal(1_000_000), jnp
 
 @pytest.mark.parametrize('when', ['next save', 'check', 'leaving'])
 def test_a_full_disk_stops_with_the_reason(tmp_path, when):
-  """The system refuses files of more than 1 MB; the arrays are 4 MB, and random, so that they do not compress."""
+  """The system refuses files over 1 MB. The arrays are 4 MB and random: they cannot be compressed."""
 
   def fill():
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -173,8 +173,8 @@ def test_a_full_disk_stops_with_the_reason(tmp_path, when):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(tmp_path):
-  """A file system of 1 MB. Needs the right to mount one."""
+def test_a_really_full_disk(tmp_path):
+  """Uses a file system of 1 MB; the test needs the right to mount it."""
   mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', str(tmp_path)], capture_output=True)
   if mounted.returncode:
     pytest.skip('this user may not mount a file system')
@@ -189,7 +189,7 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 
 def test_a_folder_lost_during_a_save_stops_with_the_reason(tmp_path, monkeypatch):
-  """Removed when all is written and only the rename is left."""
+  """The folder is removed after all files are written, before it is renamed."""
   write = checkpoint._write_digests
 
   def lose(folder):
@@ -210,11 +210,11 @@ def test_a_folder_lost_between_saves_stops_with_the_reason(tmp_path):
     while saved(tmp_path) != [1]:
       pass
     shutil.rmtree(tmp_path)
-    with pytest.raises(UserError, match=r'checkpoints: the folder is gone while training'):
+    with pytest.raises(UserError, match=r'checkpoints: the folder disappeared during training'):
       checkpoints.save(2, VARIABLES, OPTIMIZER, None)
 
 
-def test_an_error_of_another_kind_is_not_taken_for_the_disk(tmp_path, monkeypatch):
+def test_other_errors_are_not_reported_as_a_full_disk(tmp_path, monkeypatch):
   def broken(folder):
     raise ZeroDivisionError('a bug')
 

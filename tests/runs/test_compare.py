@@ -1,4 +1,4 @@
-"""Paired differences: of the same patients, against scipy; and what is refused."""
+"""Paired differences of the same patients, compared with scipy; and refusals."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from fusa_jax.tasks import CLASSIFICATION, SEGMENTATION
 
 
 def table(rng, quality, patients=12, slices=5, pixels=400):
-  """A segmenter's table; the truth is the same for every quality."""
+  """Makes the table of a segmenter; the true masks are the same for every quality."""
   truth = np.random.default_rng(0).random((patients * slices, pixels)) < 0.1
   called = np.where(rng.random(truth.shape) < quality, truth, rng.random(truth.shape) < 0.1)
   count = lambda where: where.sum(axis=1)
@@ -36,7 +36,7 @@ def table(rng, quality, patients=12, slices=5, pixels=400):
 
 
 def paired(one, other):
-  """The comparison of a run with a run."""
+  """Compares one table with one other table."""
   return compare.paired(SEGMENTATION, [one], [other])
 
 
@@ -46,8 +46,8 @@ def pair():
   return table(rng, 0.75), table(rng, 0.6)
 
 
-def test_differences_are_those_of_the_patients(pair):
-  """Dice of each patient by hand; the mean's interval by scipy's bootstrap; the p-value by its permutation test."""
+def test_differences_are_paired_by_patient(pair):
+  """Compares with the Dice of each patient by hand, scipy's bootstrap interval, and the p-value over all sign flips."""
   got = paired(*pair)
   dice = []
   for one in pair:
@@ -59,7 +59,7 @@ def test_differences_are_those_of_the_patients(pair):
   assert (mine['better'], mine['worse'], mine['left_out']) == ((gains > 0).sum(), (gains < 0).sum(), 0)
   expected = stats.bootstrap((gains,), np.mean, method='percentile', n_resamples=20_000, rng=0).confidence_interval
   width = expected.high - expected.low
-  assert mine['interval'] == pytest.approx([expected.low, expected.high], abs=0.2 * width)  # ours is the wider one
+  assert mine['interval'] == pytest.approx([expected.low, expected.high], abs=0.2 * width)  # our interval is wider
   assert mine['interval'][1] - mine['interval'][0] > width
   flips = 1 - 2 * ((np.arange(2**12)[:, None] >> np.arange(12)) & 1)
   assert mine['p'] == pytest.approx(np.mean(np.abs((flips * gains).mean(1)) >= abs(gains.mean()) - 1e-12))
@@ -77,8 +77,8 @@ def test_order_of_slices_does_not_matter_and_a_run_is_equal_to_itself(pair):
   assert same['numbers']['dice']['interval'] == [0, 0]
 
 
-def test_patients_for_whom_one_is_undefined_are_left_out_and_counted(pair):
-  """A patient without lesion whom the first run leaves unmarked, and the second does not."""
+def test_patients_with_an_undefined_score_are_left_out_and_counted(pair):
+  """A patient has no lesion; the first run marks nothing, the second marks something."""
   one, other = ({key: values.copy() for key, values in each.items()} for each in pair)
   for each, marked in ((one, 0), (other, 7)):
     each['label'][:5] = 0
@@ -90,13 +90,13 @@ def test_patients_for_whom_one_is_undefined_are_left_out_and_counted(pair):
 
 @pytest.fixture(scope='module')
 def seeds():
-  """Three seeds of a better model, two of a worse one."""
+  """Three seeds of a better model and two of a worse one."""
   rng = np.random.default_rng(5)
   return [table(rng, 0.75) for _ in range(3)], [table(rng, 0.6) for _ in range(2)]
 
 
-def test_several_seeds_count_as_their_mean_for_the_same_patients(seeds):
-  """By hand: means over the seeds of each patient's Dice and of the pooled one, and both under the same draws."""
+def test_several_seeds_count_as_their_mean(seeds):
+  """By hand: means over the seeds of each patient's Dice and of the pooled Dice, with the same draws for both sides."""
   got = compare.paired(SEGMENTATION, *seeds)
   sums = [
     [{key: each[key].reshape(12, 5).sum(axis=1) for key in metrics.COUNTS} for each in reversed(side)] for side in seeds
@@ -108,7 +108,7 @@ def test_several_seeds_count_as_their_mean_for_the_same_patients(seeds):
   assert (mine['patients'], mine['better'], mine['left_out']) == (12, (gains > 0).sum(), 0)
   flips = 1 - 2 * ((np.arange(2**12)[:, None] >> np.arange(12)) & 1)
   assert mine['p'] == pytest.approx(np.mean(np.abs((flips * gains).mean(1)) >= abs(gains.mean()) - 1e-12))
-  # Patients are the unit, so the t interval of twelve differences is near; that of all 36 x 24 pairs would not be.
+  # The patients are resampled: the t interval of twelve differences is close, that of all 36 x 24 pairs is not.
   expected = stats.t.interval(0.95, 11, gains.mean(), stats.sem(gains))
   assert mine['interval'] == pytest.approx(expected, abs=0.15 * (expected[1] - expected[0]))
 
@@ -120,17 +120,17 @@ def test_several_seeds_count_as_their_mean_for_the_same_patients(seeds):
   assert number['run'] - number['against'] == pytest.approx(number['difference'], rel=1e-12)
   rng = np.random.default_rng(0)
   drawn = [pooled(rng.integers(12, size=12)) for _ in range(4000)]
-  low, high = np.quantile(drawn, [0.0139, 0.9861])  # of 12 patients: Phi(sqrt(12 / 11) t), t the 2.5% point of 11
+  low, high = np.quantile(drawn, [0.0139, 0.9861])  # Phi(sqrt(12 / 11) t), t: 2.5% point for 11 degrees of freedom
   assert number['interval'] == pytest.approx([low, high], abs=0.1 * (high - low))
 
 
-def test_the_same_run_twice_is_no_more_than_once(pair):
-  """Copies are no evidence: neither the interval nor the p-value may gain by them."""
+def test_copies_of_a_run_add_no_evidence(pair):
+  """Copies of a run add no evidence: they change neither the interval nor the p-value."""
   assert compare.paired(SEGMENTATION, [pair[0]] * 2, [pair[1]] * 4) == paired(*pair)
 
 
 def test_a_patient_undefined_in_one_seed_is_left_out(seeds):
-  """Without lesion, and left unmarked by one of three: there is no mean of three scores."""
+  """The patient has no lesion, and one of three seeds marks nothing: the mean over the seeds is undefined."""
   one, other = ([{key: values.copy() for key, values in each.items()} for each in side] for side in seeds)
   for each, marked in zip((*one, *other), (3, 0, 4, 5, 6), strict=True):
     each['label'][:5] = 0
@@ -141,7 +141,7 @@ def test_a_patient_undefined_in_one_seed_is_left_out(seeds):
 
 
 @pytest.mark.parametrize('side', [0, 1])
-def test_every_seed_must_be_of_the_same_test(seeds, side):
+def test_every_seed_must_have_the_same_test_set(seeds, side):
   sides = [list(each) for each in seeds]
   sides[side][1] = sides[side][1] | {'tp': sides[side][1]['tp'] + 1}
   with pytest.raises(UserError, match='the test sets differ .not the same lesions'):
@@ -150,12 +150,12 @@ def test_every_seed_must_be_of_the_same_test(seeds, side):
 
 def test_tables_of_other_patients_are_refused(pair):
   other = pair[1] | {'patient': np.char.add(pair[1]['patient'], 'x')}
-  with pytest.raises(UserError, match='the test sets differ .12 patients are in the first only, 12 in the second'):
+  with pytest.raises(UserError, match='the test sets differ .12 patients are only in the first, 12 only in the second'):
     paired(pair[0], other)
 
 
-def test_classifiers_are_compared_by_the_share_of_slices_called_rightly():
-  """Two patients, three and two slices: right in 2 of 3 and 2 of 2, against 1 of 3 and 1 of 2."""
+def test_classifiers_are_compared_by_accuracy():
+  """Two patients with three and two slices: 2 of 3 and 2 of 2 correct, compared with 1 of 3 and 1 of 2."""
   label = np.array([1, 1, 0, 1, 0])
   tables = []
   for called in ([1, 0, 0, 1, 0], [0, 1, 1, 0, 0]):
@@ -171,7 +171,7 @@ def test_classifiers_are_compared_by_the_share_of_slices_called_rightly():
 
 @pytest.fixture
 def other_run(runs, tmp_path):
-  """A copy of the segmentation run, to be changed."""
+  """A copy of the segmentation run that tests may change."""
   run = tmp_path / 'other'
   shutil.copytree(runs['seg'], run, ignore=shutil.ignore_patterns('checkpoints', 'tensorboard'))
   return run
@@ -190,11 +190,11 @@ def test_two_runs_from_their_folders(runs, other_run, caplog):
   (runs['seg'] / 'test' / f'against-{other_run.parent.name}-other.json').unlink()
 
 
-def test_other_tests_are_refused(runs, other_run):
+def test_other_test_sets_are_refused(runs, other_run):
   refused = lambda reason: pytest.raises(UserError, match=f'against: .* the test sets differ .{reason}')
   table = results.read_table(other_run)
   change(other_run, patient=np.char.add(table['patient'], 'x'))
-  with refused('2 patients are in the first only, 2 in the second'):
+  with refused('2 patients are only in the first, 2 only in the second'):
     compare.compare(runs['seg'], other_run)
   change(other_run, patient=table['patient'], slice=table['slice'] + 1)
   with refused('not the same slices'):
@@ -205,8 +205,10 @@ def test_other_tests_are_refused(runs, other_run):
   assert not list((runs['seg'] / 'test').glob('against-*'))
 
 
-def test_other_tasks_and_runs_that_are_none_are_refused(runs, tmp_path):
-  with pytest.raises(UserError, match=r'against: .* is of classification, .* of segmentation; compare like tasks'):
+def test_other_tasks_and_missing_runs_are_refused(runs, tmp_path):
+  with pytest.raises(
+    UserError, match=r'against: .* is for classification, .* for segmentation; compare runs of the same task'
+  ):
     compare.compare(runs['seg'], runs['cls'])
   with pytest.raises(UserError, match='no run in it'):
     compare.compare(runs['seg'], tmp_path / 'nowhere')
@@ -226,7 +228,7 @@ def test_an_interrupted_evaluation_is_refused_on_either_side(runs, tmp_path, mis
       compare.compare(*pair)
 
 
-def test_what_a_test_left_is_cleared_before_the_next(runs, tmp_path):
+def test_results_are_cleared_before_the_next_evaluation(runs, tmp_path):
   shutil.copytree(runs['seg'] / 'test', tmp_path / 'test')
   (tmp_path / 'test' / 'against-a.json').write_text('{}')
   (tmp_path / 'test' / 'against-a').mkdir()

@@ -1,4 +1,4 @@
-"""A run's config.json is a config again: the same experiment, and every key still of its type."""
+"""A run's config.json can be loaded as a config: the same experiment, with the type of every key."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_a_run_is_repeated_from_its_config(module, preset, given, tmp_path):
   run_config.save_config(tmp_path, config)
   again = run_config.load_config(tmp_path)
   assert again.to_dict() == config.to_dict()
-  run_config.save_config(tmp_path, again)  # the same run: it is not refused
+  run_config.save_config(tmp_path, again)  # the same config: not refused
   for key, value in {'model.width': 12, 'evaluate.target_sensitivity': 0.9, 'data.lesion_labels': (2,)}.items():
     again.update_from_flattened_dict({key: value})
   with pytest.raises(TypeError):
@@ -41,38 +41,41 @@ def change(path, **values):
 @pytest.mark.parametrize(
   ('damage', 'reason'),
   [
-    (lambda path: path.unlink(), r'no run in it \(config.json is missing\); give --workdir of a trained run'),
+    (lambda path: path.unlink(), r'no run in it \(config.json is missing\); name the folder of a trained run'),
     (lambda path: path.write_text('{'), r'config.json: damaged \(Expecting .*\); restore it, or train again'),
-    (lambda path: path.write_text('[{"dtype": 1}]'), 'config.json: of something else than a run, as a bundle; name'),
-    (lambda path: change(path, more=1), 'config.json: of a run of another version, by its keys more; train again'),
-    (lambda path: change(path, train={}), 'config.json: of a run of another version, by its keys train.batch_size, '),
+    (
+      lambda path: path.write_text('[{"dtype": 1}]'),
+      'config.json: not the config of a run, but perhaps of a bundle; name',
+    ),
+    (lambda path: change(path, more=1), r'config.json: from another version \(the keys more differ\); train again'),
+    (lambda path: change(path, train={}), r'config.json: from another version \(the keys train.batch_size, '),
   ],
 )
-def test_files_that_are_not_of_a_run(damage, reason, tmp_path):
+def test_files_of_no_run_are_refused(damage, reason, tmp_path):
   run_config.save_config(tmp_path, seg.get_config('demo'))
   damage(tmp_path / 'config.json')
   with pytest.raises(UserError, match=reason):
     run_config.load_config(tmp_path)
 
 
-def test_without_data_it_is_the_demo():
+def test_without_data_the_demo_is_used():
   for preset, expected in (
     ('paper', 'seg-demo'),
     ('resunet', 'seg-demo-resunet'),
     ('demo-linknet', 'seg-demo-linknet'),
   ):
     config = seg.get_config(preset)
-    found = experiment.resolve(config, 'configs/seg.py', preset, {'train.steps': 7})
-    assert (found.name, found.is_demo, found.config.train.steps) == (expected, True, 7)
+    resolved = experiment.resolve(config, 'configs/seg.py', preset, {'train.steps': 7})
+    assert (resolved.name, resolved.is_demo, resolved.config.train.steps) == (expected, True, 7)
   config = seg.get_config('paper')
   config.data.raw_dir = 'scans'
   assert experiment.resolve(config, 'configs/seg.py', 'paper', {}) == (config, 'seg-paper', False)
 
 
-def test_another_evaluation_changes_what_it_may_and_refuses_the_rest():
+def test_evaluation_may_change_only_some_keys():
   config = seg.get_config('demo')
   with pytest.raises(
-    UserError, match=r'--config.train.steps: comes from the run; of its config this mode changes eval'
+    UserError, match=r'--config.train.steps: this mode takes it from the run and lets you change only eval'
   ):
     experiment.check_changes({'train.steps': 3}, ('evaluate.', 'data.dir'))
   experiment.check_changes({'evaluate.flips': True, 'data.dir': 'x'}, ('evaluate.', 'data.dir'))

@@ -1,4 +1,4 @@
-"""The threshold that is chosen is the one that a search over the pixels finds; test slices play no part."""
+"""The chosen threshold is the best one in a search over the pixels of the validation fold."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from fusa_jax.training import train
 
 @pytest.fixture(scope='module')
 def validation():
-  """Logits and truth of slices whose best threshold is far from 0.5, and their table."""
+  """Logits, truth and table of slices with a best threshold far from 0.5."""
   rng = np.random.default_rng(0)
   truth = rng.random((6, 2000)) < 0.1
   logits = (2 * rng.normal(-3 + 2 * truth, 1)).astype(np.float32)
@@ -57,7 +57,7 @@ def test_target_sensitivity(validation, target):
   assert 'sensitivity of at least' in point.chosen_by
 
 
-def test_temperature_is_the_likeliest_and_moves_no_mask(validation):
+def test_temperature_maximises_the_likelihood_and_changes_no_mask(validation):
   logits, truth, table = validation
   cold, point = choose(table), choose(table, fit_temperature=True)
   exact = optimize.minimize_scalar(
@@ -80,16 +80,16 @@ def test_saved_and_loaded(validation, tmp_path):
     operating_point.load_point(tmp_path)
 
 
-def test_nothing_to_choose_on(validation):
+def test_default_threshold_without_both_classes(validation):
   table = {'histogram': validation[2]['histogram'] * np.array([1, 0])[:, None]}
   point = choose(table)
   assert (point.threshold, point.step) == (0.5, 7)
-  assert point.chosen_by == 'default: the validation fold has lesions only, or none'
+  assert point.chosen_by == 'default: all of the validation fold is lesion, or none of it'
 
 
 @pytest.mark.parametrize('target', [0.05, 0.95])
 def test_temperature_and_target_together_where_classes_are_far_apart(target):
-  """A temperature below 1 takes probabilities to 1 in rounding; the bin that was chosen stays what it was."""
+  """A temperature below 1 rounds probabilities to 1; the chosen bin must not change."""
   rng = np.random.default_rng(3)
   truth = np.repeat([[0, 1]], 500, axis=0)
   logits = (np.where(truth, 3.0, -3.0) + rng.normal(0, 0.5, truth.shape)).astype(np.float32)
@@ -103,21 +103,21 @@ def test_temperature_and_target_together_where_classes_are_far_apart(target):
 @pytest.mark.parametrize(
   ('option', 'value', 'reason'),
   [
-    ('target_sensitivity', 95.0, r'evaluate.target_sensitivity: 95.0 is no share'),
-    ('prevalences', (0.1, 5.0), r'evaluate.prevalences: 5.0 is no share; give some between 0 and 1'),
+    ('target_sensitivity', 95.0, r'evaluate.target_sensitivity: 95.0 must be above 0 and at most 1'),
+    ('prevalences', (0.1, 5.0), r'evaluate.prevalences: 5.0 must be above 0 and below 1'),
   ],
 )
-def test_what_is_no_share_is_refused_before_anything_is_trained(data_dir, tmp_path, option, value, reason):
+def test_values_outside_0_to_1_are_refused_before_training(data_dir, tmp_path, option, value, reason):
   with pytest.raises(UserError, match=reason):
     train.train(tiny(**{f'evaluate.{option}': value}), tmp_path / 'run', data_dir)
   assert not (tmp_path / 'run').exists()
 
 
-def test_the_smallest_lesion_is_the_one_that_voxels_speak_for():
-  """Voxels of 0.01 mL in rows, a lesion each: scikit-learn's Dice of all volumes at every size that may be chosen."""
+def test_smallest_lesion_with_the_best_dice_is_chosen():
+  """Rows of 0.01 mL voxels are lesions. Compares with scikit-learn's Dice at every smallest size."""
   rng = np.random.default_rng(0)
   sizes = [rng.choice([1, 3, 8, 30, 150], 12, p=[0.3, 0.3, 0.2, 0.1, 0.1]) for _ in range(2)]
-  # The larger a lesion is, the more of it is true.
+  # Larger predicted lesions overlap more with the true mask.
   right = [np.array([rng.binomial(n, min(0.9, n / 60)) for n in of_scan]) for of_scan in sizes]
   missed = [40, 25]
   volumes = [(n * 0.01, k * 0.01, (k.sum() + m) * 0.01) for n, k, m in zip(sizes, right, missed, strict=True)]
@@ -145,20 +145,20 @@ def test_points_of_several_runs():
   ]
   mean = operating_point.mean(points)
   assert (mean.threshold, mean.smallest_ml, mean.temperature) == (pytest.approx(0.4), 0.5, (1.2, 1.6))
-  with pytest.raises(UserError, match=r'workdir: the runs differ in evaluate.lungs; say --lungs or --nolungs'):
+  with pytest.raises(UserError, match=r'workdir: the runs differ in evaluate.lungs; give --lungs or --nolungs'):
     operating_point.mean([points[0], points[1].with_options(lungs=True)])
 
 
 @pytest.mark.parametrize(
-  ('task', 'values', 'asked', 'reason'),
+  ('task', 'values', 'option', 'reason'),
   [
-    ('cls', 'hu', 'lungs', r'evaluate.lungs: is about masks, and classification gives none'),
-    ('cls', 'hu', 'fit_smallest', r'evaluate.fit_smallest: is about masks'),
-    ('seg', 'grey', 'lungs', r'evaluate.lungs: lungs are found by their HU'),
+    ('cls', 'hu', 'lungs', r'evaluate.lungs: applies to masks only, and classification gives none'),
+    ('cls', 'hu', 'fit_smallest', r'evaluate.fit_smallest: applies to masks only'),
+    ('seg', 'grey', 'lungs', r'evaluate.lungs: needs HU to find the lungs'),
   ],
 )
-def test_what_a_task_or_its_values_lack_is_refused(task, values, asked, reason):
-  config = tiny({'cls': cls, 'seg': seg}[task], **{f'evaluate.{asked}': True})
+def test_options_that_do_not_apply_are_refused(task, values, option, reason):
+  config = tiny({'cls': cls, 'seg': seg}[task], **{f'evaluate.{option}': True})
   config.data.intensity = values
   with pytest.raises(UserError, match=reason):
     operating_point.check(config)

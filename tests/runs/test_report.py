@@ -1,21 +1,22 @@
-"""The page of a run: whole, without a network, and with the numbers that metrics.json has."""
+"""The report of a run: a complete page that loads no other file, with the numbers of metrics.json."""
 
 import html.parser
 import json
 import re
 
+import numpy as np
 import pytest
 
 from configs import seg
 from fusa_jax import tasks
-from fusa_jax.measures import metrics, statistics
+from fusa_jax.measures import masks, metrics, statistics
 from fusa_jax.runs import report, run_config
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets
 
 
 class Page(html.parser.HTMLParser):
-  """What a page is made of: its tags in balance, what it links to, its text."""
+  """A parsed page: it checks that tags are closed, and collects links and text."""
 
   VOID = ('meta', 'img', 'br', 'link', 'path', 'use', 'rect', 'circle', 'line')
 
@@ -39,7 +40,7 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.mark.parametrize('kind', ['seg', 'cls'])
-def test_page_is_whole_and_needs_nothing_else(runs, data_dir, kind):
+def test_page_is_complete_and_loads_no_other_file(runs, data_dir, kind):
   path = report.write_report(runs[kind], datasets.card(data_dir, 0))
   text = path.read_text()
   page = Page(text)
@@ -55,19 +56,39 @@ def test_page_is_whole_and_needs_nothing_else(runs, data_dir, kind):
   for name in tasks.type_of(config.task).shown:
     value, pair = result[name], result['intervals'][name]
     shown = 'undefined' if value is None else f'{value:.4f}'
-    assert f'{name} {shown} {"[{:.4f}, {:.4f}]".format(*pair) if pair else "none"}' in words
+    assert f'{metrics.LABELS[name]} {shown} {"[{:.4f}, {:.4f}]".format(*pair) if pair else "none"}' in words
     assert metrics.DEFINITIONS[name] in words
   assert f'python launch.py --config={runs[kind]}/config.json --workdir=NEW_FOLDER' in words
-  assert 'nothing here is a diagnosis' in words and 'What it must not be used for' in words
+  assert 'Do not use it for diagnosis' in words and 'Do not use this model for' in words
+  assert not re.search(r'dice_|_ml\b|_mm\b|hd95', words)  # names for programs
   path.unlink()
 
 
-def test_every_number_has_a_definition(runs):
+def test_patients_without_lesion_have_a_volume_and_no_dice():
+  """Counted by hand: 'a' has lesion; 'b' and 'c' have none, and 'b' has 3 + 1 false pixels."""
+  table = {
+    'patient': np.array(['a', 'b', 'b', 'c']),
+    'label': np.array([1, 0, 0, 0]),
+    'logit': np.zeros(4),
+    'tp_chosen': np.array([5, 0, 0, 0]),
+    'fp_chosen': np.array([1, 3, 1, 0]),
+    'fn_chosen': np.array([0, 0, 0, 0]),
+    'tn_chosen': np.array([3, 6, 8, 9]),
+    'reliability': np.zeros((4, 3, 20)),
+    'squared_error': np.zeros(4),
+  }
+  assert report.healthy(table, {}) == {'patients': 2, 'clean': 1, 'pixels': [4], 'ml': None}
+  volumes = {name: {'predicted_ml': ml, 'true_ml': 0.0} for name, ml in (('a', 9.0), ('b', 1.5), ('c', 0.0))}
+  assert report.healthy(table, volumes) == {'patients': 2, 'clean': 1, 'pixels': [4], 'ml': [1.5]}
+
+
+def test_every_number_has_a_label_and_a_definition(runs):
   for workdir in runs.values():
     result = json.loads((workdir / 'test' / 'metrics.json').read_text())
     slices = result['operating_point']['slices']['intervals']
     assert result['intervals'].keys() - statistics.method().keys() <= metrics.DEFINITIONS.keys()
     assert slices.keys() <= metrics.DEFINITIONS.keys()
+  assert metrics.LABELS.keys() == metrics.DEFINITIONS.keys() and masks.LABELS.keys() == masks.DEFINITIONS.keys()
 
 
 def test_the_same_run_gives_the_same_page(runs, data_dir):
@@ -76,7 +97,7 @@ def test_the_same_run_gives_the_same_page(runs, data_dir):
   (runs['seg'] / 'test' / 'report.html').unlink()
 
 
-def test_a_run_that_was_not_evaluated_has_none(data_dir, tmp_path):
+def test_a_run_without_evaluation_is_refused(data_dir, tmp_path):
   run_config.save_config(tmp_path, seg.get_config('demo'))
   with pytest.raises(UserError, match='evaluate the run with --mode=evaluate'):
     report.write_report(tmp_path, datasets.card(data_dir, 0))

@@ -1,4 +1,4 @@
-"""Archives are unpacked into their own folder only, looked into at any depth, and refused in one line."""
+"""Archives are unpacked only into the given folder, also nested ones; bad archives give one-line errors."""
 
 import shutil
 import tempfile
@@ -20,12 +20,12 @@ def test_archives_are_unpacked_into_their_folder_only(tmp_path, name):
   with zipfile.ZipFile(tmp_path / 'a.zip', 'a') as packed:
     packed.writestr(name, 'b')
   (tmp_path / 'other').mkdir()
-  with pytest.raises(UserError, match=r'a.zip: has names that lead out of it; unpack it by hand'):
+  with pytest.raises(UserError, match=r'a.zip: has file names that lead out of its folder; unpack it by hand'):
     unpack(tmp_path / 'a.zip', tmp_path / 'other')
   assert not list((tmp_path / 'other').iterdir()) and not (tmp_path / 'out.txt').exists()
 
 
-def test_archives_that_cannot_be_unpacked(tmp_path, monkeypatch):
+def test_bad_archives_are_refused(tmp_path, monkeypatch):
   path = tmp_path / 'a.zip'
   with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as packed:
     packed.writestr('a', bytes(range(256)) * 40)
@@ -44,13 +44,13 @@ def test_archives_that_cannot_be_unpacked(tmp_path, monkeypatch):
     unpack(path, tmp_path)
   unknown = bytearray(whole)
   at = whole.index(b'PK\1\2') + 10
-  unknown[8:10] = unknown[at : at + 2] = (9).to_bytes(2, 'little')  # Deflate64, as Windows packs large folders
+  unknown[8:10] = unknown[at : at + 2] = (9).to_bytes(2, 'little')  # Deflate64, which Windows uses for large folders
   path.write_bytes(unknown)
-  with pytest.raises(UserError, match=r'a.zip: packed in a way that is not known here \(.*\); unpack it by hand'):
+  with pytest.raises(UserError, match=r'a.zip: unsupported kind of .zip \(.*\); unpack it by hand'):
     unpack(path, tmp_path)
   path.write_bytes(whole)
   monkeypatch.setattr(shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(10**6, 10**6, 9000))
-  with pytest.raises(UserError, match=r'a.zip: 0.0 GB unpacked, and [^ ]*/[^ ]* has room for 0.0; set TMPDIR'):
+  with pytest.raises(UserError, match=r'a.zip: needs 0.0 GB unpacked, but [^ ]*/[^ ]* has 0.0 GB free; set TMPDIR'):
     unpack(path, tmp_path)
 
 
@@ -62,8 +62,8 @@ def zipped(path, **files):
   return path
 
 
-def test_archives_in_folders_and_archives_are_looked_into(tmp_path, monkeypatch):
-  """Messages name their files by the archive, and archives in a folder without the folder; nothing is left."""
+def test_nested_archives_are_read(tmp_path, monkeypatch):
+  """Messages name the archive and the file in it, but not the folder around it; no temporary file is left."""
   (tmp_path / 'tmp').mkdir()
   monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'tmp'))
   inner = zipped(tmp_path / 'inner.zip', c='3').read_bytes()
@@ -71,8 +71,7 @@ def test_archives_in_folders_and_archives_are_looked_into(tmp_path, monkeypatch)
   (tmp_path / 'exports' / 'z').write_text('4')
   for source, expected in ((tmp_path / 'exports', ['2', '3', '4']), (outer, ['2', '3'])):
     with unpacking() as folder:
-      found = list(within(source, folder))
-      assert [path.read_text() for path in found] == expected
+      assert [path.read_text() for path in within(source, folder)] == expected
     assert not list((tmp_path / 'tmp').iterdir())
 
   def refuse(source):
@@ -93,7 +92,7 @@ def test_archives_in_folders_and_archives_are_looked_into(tmp_path, monkeypatch)
   content = b''
   for _ in range(6):
     content = zipped(outer, **{'inner.zip': content}).read_bytes()
-  assert refused(outer) == 'inner.zip: archives in archives, 5 deep; unpack it by hand'
+  assert refused(outer) == 'inner.zip: archives are nested 5 deep; unpack it by hand'
   outer.write_bytes(b'PK')
   assert refused(tmp_path / 'exports') == 'outer.zip: cannot be unpacked (BadZipFile); pack or copy it again'
   assert refused(outer) == f'{outer}: cannot be unpacked (BadZipFile); pack or copy it again'

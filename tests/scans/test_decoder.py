@@ -1,4 +1,4 @@
-"""What breaks the process of the decoder breaks neither this one nor the next file."""
+"""A crash of the decoder's process affects neither the main process nor the next file."""
 
 import os
 
@@ -8,13 +8,13 @@ from fusa_jax.scans import decoder, dicom
 from fusa_jax.system.errors import UserError
 
 
-def test_a_process_that_ends_is_one_line_and_the_next_file_has_another(tmp_path):
+def test_a_crashed_process_gives_one_line_and_is_replaced(tmp_path):
   first = decoder.apart(os.getpid)
   assert decoder.apart(os.getpid) == first != os.getpid()
-  with pytest.raises(UserError, match=r'^a slice cannot be decoded \(its decoder broke down\); copy it again'):
+  with pytest.raises(UserError, match=r'^a slice cannot be decoded \(the decoder crashed\); copy it again'):
     decoder.apart(os.abort)
   assert decoder.apart(os.getpid) not in (first, os.getpid())
-  # An answer that was not waited for is not the next one's.
+  # A reply that arrives after an interruption is not taken for the reply to the next call.
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(decoder.pickle, 'load', _interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Series of DICOM against what dcm2niix makes of the same files, and against each refusal's reason."""
+"""DICOM series compared with dcm2niix's output for the same files; and the reason of each refusal."""
 
 import builtins
 import logging
@@ -29,11 +29,11 @@ def read(folder):
 
 
 def of_dcm2niix(folder, tmp_path):
-  """What dcm2niix makes of a folder, and what it says."""
+  """Returns dcm2niix's image of a folder, and its output."""
   out = tmp_path / 'dcm2niix'
   out.mkdir()
-  said = subprocess.run([dcm2niix.bin, '-z', 'n', '-f', 'a', '-o', out, folder], capture_output=True, text=True)
-  return nib.load(out / 'a.nii'), said.stdout
+  done = subprocess.run([dcm2niix.bin, '-z', 'n', '-f', 'a', '-o', out, folder], capture_output=True, text=True)
+  return nib.load(out / 'a.nii'), done.stdout
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def of_dcm2niix(folder, tmp_path):
   ],
   ids=['axial', 'from the head', 'prone', 'coronal', 'sagittal', 'oblique', 'oblique, thin'],
 )
-def test_values_lie_where_dcm2niix_has_them(tmp_path, affine):
+def test_values_have_the_positions_of_dcm2niix(tmp_path, affine):
   hu = chest()
   scan = read(dicom_series.save(tmp_path / 'in', dicom_series.slices(hu, affine)))
   other, _ = of_dcm2niix(tmp_path / 'in', tmp_path)
@@ -57,7 +57,7 @@ def test_values_lie_where_dcm2niix_has_them(tmp_path, affine):
   other = nifti.read_scan(tmp_path / 'other.nii')
   np.testing.assert_allclose(scan.affine, other.affine, atol=2e-4)
   np.testing.assert_array_equal(scan.values, other.values)
-  # The mask that is written has the same affine.
+  # The written mask has the same affine.
   nifti.write_volume(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
   mask = nib.load(tmp_path / 'mask.nii.gz')
   np.testing.assert_allclose(mask.get_qform(), mask.affine, atol=1e-3)
@@ -73,7 +73,7 @@ def test_each_transfer_syntax(tmp_path, syntax):
   np.testing.assert_array_equal(scan.values, hu.transpose(2, 1, 0))
 
 
-def test_slope_and_intercept_are_each_slices_own(tmp_path):
+def test_each_slice_has_its_own_slope_and_intercept(tmp_path):
   hu = chest() // 2 * 2
   made = [
     one
@@ -83,8 +83,8 @@ def test_slope_and_intercept_are_each_slices_own(tmp_path):
   np.testing.assert_array_equal(read(dicom_series.save(tmp_path / 'in', made)).values, hu.transpose(2, 1, 0))
 
 
-def test_a_tilted_gantry_is_said_and_kept_as_shear(tmp_path, caplog):
-  """dcm2niix says it, too (it then writes an affine without shear, and resamples the slices to fit it)."""
+def test_a_tilted_gantry_is_reported_and_kept_as_shear(tmp_path, caplog):
+  """dcm2niix reports the tilt, too. (It then resamples the slices to an affine without shear.)"""
   affine = affine_of('LPS', shear=np.tan(np.radians(15)) * 5 / 0.8)
   made = dicom_series.slices(chest(), affine, GantryDetectorTilt='15')
   scan = read(dicom_series.save(tmp_path / 'in', made))
@@ -95,7 +95,7 @@ def test_a_tilted_gantry_is_said_and_kept_as_shear(tmp_path, caplog):
   mask = nib.load(tmp_path / 'mask.nii.gz')
   np.testing.assert_allclose(mask.affine, affine, atol=1e-4)
   np.testing.assert_array_equal(np.asarray(mask.dataobj), chest() > 0)
-  for index, one in enumerate(made):  # DICOM's axes point left and back
+  for index, one in enumerate(made):  # DICOM axes point left and back
     place = affines.apply_affine(mask.affine, [0, 0, index]) * [-1, -1, 1]
     np.testing.assert_allclose(place, np.array(one.ImagePositionPatient, float), atol=1e-4)
   assert 'gantry tilt of' in of_dcm2niix(tmp_path / 'in', tmp_path)[1]
@@ -147,25 +147,28 @@ def cut(made):
 
 # Slices of chest() lie at 300, 305, ..., 320 mm.
 REFUSALS = {
-  'a slice is missing': (lambda made: made[:2] + made[3:], r'1 slices are missing between the 4 that are there'),
-  'a slice is there twice': (again, r'1 of 6 slices are doubled \(at the place of another one'),
-  'two phases': (lambda made: made + [pydicom.Dataset(one) for one in made], r'5 of 10 slices are doubled'),
+  'a slice is missing': (lambda made: made[:2] + made[3:], r'1 slices are missing between the 4 present'),
+  'a slice is there twice': (again, r'1 of 6 slices have the position of another slice \(copies'),
+  'two phases': (
+    lambda made: made + [pydicom.Dataset(one) for one in made],
+    r'5 of 10 slices have the position of another slice',
+  ),
   'uneven': (moved(2, 311.0), r'unevenly spaced slices, 4 to 6 mm apart'),
   'shifted sideways': (one_changed(ImagePositionPatient=[3, 40.25, 310]), r'unevenly spaced'),
   'orientations': (
     one_changed(ImageOrientationPatient=[1, 0, 0, 0, 0.8, 0.6]),
-    r'slices of several orientations; give one scan a series',
+    r'slices differ in orientation; export one series per scan',
   ),
-  'skewed': (all_changed(ImageOrientationPatient=[1, 0, 0, 0.6, 0.8, 0]), r'its orientation is none'),
-  'no direction': (all_changed(ImageOrientationPatient=[0, 0, 0, 0, 1, 0]), r'its orientation is none'),
-  'pixel spacings': (one_changed(PixelSpacing=[0.8, 0.9]), r'slices of several pixel spacings'),
-  'sizes': (smaller, r'slices of several sizes, \(3, 7\) and \(6, 7\) pixels'),
+  'skewed': (all_changed(ImageOrientationPatient=[1, 0, 0, 0.6, 0.8, 0]), r'invalid orientation \(rows and columns'),
+  'no direction': (all_changed(ImageOrientationPatient=[0, 0, 0, 0, 1, 0]), r'invalid orientation \(rows and columns'),
+  'pixel spacings': (one_changed(PixelSpacing=[0.8, 0.9]), r'slices differ in pixel spacing'),
+  'sizes': (smaller, r'slices differ in size, \(3, 7\) and \(6, 7\) pixels'),
   'no spacing': (all_changed(PixelSpacing=None), r'5 of 5 slices lack position, orientation, spacing or size'),
   'a slice without position': (one_changed(ImagePositionPatient=None), r'1 of 5 slices lack position'),
-  'no volume': (all_changed(PixelSpacing=[0, 0]), r'its affine maps no volume'),
-  'no modality': (all_changed(Modality=''), r'its modality is not given, not CT; take it out of the input'),
-  'colour': (in_colour, r'images in colour'),
-  'multi-frame': (frames, r'several frames in one file \(enhanced CT\); export it with a file for each slice'),
+  'no volume': (all_changed(PixelSpacing=[0, 0]), r'invalid affine'),
+  'no modality': (all_changed(Modality=''), r'the modality must be CT, but is missing; remove it from the input'),
+  'colour': (in_colour, r'the images are in colour'),
+  'multi-frame': (frames, r'several frames in one file \(enhanced CT\); export it with one file per slice'),
   'cut': (cut, r'a slice cannot be decoded \(.*\); copy it again from its source'),
   'no HU': (all_changed(RescaleIntercept='0'), r'raw scanner values, not HU'),
 }
@@ -182,8 +185,8 @@ def test_refusals_name_the_series_and_the_reason(tmp_path, kind):
   assert '\n' not in message and str(tmp_path) not in message
 
 
-def test_positions_that_were_rounded_are_even(tmp_path):
-  """To a tenth of a millimetre, at a spacing of 0.625: 0.6 and 0.7 by turns."""
+def test_rounded_positions_count_as_even(tmp_path):
+  """Positions are rounded to 0.1 mm at a spacing of 0.625 mm: the steps are 0.6 and 0.7 mm."""
   hu = chest((7, 6, 40))
   affine = affine_of('LPS', (0.7, 0.8, 0.625))
   made = dicom_series.slices(hu, affine)
@@ -194,9 +197,9 @@ def test_positions_that_were_rounded_are_even(tmp_path):
   np.testing.assert_array_equal(scan.values, hu.transpose(2, 1, 0))
 
 
-def test_what_is_no_scan_is_skipped_and_said(tmp_path, caplog):
-  """A localizer, dose sheets with and without a class of their own, a report, a segmentation, MR, waiting for contrast,
-  and a DICOMDIR."""
+def test_other_objects_are_skipped_and_reported(tmp_path, caplog):
+  """Skips localizers, dose sheets (as secondary captures or as images without position), reports, segmentations, MR,
+  images at one place while contrast arrives, and a DICOMDIR."""
   caplog.set_level(logging.INFO)
   make = lambda number, **elements: dicom_series.slices(chest(), affine_of('LPS'), number, **elements)
   dicom_series.save(tmp_path / 'in' / '3', make(3))
@@ -218,14 +221,14 @@ def test_what_is_no_scan_is_skipped_and_said(tmp_path, caplog):
   (series,) = find(tmp_path / 'in')
   assert series.number == 3
   assert caplog.messages == [
-    'skipped: 5 MR objects, 1 SEG objects, 1 SR objects, 6 images at one place (the start of a contrast bolus and the '
-    'like), 1 images without a position (dose sheets and the like), 2 localizers, 1 secondary captures (dose '
-    'sheets and the like)'
+    'skipped: 5 MR objects, 1 SEG objects, 1 SR objects, 6 images at one position (for example contrast bolus '
+    'tracking), 1 images without a position (for example dose sheets), 2 localizers, 1 secondary captures (for '
+    'example dose sheets)'
   ]
 
 
 def test_series_are_named_by_number_and_uid(tmp_path):
-  """Several, mixed in one folder: by number; one name each; the same name at another time."""
+  """Several series mixed in one folder: sorted by number, with unique names that are equal on every call."""
   for number in (12, 2, None):
     made = dicom_series.slices(chest(), affine_of('LPS'), number)
     dicom_series.save(tmp_path / 'in', made, name=f'{number}_{{}}')
@@ -251,20 +254,20 @@ def test_a_description_that_names_the_patient_is_not_shown(tmp_path, description
     ('Wang^XiaoDong=王^小東', '王小東胸部', False),
   ],
 )
-def test_names_of_two_letters_are_not_shown_either(tmp_path, name, description, shown):
+def test_short_and_east_asian_names_are_not_shown(tmp_path, name, description, shown):
   elements = {'SpecificCharacterSet': 'ISO_IR 192', 'PatientName': name, 'SeriesDescription': description}
   made = dicom_series.slices(chest(), affine_of('LPS'), **elements)
   (series,) = find(dicom_series.save(tmp_path / 'in', made))
   assert str(series) == (f'{series.name} ({description})' if shown else series.name)
 
 
-def test_a_number_of_frames_that_is_none(tmp_path):
+def test_an_invalid_number_of_frames_is_refused(tmp_path):
   made = one_changed(NumberOfFrames=['1', '1'])(dicom_series.slices(chest(), affine_of('LPS')))
-  with pytest.raises(UserError, match=r'^IM00000\d: a damaged DICOM file \(.*\); copy it again$'):
+  with pytest.raises(UserError, match=r'^IM00000\d: damaged DICOM file \(.*\); copy it again$'):
     find(dicom_series.save(tmp_path / 'in', made))
 
 
-def test_without_pydicom_the_line_says_what_to_install(tmp_path, monkeypatch):
+def test_without_pydicom_the_error_says_what_to_install(tmp_path, monkeypatch):
   folder = dicom_series.save(tmp_path / 'in', dicom_series.slices(chest(), affine_of('LPS')))
   real = builtins.__import__
 
@@ -274,11 +277,11 @@ def test_without_pydicom_the_line_says_what_to_install(tmp_path, monkeypatch):
     return real(name, *rest)
 
   monkeypatch.setattr(builtins, '__import__', without)
-  with pytest.raises(UserError, match=r'^DICOM: pydicom, .* pip install -r requirements-dicom.txt$'):
+  with pytest.raises(UserError, match=r'^DICOM: pydicom is not installed; pip install -r requirements-dicom.txt$'):
     find(folder)
 
 
-def test_without_a_decoder_the_line_names_the_syntax(tmp_path):
+def test_without_a_decoder_the_error_names_the_syntax(tmp_path):
   made = dicom_series.slices(chest(), affine_of('LPS'))
   folder = dicom_series.save(tmp_path / 'in', made, 'rle')
   for path in folder.iterdir():
@@ -286,7 +289,7 @@ def test_without_a_decoder_the_line_names_the_syntax(tmp_path):
     image.file_meta.TransferSyntaxUID = uid.MPEG2MPML
     image.save_as(path)
   with pytest.raises(
-    UserError, match=r'^series3_\w+ \(Chest 5.0\): compressed as MPEG2 .*, without a decoder here; pip'
+    UserError, match=r'^series3_\w+ \(Chest 5.0\): compressed as MPEG2 .*, but no decoder is installed; pip'
   ):
     read(folder)
 

@@ -1,4 +1,4 @@
-"""DICOM SEG against the mask in NIfTI, pixel by pixel in the world, as pydicom and highdicom read it."""
+"""DICOM SEG, read with pydicom and highdicom, compared with the NIfTI mask pixel by pixel in world coordinates."""
 
 import builtins
 import logging
@@ -39,7 +39,7 @@ def read(folder):
 
 @pytest.fixture
 def series(tmp_path):
-  """A scan, and a mask of it with a slice that is empty."""
+  """A scan and a mask of it with one empty slice."""
   scan = read(dicom_series.save(tmp_path / 'in', dicom_series.slices(chest(), AFFINES['axial'])))
   return scan, mask_of(scan)
 
@@ -56,12 +56,12 @@ def saved(path, scan, mask):
 
 
 @pytest.mark.parametrize('name', AFFINES)
-def test_each_pixel_is_where_the_mask_in_nifti_has_it(tmp_path, name):
+def test_pixels_have_the_positions_of_the_nifti_mask(tmp_path, name):
   sources = dicom_series.slices(chest(), AFFINES[name], PatientSex='F')
   scan = read(dicom_series.save(tmp_path / 'in', sources))
   mask = mask_of(scan)
   if name in ('coronal', 'sagittal'):
-    mask[:, 2] = mask[:, :, 2] = 0  # one of them is a slice as stored
+    mask[:, 2] = mask[:, :, 2] = 0  # one of these planes is a stored slice
   seg = saved(tmp_path / 'a_mask.dcm', scan, mask)
   nifti.write_volume(tmp_path / 'a_mask.nii.gz', mask, scan)
   stored = nib.load(tmp_path / 'a_mask.nii.gz')
@@ -71,7 +71,7 @@ def test_each_pixel_is_where_the_mask_in_nifti_has_it(tmp_path, name):
   height, width = map(float, sources[0].PixelSpacing)
   rows, columns = np.mgrid[: seg.Rows, : seg.Columns]
   frames = seg.pixel_array
-  assert len(frames) == len(sources) - 1  # the empty one is left out
+  assert len(frames) == len(sources) - 1  # without the empty slice
   for frame, groups in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
     source = of_uid.pop(groups.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID)
     first = np.array(source.ImagePositionPatient, float)
@@ -81,7 +81,7 @@ def test_each_pixel_is_where_the_mask_in_nifti_has_it(tmp_path, name):
     np.testing.assert_allclose(voxels, np.rint(voxels), atol=0.01)
     np.testing.assert_array_equal(frame, values[tuple(np.rint(voxels).astype(int).transpose(2, 0, 1))])
   assert frames.sum() == values.sum() > 0
-  # highdicom's own way, by the instances referred to; and ours.
+  # highdicom reads it by referenced instance, and read_seg gives the same mask.
   again = highdicom.seg.segread(tmp_path / 'a_mask.dcm')
   headers, _ = scan.path.grid
   uids = [header.SOPInstanceUID for header in headers]
@@ -90,7 +90,7 @@ def test_each_pixel_is_where_the_mask_in_nifti_has_it(tmp_path, name):
   np.testing.assert_array_equal(dicom_seg.read_seg(tmp_path / 'a_mask.dcm', scan), mask)
 
 
-def test_what_the_seg_says(tmp_path, series):
+def test_headers_of_the_seg(tmp_path, series):
   scan, mask = series
   seg, source = saved(tmp_path / 'a.dcm', scan, mask), pydicom.dcmread(tmp_path / 'in' / 'IM000000')
   for key in (
@@ -120,25 +120,25 @@ def test_what_the_seg_says(tmp_path, series):
   assert seg.ContentCreatorName == ''
 
 
-def test_what_limits_the_mask_is_said(tmp_path, series):
+def test_options_of_the_mask_are_in_the_headers(tmp_path, series):
   about = ABOUT | {'temperature': (1.25, 0.8), 'flips': True, 'lungs': True, 'smallest_ml': 0.05, 'threshold': 0.4375}
   dicom_seg.write_seg(tmp_path / 'a.dcm', series[1], series[0], about)
   seg = pydicom.dcmread(tmp_path / 'a.dcm')
-  assert seg.ContentDescription == 'Lesions, probability from 0.438, in lungs, from 0.05 mL'
+  assert seg.ContentDescription == 'Lesions, probability >= 0.438, in lungs, >= 0.05 mL'
   parameters = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters
-  for said in ('temperature=(1.25, 0.8)', 'flips=True', 'lungs=True', 'smallest_ml=0.05'):
-    assert said in parameters
+  for setting in ('temperature=(1.25, 0.8)', 'flips=True', 'lungs=True', 'smallest_ml=0.05'):
+    assert setting in parameters
 
 
-def test_no_lesion_is_a_seg_of_empty_frames(tmp_path, series):
+def test_no_lesion_gives_empty_frames(tmp_path, series):
   scan, mask = series
   seg = saved(tmp_path / 'a.dcm', scan, 0 * mask)
   assert seg.NumberOfFrames == 5 and not seg.pixel_array.any()
   assert not dicom_seg.read_seg(tmp_path / 'a.dcm', scan).any()
 
 
-def test_headers_as_they_come(tmp_path, monkeypatch, caplog, capfd):
-  """Values that the standard forbids go through as they are, and no warning quotes them; rounded orientations."""
+def test_invalid_headers_are_copied_without_warnings(tmp_path, monkeypatch, caplog, capfd):
+  """Values that the standard forbids are copied without a warning that quotes them; orientations may be rounded."""
   caplog.set_level(logging.DEBUG)
   odd = {
     'PatientName': 'Märkername',
@@ -154,7 +154,7 @@ def test_headers_as_they_come(tmp_path, monkeypatch, caplog, capfd):
       del one.SliceThickness, one.StudyDate
     made[0].StudyTime = 'MARKERTIME'
     folder = dicom_series.save(tmp_path / 'in', made)
-  caplog.clear()  # what making them said is not under test
+  caplog.clear()  # messages from making the series are not under test
   capfd.readouterr()
   scan = read(folder)
   with warnings.catch_warnings(record=True) as warned:
@@ -167,15 +167,17 @@ def test_headers_as_they_come(tmp_path, monkeypatch, caplog, capfd):
   np.testing.assert_array_equal(dicom_seg.read_seg(tmp_path / 'a.dcm', scan), mask)
 
 
-def test_series_that_cannot_be_referred_to_are_refused(tmp_path, monkeypatch):
+def test_unsuitable_series_are_refused(tmp_path, monkeypatch):
   made = all_changed(FrameOfReferenceUID='')(dicom_series.slices(chest(), AFFINES['axial']))
   folder = dicom_series.save(tmp_path / 'in', made)
-  with pytest.raises(UserError, match=r'\(Chest 5.0\): its slices lack FrameOfReferenceUID, which a SEG refers to; l'):
+  with pytest.raises(UserError, match=r'\(Chest 5.0\): its slices lack FrameOfReferenceUID, which a SEG needs; leave'):
     read(folder)
   made = dicom_series.slices(chest(), AFFINES['axial'])
   made[1].StudyInstanceUID = uid.generate_uid()
   folder = dicom_series.save(tmp_path / 'of two studies', made)
-  with pytest.raises(UserError, match=r'^series3_\w+ \(Chest 5.0\): its headers make no DICOM SEG \(\w+\); predict it'):
+  with pytest.raises(
+    UserError, match=r'^series3_\w+ \(Chest 5.0\): no DICOM SEG can be made from its headers \(\w+\); l'
+  ):
     read(folder)
   real = builtins.__import__
 
@@ -186,7 +188,7 @@ def test_series_that_cannot_be_referred_to_are_refused(tmp_path, monkeypatch):
 
   dicom_seg._highdicom.cache_clear()
   monkeypatch.setattr(builtins, '__import__', without)
-  with pytest.raises(UserError, match=r'^dicom: highdicom, .* is not installed; pip install -r requirements-dicom'):
+  with pytest.raises(UserError, match=r'^dicom: highdicom is not installed; pip install -r requirements-dicom'):
     dicom_seg.check_series([])
 
 
@@ -194,10 +196,10 @@ def test_series_that_cannot_be_referred_to_are_refused(tmp_path, monkeypatch):
   ('error', 'reason'),
   [
     (OSError(28, 'No space left on device'), r'a.dcm: cannot be written \(No space left on device\); free space'),
-    (ValueError('Markername'), r'^series3_\w+ \(Chest 5.0\): its headers make no DICOM SEG \(ValueError\); predict it'),
+    (ValueError('Markername'), r'^series3_\w+ \(Chest 5.0\): no DICOM SEG can be made from its headers \(ValueError\)'),
   ],
 )
-def test_it_is_whole_or_absent(tmp_path, series, monkeypatch, error, reason):
+def test_a_failed_write_leaves_no_file(tmp_path, series, monkeypatch, error, reason):
   def broken(self, path, **_):
     path.write_bytes(b'half')
     raise error
@@ -209,7 +211,7 @@ def test_it_is_whole_or_absent(tmp_path, series, monkeypatch, error, reason):
 
 
 def of_others(path, folder, mask, **options):
-  """A SEG of two segments as another program writes it: one is the mask, two what is not; frames in reverse."""
+  """Writes a SEG like that of another program: segment 1 is the mask, segment 2 the rest; frames are reversed."""
   sources = [pydicom.dcmread(file, stop_before_pixels=True) for file in folder.iterdir()]
   for source in sources:
     source.PatientSex = source.AccessionNumber = ''
@@ -237,14 +239,14 @@ def of_others(path, folder, mask, **options):
     }
   )
   for groups in made.PerFrameFunctionalGroupsSequence:
-    del groups.DerivationImageSequence  # not all write it
+    del groups.DerivationImageSequence  # not all programs write it
   made.save_as(path)
   return path
 
 
 @pytest.mark.filterwarnings('ignore')
-def test_segs_of_others(tmp_path, series):
-  """By segment; each refusal's reason."""
+def test_segs_of_other_programs(tmp_path, series):
+  """SEGs of other programs: chosen segments, and the reason of each refusal."""
   scan, mask = series
   path = of_others(tmp_path / 'IM1', tmp_path / 'in', mask)
   np.testing.assert_array_equal(dicom_seg.read_seg(path, scan, (1,)), mask)
@@ -257,14 +259,16 @@ def test_segs_of_others(tmp_path, series):
     seg = pydicom.dcmread(other)
     change(seg)
     seg.save_as(other)
-    with pytest.raises(UserError, match=rf'^IM2: a DICOM SEG {reason}'):
+    with pytest.raises(UserError, match=rf'^IM2: {reason}'):
       dicom_seg.read_seg(other, scan, labels)
 
-  refused(r'with the segments 1, 2; name those that are lesion, as in --config.data.lesion_labels="\(1,\)"$', labels=())
-  refused(r'of another type than binary; save it as a binary one$', segmentation_type='FRACTIONAL')
-  refused(r'with the segments 1, 2, none of which data.lesion_labels \(3\) names; add those that are', labels=(3,))
+  several = r'the DICOM SEG has several segments \(1, 2\); name the lesion segments, for example --config'
+  refused(rf'{several}.data.lesion_labels="\(1,\)"$', labels=())
+  binary = r'the DICOM SEG must be of type BINARY; save it as a binary segmentation$'
+  refused(binary, segmentation_type='FRACTIONAL')
+  refused(r'data.lesion_labels \(3\) names no segment of the DICOM SEG \(1, 2\); add the lesion seg', labels=(3,))
   other_grid = (
-    r'whose frames lie on no slices of series3_\w+ \(Chest 5.0\), pixel by pixel; save it on the grid of that'
+    r'frames of the DICOM SEG do not match the slices of series3_\w+ \(Chest 5.0\) pixel by pixel; save it on the grid'
   )
 
   def moved(seg):
@@ -281,10 +285,10 @@ def test_segs_of_others(tmp_path, series):
 
   for change in (moved, coarser, turned):
     refused(other_grid, change)
-  refused(r'that cannot be read \(\w+\); save it again$', smaller)
+  refused(r'the DICOM SEG cannot be read \(\w+\); save it again$', smaller)
 
 
-def test_damaged_segs_are_refused_or_read_and_nothing_else(tmp_path, series):
+def test_damaged_segs_are_read_or_refused(tmp_path, series):
   scan, mask = series
   dicom_seg.write_seg(tmp_path / 'a.dcm', mask, scan, ABOUT)
   whole, rng, outcomes = (tmp_path / 'a.dcm').read_bytes(), np.random.default_rng(0), set()

@@ -1,4 +1,4 @@
-"""The lungs that HU tell, against those that phantoms were drawn with."""
+"""Lungs found from HU compared with the lungs drawn into phantoms."""
 
 import pathlib
 
@@ -17,8 +17,8 @@ def scan_of(hu, spacing):
 
 
 @pytest.mark.parametrize('number', [2, 5])
-def test_they_are_those_that_were_drawn(number):
-  """With a lesion, and without: lungs and lesions are inside; skin, arms, table and most of the belly are not."""
+def test_lungs_equal_the_drawn_ones(number):
+  """With and without lesions: lungs and lesions are inside; skin, arms, table and most of the belly are outside."""
   size = {'size': 64, 'slices': 32}
   hu, mask, drawn = phantom.patient(8, number, **size)
   scan = scan_of(hu, phantom.spacing(8, number, **size))
@@ -29,14 +29,14 @@ def test_they_are_those_that_were_drawn(number):
   body = hu > -200
   assert field[body & (drawn == 0)].mean() < 0.3
   assert field.sum() < 2 * drawn.sum()
-  # What air there is outside of the body is not of the lungs, however much it is.
+  # Air outside the body is not lung.
   outside = np.ones_like(body)
   outside[:, 3:-3, 3:-3] = False
   assert not field[outside].any()
 
 
-def test_a_lung_at_the_edge_of_a_narrow_field_of_view_is_one():
-  """The same patient cut through a lung: where the whole scan has lungs, the rest has them too."""
+def test_a_lung_at_the_edge_of_the_field_of_view_is_found():
+  """The scan is cut through a lung; the lungs in the rest are still found."""
   hu, _, drawn = phantom.patient(8, 5, size=64, slices=32)
   spacing = phantom.spacing(8, 5, size=64, slices=32)
   first = np.flatnonzero(drawn.any(axis=(0, 1)))[0] + 3
@@ -45,18 +45,18 @@ def test_a_lung_at_the_edge_of_a_narrow_field_of_view_is_one():
   assert cut[drawn[:, :, first:] > 0].mean() > 0.97
 
 
-def test_they_do_not_depend_on_the_size_of_a_voxel():
+def test_lungs_do_not_depend_on_voxel_size():
   hu, _, _ = phantom.patient(8, 3, size=64, slices=32)
   spacing = phantom.spacing(8, 3, size=64, slices=32)
   fine = scan_of(hu.repeat(2, axis=1).repeat(2, axis=2), (spacing[0], spacing[1] / 2, spacing[2] / 2))
-  coarse, found = lungs.field(scan_of(hu, spacing)), lungs.field(fine)[:, ::2, ::2]
-  assert (coarse != found).mean() < 0.01
+  coarse, fine_field = lungs.field(scan_of(hu, spacing)), lungs.field(fine)[:, ::2, ::2]
+  assert (coarse != fine_field).mean() < 0.01
 
 
-def test_without_lungs_nothing_is_taken_away(caplog):
+def test_without_lungs_no_mark_is_removed(caplog):
   hu = np.random.default_rng(0).normal(-1000, 9, (8, 40, 40)).astype(np.int16)
   hu[:, 5:35, 5:35] += 1040
-  hu[:, 18:22, 18:22] -= 900  # 1 mL of gas
+  hu[:, 18:22, 18:22] -= 900  # 1 mL of gas in the middle
   scan = scan_of(hu, (2.0, 2.0, 2.0))
   assert lungs.field(scan).all()
   assert 'no lungs found' in caplog.text

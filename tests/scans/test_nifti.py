@@ -1,4 +1,4 @@
-"""Reading and writing scans, against nibabel's own view of the same files and against each refusal's reason."""
+"""Reading and writing scans, compared with nibabel on the same files; and the reason of each refusal."""
 
 import gzip
 import itertools
@@ -21,13 +21,13 @@ ORIENTATIONS = [
 
 
 @pytest.mark.parametrize('codes', ORIENTATIONS)
-def test_every_orientation_is_brought_to_canonical_axes_and_back(tmp_path, codes):
+def test_every_orientation_is_converted_to_canonical_axes_and_back(tmp_path, codes):
   path = save(tmp_path / 'a_ct.nii.gz', chest(), codes, oblique=0.2)
   scan = nifti.read_scan(path)
   stored = nib.load(path)
   data = np.asarray(stored.dataobj)
   assert nib.aff2axcodes(scan.affine) == ('L', 'P', 'S')
-  # A voxel of the canonical volume lies where its affine says, and there the file has the same value.
+  # The affine gives the position of each canonical voxel; the file has the same value there.
   for s, r, c in np.ndindex(scan.values.shape):
     world = affines.apply_affine(scan.affine, [c, r, s])
     place = affines.apply_affine(np.linalg.inv(stored.affine), world)
@@ -40,7 +40,7 @@ def test_every_orientation_is_brought_to_canonical_axes_and_back(tmp_path, codes
 
 
 @pytest.mark.parametrize('sform', [True, False])
-def test_mask_keeps_both_affines_and_their_codes_but_no_text(tmp_path, sform):
+def test_masks_keep_both_affines_and_codes_but_no_text(tmp_path, sform):
   path = save(tmp_path / 'a.nii', chest(), 'RAS', oblique=0.3, sform=sform)
   image = nib.load(path)
   image.header['descrip'] = b'John Doe'
@@ -67,14 +67,14 @@ def test_scaling_is_applied(tmp_path, slope, intercept, dtype):
   image = nib.Nifti1Image(stored, np.diag([-1, -1, 1, 1]))
   image.header.set_slope_inter(slope, intercept)
   nib.save(image, tmp_path / 'a.nii.gz')
-  # Nibabel writes slope 1 where it can: whatever it wrote, its own reading is the truth.
+  # Nibabel may replace the slope by 1; its own reading of the file is the reference.
   expected = np.rint(nib.load(tmp_path / 'a.nii.gz').get_fdata()).transpose(2, 1, 0)
   np.testing.assert_array_equal(nifti.read_scan(tmp_path / 'a.nii.gz').values, expected)
 
 
 @pytest.mark.parametrize('shear', [0.0, 0.3])
-def test_a_volume_read_by_other_means_is_the_file_of_it(tmp_path, shear):
-  """The same scan, and the same mask of it; quaternions are written where they hold the affine."""
+def test_from_volume_equals_reading_the_file(tmp_path, shear):
+  """The scan and its mask equal those from the file. Quaternions are written if they can represent the affine."""
   stored = nib.load(save(tmp_path / 'a.nii.gz', chest(), 'RPI', oblique=0.2))
   affine = stored.affine @ affines.from_matvec([[1, 0, 0], [0, 1, shear], [0, 0, 1]])
   stored.set_sform(affine, 1)
@@ -128,7 +128,7 @@ def test_mask_stored_in_another_orientation_than_its_scan(tmp_path):
 
 
 def bad(kind, path):
-  """Writes a file that is wrong in one way."""
+  """Writes a file with one fault."""
   data = chest()
   if kind == 'absent':
     return
@@ -186,7 +186,7 @@ def bad(kind, path):
 
 
 REFUSALS = {
-  'absent': 'no such file',
+  'absent': 'file not found',
   'text': 'not a NIfTI file',
   'empty': 'not a NIfTI file',
   'truncated gzip': 'truncated or unreadable',
@@ -200,10 +200,10 @@ REFUSALS = {
   'inf': '1 of 210 voxels are NaN or infinite',
   'colour': 'not numbers',
   'one slice': '1 axial slice',
-  'flat affine': 'its affine maps no volume',
+  'flat affine': r'invalid affine \(zero or undefined spacing\)',
   'parallel axes': 'its axes are nearly parallel',
   'mask': 'values 0 to 1 are a mask, not HU',
-  '0-255': 'values 0 to 255 are a 0-255 image, not HU',
+  '0-255': 'values 0 to 255 are an 8-bit image, not HU',
   'normalised': 'values 0 to 1 are normalised data, not HU',
   'z-scores': 'hold no air',
   'unsigned': 'raw scanner values, not HU',
@@ -226,15 +226,15 @@ def test_refusals_name_the_file_and_the_reason(tmp_path, kind):
 @pytest.mark.parametrize(
   ('change', 'reason'),
   [
-    (lambda m, a: (m[:-1], a), r'the mask has \(5, 6, 6\) voxels .* and its scan a_ct.nii.gz \(5, 6, 7\)'),
+    (lambda m, a: (m[:-1], a), r'the mask has \(5, 6, 6\) voxels .*, but its scan a_ct.nii.gz has \(5, 6, 7\)'),
     (lambda m, a: (m, affines.from_matvec(a[:3, :3], a[:3, 3] + [3, 0, 0])), 'corners up to 3 mm apart'),
-    (lambda m, a: (m, a @ np.diag([1.05, 1, 1, 1])), 'affine differs'),
-    (lambda m, a: (m * 2, a), 'holds 0 and 1 only, this one has 0, 2'),
-    (lambda m, a: (m * 0.5, a), 'holds 0 and 1 only, this one has 0, 0.5'),
+    (lambda m, a: (m, a @ np.diag([1.05, 1, 1, 1])), 'the affines of the mask and its scan a_ct.nii.gz differ'),
+    (lambda m, a: (m * 2, a), 'mask values must be 0 and 1, but are 0, 2'),
+    (lambda m, a: (m * 0.5, a), 'mask values must be 0 and 1, but are 0, 0.5'),
     (lambda m, a: (np.arange(m.size, dtype=np.int16).reshape(m.shape), a), '0, 1, 2, 3, 4, 5, ...;'),
   ],
 )
-def test_masks_that_are_refused(tmp_path, change, reason):
+def test_bad_masks_are_refused(tmp_path, change, reason):
   data = chest()
   scan = nifti.read_scan(save(tmp_path / 'a_ct.nii.gz', data))
   mask, affine = change((data > 100).astype(np.uint8), nib.load(tmp_path / 'a_ct.nii.gz').affine)
@@ -245,7 +245,7 @@ def test_masks_that_are_refused(tmp_path, change, reason):
 
 
 def test_affines_that_differ_by_float32_are_the_same_grid(tmp_path):
-  """A quaternion in float32 (mask: qform only) beside the matrix in float32 (scan: sform)."""
+  """The mask has a float32 quaternion (qform only); the scan has a float32 matrix (sform)."""
   data = chest()
   scan = nifti.read_scan(save(tmp_path / 'a_ct.nii.gz', data, oblique=0.3))
   mask = (data > 100).astype(np.uint8)
@@ -255,7 +255,7 @@ def test_affines_that_differ_by_float32_are_the_same_grid(tmp_path):
 
 
 def test_a_mask_without_a_scan(tmp_path):
-  """The same as beside its scan, on a grid of its own."""
+  """A mask read without its scan equals the mask read with it."""
   data = chest()
   labels = (data > 100).astype(np.uint8)
   scan = nifti.read_scan(save(tmp_path / 'a_ct.nii.gz', data, 'RAS', oblique=0.2))
@@ -266,14 +266,16 @@ def test_a_mask_without_a_scan(tmp_path):
   assert mask.spacing == scan.spacing and mask.voxel_ml == scan.voxel_ml
   volumes.check_same_grid(mask, scan, 'scan')
   other = nifti.read_labels(save(tmp_path / 'b_seg.nii.gz', labels, 'RAS', oblique=0.3))
-  with pytest.raises(UserError, match=r'a_seg.nii.gz: the affine differs from that of its true mask b_seg.nii.gz'):
-    volumes.check_same_grid(mask, other, 'true mask')
-  with pytest.raises(UserError, match='holds 0 and 1 only, this one has 0, 3;'):
+  with pytest.raises(
+    UserError, match=r'a_seg.nii.gz: the affines of the mask and its reference mask b_seg.nii.gz differ'
+  ):
+    volumes.check_same_grid(mask, other, 'reference mask')
+  with pytest.raises(UserError, match='mask values must be 0 and 1, but are 0, 3;'):
     nifti.read_labels(save(tmp_path / 'c_seg.nii.gz', labels * 3))
 
 
 def test_resize_keeps_means_and_positions():
-  """Against the definition: halving averages with the triangle filter; a ramp stays a ramp at pixel centres."""
+  """Compares with the definition: halving averages with a triangle filter; a ramp stays a ramp at pixel centres."""
   ramp = np.tile(np.arange(16, dtype=np.int16), (2, 16, 1))
   half = volumes.resize(ramp, (8, 8))
   np.testing.assert_allclose(half[0, 0, 1:-1], 2 * np.arange(1, 7) + 0.5, atol=1e-4)
@@ -282,8 +284,8 @@ def test_resize_keeps_means_and_positions():
   assert volumes.resize(ramp, (24, 32)).shape == (2, 24, 32)
 
 
-def test_damaged_gzip_is_refused_where_python_refuses_it(tmp_path):
-  """Random corruptions, and what may follow a stream, against Python's own gzip: its refusals, or its bytes."""
+def test_gzip_damage_is_detected_as_by_python(tmp_path):
+  """Random damage and trailing bytes, compared with Python's gzip: refused if it refuses, otherwise the same bytes."""
   path, rng, outcomes = tmp_path / 'a.nii.gz', np.random.default_rng(0), set()
   whole = save(path, chest()).read_bytes()
   files = [whole + tail for tail in (b'', bytes(9), b'xyz', whole[:30])] + [whole[:n] for n in (2, 9, 200, -1)]
@@ -307,7 +309,7 @@ def test_damaged_gzip_is_refused_where_python_refuses_it(tmp_path):
   assert outcomes == {'refused', 'read'}
 
 
-def test_the_same_volume_is_the_same_file(tmp_path):
+def test_equal_volumes_give_equal_files(tmp_path):
   scan = nifti.read_scan(save(tmp_path / 'a.nii', chest()))
   for name in ('b.nii.gz', 'c.nii.gz', 'd.nii'):
     nifti.write_volume(tmp_path / name, scan.values, scan)
@@ -318,6 +320,6 @@ def test_the_same_volume_is_the_same_file(tmp_path):
 @pytest.mark.parametrize(
   ('shape', 'affine'), [((2, 40_000, 2), np.eye(4)), ((2, 2, 2), np.eye(3)), ((2, 2, 2), [['a'] * 4] * 4)]
 )
-def test_what_makes_no_volume_is_one_line(shape, affine):
-  with pytest.raises(UserError, match=r'^array: its shape and affine make no volume \(.*\); save it again$'):
+def test_invalid_shapes_and_affines_give_one_line(shape, affine):
+  with pytest.raises(UserError, match=r'^array: invalid shape or affine \(.*\); save it again$'):
     volumes.from_volume(np.zeros(shape, np.int16), affine, 'array')

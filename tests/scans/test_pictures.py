@@ -1,4 +1,4 @@
-"""Slices as PNG and JPEG: read as Pillow reads them, predicted as evaluation does; grey and HU never mixed."""
+"""Slices as PNG and JPEG: read as by Pillow, predicted as in evaluation; grey values and HU are never mixed."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from fusa_jax.training import evaluate, train
 
 @pytest.fixture(scope='module')
 def folder(raw_dir, tmp_path_factory):
-  """The phantoms' slices through the lung window as pictures, wider than the network's images."""
+  """The slices of the phantoms in a lung window as pictures, in another size than the network's images."""
   out = tmp_path_factory.mktemp('slices')
   (out / 'images').mkdir(), (out / 'masks').mkdir()
   lines = ['name,patient']
@@ -37,7 +37,7 @@ def folder(raw_dir, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def run(folder, tmp_path_factory):
-  """A run of two steps on them."""
+  """A run of two steps on these pictures."""
   data_dir = prepare.prepare(
     str(folder), str(tmp_path_factory.mktemp('data')), SIZE, options=CohortOptions(intensity='grey')
   )
@@ -49,7 +49,7 @@ def run(folder, tmp_path_factory):
   return workdir
 
 
-def test_predictions_are_the_evaluations(folder, run, tmp_path):
+def test_predictions_equal_those_of_evaluation(folder, run, tmp_path):
   images = tmp_path / 'images'
   shutil.copytree(folder / 'images', images)
   predict.predict(predictor.load_predictor(run), images, images, probabilities=True)
@@ -61,7 +61,7 @@ def test_predictions_are_the_evaluations(folder, run, tmp_path):
     name = f'{row["patient"]}_{int(row["slice"]):02d}'
     result = json.loads((images / f'{name}.json').read_text())
     assert result['picture'] == f'{name}.png' and result['threshold'] == point['threshold']
-    # The slice's highest probability, here after it was resized to the picture's width and height.
+    # The highest probability of the slice, here after resizing to the size of the picture.
     assert result['score'] == pytest.approx(float(row['score']), abs=0.02)
     mask, probability = (np.asarray(Image.open(images / f'{name}_{kind}.png')) for kind in ('mask', 'probability'))
     assert (
@@ -71,7 +71,7 @@ def test_predictions_are_the_evaluations(folder, run, tmp_path):
     assert result['positive'] == (mask > 0).any()
     clear = np.abs(probability / 255 - point['threshold']) > 1 / 255
     np.testing.assert_array_equal((mask > 0)[clear], (probability / 255 >= point['threshold'])[clear])
-  # A second time, masks and probabilities lie beside the pictures: they are none.
+  # In a second prediction, the masks and probabilities beside the pictures are ignored.
   before = sorted(path.name for path in images.iterdir())
   predict.predict(predictor.load_predictor(run), images / '0001_00.png', tmp_path / 'one')
   assert sorted(p.name for p in (tmp_path / 'one').iterdir()) == ['0001_00.json', '0001_00_mask.png']
@@ -82,26 +82,26 @@ def test_predictions_are_the_evaluations(folder, run, tmp_path):
   assert sorted(path.name for path in images.iterdir()) == before
 
 
-def test_in_code_a_picture_is_predicted_as_its_file(folder, run, tmp_path):
+def test_a_picture_in_code_is_predicted_as_its_file(folder, run, tmp_path):
   path, function = folder / 'images' / '0001_00.png', predictor.load_predictor(run, threshold=0.3, smallest_ml=1)
   predict.predict(function, path, tmp_path)
   expected = np.asarray(Image.open(tmp_path / '0001_00_mask.png')) == 255
   assert expected.any()
   for image in (path, str(path), np.asarray(Image.open(path))):
-    found = function(image)
-    np.testing.assert_array_equal(found.mask, expected)
-    assert {'picture': path.name, **found.numbers} == json.loads((tmp_path / '0001_00.json').read_text())
-    assert 'smallest_ml' not in found.numbers  # which is of volumes
+    prediction = function(image)
+    np.testing.assert_array_equal(prediction.mask, expected)
+    assert {'picture': path.name, **prediction.numbers} == json.loads((tmp_path / '0001_00.json').read_text())
+    assert 'smallest_ml' not in prediction.numbers  # smallest_ml applies to volumes only
   for wrong, reason in (
-    (np.zeros((4, 4)), r'array: values 0 to 0 are a mask, not grey'),
-    (np.zeros((1, 2, 3, 4)), r'array: of 4 dimensions; give slices \[S, H, W\], or a picture'),
+    (np.zeros((4, 4)), r'array: values 0 to 0 are a mask, but data.intensity=grey needs'),
+    (np.zeros((1, 2, 3, 4)), r'array: has 4 dimensions; give slices \[S, H, W\], or a picture'),
     (folder / 'images', r'images: holds \d+ scans or pictures; give one'),
   ):
     with pytest.raises(UserError, match=reason):
       function(wrong)
 
 
-def test_a_grey_scan_is_predicted_on_its_own_grid(run, raw_dir, tmp_path):
+def test_a_grey_scan_gives_a_mask_on_its_own_grid(run, raw_dir, tmp_path):
   scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   grey = np.rint(np.clip((scan.values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)
   nifti.write_volume(tmp_path / 'in' / 'a.nii.gz', grey, scan)
@@ -118,14 +118,14 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
     (
       run,
       scan,
-      f'{scan}: values {stored.min()} to {stored.max()} are Hounsfield units or the like, not grey values of an '
-      '8-bit image (0 to 255), which is what data.intensity=grey stands for; give such, or train on HU without it',
+      f'{scan}: values {stored.min()} to {stored.max()} are Hounsfield units or similar, but data.intensity=grey needs '
+      '8-bit images (0 to 255); give 8-bit images, or train on HU without data.intensity=grey',
     ),
     *(
       (
         runs['seg'],
         source,
-        f'input: {folder / "images" / "0001_00.png"} is a picture of grey values, and this run was trained on HU; '
+        f'input: {folder / "images" / "0001_00.png"} is an 8-bit picture, but this run was trained on HU; '
         'give scans in HU, or a run trained with data.intensity=grey',
       )
       for source in (folder / 'images', folder / 'images' / '0001_00.png')
@@ -135,7 +135,7 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
       predict.predict(predictor.load_predictor(workdir), source, tmp_path / 'out')
     assert str(caught.value) == line
     assert not (tmp_path / 'out').exists()
-  # An 8-bit scan, to a run of HU and to a cohort of HU.
+  # A run and a cohort in HU refuse an 8-bit scan.
   image = nifti.read_scan(scan)
   grey = np.clip((image.values + 1000) / 1300, 0, 1) * 255
   nifti.write_volume(tmp_path / 'grey' / 'a.nii.gz', grey.astype(np.uint8), image)
@@ -147,20 +147,20 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
     with pytest.raises(UserError) as caught:
       attempt()
     assert str(caught.value) == (
-      f'{tmp_path / "grey" / "a.nii.gz"}: values 0 to 255 are a 0-255 image, not HU (air is -1000); export the '
-      'original Hounsfield units, neither windowed nor rescaled; or train on such images, and predict them, with '
+      f'{tmp_path / "grey" / "a.nii.gz"}: values 0 to 255 are an 8-bit image, not HU (air is -1000); export the '
+      'original Hounsfield units, neither windowed nor rescaled; or train and predict on 8-bit images with '
       '--config.data.intensity=grey'
     )
-  # A folder of both, for a run of either: pictures are not for HU, and the scan is not for grey.
+  # In a folder of both, a grey run refuses the HU scan; equal names are refused as well.
   shutil.copy(scan, tmp_path / 'grey' / 'b.nii.gz')
-  with pytest.raises(UserError, match=r'b.nii.gz: values .* are Hounsfield units or the like'):
+  with pytest.raises(UserError, match=r'b.nii.gz: values .* are Hounsfield units or similar'):
     predict.predict(predictor.load_predictor(run), tmp_path / 'grey', tmp_path / 'out')
   shutil.copy(folder / 'images' / '0001_00.png', tmp_path / 'grey' / 'b.png')
-  with pytest.raises(UserError, match=r'b.png and b.nii.gz would be written under one name; rename one'):
+  with pytest.raises(UserError, match=r'results of .*b.png and b.nii.gz would have the same name; rename one'):
     predict.predict(predictor.load_predictor(run), tmp_path / 'grey', tmp_path / 'out')
 
 
-def test_pictures_are_read_as_they_are_seen(tmp_path):
+def test_pictures_are_read_as_shown(tmp_path):
   ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
   grey = Image.fromarray(ramp)
   for name, image in {
@@ -175,13 +175,13 @@ def test_pictures_are_read_as_they_are_seen(tmp_path):
   grey.resize((64, 64)).convert('RGB').save(tmp_path / 'a.JPG', 'JPEG', quality=70)
   assert pictures.is_picture_file(tmp_path / 'a.JPG')
   assert np.abs(pictures.read_picture(tmp_path / 'a.JPG') - np.asarray(grey.resize((64, 64)), int)).mean() < 3
-  # Labels as a palette's colours: the indices count.
+  # In a palette of colours, the indices are the labels.
   labels = Image.fromarray((ramp % 4).astype(np.uint8), 'L').convert('P')
   labels.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
   labels.save(tmp_path / 'labels.png')
   found = pictures.read_mask(tmp_path / 'labels.png', (16, 16), (1, 3))
   np.testing.assert_array_equal(found, np.isin(np.asarray(Image.open(tmp_path / 'labels.png')), (1, 3)))
-  # A palette of greys is a picture like others, whatever its indices are: white may come first.
+  # A palette of greys gives grey values for any order of its indices; here white comes first.
   square = np.zeros((16, 16), np.uint8)
   square[4:8, 4:8] = 1
   indices = Image.fromarray(1 - square, 'L').convert('P')

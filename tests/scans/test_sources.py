@@ -1,4 +1,4 @@
-"""A format in the list is found, named, read, predicted and viewed, by what its own module says of it alone."""
+"""A format needs only its module and a line in the list; its files are then found, read, predicted and viewed."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from fusa_jax.system.errors import UserError
 
 
 class ArrayFile(formats.FileSource):
-  """A made-up format: an array [x, y, z] of HU as .npy, in voxels of 2 x 2 x 5 mm."""
+  """An example format: an array [x, y, z] of HU as .npy, with voxels of 2 x 2 x 5 mm."""
 
   endings = '.npy'
 
@@ -74,7 +74,7 @@ def test_each_file_goes_to_one_format(mixture, tmp_path):
   np.testing.assert_array_equal(series.read_image('hu').values, dicom.read_series(series).values)
 
 
-def test_a_file_that_is_named_is_read_or_refused_whatever_its_name(mixture, tmp_path):
+def test_a_named_file_is_read_or_refused_for_any_name(mixture, tmp_path):
   (mask,) = found(mixture / 'b_seg.nii.gz', 'hu', tmp_path)
   assert mask == nifti.NiftiFile(mixture / 'b_seg.nii.gz')
   (notes,) = found(mixture / 'notes.txt', 'hu', tmp_path)
@@ -88,7 +88,7 @@ def test_a_file_that_is_named_is_read_or_refused_whatever_its_name(mixture, tmp_
     (
       'nowhere',
       'hu',
-      'input: {} does not exist; give a scan (.nii, .nii.gz; of grey values also .png, .jpg), or a folder or .zip of '
+      'input: {} does not exist; give a scan (.nii, .nii.gz; for 8-bit images also .png, .jpg), or a folder or .zip of '
       'scans or DICOM series',
     ),
     ('', 'hu', 'input: no scan (.nii, .nii.gz, DICOM) in {}; give a scan, or a folder of scans'),
@@ -100,7 +100,7 @@ def test_a_file_that_is_named_is_read_or_refused_whatever_its_name(mixture, tmp_
     ),
   ],
 )
-def test_what_is_missing_is_said_with_the_endings_of_the_formats(tmp_path, name, values, message):
+def test_missing_scans_are_reported_with_the_endings_of_the_formats(tmp_path, name, values, message):
   folder = tmp_path / 'in'
   folder.mkdir()
   with pytest.raises(UserError) as caught:
@@ -117,16 +117,16 @@ def test_a_format_in_the_list_is_found_named_and_read(with_arrays, mixture, tmp_
   with pytest.raises(UserError, match=r'no scan \(\.npy, \.nii, \.nii\.gz, DICOM\) in'):
     found(tmp_path / 'empty', 'hu', tmp_path)
   (mixture / 'a.npy').touch()
-  with pytest.raises(UserError, match=r'a\.nii and a\.npy would be written under one name; rename one'):
+  with pytest.raises(UserError, match=r'results of .*a\.nii and a\.npy would have the same name; rename one'):
     found(mixture, 'hu', tmp_path)
 
 
 def test_a_format_in_the_list_is_predicted_and_viewed(with_arrays, predictors, raw_dir, tmp_path):
-  """As the same scan in NIfTI; and refused before it where masks are wanted as DICOM."""
+  """Predicts the same as for NIfTI. With --dicom it is refused first."""
   scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   path, out = tmp_path / 'mine.npy', tmp_path / 'out'
   np.save(path, scan.values.transpose(2, 1, 0))
-  with pytest.raises(UserError, match=r'^dicom: mine\.npy is no DICOM series'):
+  with pytest.raises(UserError, match=r'^dicom: mine\.npy is not a DICOM series'):
     predict.predict(predictors['seg'], path, out, as_dicom=True)
   predict.predict(predictors['seg'], path, out)
   assert sorted(made.name for made in out.iterdir()) == ['mine.json', 'mine_mask.nii.gz']

@@ -1,4 +1,4 @@
-"""Whole or absent, whatever happens in between."""
+"""A file is written completely or not at all."""
 
 import os
 import resource
@@ -9,7 +9,7 @@ from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing
 
 
-def test_a_file_appears_whole(tmp_path):
+def test_a_file_appears_when_complete(tmp_path):
   path = tmp_path / 'new' / 'a.txt'
   with replacing(path) as partial:
     partial.write_text('one')
@@ -28,7 +28,7 @@ def write(path, text, error=None):
       raise error
 
 
-def test_an_error_leaves_what_was_there(tmp_path):
+def test_an_error_keeps_the_old_file(tmp_path):
   path = tmp_path / 'a.txt'
   path.write_text('one')
   with pytest.raises(KeyboardInterrupt):
@@ -36,9 +36,9 @@ def test_an_error_leaves_what_was_there(tmp_path):
   assert path.read_text() == 'one' and os.listdir(tmp_path) == ['a.txt']
 
 
-def test_what_the_system_refuses_is_said_in_one_line(tmp_path):
+def test_system_errors_are_reported_in_one_line(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match=r'file/a.txt: cannot be written \(File exists\); free space there, or name'):
+  with pytest.raises(UserError, match=r'file/a.txt: cannot be written \(File exists\); free space there, or give'):
     write(tmp_path / 'file' / 'a.txt', '')
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))

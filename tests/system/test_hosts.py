@@ -1,4 +1,4 @@
-"""Several processes as one run: the same result, each with its share of the reading; how they end when one fails."""
+"""Several processes as one run: the same result, each reads its share; and how all end when one fails."""
 
 import csv
 import itertools
@@ -25,7 +25,7 @@ def arguments(data_dir, workdir, **overrides):
 
 
 def results(workdir) -> tuple[np.ndarray, list[dict]]:
-  """The losses by step, and the rows of slices.csv."""
+  """Returns the losses of all steps and the rows of slices.csv."""
   entries = [json.loads(line) for line in (workdir / 'log.jsonl').read_text().splitlines()]
   with (workdir / 'test' / 'slices.csv').open() as file:
     return np.array([e['train/loss'] for e in entries if 'train/loss' in e]), list(csv.DictReader(file))
@@ -35,7 +35,7 @@ FLOAT64 = {'JAX_ENABLE_X64': '1'}
 
 
 def one_process(data_dir, folder, environment, **settings):
-  """20 steps and an evaluation in one process with eight devices: (workdir, what it read)."""
+  """Runs 20 steps and an evaluation in one process with eight devices. Returns (workdir, slices read)."""
   with several_hosts.Hosts(1, 8, arguments(data_dir, folder / 'run', **settings), folder, **environment) as alone:
     assert alone.wait() == [0], alone.log(0)
     return folder / 'run', alone.reads(0)
@@ -56,7 +56,7 @@ def one_host_float64(data_dir, tmp_path_factory):
   ('processes', 'devices', 'space', 'float64'), [(2, 4, 1, False), (4, 2, 1, False), (2, 4, 2, False), (2, 4, 2, True)]
 )
 def test_the_result_does_not_depend_on_the_hosts(data_dir, tmp_path, request, processes, devices, space, float64):
-  """In float32 but for rounding, which 20 steps of Adam enlarge; in float64 to many more digits."""
+  """In float32 the results agree up to rounding, which 20 steps of Adam enlarge; in float64 to many more digits."""
   workdir, alone = request.getfixturevalue('one_host_float64' if float64 else 'one_host')
   settings = {'mesh.space': space} | ({'model.dtype': 'float64'} if float64 else {})
   run = arguments(data_dir, tmp_path / 'run', **settings)
@@ -72,15 +72,15 @@ def test_the_result_does_not_depend_on_the_hosts(data_dir, tmp_path, request, pr
     assert [row[name] for row in rows] == [row[name] for row in expected_rows]
   column = lambda rows, name: np.array([float(row[name]) for row in rows])
   np.testing.assert_allclose(column(rows, 'score'), column(expected_rows, 'score'), atol=1e-6 if float64 else 1e-3)
-  for name in ('tp', 'fp', 'fn', 'tn'):  # of 1024 pixels some at 0.5 may fall on the other side
+  for name in ('tp', 'fp', 'fn', 'tn'):  # a few of 1024 pixels near 0.5 may change sides
     np.testing.assert_allclose(column(rows, name), column(expected_rows, name), atol=0 if float64 else 10)
 
-  # Each reads its share of every batch, no more; together they read what one alone does. Process 0 also draws.
+  # Each process reads only its share of every batch; together they read the same as one process. Process 0 also draws.
   assert all(len(read['train']) == STEPS * BATCH // processes for read in reads)
   for name, drawn in (('train', 0), ('validation', 0), ('test', 1)):
     assert sorted(itertools.chain.from_iterable(read[name] for read in reads)) == sorted(alone[name])
     assert {len(read[name]) for read in reads[1:]} == {(len(alone[name]) - drawn) // processes}
-  # Only process 0 writes, and shows what happens.
+  # Only process 0 writes files and shows progress.
   writers = {path.name for path in (tmp_path / 'run').rglob('ocdbt.process_*')}
   assert writers == {'ocdbt.process_0'}
   assert len(list((tmp_path / 'run' / 'tensorboard').iterdir())) == 1
@@ -89,8 +89,8 @@ def test_the_result_does_not_depend_on_the_hosts(data_dir, tmp_path, request, pr
 
 
 @pytest.mark.slow
-def test_hosts_without_a_slice_of_their_own(data_dir, one_host, tmp_path):
-  """A batch of 64 over four hosts, and 32 slices to test: the last two have only repeats to score."""
+def test_hosts_with_only_repeated_slices(data_dir, one_host, tmp_path):
+  """The batch of 64 is larger than the test fold of 32 slices: the last two of four hosts score only repeats."""
   workdir, _ = one_host
   run = ['--mode=evaluate', f'--workdir={tmp_path / "run"}', '--config=configs/seg.py', f'--config.data.dir={data_dir}']
   (tmp_path / 'run').mkdir()
@@ -111,7 +111,7 @@ def test_hosts_without_a_slice_of_their_own(data_dir, one_host, tmp_path):
 
 @pytest.mark.slow
 def test_prediction_on_two_hosts(raw_dir, one_host, tmp_path):
-  """Both compute, process 0 writes; the mask is that of one process, also of the mean of two runs that are one."""
+  """Both hosts compute and process 0 writes. The mask of the mean of a run with itself equals that of one process."""
   scan = raw_dir / 'volume-phantom-A-0001_ct.nii.gz'
   masks = {}
   for processes, devices in ((1, 1), (2, 2)):
@@ -128,7 +128,7 @@ def test_prediction_on_two_hosts(raw_dir, one_host, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_one_host_saves_the_same_step_on_all(data_dir, tmp_path):
-  """Then the same command goes on, and ends as a run that nothing stopped."""
+  """Afterwards the same command resumes from this step."""
   run = arguments(data_dir, tmp_path / 'run', **{'train.steps': 400, 'train.evaluate_every': 200})
   with several_hosts.Hosts(2, 1, run, tmp_path / 'first') as two:
     wait_for_step(two, tmp_path / 'run', 3)
@@ -160,7 +160,7 @@ def wait_for_step(several, workdir, step):
   ('victim', 'how'), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=['other', 'first', 'silent']
 )
 def test_when_one_host_is_lost_the_others_end_in_time(data_dir, tmp_path, victim, how):
-  """Killed, or cut off: a stopped process keeps its connections and says nothing more."""
+  """A host is killed or silent: a stopped process keeps its connections but does not reply."""
   run = arguments(data_dir, tmp_path / 'run', **{'train.steps': 100_000, 'train.evaluate_every': 50_000})
   with several_hosts.Hosts(2, 1, [*run, '--heartbeat_timeout=10'], tmp_path) as two:
     wait_for_step(two, tmp_path / 'run', 2)
@@ -175,8 +175,8 @@ def test_when_one_host_is_lost_the_others_end_in_time(data_dir, tmp_path, victim
 
 
 @pytest.mark.slow
-def test_others_wait_for_process_0_and_fail_with_it(tmp_path):
-  """The cohort is looked through by process 0 alone; what it finds wrong, all say."""
+def test_other_processes_wait_for_process_0_and_fail_with_it(tmp_path):
+  """Only process 0 reads the cohort; all processes report its error."""
   (tmp_path / 'raw').mkdir()
   with several_hosts.Hosts(
     2, 1, ['--config=configs/seg.py', f'--config.data.raw_dir={tmp_path / "raw"}'], tmp_path
@@ -193,27 +193,27 @@ def test_a_workdir_that_is_not_shared_is_refused(data_dir, tmp_path):
   folders = [[f'--workdir={tmp_path / "a"}'], [f'--workdir={tmp_path / "b"}']]
   with several_hosts.Hosts(2, 1, run, tmp_path, each=folders) as two:
     assert two.wait(60) == [2, 2]
-    reason = f'{tmp_path / "b"} is not what process 0 sees there; name a folder that all hosts share'
+    reason = f'this host does not see the files of process 0 in {tmp_path / "b"}; name a folder that all hosts share'
     assert f'error: --workdir: {reason}' in two.log(1)
     assert f'error: process 1 of 2: --workdir: {reason}' in two.log(0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('present', [0, 1])
-def test_a_host_that_never_comes_is_not_waited_for_forever(data_dir, tmp_path, present):
+def test_waiting_for_a_missing_host_has_a_limit(data_dir, tmp_path, present):
   run = [*arguments(data_dir, tmp_path / 'run'), '--connect_timeout=4']
   lonely = [*run, '--coordinator=localhost:18476', '--num_processes=2', f'--process_id={present}']
   process = several_hosts.start(lonely, 1, tmp_path / 'log', tmp_path / 'notes')
   assert process.wait(60) == 2
   printed = (tmp_path / 'log').read_text()
   assert f'process {present} of 2, waiting for the others at localhost:18476' in printed
-  assert 'error: hosts: the processes did not all come together at localhost:18476 within 4 s; start' in printed
+  assert 'error: hosts: not all processes connected at localhost:18476 within 4 s; start' in printed
   assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.slow
 def test_slurm_is_detected(raw_dir, tmp_path):
-  """Two tasks as srun starts them, told nothing by flags: process 0 prepares the cohort, the other waits for it."""
+  """Two tasks with the variables of srun and no flags: process 0 prepares the cohort, the other waits."""
   run = ['--mode=prepare', '--config=configs/seg.py', f'--config.data.raw_dir={raw_dir}']
   run += [f'--config.data.image_size={SIZE}', f'--config.data.dir={tmp_path / "prepared"}']
   job = {'SLURM_JOB_ID': '4711', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_NODES': '1'}
@@ -230,8 +230,8 @@ def test_slurm_is_detected(raw_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_others_hear_what_happens_to_process_0_at_the_end(data_dir, one_host, tmp_path):
-  """The results cannot be written, while the others are done: a file stands where their folder should be."""
+def test_other_processes_report_a_late_error_of_process_0(data_dir, one_host, tmp_path):
+  """Process 0 cannot write the results, because a file has the name of their folder; the other process reports it."""
   (tmp_path / 'run').mkdir()
   for name in ('config.json', 'checkpoints'):
     (tmp_path / 'run' / name).symlink_to(one_host[0] / name)
@@ -244,8 +244,8 @@ def test_others_hear_what_happens_to_process_0_at_the_end(data_dir, one_host, tm
     assert two.log(1).splitlines()[-1].startswith(f'error: process 0 of 2: {reason}')
 
 
-def test_what_was_unpacked_is_gone_when_another_process_has_failed(monkeypatch):
-  """The process ends without unwinding, in the midst of its work."""
+def test_unpacked_files_are_removed_when_another_process_fails(monkeypatch):
+  """The process ends by os._exit, without unwinding the stack."""
 
   class Store:
     def key_value_dir_get(self, _):
@@ -261,7 +261,7 @@ def test_what_was_unpacked_is_gone_when_another_process_has_failed(monkeypatch):
   monkeypatch.setattr(hosts._leaving, 'wait', lambda _: False)
   monkeypatch.setattr(os, '_exit', end)
   with archives.unpacking() as folder:
-    (folder / 'scan').write_text('of somebody')
+    (folder / 'scan').write_text('patient data')
     with pytest.raises(SystemExit, match='2'):
       hosts._watch()
     assert not folder.exists()

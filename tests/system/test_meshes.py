@@ -1,3 +1,5 @@
+"""Device meshes: their shapes, sizes that divide over them, and the rows of each host."""
+
 import numpy as np
 import pytest
 
@@ -14,18 +16,18 @@ def test_mesh_shapes(data, space, shape):
 
 @pytest.mark.parametrize(('data', 'space'), [(3, 1), (-1, 3), (8, 2), (0, 1), (-1, 0)])
 def test_impossible_meshes_name_the_possible_ones(data, space):
-  with pytest.raises(UserError, match=r'is not the 8 devices there are; possible: 8x1, 4x2, 2x4, 1x8'):
+  with pytest.raises(UserError, match=r'does not match the 8 devices; give one of 8x1, 4x2, 2x4, 1x8'):
     meshes.create_mesh(data, space)
 
 
-def test_what_does_not_divide_names_the_sizes_that_do():
+def test_errors_name_sizes_that_divide():
   mesh = meshes.create_mesh(4, 2)
   meshes.check_divides(mesh, 8, 32)
-  with pytest.raises(UserError, match=r'train.batch_size: 6 does not divide over mesh.data=4; 4 or 8 does'):
+  with pytest.raises(UserError, match=r'train.batch_size: 6 must be a multiple of mesh.data=4; give 4 or 8'):
     meshes.check_divides(mesh, 6, 32)
-  with pytest.raises(UserError, match=r'data.image_size: 33 .* mesh.space=2; 32 or 34 does'):
+  with pytest.raises(UserError, match=r'data.image_size: 33 .* mesh.space=2; give 32 or 34'):
     meshes.check_divides(mesh, 8, 33)
-  with pytest.raises(UserError, match=r'train.batch_size: 3 does not divide over mesh.data=4; 4 does'):
+  with pytest.raises(UserError, match=r'train.batch_size: 3 must be a multiple of mesh.data=4; give 4'):
     meshes.check_divides(mesh, 3, 32)
 
 
@@ -35,10 +37,10 @@ def test_fitting_batches():
 
 
 @pytest.mark.parametrize('space', [1, 2, 8])
-def test_local_batches_become_the_global_one(space):
+def test_local_batches_form_the_global_batch(space):
   mesh = meshes.create_mesh(-1, space)
   rows = meshes.local_rows(mesh, 16)
-  np.testing.assert_array_equal(rows, np.arange(16))  # one process holds them all
+  np.testing.assert_array_equal(rows, np.arange(16))  # one process holds all rows
   batch = np.random.default_rng(0).integers(0, 9, (16, 8, 4))
   array = meshes.to_devices(mesh, 16, rows, batch)
   np.testing.assert_array_equal(array, batch)
@@ -49,7 +51,7 @@ def test_local_batches_become_the_global_one(space):
 
 
 def test_a_host_reads_only_the_rows_of_its_devices(monkeypatch):
-  """As if devices 2, 3, 6 and 7 were another host's."""
+  """Pretends that devices 2, 3, 6 and 7 belong to another host."""
   mesh = meshes.create_mesh(4, 2)
   mine = {mesh.devices[i, j] for i in (0, 2) for j in (0, 1)}
   full = meshes.batched(mesh, 1).devices_indices_map((16,))

@@ -1,4 +1,4 @@
-"""Losses against their formulas in float64 NumPy, and against MONAI's."""
+"""Losses compared with their formulas in float64 NumPy, and with MONAI."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +66,7 @@ def test_each_loss_equals_its_formula_for_masks_and_labels(batch, name, truth):
 
 @pytest.mark.parametrize('name', losses.LOSSES)
 def test_each_loss_equals_monais(batch, name):
-  """MONAI's `smooth` is added to sums of twice optax's size, and its arrays have the channel second."""
+  """MONAI adds `smooth` to sums that are twice those of optax, and its arrays have channels second."""
   torch, monai = pytest.importorskip('torch'), pytest.importorskip('monai.losses')
   of_batch = monai.DiceLoss(sigmoid=True, batch=True, smooth_nr=2.0, smooth_dr=2.0)
   theirs = {
@@ -84,7 +84,7 @@ def test_each_loss_equals_monais(batch, name):
 
 @pytest.mark.parametrize('name', losses.LOSSES)
 def test_losses_of_extreme_logits_are_finite_and_ordered(batch, name):
-  """Sure and right costs less than undecided, and that less than sure and wrong."""
+  """A confident correct prediction costs less than an undecided one, which costs less than a confident wrong one."""
   sure = 200.0 * (2 * jnp.asarray(batch['mask'], jnp.float32) - 1)[..., None]
   right, undecided, wrong = (float(losses.get_loss(name)(logits, batch['mask'])) for logits in (sure, 0 * sure, -sure))
   assert np.isfinite([right, undecided, wrong]).all()
@@ -93,6 +93,6 @@ def test_losses_of_extreme_logits_are_finite_and_ordered(batch, name):
 
 def test_an_unknown_loss_is_refused_with_the_list():
   with pytest.raises(
-    UserError, match=r"^train\.loss: there is no 'x'; one of cross_entropy, cross_entropy_dice, dice, focal$"
+    UserError, match=r"^train\.loss: 'x' is unknown; give one of cross_entropy, cross_entropy_dice, dice, focal$"
   ):
     losses.get_loss('x')

@@ -1,4 +1,4 @@
-"""Types of task: each is complete, and knows its own metrics and models."""
+"""Each type of task is complete and lists its metrics and models."""
 
 import numpy as np
 import pytest
@@ -26,12 +26,12 @@ def test_each_type_of_task_fits_the_metrics_and_the_models():
 
 
 def test_an_unknown_task_is_refused_with_the_list():
-  with pytest.raises(UserError, match=r"^task: there is no 'detection'; one of segmentation, classification$"):
+  with pytest.raises(UserError, match=r"^task: 'detection' is unknown; give one of segmentation, classification$"):
     tasks.type_of('detection')
 
 
 def test_the_result_of_a_slice_in_words():
-  """At the operating point: 3 of 4 lesion pixels found and 2 others marked; a lesion slice that was missed."""
+  """At the operating point: 3 of 4 lesion pixels are found and 2 others are marked; one lesion slice is missed."""
   pixels = {'tp_chosen': [3], 'fp_chosen': [2], 'fn_chosen': [1], 'tn_chosen': [10]}
   assert tasks.TASKS['segmentation'].slice_result(pixels, 0) == 'Dice 0.6667'
   one = {'tp_chosen': [1, 0], 'fp_chosen': [0, 0], 'fn_chosen': [0, 1], 'tn_chosen': [0, 0], 'score': [0.875, 0.25]}

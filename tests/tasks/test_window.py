@@ -1,3 +1,5 @@
+"""HU and grey values as network input."""
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,6 +13,6 @@ def test_window_maps_to_minus_one_and_one():
   np.testing.assert_allclose(out[0, 0, :, 0], [-1, -1, 0, 1, 1], atol=1e-6)
 
 
-def test_grey_is_seen_from_black_to_white():
+def test_grey_maps_to_minus_one_and_one():
   grey = jnp.asarray([[[0, 51, 255, 300, -4]]], jnp.int16)
   np.testing.assert_allclose(grey_input(grey)[0, 0, :, 0], [-1, -0.6, 1, 1, -1], atol=1e-6)

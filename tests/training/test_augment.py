@@ -1,4 +1,4 @@
-"""Crops against scipy's interpolation; image and mask stay together; points fall where they should."""
+"""Crops compared with scipy's interpolation; image and mask stay aligned; points are drawn from the foreground."""
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,11 @@ from fusa_jax.training import augment
 @pytest.mark.parametrize(
   ('fraction', 'top_left'), [(0.5, (3.0, 7.0)), (0.25, (10.3, 0.0)), (0.125, (27.9, 12.4)), (1.0, (0, 0))]
 )
-def test_crop_is_scipys_interpolation(fraction, top_left):
+def test_crop_equals_scipys_interpolation(fraction, top_left):
   rng = np.random.default_rng(0)
   image, mask = rng.normal(size=(32, 32)).astype(np.float32), rng.integers(0, 2, (32, 32)).astype(np.uint8)
   out, out_mask = jax.jit(augment.crop)(image, mask, jnp.asarray(top_left, jnp.float32), jnp.float32(fraction))
-  # Pixel i of the output has its centre at start + (i + 1/2) * fraction in the input, whose pixel j's is at j + 1/2.
+  # The centre of output pixel i is at start + (i + 1/2) * fraction; the centre of input pixel j is at j + 1/2.
   places = np.meshgrid(*[(np.arange(32) + 0.5) * fraction + start - 0.5 for start in top_left], indexing='ij')
   expected = ndimage.map_coordinates(image.astype(np.float64), places, order=1, mode='nearest')
   np.testing.assert_allclose(out, expected, atol=2e-5)
@@ -27,7 +27,7 @@ def test_crop_is_scipys_interpolation(fraction, top_left):
 
 
 def batch(side=64):
-  """Images that are their own masks: 1000 HU in one disc a row, -1000 around it."""
+  """Returns images and their masks: one disc of 1000 HU per image, -1000 HU around it."""
   rng = np.random.default_rng(0)
   y, x = np.mgrid[:side, :side]
   centres = rng.integers(12, side - 12, (16, 2, 1, 1))
@@ -35,13 +35,13 @@ def batch(side=64):
   return jnp.asarray(mask.astype(np.int16) * 2000 - 1000), jnp.asarray(mask)
 
 
-def test_image_and_mask_stay_together():
+def test_image_and_mask_stay_aligned():
   image, mask = batch()
   options = augment.Augmentation(crop_probability=1.0, flip=True)
   run = jax.jit(lambda key: augment.augment(key, image, mask, options))
   for seed in range(4):
     out, out_mask = run(jax.random.key(seed))
-    # Half-way between -1000 and 1000 is the border, up to the pixels that interpolation blends.
+    # The border lies at 0 HU, except in pixels that interpolation blends.
     agree = (out > 0) == (out_mask > 0)
     assert agree.mean() > 0.97
     assert ((out_mask > 0).any(axis=(1, 2))).all()
@@ -59,7 +59,7 @@ def test_without_lesion_the_crop_shows_tissue():
   assert (out.max(axis=(1, 2)) > -500).all()
 
 
-def test_a_row_does_not_depend_on_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
   image, mask = batch()
   options = augment.Augmentation(0.5, flip=True, hu_shift=30, hu_scale=0.1)
   whole = augment.augment(jax.random.key(1), image, mask, options)
@@ -68,7 +68,7 @@ def test_a_row_does_not_depend_on_its_batch():
   np.testing.assert_array_equal(whole[1][:3], part[1])
 
 
-def test_all_off_changes_nothing():
+def test_disabled_augmentation_changes_nothing():
   image, mask = batch()
   out, out_mask = augment.augment(jax.random.key(0), image, mask, augment.Augmentation())
   np.testing.assert_array_equal(out, image)
@@ -87,8 +87,8 @@ def test_intensity_changes_are_within_their_bounds():
   assert (np.abs(shift / scale) <= 30.01).all() and np.std(shift) > 5
 
 
-def test_grey_is_changed_as_the_window_it_stands_for():
-  """Grey values that are the HU window's, stretched to 0 to 255: the network sees the same, changed before or after."""
+def test_grey_and_hu_are_augmented_alike():
+  """Grey values are the HU window scaled to 0 to 255. Augmentation then gives the same network input for both."""
   hu, mask = batch()
   hu = np.clip(hu, -1000, 300)
   grey = (hu + 1000) * (255 / 1300)

@@ -1,4 +1,4 @@
-"""All folds by one command: each patient tested once, by a model that has not seen it; resumed where it stopped."""
+"""Cross-validation with one command: each patient is tested once, by a model not trained on it; it can be resumed."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ def result_of(workdir):
 
 
 @pytest.mark.slow
-def test_every_patient_is_tested_once_by_a_model_that_has_not_seen_it(made, data_dir):
+def test_every_patient_is_tested_once_by_a_model_not_trained_on_it(made, data_dir):
   with (made / 'test' / 'slices.csv').open(newline='') as file:
     rows = list(csv.DictReader(file))
   assert len(rows) == len({(row['patient'], row['slice']) for row in rows}) == PATIENTS * SLICES
@@ -46,14 +46,14 @@ def test_every_patient_is_tested_once_by_a_model_that_has_not_seen_it(made, data
     assert not tested & (set(dataset.train.patient.tolist()) | set(dataset.validation.patient.tolist()))
   label, score = (np.array([float(row[key]) for row in rows]) for key in ('label', 'score'))
   result = result_of(made)
-  assert result['auc'] == pytest.approx(sk.roc_auc_score(label, score), abs=1e-3)  # scores of few steps round to ties
+  assert result['auc'] == pytest.approx(sk.roc_auc_score(label, score), abs=1e-3)  # rounding makes ties
   assert result['accuracy'] == pytest.approx(sk.accuracy_score(label, score >= 0.5))
   low, high = result['intervals']['accuracy']
   assert low < result['accuracy'] < high
 
 
 @pytest.mark.slow
-def test_single_folds_stand_beside_the_pooled_numbers_with_their_spread(made):
+def test_results_of_single_folds_and_their_spread_are_reported(made):
   result = result_of(made)
   each = [result_of(made / f'fold{k}') for k in range(5)]
   assert [row['accuracy'] for row in result['folds']] == [one['accuracy'] for one in each]
@@ -73,13 +73,13 @@ def test_finished_folds_are_kept_and_another_protocol_is_refused(made, data_dir,
   cross_validation.cross_validate(protocol(), made, data_dir)
   assert not trained
   assert (made / 'test' / 'metrics.json').read_bytes() == before
-  with pytest.raises(UserError, match='holds a run of another config: train.learning_rate'):
+  with pytest.raises(UserError, match='holds a run with another config: train.learning_rate'):
     cross_validation.cross_validate(protocol(**{'train.learning_rate': 0.1}), made, data_dir)
 
 
 @pytest.mark.slow
-def test_it_goes_on_where_it_was_stopped(made, raw_dir, data_dir, tmp_path, monkeypatch):
-  """A fold that was not tested yet, and one that was tested with other options, are done; the others are left alone."""
+def test_resumes_unfinished_folds(made, raw_dir, data_dir, tmp_path, monkeypatch):
+  """One fold is not tested yet, and one was tested with other options. Only these two are evaluated."""
   workdir = tmp_path / 'folds'
   shutil.copytree(made, workdir)
   (workdir / 'fold3' / 'test' / 'metrics.json').unlink()
@@ -98,16 +98,16 @@ def test_it_goes_on_where_it_was_stopped(made, raw_dir, data_dir, tmp_path, monk
 
 @pytest.mark.slow
 def test_a_cohort_that_changed_between_folds_is_refused(made, data_dir, tmp_path):
-  """Two folds that both tested one patient, as after files were added, and none that tested another."""
+  """Two folds tested the same patients and none tested the others, as after files were added."""
   workdir = tmp_path / 'folds'
   shutil.copytree(made, workdir)
   shutil.copy(workdir / 'fold0' / 'test' / results.TABLE, workdir / 'fold1' / 'test' / results.TABLE)
-  with pytest.raises(UserError, match='its folds do not test each patient of .* once: files were added'):
+  with pytest.raises(UserError, match='the folds do not test each patient of .* once, because files were added'):
     cross_validation.cross_validate(protocol(), workdir, data_dir)
 
 
 @pytest.mark.slow
-def test_evaluated_again_and_reported(made, data_dir):
+def test_evaluate_again_and_report(made, data_dir):
   before = result_of(made)
   cross_validation.evaluate_again(protocol(), made, data_dir)
   assert result_of(made) == before
@@ -117,8 +117,8 @@ def test_evaluated_again_and_reported(made, data_dir):
 
 
 @pytest.mark.slow
-def test_it_predicts_the_mean_of_its_folds(made, raw_dir):
-  """As NumPy averages what each fold gives alone; threshold and all else are the folds' means."""
+def test_prediction_is_the_mean_of_the_folds(made, raw_dir):
+  """Compares the prediction with NumPy's mean over the folds. The threshold is the mean of the folds' thresholds."""
   scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   scores = lambda run: run.probabilities(run.prepare([scan]))
   folds, together = (
@@ -133,25 +133,25 @@ def test_it_predicts_the_mean_of_its_folds(made, raw_dir):
 
 
 @pytest.mark.slow
-def test_its_bundle_is_the_mean_and_says_whose_numbers_it_has(made, raw_dir, tmp_path):
+def test_bundle_is_the_mean_of_the_folds_and_its_card_says_so(made, raw_dir, tmp_path):
   export.write_bundle([made], tmp_path / 'bundle')
   scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   bundle, together = predictor.load_predictor(tmp_path / 'bundle'), predictor.load_predictor(made)
-  found, expected = (run.probabilities(run.prepare([scan])) for run in (bundle, together))
-  np.testing.assert_allclose(found, expected, atol=1e-5)
+  exported, expected = (run.probabilities(run.prepare([scan])) for run in (bundle, together))
+  np.testing.assert_allclose(exported, expected, atol=1e-5)
   assert bundle(scan).numbers['step'] == together(scan).numbers['step']
   card, result = (tmp_path / 'bundle' / 'README.md').read_text(), result_of(made)
-  assert f'| 0 to 4, each patient by the one that had not seen it | {result["num_patients"]} |' in card
+  assert f'| 0 to 4, each patient by the network that had not seen it | {result["num_patients"]} |' in card
   assert f'| {result["accuracy"]:.4f} [' in card and 'not of their mean' in card
 
 
-def test_prediction_wants_it_finished(tmp_path):
+def test_prediction_needs_a_finished_cross_validation(tmp_path):
   run_config.save_config(tmp_path, protocol())
-  with pytest.raises(UserError, match=r'is a cross-validation that is not finished; .*, .*fold0'):
+  with pytest.raises(UserError, match=r'is a cross-validation that is not complete; .*, .*fold0'):
     predictor.load_predictor(tmp_path)
 
 
 @pytest.mark.parametrize('fold', ['one', 5, -1, 1.5])
-def test_a_fold_that_is_none_is_refused(data_dir, fold):
-  with pytest.raises(UserError, match=r"data.fold: .*, but the folds of .* are 0 to 4; or 'all' of them in turn"):
+def test_an_invalid_fold_is_refused(data_dir, fold):
+  with pytest.raises(UserError, match=r"data.fold: .* is not a fold of .*; give 0 to 4, or 'all' for cross-validation"):
     datasets.load_dataset(data_dir, fold, SIZE)

@@ -1,4 +1,4 @@
-"""Every test slice once, whatever the batch and the devices; files that say what the contract says."""
+"""Each test slice is evaluated once for any batch size and devices; the written files have the documented contents."""
 
 import csv
 import dataclasses
@@ -49,7 +49,7 @@ def test_slices_csv_has_every_test_slice_once(runs, data_dir, kind):
 
 
 def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
-  """Recomputed from probabilities of one slice at a time, with scikit-learn, next to nothing of ours in between."""
+  """Recomputes the numbers with scikit-learn from the probabilities of one slice at a time."""
   config = tiny()
   task = tasks.create(config)
   _, variables = trained.load_variables(config, task, runs['seg'], meshes.create_mesh())
@@ -70,7 +70,7 @@ def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
 def test_classification_numbers_follow_from_the_table(runs):
   rows, result = read(runs['cls'])
   label, score = (np.array([float(r[key]) for r in rows]) for key in ('label', 'score'))
-  # Ranked by logits: probabilities near 0 and 1 round to the same number.
+  # The ranking uses logits: probabilities near 0 and 1 round to the same number.
   logit = results.read_table(runs['cls'])['logit']
   np.testing.assert_allclose(1 / (1 + np.exp(-logit)), score, atol=1e-6)
   assert result['auc'] == pytest.approx(sk.roc_auc_score(label, logit))
@@ -81,8 +81,8 @@ def test_classification_numbers_follow_from_the_table(runs):
 
 
 @pytest.mark.parametrize(('batch_size', 'data', 'space'), [(7, 1, 1), (7, 4, 2)])
-def test_the_table_does_not_depend_on_batch_or_devices(runs, data_dir, batch_size, data, space):
-  """Batches that do not divide the number of slices, on one device and on eight."""
+def test_table_does_not_depend_on_batch_size_or_devices(runs, data_dir, batch_size, data, space):
+  """The batch size does not divide the number of slices; on one device and on eight."""
   config = tiny(cls)
   task = tasks.create(config)
   mesh = meshes.create_mesh(data, space, jax.devices()[: data * space])
@@ -98,13 +98,13 @@ def test_an_image_that_cannot_be_shared_is_refused(runs, data_dir, monkeypatch):
   three = meshes.create_mesh(1, 3, jax.devices()[:3])
   monkeypatch.setattr(meshes, 'create_mesh', lambda *_: three)
   before = (runs['cls'] / 'test' / 'metrics.json').stat()
-  with pytest.raises(UserError, match=r'data.image_size: 32 does not divide over mesh.space=3; 30 or 33 does'):
+  with pytest.raises(UserError, match=r'data.image_size: 32 must be a multiple of mesh.space=3; give 30 or 33'):
     evaluate.evaluate(tiny(cls), runs['cls'], data_dir)
   assert (runs['cls'] / 'test' / 'metrics.json').stat() == before
 
 
 def test_every_number_has_an_interval_or_none(runs):
-  """Every float of metrics.json, by its name; those of scores once, those of thresholds at both."""
+  """Checks every float of metrics.json by name. Scores have one interval, numbers at a threshold one per threshold."""
   for kind, workdir in runs.items():
     result = read(workdir)[1]
     assert result['intervals'].items() >= statistics.method().items()
@@ -117,7 +117,7 @@ def test_every_number_has_an_interval_or_none(runs):
     ):
       numbers = {name for name, value in block.items() if isinstance(value, float) or value is None} - others
       assert numbers == block['intervals'].keys() - statistics.method().keys()
-    # Two patients, one of whom has next to no lesion, leave most numbers undefined in too many draws; not these.
+    # With two patients, one of them almost without lesion, too many draws leave most numbers undefined; not these.
     assert half['specificity' if kind == 'seg' else 'accuracy'] is not None
     assert set(tasks.type_of(tiny(MODULES[kind]).task).shown) <= result['intervals'].keys()
     assert set(result['intervals']) - set(point['intervals']) - statistics.method().keys() == (
@@ -125,8 +125,8 @@ def test_every_number_has_an_interval_or_none(runs):
     )
 
 
-def test_numbers_at_the_operating_point_are_those_of_its_threshold(runs, data_dir):
-  """Recomputed with scikit-learn from probabilities and the threshold in metrics.json."""
+def test_numbers_at_the_operating_point_use_its_threshold(runs, data_dir):
+  """Recomputes the numbers with scikit-learn from probabilities and the threshold in metrics.json."""
   config, (_, result) = tiny(), read(runs['seg'])
   task = tasks.create(config)
   _, variables = trained.load_variables(config, task, runs['seg'], meshes.create_mesh())
@@ -147,7 +147,7 @@ def test_numbers_at_the_operating_point_are_those_of_its_threshold(runs, data_di
 
 
 class Untouchable:
-  """In the place of a test fold that must not be read yet."""
+  """Replaces a test fold that must not be read yet."""
 
   def __getattr__(self, name):
     raise AssertionError(f'the test fold was looked at ({name})')
@@ -156,8 +156,8 @@ class Untouchable:
     raise AssertionError('the test fold was looked at')
 
 
-def test_the_test_fold_is_not_looked_at_before_the_threshold_is_saved(runs, data_dir, tmp_path, monkeypatch):
-  """Evaluation gets as far as the operating point, and has saved it, with a test fold that nothing can be asked of."""
+def test_the_test_fold_is_not_read_before_the_threshold_is_saved(runs, data_dir, tmp_path, monkeypatch):
+  """With an unreadable test fold, evaluation still chooses and saves the operating point, and then fails."""
   shutil.copytree(runs['seg'] / 'checkpoints', tmp_path / 'checkpoints')
   original = datasets.load_dataset
   hidden = lambda *args: dataclasses.replace(original(*args), test=Untouchable())
@@ -174,8 +174,8 @@ def copy_of(run, folder):
   return folder
 
 
-def test_patients_trained_on_are_not_tested(runs, data_dir, tmp_path):
-  """Files added to a cohort deal its folds anew: what was trained on lands among those to be tested."""
+def test_training_patients_in_the_test_set_are_refused(runs, data_dir, tmp_path):
+  """Added files change the folds of a cohort; patients of the training set can then be in the test set."""
   workdir = copy_of(runs['seg'], tmp_path / 'run')
   split = json.loads((workdir / 'split.json').read_text())
   dataset = datasets.load_dataset(data_dir, 0, SIZE)
@@ -183,16 +183,16 @@ def test_patients_trained_on_are_not_tested(runs, data_dir, tmp_path):
   moved = split | {'train': split['train'] + split['test'][:1], 'test': split['test'][1:]}
   (workdir / 'split.json').write_text(json.dumps(moved))
   with pytest.raises(
-    UserError, match=rf'1 of the patients to be tested were .* on \(as {split["test"][0]}\): files were'
+    UserError, match=rf'validated on 1 of the test patients \(for example {split["test"][0]}\), because files were'
   ):
     evaluate.evaluate(tiny(), workdir, data_dir)
   assert not (workdir / 'test').exists()
-  with pytest.raises(UserError, match='the patients of its folds have changed since it was begun'):
+  with pytest.raises(UserError, match='the run was started with other patients in its folds'):
     train.train(tiny(), workdir, data_dir)
 
 
 def test_on_another_cohort_the_run_keeps_its_own_operating_point(runs, data_dir, tmp_path):
-  """The same slices, taken for those of other patients: neither their validation fold is looked at, nor is it asked."""
+  """The same slices count as another cohort. The saved operating point is used; the validation fold is not read."""
   workdir = copy_of(runs['seg'], tmp_path / 'run')
   split = json.loads((workdir / 'split.json').read_text())
   other = {part: [f'other-{name}' for name in names] for part, names in split.items()}
@@ -214,7 +214,7 @@ def test_a_run_without_split_and_point_is_evaluated_and_resumed(runs, data_dir, 
     (workdir / name).unlink()
   result = evaluate.evaluate(run_config.load_config(workdir), workdir, data_dir)
   assert result['auc'] == read(runs['cls'])[1]['auc']
-  train.train(tiny(cls), workdir, data_dir)  # finished, and not refused
+  train.train(tiny(cls), workdir, data_dir)  # finished: does nothing, and is not refused
 
 
 def test_logits_that_are_not_finite_are_an_error(runs, data_dir):
@@ -236,11 +236,11 @@ def test_a_target_sensitivity_is_met_on_the_validation_fold(runs, data_dir, tmp_
   assert result['operating_point']['chosen_by'] == 'sensitivity of at least 0.9 on the validation fold'
   assert result['operating_point']['temperature'] == point.temperature != 1
   before = read(runs['cls'])[1]
-  assert result['auc'] == before['auc'] and result['tp'] == before['tp']  # no ranking changes, nor what 0.5 calls
+  assert result['auc'] == before['auc'] and result['tp'] == before['tp']  # both ignore temperature
 
 
-def test_volumes_are_those_of_prediction(runs, raw_dir, tmp_path):
-  """The masks that --mode=predict writes for the test patients, against the released ones, by scikit-learn."""
+def test_volumes_equal_those_of_prediction(runs, raw_dir, tmp_path):
+  """Scores the masks of --mode=predict for the test patients against the released masks with scikit-learn."""
   with (runs['seg'] / 'test' / 'volumes.csv').open(newline='') as file:
     rows = list(csv.DictReader(file))
   patients = sorted({row['patient'] for row in read(runs['seg'])[0]})
@@ -259,11 +259,11 @@ def test_volumes_are_those_of_prediction(runs, raw_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_flips_lungs_and_the_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
-  """Scores are the mean of both flips; masks are their own runs' masks, cut to the lungs, without what is too small."""
+def test_flips_lungs_and_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
+  """Scores are the mean over both flips. Masks are cut to the lungs, and lesions that are too small are removed."""
   shutil.copytree(runs['seg'], tmp_path / 'run')
-  asked = {f'evaluate.{key}': True for key in ('flips', 'lungs', 'fit_smallest')}
-  config, scans = tiny(**asked), prepare.scans(raw_dir)
+  overrides = {f'evaluate.{key}': True for key in ('flips', 'lungs', 'fit_smallest')}
+  config, scans = tiny(**overrides), prepare.scans(raw_dir)
   result = evaluate.evaluate(config, tmp_path / 'run', data_dir, scans)
   point = operating_point.load_point(tmp_path / 'run')
   assert point.flips and point.lungs and len(point.validation['dice_of_volumes']) == len(operating_point.SMALLEST_ML)
@@ -278,7 +278,7 @@ def test_flips_lungs_and_the_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
   np.testing.assert_allclose(scores, np.mean(both, axis=0).max(axis=(1, 2)), atol=2e-5)
   assert np.abs(scores - both[0].max(axis=(1, 2))).max() > 1e-4
 
-  # A threshold under which much is marked, so that there is something to take away.
+  # At this low threshold much is marked, so that the next steps have something to remove.
   whole = predictor.load_predictor(tmp_path / 'run', threshold=float(np.median(both[0])), lungs=False, smallest_ml=0)
   (name,) = list(scans)[:1]
   scan, _ = scans[name]()
@@ -291,15 +291,22 @@ def test_flips_lungs_and_the_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
   np.testing.assert_array_equal(whole(scan).mask, kept)
 
 
-def test_the_smallest_lesion_wants_scans(runs, data_dir):
+def test_fit_smallest_needs_scans(runs, data_dir):
   evaluate.check_scans(tiny(), None)
   for scans in (None, {}):
-    with pytest.raises(UserError, match=r'evaluate.fit_smallest: needs the scans and masks as released'):
+    with pytest.raises(UserError, match=r'evaluate.fit_smallest: needs the released scans and masks'):
       evaluate.check_scans(tiny(**{'evaluate.fit_smallest': True}), scans)
 
 
 def test_pictures(runs):
-  charts = {'confusion_matrix.png', 'roc.png', 'precision_recall.png', 'calibration.png', 'patients.png'}
+  charts = {
+    'confusion_matrix.png',
+    'roc.png',
+    'precision_recall.png',
+    'calibration.png',
+    'patients.png',
+    'overview.png',
+  }
   for workdir in runs.values():
     names = {path.name for path in (workdir / 'test' / 'figures').iterdir()}
     assert charts <= names
@@ -307,12 +314,12 @@ def test_pictures(runs):
     assert len(overlays) == 2
     for name in overlays:
       picture = Image.open(workdir / 'test' / 'figures' / name)
-      # Each pixel of the slice is a square of 12 x 12: two of them beside each other, and room for the text.
+      # Two images side by side, with 12 x 12 pixels per pixel of the slice, and space for the text.
       assert picture.size == (2 * 384 + 8, 384 + 74)
 
 
-def test_overlay_has_the_colours_of_the_paper_and_the_slices_own_pixels(tmp_path):
-  """Fig. 4: blue where lesion was found, green where it was found wrongly, red where it was missed."""
+def test_overlay_has_the_colours_of_the_paper_and_the_pixels_of_the_slice(tmp_path):
+  """Colours of Fig. 4: blue for true positives, green for false positives, red for false negatives."""
   rng = np.random.default_rng(0)
   hu = rng.integers(-1000, 300, (48, 48)).astype(np.int16)
   mask, predicted = np.zeros((2, 48, 48), bool)
@@ -351,10 +358,17 @@ def test_telling_slices_take_the_worst_and_the_best_patients_in_turn():
   }
   assert figures.telling_slices(table, 9) == [4, 2, 3, 0]
   assert figures.telling_slices(table, 2) == [4, 2]
+  # 'well' has no lesion, so no Dice measures it.
+  title = '{} of 3 patients with lesion, Dice {}'.format
+  assert figures.typical_slices(table) == {
+    title('best', '0.97'): 2,
+    title('median', '0.67'): 3,
+    title('worst', '0.20'): 4,
+  }
 
 
-def test_nothing_of_an_earlier_evaluation_stays(runs, data_dir, tmp_path):
-  """Pictures and volumes of other slices and scans, beside new numbers, would be taken for theirs."""
+def test_files_of_an_earlier_evaluation_are_removed(runs, data_dir, tmp_path):
+  """Old pictures and volumes beside new numbers would be misleading."""
   shutil.copytree(runs['cls'] / 'checkpoints', tmp_path / 'checkpoints')
   old = [
     tmp_path / 'test' / name for name in ('figures/other_003.png', 'volumes.csv', 'report.html', 'against-a-b.json')
@@ -377,7 +391,7 @@ def test_a_missing_or_damaged_table_is_one_line(runs, tmp_path):
   np.savez(other, patient=np.array(['a']))
   for content in (b'', whole[:200], whole[: len(whole) // 2], b'no archive', other.getvalue()):
     (tmp_path / 'test' / results.TABLE).write_bytes(content)
-    with pytest.raises(UserError, match=r'table.npz: damaged, or of another version .* make it again'):
+    with pytest.raises(UserError, match=r'table.npz: damaged, or from another version .* write it again'):
       results.read_table(tmp_path)
   with pytest.raises(UserError, match=r'metrics.json: damaged \(.*\); evaluate the run with --mode=evaluate'):
     results.read_numbers(tmp_path)

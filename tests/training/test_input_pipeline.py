@@ -1,3 +1,5 @@
+"""Batches: which slices they hold, for which seed, step and devices; and how the folds are split."""
+
 import contextlib
 
 import grain
@@ -45,7 +47,7 @@ def test_folds_share_no_patient_and_cover_all(data_dir):
   assert sorted(tested) == sorted(set(tested)) and len(tested) == PATIENTS
 
 
-def test_a_batch_holds_what_the_files_hold(dataset, mesh, raw_dir):
+def test_a_batch_equals_the_files(dataset, mesh, raw_dir):
   (batch,) = batches(dataset, mesh, last_step=1)
   assert {key: (value.dtype, value.shape) for key, value in batch.items()} == {
     'image': (np.int16, (8, SIZE, SIZE)),
@@ -62,7 +64,7 @@ def test_a_batch_holds_what_the_files_hold(dataset, mesh, raw_dir):
     assert batch['label'][row] == mask[number].any() == dataset.train.label[index]
 
 
-def test_the_batch_of_a_step_depends_on_seed_and_step_alone(dataset, mesh):
+def test_a_batch_depends_only_on_seed_and_step(dataset, mesh):
   whole = indices(batches(dataset, mesh))
   np.testing.assert_array_equal(whole[7:], indices(batches(dataset, mesh, first_step=7)))
   one_device = meshes.create_mesh(1, 1, devices=jax.devices()[:1])
@@ -70,19 +72,19 @@ def test_the_batch_of_a_step_depends_on_seed_and_step_alone(dataset, mesh):
   assert (whole != indices(batches(dataset, mesh, seed=1))).any()
 
 
-def test_positives_and_negatives_are_drawn_one_to_one_and_all_are_seen(dataset, mesh):
+def test_positives_and_negatives_are_drawn_one_to_one_and_all_are_used(dataset, mesh):
   drawn = indices(batches(dataset, mesh, last_step=60)).ravel()
   label = dataset.train.label
   assert label[drawn].mean() == 0.5
   assert set(drawn) == set(range(len(label)))
-  for kind in (label, ~label):
-    mine = drawn[kind[drawn]]
-    epochs = mine[: len(mine) // kind.sum() * kind.sum()].reshape(-1, kind.sum())
-    assert all(len(set(epoch)) == kind.sum() for epoch in epochs)  # without replacement
-    assert (epochs[0] != epochs[1]).any()  # in a new order each time round
+  for members in (label, ~label):
+    own = drawn[members[drawn]]
+    epochs = own[: len(own) // members.sum() * members.sum()].reshape(-1, members.sum())
+    assert all(len(set(epoch)) == members.sum() for epoch in epochs)  # without replacement
+    assert (epochs[0] != epochs[1]).any()  # in a new order each epoch
 
 
-def test_unbalanced_goes_through_all_slices(dataset, mesh):
+def test_unbalanced_sampling_uses_all_slices(dataset, mesh):
   drawn = indices(batches(dataset, mesh, last_step=len(dataset.train) // 8, balanced=False)).ravel()
   np.testing.assert_array_equal(np.sort(drawn), np.arange(len(dataset.train)))
 
@@ -117,7 +119,7 @@ def test_a_host_reads_only_its_rows(dataset, monkeypatch):
   assert sorted(reads) == sorted(mine.ravel())
 
 
-def test_two_patients_leave_no_validation(tmp_path, raw_dir):
+def test_two_patients_give_no_validation_fold(tmp_path, raw_dir):
   import shutil
 
   from data import prepare
@@ -133,21 +135,21 @@ def test_two_patients_leave_no_validation(tmp_path, raw_dir):
 @pytest.mark.parametrize(
   ('options', 'reason'),
   [
-    ({'fold': 5}, 'data.fold: 5, but the folds of .* are 0 to 4'),
+    ({'fold': 5}, 'data.fold: 5 is not a fold of .*; give 0 to 4'),
     ({'fold': -1}, 'data.fold: -1'),
     ({'image_size': 64}, 'data.image_size: 64, but .* was prepared at 32'),
-    ({'data_dir': 'nowhere'}, 'data.dir: nowhere is no folder'),
+    ({'data_dir': 'nowhere'}, 'data.dir: nowhere is not a folder'),
     ({'data_dir': 'empty'}, 'data.dir: no prepared dataset in'),
   ],
 )
-def test_what_does_not_fit_is_refused(data_dir, tmp_path, options, reason):
+def test_invalid_data_options_are_refused(data_dir, tmp_path, options, reason):
   if options.get('data_dir') == 'empty':
     options = options | {'data_dir': tmp_path}
   with pytest.raises(UserError, match=reason):
     datasets.load_dataset(**{'data_dir': data_dir, 'fold': 0, 'image_size': SIZE} | options)
 
 
-def test_balance_needs_both_kinds():
-  with pytest.raises(UserError, match='no training slice with a lesion'):
+def test_balanced_sampling_needs_positives_and_negatives():
+  with pytest.raises(UserError, match='data.balanced: the training slices include none with lesion'):
     input_pipeline.sampled_indices(np.zeros(5, bool), 0, True)
   assert isinstance(input_pipeline.sampled_indices(np.zeros(5, bool), 0, False), grain.MapDataset)

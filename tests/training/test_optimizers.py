@@ -1,4 +1,4 @@
-"""Schedules against their formulas, and optimizers against PyTorch's."""
+"""Schedules compared with their formulas, and optimizers with PyTorch's."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_each_schedule_equals_its_formula(name):
   np.testing.assert_allclose(rates, [FORMULAS[name](step) for step in range(STEPS)], rtol=1e-5, atol=1e-8)
 
 
-def test_a_short_trial_of_a_long_config_warms_up_for_half_of_it():
+def test_warm_up_takes_at_most_half_of_the_steps():
   _, rate = optimizers.make_optimizer(tiny(**{'train.steps': 20, 'train.warmup_steps': 500}))
   rates = [float(rate(step)) for step in range(21)]
   assert np.argmax(rates) == 10
@@ -46,7 +46,7 @@ def test_a_short_trial_of_a_long_config_warms_up_for_half_of_it():
 
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 def test_each_optimizer_equals_pytorchs(name):
-  """Twelve steps on a kernel, which is decayed, and a bias, which is not, under a falling learning rate."""
+  """Twelve steps with a falling learning rate on a kernel (with weight decay) and a bias (without)."""
   torch = pytest.importorskip('torch')
   rng = np.random.default_rng(0)
   start = {'kernel': rng.normal(size=(3, 4)), 'bias': rng.normal(size=4)}
@@ -82,5 +82,5 @@ def test_each_optimizer_equals_pytorchs(name):
   ('key', 'names'), [('optimizer', 'adamw, sgd'), ('schedule', 'warmup_cosine, polynomial, constant')]
 )
 def test_unknown_names_are_refused_with_the_list(key, names):
-  with pytest.raises(UserError, match=rf"^train\.{key}: there is no 'x'; one of {names}$"):
+  with pytest.raises(UserError, match=rf"^train\.{key}: 'x' is unknown; give one of {names}$"):
     optimizers.make_optimizer(config_with(**{key: 'x'}))

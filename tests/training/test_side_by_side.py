@@ -1,4 +1,4 @@
-"""Two runs side by side: the colours of each are the counts that its evaluation wrote down."""
+"""Two runs side by side: the coloured pixels equal the counts that each evaluation saved."""
 
 import shutil
 
@@ -13,8 +13,8 @@ from fusa_jax.training import evaluate, side_by_side
 COLOURS = {'tp': (0.1, 0.35, 1.0), 'fp': (0.1, 0.8, 0.2), 'fn': (0.95, 0.1, 0.1)}
 
 
-def test_each_panel_has_the_pixels_that_were_counted(runs, data_dir, tmp_path):
-  """The same run at two thresholds, each evaluated: what is counted then is what is coloured here."""
+def test_coloured_pixels_equal_the_saved_counts(runs, data_dir, tmp_path):
+  """One run is evaluated at two thresholds; the coloured pixels must equal the counts of each evaluation."""
   tables, workdirs = [], [runs['seg'], tmp_path / 'other']
   shutil.copytree(runs['seg'], workdirs[1])
   point = operating_point.load_point(workdirs[1])
@@ -39,7 +39,7 @@ def test_each_panel_has_the_pixels_that_were_counted(runs, data_dir, tmp_path):
         assert coloured.sum() == table[f'{key}_chosen'][row], (path.name, key)
 
 
-def test_slices_are_those_on_which_errors_differ_most():
+def test_slices_with_the_largest_differences_are_chosen():
   one = {'patient': np.array(['a', 'a', 'b', 'c']), 'slice': np.array([0, 1, 0, 3])}
   zeros = np.zeros(4, int)
   first = one | {'fp_chosen': np.array([1, 9, 3, 0]), 'fn_chosen': zeros}
@@ -49,6 +49,6 @@ def test_slices_are_those_on_which_errors_differ_most():
 
 
 def test_runs_without_masks_are_refused(runs, data_dir, tmp_path):
-  with pytest.raises(UserError, match='overlays: these runs give no masks; leave it out'):
+  with pytest.raises(UserError, match='overlays: applies to masks only, and these runs give none; leave it out'):
     side_by_side.draw(runs['cls'], runs['cls'], data_dir, tmp_path / 'pictures', 2)
   assert not (tmp_path / 'pictures').exists()

@@ -1,4 +1,4 @@
-"""The loop: the same run on any devices, resumed or not; what stops it."""
+"""The training loop: the same result on any devices, with and without resuming; and errors that stop it."""
 
 import json
 import pathlib
@@ -30,7 +30,7 @@ class Stop(Exception):
 
 
 def stop_at(monkeypatch, step):
-  """Makes the loop fail when it asks for the batch after `step`, as a crash there would."""
+  """Makes the loop fail at the batch after `step`, as a crash would."""
   original = input_pipeline.train_batches
 
   class Batches:
@@ -50,7 +50,7 @@ def stop_at(monkeypatch, step):
 
 
 def test_a_stopped_run_resumes_bit_exactly(runs, data_dir, tmp_path, monkeypatch):
-  """Stopped after step 3, of which step 2 was saved; `runs` holds the one that was never stopped."""
+  """The run stops after step 3; its last checkpoint is of step 2. `runs` holds the uninterrupted run."""
   config = tiny()
   with monkeypatch.context() as patch:
     stop_at(patch, 3)
@@ -62,19 +62,19 @@ def test_a_stopped_run_resumes_bit_exactly(runs, data_dir, tmp_path, monkeypatch
   assert step == again == 4
   assert jax.tree.structure(whole) == jax.tree.structure(resumed)
   jax.tree.map(np.testing.assert_array_equal, whole, resumed)
-  # The log, too, is that of one run: each step once, the same losses.
+  # The log also equals that of an uninterrupted run: each step once, with the same losses.
   losses = [[(e['step'], e['train/loss']) for e in log_of(w) if 'train/loss' in e] for w in (runs['seg'], tmp_path)]
   assert losses[0] == losses[1]
   assert [step for step, _ in losses[0]] == [1, 2, 3, 4]
 
 
-def test_a_finished_run_is_left_alone(runs, data_dir):
+def test_a_finished_run_is_not_changed(runs, data_dir):
   before = (runs['seg'] / 'log.jsonl').read_bytes()
   train.train(tiny(), runs['seg'], data_dir)
   assert (runs['seg'] / 'log.jsonl').read_bytes() == before
 
 
-def test_workdir_has_what_was_agreed(runs):
+def test_workdir_has_the_documented_files(runs):
   for workdir in runs.values():
     names = {path.name for path in workdir.iterdir()}
     assert names == {
@@ -104,17 +104,20 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
   harmless = tiny(**{'train.log_every': 2, 'data.raw_dir': 'elsewhere'})
   run_config.save_config(runs['seg'], harmless)
   run_config.save_config(runs['seg'], tiny())
-  # No phantom is drawn where data are named; where none are, others would be trained on.
+  # With named data no phantom is drawn, so its options may change. Without data, other phantoms would be used.
   other = {'data.phantom.patients': 7}
   run_config.save_config(runs['seg'], tiny(**other, **{'data.dir': 'elsewhere'}))
   run_config.save_config(runs['seg'], tiny())
   with pytest.raises(UserError, match=r'data.phantom.patients \(100 -> 7\)'):
     run_config.save_config(runs['seg'], tiny(**other))
   changed = tiny(**{'train.learning_rate': 0.5, 'seed': 3})
-  with pytest.raises(UserError, match=r'seed \(0 -> 3\), train.learning_rate \(0.003 -> 0.5\); name another --workdir'):
+  with pytest.raises(
+    UserError,
+    match=r'seed \(0 -> 3\), train.learning_rate \(0.003 -> 0.5\); undo these changes, or name another --workdir',
+  ):
     train.train(changed, runs['seg'], data_dir)
   with pytest.raises(
-    UserError, match=r'a run of 4 steps, over which .*: it cannot be made longer or shorter; name anoth'
+    UserError, match=r'a run of 4 steps: train.steps cannot change, because the .*; name another --workdir'
   ):
     train.train(tiny(**{'train.steps': 8}), runs['seg'], data_dir)
 
@@ -122,22 +125,22 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
 @pytest.mark.parametrize(
   ('overrides', 'reason'),
   [
-    ({'train.batch_size': 6}, 'train.batch_size: 6 does not divide'),
-    ({'train.warmup_steps': -1}, 'train: 4 steps, of which -1 to warm up; train.steps is at least 1'),
-    ({'train.steps': 0}, 'train: 0 steps'),
-    ({'model.name': 'resnet18'}, 'resnet18 is not for segmentation; one of deeplabv3'),
-    ({'model.name': 'unet'}, "there is no 'unet'"),
-    ({'task': 'detection'}, "there is no 'detection'"),
-    ({'train.loss': 'x'}, "train.loss: there is no 'x'; one of cross_entropy, cross_entropy_dice, dice, focal"),
-    ({'train.optimizer': 'x'}, "train.optimizer: there is no 'x'; one of adamw, sgd"),
-    ({'train.schedule': 'x'}, "train.schedule: there is no 'x'; one of warmup_cosine, polynomial, constant"),
-    ({'data.window': (100.0, 100.0)}, 'data.window: 100.0 is not below 100.0'),
-    ({'mesh.data': 3}, 'is not the 8 devices'),
-    ({'data.image_size': 40, 'model.multiples': None}, 'multiples of 16: 40 is not, 48 is'),
-    ({'model.multiples': ()}, r'model.multiples: \(\) is no list of whole numbers from 1 on; give'),
-    ({'model.multiples': (1, 0)}, r'model.multiples: \(1, 0\) is no list'),
-    ({'model.multiples': (1.5, 2)}, r'model.multiples: \(1.5, 2\) is no list'),
-    ({'model.stage_sizes': (1,)}, r'fusa_resunet cannot take .*stage_sizes'),
+    ({'train.batch_size': 6}, 'train.batch_size: 6 must be a multiple of mesh.data=8; give 8'),
+    ({'train.warmup_steps': -1}, 'train.warmup_steps: -1 must be at least 0'),
+    ({'train.steps': 0}, 'train.steps: 0 must be at least 1'),
+    ({'model.name': 'resnet18'}, 'resnet18 is not for segmentation; give one of deeplabv3'),
+    ({'model.name': 'unet'}, "'unet' is unknown"),
+    ({'task': 'detection'}, "'detection' is unknown"),
+    ({'train.loss': 'x'}, "train.loss: 'x' is unknown; give one of cross_entropy, cross_entropy_dice, dice, focal"),
+    ({'train.optimizer': 'x'}, "train.optimizer: 'x' is unknown; give one of adamw, sgd"),
+    ({'train.schedule': 'x'}, "train.schedule: 'x' is unknown; give one of warmup_cosine, polynomial, constant"),
+    ({'data.window': (100.0, 100.0)}, 'data.window: 100.0 must be below 100.0'),
+    ({'mesh.data': 3}, 'does not match the 8 devices'),
+    ({'data.image_size': 40, 'model.multiples': None}, '40 must be a multiple of 16 for ResUNet; give 48'),
+    ({'model.multiples': ()}, r'model.multiples: \(\) must be a list of whole numbers above 0; give'),
+    ({'model.multiples': (1, 0)}, r'model.multiples: \(1, 0\) must be a list'),
+    ({'model.multiples': (1.5, 2)}, r'model.multiples: \(1.5, 2\) must be a list'),
+    ({'model.stage_sizes': (1,)}, r'fusa_resunet does not accept .*stage_sizes'),
   ],
 )
 def test_bad_configs_are_refused_before_anything_is_written(raw_dir, data_dir, tmp_path, overrides, reason):
@@ -156,7 +159,7 @@ def losses_on_one_device(data_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize(('data', 'space'), [(8, 1), (4, 2)])
 def test_loss_curve_does_not_depend_on_the_devices(data_dir, losses_on_one_device, data, space):
-  """20 steps, within 1e-4 of those on one device (float32 sums in another order)."""
+  """The losses of 20 steps agree with one device within 1e-4; float32 sums have another order."""
   curve = losses(tiny(**{'train.steps': 20}), meshes.create_mesh(data, space), data_dir)
   assert np.ptp(curve) > 0.05
   np.testing.assert_allclose(curve, losses_on_one_device, rtol=1e-4)
@@ -164,7 +167,7 @@ def test_loss_curve_does_not_depend_on_the_devices(data_dir, losses_on_one_devic
 
 @pytest.mark.slow
 def test_dense_kernels_of_fusa_are_not_summed_over_the_devices():
-  """FUSA-ResNet-18's last stage has 512 channels; all other gradients are summed, as the count of the others shows."""
+  """The last stage of FUSA-ResNet-18 has 512 channels. The byte count shows that all other gradients are summed."""
   config = tiny(cls, **{'model.width': 64, 'model.stage_sizes': None})
   mesh, task = meshes.create_mesh(8, 1), tasks.create(config)
   optimizer, _ = optimizers.make_optimizer(config)
@@ -175,13 +178,13 @@ def test_dense_kernels_of_fusa_are_not_summed_over_the_devices():
   kept = sum(p.size for name, p in leaves.items() if '/attention/' in name and p.ndim > 1 and p.shape[-1] == 512)
   total = sum(p.size for p in leaves.values())
   assert kept == 2 * 4 * 512**2
-  # Half of each fusion's kernel has one gradient for each column; on CPUs the gradient of a strided convolution's is
-  # summed before what its stride leaves over is cut off. With the dense kernels it would be 1.2.
+  # The ratio is not exactly 1. Half of each fusion kernel has the same gradient in every row and is sent once. On CPUs
+  # the gradient of a strided kernel is summed before its unused part is cut off. With dense kernels it would be 1.2.
   assert 0.95 < sent / (4 * (total - kept)) < 1.1
 
 
 def losses(config, mesh, data_dir):
-  """The loop's own parts, on a mesh of some of the devices."""
+  """Runs the parts of the loop on the given mesh and returns the losses."""
   task = tasks.create(config)
   optimizer, _ = optimizers.make_optimizer(config)
   step = train.compile_step(task, optimizer, config, mesh, train.state_shapes(task, optimizer, config, mesh))
@@ -195,8 +198,8 @@ def losses(config, mesh, data_dir):
   return np.array(out)
 
 
-def test_a_step_is_what_optax_and_the_loss_say():
-  """One update, written out by hand from public pieces."""
+def test_a_step_equals_loss_and_optimizer_by_hand():
+  """Compares one update with the same update written with optax and NumPy."""
   config = tiny(
     cls, **{'augment.flip': False, 'augment.hu_shift': 0.0, 'augment.hu_scale': 0.0, 'train.warmup_steps': 0}
   )
@@ -216,18 +219,18 @@ def test_a_step_is_what_optax_and_the_loss_say():
   inputs = (np.clip(np.asarray(batch['image'], np.float32), -1000, 300) + 350)[..., None] / 650
 
   def loss_of(params):
-    logits, changed = task.model.apply(
+    logits, updates = task.model.apply(
       {**state.variables, 'params': params}, jnp.asarray(inputs), train=True, mutable=['batch_stats']
     )
     label = batch['label']
-    return jnp.mean(jnp.logaddexp(0, logits[:, 0]) - label * logits[:, 0]), changed['batch_stats']
+    return jnp.mean(jnp.logaddexp(0, logits[:, 0]) - label * logits[:, 0]), updates['batch_stats']
 
   (loss, batch_stats), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(state.variables['params'])
   np.testing.assert_allclose(scalars['loss'], loss, rtol=1e-5)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), new.variables['batch_stats'], batch_stats
   )
-  # Adam's first step is the sign of the gradient, wherever that is well above epsilon; kernels decay.
+  # Adam's first step is the sign of the gradient where it is well above epsilon; kernels also decay.
   rate = float(schedule(0))
   for (path, before), after, g in zip(
     jax.tree.leaves_with_path(state.variables['params']),

@@ -1,15 +1,16 @@
 """Chest CT phantoms with COVID-like lesions: the cohort of the demo and of the tests.
 
-A patient is drawn in millimetres, so that every matrix size shows the same anatomy; only the
-noise belongs to the matrix. Vessels, fissures, atelectasis and partial volume share the HU of the
-lesions, so that no threshold finds them: shape, place and texture do. Around the lungs is what
-real scans show: tables, cushions, blankets and arms; necks, and bellies with gas in the bowel;
-patients turned, off the centre, on their front, or wider than the field of view. A model that has
-not seen these marks them.
+A patient is drawn in millimetres. Every matrix size therefore shows the same anatomy; only the
+noise depends on the matrix. Vessels, fissures, atelectasis and partial volume have the same HU as
+lesions. A threshold therefore cannot separate the lesions; shape, place and texture can.
 
-Coordinates are (z, y, x) in mm: inferior to superior from the costophrenic angles, anterior to
-posterior, and the patient's right to left. The scanner's are (z, v, u): the patient is turned on
-them. Distances are positive inside a shape.
+The surroundings of the lungs are drawn as in real scans: tables, cushions, blankets, arms, necks,
+and bellies with gas in the bowel. Some patients are rotated, off the centre, prone, or wider than
+the field of view. A model that was not trained on these surroundings marks them as lesions.
+
+The patient's coordinates are (z, y, x) in mm: inferior to superior from the costophrenic angles,
+anterior to posterior, and the patient's right to left. The scanner's coordinates are (z, v, u);
+the patient may be rotated in them. Distances are positive inside a shape.
 """
 
 import gzip
@@ -28,12 +29,12 @@ from data.cohorts.phantom.shapes import STEP, Atlas, fill, paint
 from data.cohorts.phantom.surroundings import cloth, couch
 from data.workers import pool, silent
 
-VERSION = 2  # of the drawing: another one for the same patient has another number
-SLAB = 8  # slices rendered at once, for a small memory
+VERSION = 2  # of the drawing; increase it when a change alters the scan of any patient
+SLAB = 8  # slices rendered at once, to save memory
 
 
 def spacing(seed: int, number: int, *, size: int, slices: int) -> tuple[float, float, float]:
-  """The size of a voxel of `patient(...)` in mm: slice thickness, row height, column width."""
+  """Returns the voxel size of `patient(...)` in mm: slice thickness, row height, column width."""
   built = _build(seed, number)
   return (built.top - built.bottom) / slices, built.fov / size, built.fov / size
 
@@ -43,22 +44,22 @@ def _build(seed, number):
 
 
 def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """A patient of the cohort, the same for the same arguments.
+  """Draws a patient of the cohort. Equal arguments give equal arrays.
 
   Args:
-    seed: of the cohort, 0 or more.
-    number: of the patient, 1 or more. Every fifth one has no lesion.
-    size: rows and columns of a slice. The field of view is 270 to 490 mm, the patient's own at any size.
-    slices: of the scan. They cover 280 to 560 mm of the body, the patient's own, however many there are.
+    seed: seed of the cohort, 0 or more.
+    number: number of the patient, 1 or more. Every fifth patient has no lesion.
+    size: rows and columns of a slice. The field of view is 270 to 490 mm; it depends on the patient, not on `size`.
+    slices: number of slices. They cover 280 to 560 mm of the body; the length depends on the patient, not on `slices`.
 
   Returns:
     hu: int16 [slices, size, size], inferior to superior, anterior to posterior, and from the
-      patient's right to left. What is outside a round field of view is -1024 or -2048, as on scanners.
-    mask: uint8 of the same shape, 1 where there is lesion (with the vessels that cross it).
-    lungs: uint8 of the same shape, 1 in the lungs, lesions included.
+      patient's right to left. Voxels outside a round field of view are -1024 or -2048, as on scanners.
+    mask: uint8 of the same shape, 1 in lesions (including the vessels that cross them).
+    lungs: uint8 of the same shape, 1 in the lungs, including lesions.
 
   Raises:
-    ValueError: an argument is out of its range; the smallest scan is 16 slices of 32 x 32.
+    ValueError: an argument is out of range; the smallest scan is 16 slices of 32 x 32.
   """
   if seed < 0 or number < 1 or size < 32 or slices < 16:
     raise ValueError(
@@ -71,7 +72,7 @@ def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarr
   atlas = Atlas(built.bottom, built.top, built.fov / 2 + max(map(abs, built.off)) + 8, built.angle)
   fields, carina = anatomy(rng, built, atlas)
   region = fields['lungs']
-  # Where the edge of the lung is oblique to the slice, as on the dome, the slice blurs it.
+  # A slice blurs the edge of the lung where the edge is oblique to it, as on the dome.
   slope = np.abs(np.gradient(region, STEP[0], axis=0))
   fields['lungs'] = region / (pixel + slope * thickness)
   count = 1 + rng.binomial(5, 0.65) if number % 5 else 0
@@ -120,7 +121,7 @@ def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarr
     lungs[slab] = at['lungs'] > 0
     mask[slab] = (at['lesion'] > 0) & (at['lungs'] > 0)
 
-    # The heart beats during the rotation; then the focal spot, and the noise of the scanner.
+    # Motion blur of the beating heart, then the blur of the focal spot, then the noise of the scanner.
     beat = motion * np.exp(-((at['heart'] / 9) ** 2))
     if beat.max() > 0.01:
       paint(hu, beat, ndimage.gaussian_filter(hu, (0, 2.5 / pixel, 2.5 / pixel), truncate=2))
@@ -135,20 +136,21 @@ def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarr
   return scan, mask, lungs
 
 
-def _write_patient(job):
-  raw_dir, seed, number, size, slices = job
+def write_patient(raw_dir: pathlib.Path, number: int, seed: int, size: int, slices: int) -> pathlib.Path:
+  """Writes the scan and the mask of one patient, as `write_phantoms` does, and returns the path of the scan."""
   hu, mask, _ = patient(seed, number, size=size, slices=slices)
   thickness, height, width = spacing(seed, number, size=size, slices=slices)
-  affine = np.diag([-width, -height, thickness, 1])  # NIfTI's world is R, A, S
+  affine = np.diag([-width, -height, thickness, 1])  # world axes of NIfTI are R, A, S
   affine[:3, 3] = np.array([width, height, 0]) * (size - 1) / 2
   for kind, array in (('ct', hu), ('seg', mask)):
     image = nib.Nifti1Image(array.transpose(2, 1, 0), affine)
-    if number % 4 == 0:  # so that readers meet another orientation every time
+    if number % 4 == 0:  # stored in another orientation, to exercise the readers
       image = image.as_reoriented([[0, -1], [1, -1], [2, 1]])
     image.set_qform(image.affine, code=1)
     image.set_sform(None, code=0)
     path = raw_dir / f'volume-phantom-A-{number:04d}_{kind}.nii.gz'
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+  return raw_dir / f'volume-phantom-A-{number:04d}_ct.nii.gz'
 
 
 def write_phantoms(
@@ -162,23 +164,26 @@ def write_phantoms(
 ) -> None:
   """Writes a cohort in the layout of the COVID-19-20 challenge.
 
-  Each patient n from 1 is `volume-phantom-A-NNNN_ct.nii.gz` (int16 HU) beside `..._seg.nii.gz`
-  (uint8, 0 or 1), a function of (seed, n, size, slices) alone. Arrays are stored in L, P, S
-  order, every fourth patient's in R, A, S; the affine is in the qform, as in the challenge.
+  Each patient n, counted from 1, has two files: `volume-phantom-A-NNNN_ct.nii.gz` (int16 HU) and
+  `..._seg.nii.gz` (uint8, 0 or 1). They depend on (seed, n, size, slices) only. Arrays are stored in
+  L, P, S order, those of every fourth patient in R, A, S. The affine is in the qform, as in the challenge.
 
   Args:
-    raw_dir: folder, made if it does not exist; files of the same names are replaced.
-    patients, size, slices, seed: as in `patient`; the cohort is patients 1 to `patients`.
-    progress: wraps an iterable of one item a patient, as tqdm does.
+    raw_dir: output folder. It is created if it does not exist; files of the same names are replaced.
+    patients: number of patients; they are numbered 1 to `patients`.
+    size, slices, seed: as in `patient`.
+    progress: wraps an iterable that yields one item per patient, as tqdm does.
 
   Raises:
-    ValueError: an argument is out of its range (see `patient`).
+    ValueError: an argument is out of range (see `patient`).
   """
   if patients < 1:
     raise ValueError(f'no cohort of {patients=}: needs 1 or more')
   raw_dir = pathlib.Path(raw_dir)
   raw_dir.mkdir(parents=True, exist_ok=True)
-  jobs = [(raw_dir, seed, number, size, slices) for number in range(1, patients + 1)]
+  numbers = range(1, patients + 1)
+  jobs = [[value] * patients for value in (seed, size, slices)]
   with pool(patients) as run:
-    for _ in progress(run(_write_patient, jobs), total=patients, desc='Drawing phantoms', unit='patient'):
+    written = run(write_patient, [raw_dir] * patients, numbers, *jobs)
+    for _ in progress(written, total=patients, desc='Drawing phantoms', unit='patients'):
       pass

@@ -1,4 +1,4 @@
-"""What lies under the diaphragm: liver, spleen, kidneys, stomach and bowel, with gas and stool in them."""
+"""The organs below the diaphragm: liver, spleen, kidneys, and the stomach and bowel with gas and stool."""
 
 import itertools
 from collections.abc import Iterator
@@ -8,18 +8,21 @@ import numpy as np
 from data.cohorts.phantom.build import Build
 from data.cohorts.phantom.shapes import Atlas, ellipsoid, fill, inside, paint, tube
 
-SOFT = 4.0  # mm over which organs that are drawn on the atlas fade into each other
-WALL = 3.0  # of the bowel, in mm
+SOFT = 4.0  # mm over which neighbouring organs on the atlas fade into each other
+WALL = 3.0  # thickness of the bowel wall in mm
 
 
 def organs(
   rng: np.random.Generator, build: Build, atlas: Atlas, dome, cavity, spine: float, wobble
 ) -> tuple[np.ndarray, np.ndarray]:
-  """HU of the abdomen, meant for the `cavity` below the `dome`, and the distance in mm to gas: two [Z, Y, X].
+  """Draws the abdomen. Returns its HU and the distance in mm to gas, each [Z, Y, X].
+
+  The HU are meant for the `cavity` below the `dome`.
 
   Args:
-    rng: of the anatomy.
-    build, atlas: the patient's.
+    rng: random generator of the anatomy.
+    build: the patient's build.
+    atlas: the patient's atlas.
     dome: level [Z, Y, X] of the diaphragm in mm.
     cavity: distance [Z, Y, X] in mm to the wall of the body.
     spine: y of the middle of the lumbar vertebrae.
@@ -64,15 +67,15 @@ def organs(
 
 
 def _stamp_gas(gas, atlas, down, lumen, level):
-  """The part of a tube that lies above a level, in mm from the isocentre along gravity."""
+  """Joins the part of a tube above `level` to `gas`. `level` is in mm from the isocentre along gravity."""
   start, end, radius = lumen
   shape = lambda grid: np.minimum(tube(grid, start, end, radius), level - down * atlas.rows(grid))
   atlas.stamp(gas, [start, end], radius + 12, shape)
 
 
 def _hollow(rng, wide, spine) -> Iterator[tuple]:
-  """Start, end, radius in mm and contents of the stomach's and the bowel's pieces."""
-  top = rng.uniform(10, 35)  # of the stomach and of the colon's left bend, under the left dome
+  """Yields start, end, radius in mm and contents of each piece of the stomach and bowel."""
+  top = rng.uniform(10, 35)  # of the stomach, under the left dome
   stomach = (top, rng.uniform(0, 25), 0.55 * wide), (top - 75, -25, 20)
   yield *stomach, rng.uniform(26, 38), rng.choice(['level', 'level', 'fluid', 'stool'])
   bend = (rng.uniform(-10, 45), rng.uniform(-30, 15), rng.uniform(0.7, 0.82) * wide)

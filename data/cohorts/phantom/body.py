@@ -1,4 +1,4 @@
-"""A body without what is in the lungs: skin, muscle, bones, heart, great vessels, and the lungs' outline."""
+"""The body without the contents of the lungs: skin, muscle, bones, heart, great vessels, and the lungs' outline."""
 
 import math
 
@@ -8,16 +8,16 @@ from data.cohorts.phantom import abdomen
 from data.cohorts.phantom.build import Build
 from data.cohorts.phantom.shapes import Atlas, ellipsoid, inside, ramp
 
-DOME = 100.0  # mm: no point of the diaphragm is higher
+DOME = 100.0  # mm: an upper limit of the diaphragm
 
 
 def anatomy(rng: np.random.Generator, build: Build, atlas: Atlas) -> tuple[dict[str, np.ndarray], float]:
-  """Organs on the atlas, each [Z, Y, X]: distances in mm, or HU; and the carina's level."""
+  """Draws organs on the atlas, each [Z, Y, X] of distances in mm or of HU. Also returns the level of the carina."""
   z, y, x = grid = atlas.grid
   width, depth, fat = build.width, build.depth, build.fat
   wobble = atlas.sampled_noise(rng, 25)
   deep, wide = depth - fat - 13, width - fat - 17
-  # The middle of the vertebral bodies; the neck's lie in front of the chest's.
+  # The middle of the vertebral bodies. Those of the neck lie in front of those of the chest.
   spine = deep - 20 - 45 * ramp(z, 230, 330)
   apex = rng.uniform(264, 284)
   girth = 1 + build.belly * ramp(-z, -70, 120)
@@ -60,7 +60,7 @@ def anatomy(rng: np.random.Generator, build: Build, atlas: Atlas) -> tuple[dict[
   viscera, bubble = -75 + 35 * wobble, atlas.nowhere()
   viscera[low] = np.where(z[low] > dome[low] + 2, viscera[low], below)
   bubble[low] = gas
-  # Planes of fat part the muscles.
+  # Planes of fat separate the muscles.
   planes = np.abs(atlas.sampled_noise(rng, 8)) + 0.8 * ramp(chest, -14, 0)
   muscle = 52 + 14 * wobble - rng.uniform(60, 150) * np.clip(1.3 - planes / rng.uniform(0.12, 0.3), 0, 1)
   bone = np.maximum(_bones(build, grid, chest, spine, wide, deep), limbs)
@@ -79,13 +79,13 @@ def anatomy(rng: np.random.Generator, build: Build, atlas: Atlas) -> tuple[dict[
 
 
 def _flesh(rng, build, atlas, apex, girth, spine):
-  """Trunk, neck, jaw and arms, and the bones of shoulders and arms: two distances in mm."""
+  """Returns two distances in mm: to the trunk, neck, jaw and arms, and to the bones of shoulders and arms."""
   z, y, x = atlas.grid
   shoulder = ramp(z, 190, 262)
   depth = build.depth * girth * (1 - rng.uniform(0.22, 0.36) * shoulder)
   width = (build.width + rng.uniform(5, 25) * shoulder) * (0.4 + 0.6 * girth)
   trunk = ellipsoid((y - 10 * shoulder, x + 0 * z), (depth, width), 2.5)
-  slope = apex + rng.uniform(45, 65) - rng.uniform(0.15, 0.35) * np.hypot(x, y - 10)  # of the shoulders, outwards
+  slope = apex + rng.uniform(45, 65) - rng.uniform(0.15, 0.35) * np.hypot(x, y - 10)  # the shoulders fall outwards
   trunk = inside(trunk, 0.8 * (slope - z), rounding=6)
   neck = rng.uniform(52, 66)
   throat = np.minimum(ellipsoid((y - spine + 24, x + 0 * z), (neck, neck * rng.uniform(0.95, 1.15))), z - 220)
@@ -121,9 +121,9 @@ def _breasts(rng, build, grid):
 
 
 def _dome(rng, grid):
-  """The level [Z or 1, Y, X] of the diaphragm, and that of its left summit.
+  """Returns the level [Z or 1, Y, X] of the diaphragm, and the level of its left summit.
 
-  The summits lie within the lungs, so that slices through them show an island of liver or spleen in the lung.
+  The summits lie within the lungs: slices through them show an island of liver or spleen in the lung.
   """
   _, y, x = grid
   right, left = rng.uniform(58, 84), rng.uniform(48, 70)
@@ -136,13 +136,13 @@ def _dome(rng, grid):
 
 
 def _bones(build, grid, chest, spine, wide, deep):
-  """Ribs, sternum, shoulder blades and vertebrae: distance in mm."""
+  """Returns the distance in mm to ribs, sternum, shoulder blades and vertebrae."""
   z, y, x = grid
-  # Ribs run down and forwards, so that a slice cuts several of them; the lowest end at the back.
+  # Ribs run down and forwards, so a slice cuts several of them. The lowest ribs end at the back.
   level = (z - 0.55 * y) % 24 - 12
   ribs = np.minimum(4.2 - np.hypot(chest + 6, 0.6 * level), 0.6 * (z + 20 + 0.8 * y))
   sternum = np.minimum(ellipsoid((y + deep + 8, x), (6.5, 19)), np.minimum(z - 70, 235 - z))
-  blade = 2.5 - np.abs(chest + 20)  # of the shoulder
+  blade = 2.5 - np.abs(chest + 20)  # the shoulder blade
   blade = np.minimum.reduce(np.broadcast_arrays(blade, y - 5, np.abs(x) - 55, z - 150, 262 - z))
   vertebra = np.maximum.reduce(
     np.broadcast_arrays(
@@ -151,5 +151,5 @@ def _bones(build, grid, chest, spine, wide, deep):
       np.minimum(4 - np.abs(x), 18 - np.abs(y - spine - 40)),
     )
   )
-  vertebra = np.minimum(vertebra, -ellipsoid((y - spine - 22, x), (8, 9)))  # the canal
+  vertebra = np.minimum(vertebra, -ellipsoid((y - spine - 22, x), (8, 9)))  # the spinal canal
   return np.maximum.reduce(np.broadcast_arrays(ribs, sternum, blade, vertebra))

@@ -1,4 +1,4 @@
-"""What a patient and a scan are like, in numbers: all that is decided before anything is drawn."""
+"""The numbers that describe a patient and a scan. They are chosen before anything is drawn."""
 
 import dataclasses
 import math
@@ -11,17 +11,17 @@ class Build:
   """A patient in a scanner. Lengths are in mm.
 
   Attributes:
-    width, depth: half of the chest's, skin included.
-    fat: thickness under the skin.
-    belly: how much deeper the abdomen is than the chest, as a share.
-    breast: depth of the breasts; 0 is none.
-    arms: of the right and of the left, whether it is raised.
-    bottom, top: what the scan covers. The lungs lie between -50 and 285.
+    width, depth: half the width and half the depth of the chest, including the skin.
+    fat: thickness of the fat under the skin.
+    belly: relative extra depth of the abdomen; 0.2 is 20% deeper than the chest.
+    breast: depth of the breasts; 0 draws none.
+    arms: whether the right and the left arm are raised.
+    bottom, top: lowest and highest level of the scan. The lungs lie between -50 and 285.
     fov: side of the square field of view.
-    is_round: whether nothing is reconstructed outside the circle in that square.
-    off: (rows, columns) from the middle of the field of view to the patient's axis, as added to coordinates.
-    angle: by which the patient is turned on the table, in radians.
-    down: 1 if the patient lies on the back; -1 if on the front, and the table is in front of the body.
+    is_round: whether only the circle in that square is reconstructed.
+    off: (rows, columns) from the middle of the field of view to the patient's axis. They are added to coordinates.
+    angle: rotation of the patient on the table in radians.
+    down: 1 for supine; -1 for prone, with the table in front of the body.
   """
 
   width: float
@@ -40,11 +40,11 @@ class Build:
 
 
 def draw(rng: np.random.Generator) -> Build:
-  """Most scans are of the chest alone; others begin at the kidneys, end at the jaw, or both."""
+  """Draws the numbers of a patient. Most scans show only the chest; others reach the kidneys, the jaw, or both."""
   width = rng.uniform(143, 168)
   raised = rng.random() < 0.7
   arms = (raised, raised if rng.random() < 0.85 else not raised)
-  # Fields that cut the arms, or even the skin, that fit the patient, and that are opened to the widest.
+  # Three sizes of the field of view: it cuts the arms or even the skin, it fits the patient, or it is very wide.
   margin = rng.choice([rng.uniform(-14, 14), rng.uniform(14, 50), rng.uniform(50, 150)], p=[0.3, 0.5, 0.2])
   turned = rng.uniform(8, 20) * rng.choice([-1, 1]) if rng.random() < 0.2 else rng.normal(0, 3)
   return Build(

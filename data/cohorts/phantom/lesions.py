@@ -6,10 +6,10 @@ from data.cohorts.phantom.shapes import Atlas
 
 
 def lesions(rng: np.random.Generator, atlas: Atlas, region: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """The lesions on the atlas: depth [Z, Y, X] in widths of their soft edge, and added HU."""
+  """Draws lesions on the atlas. Returns the depth inside them, in widths of their soft edge, and the HU they add."""
   coarse, fine = atlas.sampled_noise(rng, 10), atlas.sampled_noise(rng, 4)
   depth, lift = np.full(coarse.shape, -9, np.float32), np.zeros_like(coarse)
-  # They favour the periphery, the back, and some level of the lungs that is the patient's own.
+  # Lesions are more likely in the periphery, at the back, and around one level of the lungs per patient.
   places, level = atlas.places(region > 7), rng.uniform(50, 140)
   weight = np.exp(places[:, 1] / 60 - np.abs(places[:, 0] - level) / 35)
   weight *= np.exp(-region[region > 7] / 14)

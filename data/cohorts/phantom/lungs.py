@@ -1,4 +1,4 @@
-"""What healthy lungs hold: vessels, airways, fissures and atelectasis. They share the HU of lesions."""
+"""The contents of healthy lungs: vessels, airways, fissures and atelectasis. They have the same HU as lesions."""
 
 import math
 
@@ -9,10 +9,10 @@ from data.cohorts.phantom.shapes import Atlas, draw
 
 
 def _tree(rng, root, targets, tip):
-  """Grows a vascular tree: starts [N, 3], ends [N, 3] and radii [N] in mm of its segments.
+  """Grows a vascular tree. Returns starts [N, 3], ends [N, 3] and radii [N] of its segments in mm.
 
-  Each target joins the node that is near and not far along the tree, so that branches fan out;
-  a vessel then carries what its branches carry (Murray's law).
+  Each target joins the node with the smallest sum of distance and weighted path length from the root;
+  the branches therefore fan out. The radii follow Murray's law: a vessel carries the flow of all its branches.
   """
   nodes, parents, path = np.array([root], float), [-1], np.zeros(1)
   for target in targets[np.argsort(np.linalg.norm(targets - root, axis=1))]:
@@ -33,10 +33,11 @@ def _tree(rng, root, targets, tip):
 
 
 def _hilum(rng, sign, carina):
-  """The central vessels of a lung as tubes (start, end, radius), in mm: wider than what a tree's branches ask for.
+  """Returns the central vessels of a lung as tubes (start, end, radius) in mm.
 
-  The right artery passes in front of the bronchus, the left one arches over it; both go down behind, the lower vein
-  goes up to the heart, the upper one lies in front.
+  They are wider than Murray's law gives for the branches of `_tree`. The right artery passes in front of the
+  bronchus; the left artery arches over it; both descend behind it. The lower vein rises to the heart; the upper
+  vein lies in front.
   """
   if sign < 0:
     bend, down = (carina - 24, 0, -42), (carina - 62, 16, -54)
@@ -55,7 +56,7 @@ def _hilum(rng, sign, carina):
 
 
 def branches(rng: np.random.Generator, atlas: Atlas, region: np.ndarray, carina: float, axes, spacing):
-  """Pulmonary vessels with the walls of airways, and the air in them: two fractions [Z, Y, X] on the scan's axes."""
+  """Draws vessels and airway walls, and the air in the airways: two fractions [Z, Y, X] on the scan's axes."""
   tissue, air = np.zeros([2, *(axis.size for axis in axes)], np.float32)
 
   def add(volume, starts, ends, radii):
@@ -83,10 +84,10 @@ def branches(rng: np.random.Generator, atlas: Atlas, region: np.ndarray, carina:
 
 
 def parenchyma(rng: np.random.Generator, build: Build, atlas: Atlas, region: np.ndarray, voxel):
-  """Lung without lesions: HU on the atlas [Z, Y, X], denser where gravity pulls, and a list of sheets.
+  """Draws the lung without lesions. Returns its HU on the atlas [Z, Y, X] and a list of sheets.
 
-  A sheet, of a fissure or of plate atelectasis, is its distance and its extent on the atlas
-  with the width in mm and the HU at which slices of this thickness show it.
+  The lung is denser in its lowest parts along gravity. A sheet is a fissure or a plate atelectasis. It holds the
+  distance and the extent on the atlas, and the width in mm and the HU that slices of this thickness show.
   """
   grid, (_, v, u) = atlas.grid, atlas.axes
   mottle, folds = atlas.sampled_noise(rng, 9), atlas.sampled_noise(rng, 12)

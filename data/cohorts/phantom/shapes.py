@@ -1,7 +1,7 @@
-"""Shapes as signed distances in mm, positive inside, on a coarse atlas; and how they are drawn into voxels.
+"""Shapes as signed distances in mm (positive inside) on a coarse atlas, and functions that draw them into voxels.
 
-Smooth things (organs, lesions, textures) lie on the atlas and are interpolated at the voxel centres; thin things
-(vessels, airways) are drawn into small boxes of the scan.
+Smooth shapes (organs, lesions, textures) lie on the atlas and are interpolated at the voxel centres.
+Thin shapes (vessels, airways) are drawn into small boxes of the scan.
 """
 
 import math
@@ -10,19 +10,19 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
-STEP = (6.0, 3.8, 3.8)  # between the points of an atlas, in mm
+STEP = (6.0, 3.8, 3.8)  # distance between the points of an atlas in mm
 
 
 class Atlas:
-  """Points STEP mm apart over all that a scan shows. They lie along the scanner's axes, on which the patient is turned.
+  """Points STEP mm apart that cover a whole scan, along the scanner's axes. The patient may be rotated in these axes.
 
   Attributes:
-    axes: z [Z, 1, 1], v [1, Y, 1], u [1, 1, X] in mm, along the scanner's axes: an open grid.
-    grid: z [Z, 1, 1], y [1, Y, X], x [1, Y, X] in mm, along the patient's axes.
+    axes: open grid along the scanner's axes in mm: z [Z, 1, 1], v [1, Y, 1], u [1, 1, X].
+    grid: the points along the patient's axes in mm: z [Z, 1, 1], y [1, Y, X], x [1, Y, X].
   """
 
   def __init__(self, bottom: float, top: float, half: float, angle: float):
-    """Levels from `bottom` to `top` and `half` mm each way; the patient is turned by `angle`, in radians."""
+    """Covers `bottom` to `top`, and `half` mm in each direction. The patient is rotated by `angle` in radians."""
     self._parts = bottom, half, angle
     self.origin = (bottom - 5, -half, -half)
     self.extent = (top - bottom + 10, 2 * half, 2 * half)
@@ -34,30 +34,30 @@ class Atlas:
     self.shape = (z.size, v.size, u.size)
 
   def up_to(self, top: float) -> 'Atlas':
-    """The first levels of this atlas, up to `top` mm."""
+    """Returns an atlas of the lower levels of this one, up to `top` mm."""
     bottom, half, angle = self._parts
     return Atlas(bottom, top, half, angle)
 
   def along_scanner(self, points):
-    """Points [..., 3] (z, y, x) of the patient as (z, v, u)."""
+    """Converts points [..., 3] from the patient's (z, y, x) to the scanner's (z, v, u)."""
     z, y, x = np.moveaxis(np.asarray(points, float), -1, 0)
     c, s = self._turn
     return np.stack([z, c * y + s * x, c * x - s * y], -1)
 
   def rows(self, grid):
-    """v of points of `grid`, the patient's coordinates."""
+    """Returns v of the points of `grid`, which are in the patient's coordinates."""
     c, s = self._turn
     return c * grid[1] + s * grid[2]
 
   def places(self, region):
-    """Coordinates [N, 3] in mm, along the patient's axes, of the points where `region` holds."""
+    """Returns coordinates [N, 3] of the points in `region`, in mm along the patient's axes."""
     k, j, i = np.nonzero(region)
     z, y, x = self.grid
     return np.stack([z[k, 0, 0], y[0, j, i], x[0, j, i]], -1).astype(float)
 
   def sample(self, values, grid, step=STEP):
-    """Trilinear interpolation of `values`, `step` mm apart, at the open grid along the scanner's axes."""
-    for axis in (0, 2, 1):  # columns before rows, which are copied faster
+    """Interpolates `values`, which lie `step` mm apart, at an open grid along the scanner's axes (trilinear)."""
+    for axis in (0, 2, 1):  # columns before rows: rows are copied faster
       at = (grid[axis].ravel() - self.origin[axis]) / step[axis]
       low = np.clip(at.astype(int), 0, values.shape[axis] - 2)
       below = np.take(values, low, axis)
@@ -68,24 +68,24 @@ class Atlas:
     return values
 
   def noise(self, rng, scale):
-    """Smooth noise of unit variance with features of about 2 * `scale` mm: values and step."""
-    step = (max(scale, STEP[0]), scale, scale)  # slices are thick: no finer noise along z
+    """Returns smooth noise of unit variance and its step in mm. Its features are about 2 * `scale` mm wide."""
+    step = (max(scale, STEP[0]), scale, scale)  # no finer along z: slices are thick
     shape = [int(e / s) + 3 for e, s in zip(self.extent, step, strict=True)]
     values = rng.standard_normal(shape, np.float32)
     values = ndimage.gaussian_filter(values, 1, mode='wrap', truncate=3)
     return values / values.std(), step
 
   def sampled_noise(self, rng, scale):
-    """`noise` at the points of the atlas."""
+    """Returns `noise` at the points of the atlas."""
     values, step = self.noise(rng, scale)
     return self.sample(values, self.axes, step)
 
   def nowhere(self):
-    """A shape without a point, to stamp others into."""
+    """Returns an empty shape, into which others can be stamped."""
     return np.full(self.shape, -60, np.float32)
 
   def box(self, points, reach: float) -> tuple:
-    """The part of the atlas within `reach` mm of points, as an index and as a grid along the patient's axes."""
+    """Returns the part of the atlas within `reach` mm of points: its index, and its grid along the patient's axes."""
     at = np.atleast_2d((self.along_scanner(points) - self.origin) / STEP)
     low = np.maximum(np.floor(at.min(0) - reach / np.array(STEP)), 0).astype(int)
     high = np.maximum(np.ceil(at.max(0) + reach / np.array(STEP)) + 1, 0).astype(int)
@@ -94,23 +94,23 @@ class Atlas:
     return (k, j, i), (z[k], y[:, j, i], x[:, j, i])
 
   def stamp(self, field: np.ndarray, points, reach: float, shape: Callable) -> None:
-    """Joins a shape, given as a function of the patient's (z, y, x), to `field` within `reach` mm of `points`."""
+    """Joins a shape to `field` within `reach` mm of `points`. `shape` maps the patient's (z, y, x) to distances."""
     box, grid = self.box(points, reach)
     if field[box].size:
       np.maximum(field[box], shape(grid), out=field[box])
 
   def stamp_tube(self, field, start, end, radius, margin=12.0):
-    """Joins a `tube`; distances are kept up to `margin` mm outside of it."""
+    """Joins a `tube` to `field`. Distances are computed up to `margin` mm outside the tube."""
     self.stamp(field, [start, end], radius + margin, lambda grid: tube(grid, start, end, radius))
 
   def stamp_ball(self, field, centre, radii):
-    """Joins an `ellipsoid`."""
+    """Joins an `ellipsoid` to `field`."""
     shape = lambda grid: ellipsoid([g - c for g, c in zip(grid, centre, strict=True)], radii)
     self.stamp(field, centre, max(radii) + 12, shape)
 
 
 def ellipsoid(offsets, radii, power=2.0):
-  """Distance in mm to the surface of a (super)ellipsoid, to first order."""
+  """Returns the distance in mm to the surface of a (super)ellipsoid, to first order."""
   scaled = [np.abs(o / r) + 1e-6 for o, r in zip(offsets, radii, strict=True)]
   rho = sum(u**power for u in scaled)
   slope = sum((u ** (power - 1) / r) ** 2 for u, r in zip(scaled, radii, strict=True))
@@ -118,7 +118,7 @@ def ellipsoid(offsets, radii, power=2.0):
 
 
 def tube(grid, start, end, radius):
-  """Distance in mm to the surface of a capsule from `start` to `end`."""
+  """Returns the distance in mm to the surface of a capsule from `start` to `end`."""
   z, y, x = (g - float(s) for g, s in zip(grid, start, strict=True))
   a, b, c = (float(e - s) for e, s in zip(end, start, strict=True))
   length = a * a + b * b + c * c
@@ -129,19 +129,19 @@ def tube(grid, start, end, radius):
 
 
 def inside(*distances, rounding=4.0):
-  """The intersection of shapes, its edges rounded by about `rounding` mm."""
+  """Returns the intersection of shapes, with edges rounded by about `rounding` mm."""
   return -rounding * np.log(sum(np.exp(np.clip(-d / rounding, -60, 60)) for d in distances))
 
 
 def ramp(values, start, end):
-  """0 up to `start`, 1 from `end`, smooth between them."""
+  """Rises smoothly from 0 at `start` to 1 at `end`."""
   t = np.clip((values - start) / (end - start), 0, 1)
   return t * t * (3 - 2 * t)
 
 
 def draw(volume, grid, spacing, starts, ends, radii):
-  """Draws tubes into `volume`, as the fraction of each voxel that they fill; all along the scanner's axes."""
-  parts = int(np.ceil(spacing[0] / 4))  # a thick slice is the mean of thin ones
+  """Draws tubes into `volume` as the fraction of each voxel that they fill, all along the scanner's axes."""
+  parts = int(np.ceil(spacing[0] / 4))  # a thick slice is the mean of thin slices
   thin = ((np.arange(parts) + 0.5) / parts - 0.5) * spacing[0]
   levels = (grid[0] + thin.astype(np.float32)).reshape(-1, 1, 1)
   first = np.array([axis.flat[0] for axis in grid])
@@ -161,15 +161,15 @@ def draw(volume, grid, spacing, starts, ends, radii):
 
 
 def fill(depth):
-  """The fraction of a voxel inside an edge that lies `depth` voxels away."""
+  """Returns the filled fraction of a voxel that lies `depth` voxels inside an edge."""
   return np.clip(depth + 0.5, 0, 1)
 
 
 def layer(distance, thickness, pixel):
-  """The fraction of a voxel of `pixel` mm that a layer fills whose middle lies `distance` mm away."""
+  """Returns the fraction of a voxel of `pixel` mm that a layer fills. Its middle lies `distance` mm away."""
   return np.clip((thickness / 2 - np.abs(distance)) / pixel + 0.5, 0, min(1, thickness / pixel))
 
 
 def paint(hu, fraction, value):
-  """Partial volume: what is painted displaces what was there."""
+  """Replaces `fraction` of each voxel in `hu` by `value` (partial volume)."""
   hu += fraction * (value - hu)

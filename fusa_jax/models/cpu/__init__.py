@@ -1,1 +1,1 @@
-"""Forms of layers that only CPUs need: what accelerators have a fast kernel for is written out by XLA there."""
+"""Faster forms of layers for CPUs. Accelerators have fast kernels for these layers, XLA's CPU backend does not."""

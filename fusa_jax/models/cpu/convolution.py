@@ -1,9 +1,10 @@
-"""Two-dimensional convolutions in the forms that are fast where they run; `convolve` is what nn.Conv calls here.
+"""Two-dimensional convolutions that are fast on CPUs; `layers.Conv` calls `convolve`.
 
-Accelerators get `lax.conv_general_dilated` and its own gradients. XLA's CPU backend has a fast form of a dense
-convolution and of its gradient by the input, and of little else; there, each other case is written as what the backend
-does well. Milliseconds on two cores with AVX-512, float32, batch 4, jax 0.10.2, beside PyTorch 2.13 (the least of some;
-docs/benchmarks.md has what else was tried):
+On accelerators, `convolve` is `lax.conv_general_dilated` with its own gradients. XLA's CPU backend is fast for a dense
+convolution and for its gradient by the input, but slow for most other cases. For these cases this module uses
+operations that the backend does well. The table gives milliseconds on two cores with AVX-512, float32, batch 4, jax
+0.10.2, and PyTorch 2.13 for comparison. Each number is the minimum of several runs. docs/benchmarks.md lists other
+attempts.
 
 | convolution                                       | lax  | here | by       | PyTorch |
 | ------------------------------------------------- | ---: | ---: | -------- | ------: |
@@ -16,7 +17,7 @@ docs/benchmarks.md has what else was tried):
 | 1x1, 128 to 64, 128 x 128, gradient by kernel     | 62   | 6.5  | taps     | 5.9     |
 | 3x3 dilated by 24, 2048 to 256, 16 x 16, forward  | 175  | 3.0  | taps     | 3.8     |
 | 3x3 of each of 144 channels, 32 x 32, forward     | 12   | 0.25 | shifts   | 0.09    |
-| the same, gradient by kernel                      | 12   | 0.67 | shifts   | 0.09    |
+| 3x3 of each of 144 channels, gradient by kernel   | 12   | 0.67 | shifts   | 0.09    |
 """
 
 import dataclasses
@@ -30,13 +31,13 @@ import numpy as np
 from jax import lax
 
 _NUMBERS = ('NHWC', 'HWIO', 'NHWC')
-# What a chunk of rows reads in a dense kernel's gradient: about a core's second-level cache.
+# Bytes that one chunk of rows reads in a dense kernel's gradient: about the size of a core's second-level cache.
 _CHUNK_BYTES = 1_500_000
 
 
 @dataclasses.dataclass(frozen=True)
 class _Window:
-  """Where a kernel is laid on an image; pairs are of height and width."""
+  """The positions of a kernel on an image. Pairs are (height, width)."""
 
   strides: tuple[int, int]
   padding: tuple[tuple[int, int], tuple[int, int]]
@@ -44,15 +45,15 @@ class _Window:
   groups: int
 
   def side(self, axis: int, length: int, kernel: int) -> int:
-    """Of the output."""
+    """Length of the output along an axis."""
     return (length + sum(self.padding[axis]) - self.dilation[axis] * (kernel - 1) - 1) // self.strides[axis] + 1
 
   def sides(self, image: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width of the output, for an image [B, H, W, C] and a kernel [kh, kw, ...], given as shapes."""
+    """Height and width of the output, given the shapes of the image [B, H, W, C] and of the kernel [kh, kw, ...]."""
     return tuple(self.side(axis, image[axis + 1], kernel[axis]) for axis in range(2))
 
   def meeting(self, axis: int, length: int, kernel: int, tap: int) -> tuple[slice, slice]:
-    """The pixels of the output and of the input, along an axis, that a tap of the kernel joins; none are of padding."""
+    """The output pixels and the input pixels that a tap of the kernel connects along an axis, without padding."""
     stride, first = self.strides[axis], self.dilation[axis] * tap - self.padding[axis][0]
     start = max(-(first // stride), 0)
     count = max(min((length - 1 - first) // stride + 1, self.side(axis, length, kernel)) - start, 0)
@@ -72,12 +73,12 @@ def convolve(
   feature_group_count: int,
   precision: lax.PrecisionLike,
 ) -> jax.Array:
-  """x [B, H, W, C] and kernel [kh, kw, C / groups, O] -> [B, h, w, O]: all of `lax.conv_general_dilated` but its speed.
+  """x [B, H, W, C] and kernel [kh, kw, C / groups, O] -> [B, h, w, O], the result of `lax.conv_general_dilated`.
 
-  The arguments are those that nn.Conv gives. Which form is taken depends on the shapes of one image and of the kernel,
-  not on the batch, so that a prediction does not change with what it is batched with. Differentiable in reverse only.
+  The arguments are those that nn.Conv passes. The form depends on the shapes of one image and of the kernel, not on the
+  batch size. Therefore an image gets the same prediction in every batch. Only reverse-mode differentiation works.
   """
-  assert x.ndim == 4 and set(lhs_dilation) == {1} and precision is None, 'no layer of ours asks for more'
+  assert x.ndim == 4 and set(lhs_dilation) == {1} and precision is None, 'the layers of this package need no more'
   if isinstance(padding, str):
     sides = [dilation * (side - 1) + 1 for side, dilation in zip(kernel.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(x.shape[1:3], sides, strides, padding)
@@ -116,7 +117,7 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _widely(function):
-  """Computed in at least float32 and rounded once: a CPU's bfloat16 is not worth the errors of its sums."""
+  """Makes a function compute in at least float32 and round once, to avoid the errors of bfloat16 sums on CPUs."""
 
   def run(a, b):
     dtype = jnp.promote_types(a.dtype, jnp.float32)
@@ -143,7 +144,7 @@ def _lax_by_kernel(x, g, kernel_shape, window):
 
 
 def _joined(x, kernel_shape, window):
-  """Of each tap of a kernel that meets the image at all: its place, and the pixels of output and input it joins."""
+  """Yields (tap, output pixels, input pixels) for each tap of a kernel that touches the image."""
   for tap in np.ndindex(kernel_shape[:2]):
     rows, columns = (window.meeting(axis, x.shape[axis + 1], kernel_shape[axis], tap[axis]) for axis in range(2))
     if rows[0].stop > rows[0].start and columns[0].stop > columns[0].start:
@@ -151,7 +152,7 @@ def _joined(x, kernel_shape, window):
 
 
 def _taps(x, kernel, window):
-  """A matrix product for each tap, of the pixels that it meets; what would be products with padding is not computed."""
+  """One matrix product per tap, of the pixels that it touches; skips the products with padding."""
   height, width = window.sides(x.shape, kernel.shape)
   out = jnp.zeros((x.shape[0], height, width, kernel.shape[-1]), x.dtype)
   for tap, (rows, columns), (from_rows, from_columns) in _joined(x, kernel.shape, window):
@@ -164,8 +165,8 @@ def _taps(x, kernel, window):
 def _taps_by_kernel(x, g, kernel_shape, window):
   parts = dict.fromkeys(np.ndindex(kernel_shape[:2]), jnp.zeros(kernel_shape[2:], x.dtype))
   for tap, of_output, of_input in _joined(x, kernel_shape, window):
-    # In this order: as its transpose, which autodiff would take, it is half as fast. As a product of matrices: with all
-    # four axes, XLA would copy x into the other order, and what x is computed from with it.
+    # The order (x, g) is twice as fast as the transposed one, which autodiff would use. Both arrays are flattened to
+    # matrices: with four axes, XLA would copy x, and the arrays that x is computed from, into another layout.
     parts[tap] = lax.dot_general(_flat(x[:, *of_input]), _flat(g[:, *of_output]), (((0,), (0,)), ((), ())))
   return jnp.stack(list(parts.values())).reshape(kernel_shape)
 
@@ -179,7 +180,7 @@ def _padded(x, window, axes=(0, 1)):
 
 
 def _views(x, kernel_shape, window):
-  """What each tap of a kernel sees of an image, padding included, tap after tap: [B, h, w, C] each."""
+  """Yields, tap by tap, the part [B, h, w, C] of the padded image that the tap of a kernel reads."""
   (along, across), (dilated_along, dilated_across) = window.strides, window.dilation
   height, width = window.sides(x.shape, kernel_shape)
   padded = _padded(x, window)
@@ -189,21 +190,21 @@ def _views(x, kernel_shape, window):
 
 
 def _patches(x, kernel, window):
-  """One matrix product, of all that the taps see with the kernel as it lies in memory."""
+  """One matrix product of the views of all taps with the kernel, which keeps its layout."""
   patches = jnp.concatenate(list(_views(x, kernel.shape, window)), axis=-1)
   flat = kernel.reshape(-1, kernel.shape[-1])
   return jnp.einsum('bhwp,po->bhwo', patches, flat)
 
 
 def _shifts(x, kernel, window):
-  """A kernel for each channel by itself: the sum of the image's multiples, shifted."""
+  """A depthwise convolution (one kernel per channel): the sum of shifted images, each times its kernel value."""
   views = _views(x, kernel.shape, window)
   multiples = kernel.reshape(-1, kernel.shape[-1])
   return sum(view * multiple for view, multiple in zip(views, multiples, strict=True))
 
 
 def _shifts_by_kernel(x, g, kernel_shape, window):
-  """Row after row, so that what is added up stays in the cache."""
+  """Adds up row by row, so the sums stay in the cache."""
   batch, height, width, channels = g.shape
   (along, across), taps = window.strides, list(np.ndindex(kernel_shape[:2]))
   padded = _padded(x, window)
@@ -221,17 +222,17 @@ def _shifts_by_kernel(x, g, kernel_shape, window):
 
 
 def _rows_by_kernel(x, g, kernel_shape, window):
-  """A convolution of x with g, chunks of rows at a time, the columns and channels of x being one axis of its space.
+  """The kernel's gradient as a convolution of x with g, in chunks of rows, with x as an image [H, W * C].
 
-  As autodiff writes it, this convolution's image has the input's channels as batch and an output of 3 x 3, and its
-  kernel is as large as the image: three neighbours in a row are too few for the registers, and all of x and g is read
-  anew for each tap. With pixels and channels in a row, [H, W * C], and the kernel's columns C apart, a row of the
-  output is kw * C neighbours long; by chunks of rows, what is read anew lies in the cache.
+  Autodiff writes this gradient as a convolution with the channels as batch, a 3 x 3 output, and a kernel as large as
+  the image. Three neighbours per row are too few for the registers, and each tap reads all of x and g again.
+  With columns and channels on one axis, [H, W * C], and the kernel's columns C apart, an output row has kw * C
+  neighbours. With chunks of rows, the repeated reads come from the cache.
   """
   batch, _, width, channels = x.shape
   _, height, _, outputs = g.shape
   (along, across), (kh, kw) = window.strides, kernel_shape[:2]
-  # An exported function may have any batch.
+  # In an exported function the batch size is symbolic.
   row_bytes = (batch if isinstance(batch, int) else 1) * width * (along * channels + outputs) * x.dtype.itemsize
   chunk = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * row_bytes <= _CHUNK_BYTES))
   padded = _padded(x, window, axes=(0,))
@@ -262,12 +263,12 @@ class _Form(NamedTuple):
   """How a convolution is computed on a CPU."""
 
   forward: Callable  # (x, kernel, window)
-  by_input: Callable  # the same, as the function whose transpose is the gradient by x
-  by_kernel: Callable  # (x, g, the kernel's shape, window)
+  by_input: Callable  # (x, kernel, window) as in forward; its transpose is the gradient by x
+  by_kernel: Callable  # (x, g, the kernel's shape, window) -> the gradient by the kernel
 
 
 def _form(image, kernel, window):
-  """The form for an image [B, H, W, C] and a kernel [kh, kw, C / groups, O], given as shapes."""
+  """Chooses the form, given the shapes of the image [B, H, W, C] and of the kernel [kh, kw, C / groups, O]."""
   _, height, width, channels = image
   kh, kw, inputs, outputs = kernel
   if window.groups > 1:
@@ -275,9 +276,9 @@ def _form(image, kernel, window):
     return _Form(_shifts, _shifts, _shifts_by_kernel) if each_alone else _Form(_lax, _lax, _lax_by_kernel)
   if kh == kw == 1 or max(window.dilation) > 1:
     return _Form(_taps, _taps, _taps_by_kernel)
-  # A large kernel on a small image: lax would spend its time on laying the kernel out anew.
+  # For a large kernel on a small image, lax would spend most time on changing the kernel's layout.
   small = 4 * height * width
   forward = _patches if small <= outputs else _lax
   by_input = _patches if small <= inputs else _taps if small <= 4 * inputs else _lax
-  # Below so many channels, lax's own form has little to lose.
+  # With fewer than 16 channels, lax's own form is not much slower.
   return _Form(forward, by_input, _rows_by_kernel if min(inputs, outputs) >= 16 else _lax_by_kernel)

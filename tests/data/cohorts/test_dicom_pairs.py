@@ -1,4 +1,4 @@
-"""A cohort of DICOM: the dataset of the same volumes in NIfTI, and what is wrong with series and masks by name."""
+"""A DICOM cohort gives the same dataset as NIfTI; problems of series and masks are reported by name."""
 
 import logging
 import pathlib
@@ -29,11 +29,11 @@ def laid(raw_dir, tmp_path_factory):
   return folder
 
 
-def test_the_dataset_is_that_of_the_same_volumes_in_nifti(laid, data_dir, processes, tmp_path, monkeypatch):
-  """Compressed or not, in folders and an archive, with masks of both kinds. Nothing that was unpacked stays behind."""
+def test_the_dataset_equals_that_of_nifti(laid, data_dir, processes, tmp_path, monkeypatch):
+  """Covers compressed and plain series, folders, an archive, and both kinds of masks. No temporary file is left."""
   (tmp_path / 'tmp').mkdir()
-  monkeypatch.setenv('TMPDIR', str(tmp_path / 'tmp'))  # of the processes that read
-  monkeypatch.setattr(tempfile, 'tempdir', None)  # and of this one
+  monkeypatch.setenv('TMPDIR', str(tmp_path / 'tmp'))  # for the reading processes
+  monkeypatch.setattr(tempfile, 'tempdir', None)  # for this process
   monkeypatch.setattr(workers, 'ProcessPoolExecutor', processes)
   prepared = prepare.prepare(str(laid), str(tmp_path / 'out'), SIZE)
   assert not list((tmp_path / 'tmp').glob('fusa-jax-*'))
@@ -56,7 +56,7 @@ def test_the_dataset_is_that_of_the_same_volumes_in_nifti(laid, data_dir, proces
 
 
 def test_masks_are_scored_as_volumes(laid, raw_dir, caplog):
-  """What evaluation reads: the scan and the mask of each patient, on the series' own grid; no line for each."""
+  """Evaluation reads the scan and the mask of each patient on the grid of the series, without log lines."""
   caplog.set_level(logging.INFO)
   scans = prepare.scans(laid)
   assert len(scans) == 10
@@ -69,7 +69,7 @@ def test_masks_are_scored_as_volumes(laid, raw_dir, caplog):
   assert not caplog.messages
 
 
-def test_a_file_more_is_another_cohort(laid, tmp_path):
+def test_one_more_file_changes_the_fingerprint(laid, tmp_path):
   folder = tmp_path / 'raw'
   shutil.copytree(laid, folder)
   before = survey.fingerprint(find(folder)[1])
@@ -80,13 +80,13 @@ def test_a_file_more_is_another_cohort(laid, tmp_path):
   assert after != before and len(after) == len(before)
 
 
-def test_what_is_wrong_is_named(laid, raw_dir, tmp_path):
-  """Each patient's own trouble in a line that begins with its folder; nothing is written."""
+def test_problems_are_named(laid, raw_dir, tmp_path):
+  """Each problem is one line that begins with the patient's folder; nothing is written."""
   folder = tmp_path / 'raw'
   shutil.copytree(laid, folder)
   name = lambda number: f'volume-phantom-A-{number:04d}'
   image = nib.load(files(raw_dir)[0][0])
-  inner = np.random.default_rng(0).permutation(image.shape[2])[5]  # as they are named by dicom_series.save
+  inner = np.random.default_rng(0).permutation(image.shape[2])[5]  # the file name that dicom_series.save gives
   next((folder / name(1)).rglob(f'IM{inner:06d}')).unlink()
   dicom_series.save(folder / name(2) / 'more', dicom_series.slices(np.asarray(image.dataobj), image.affine, 77))
   broken = nib.load(folder / f'{name(3)}_mask.nii.gz')
@@ -109,28 +109,28 @@ def test_what_is_wrong_is_named(laid, raw_dir, tmp_path):
   series = lambda number: next(str(one) for one in dicom.find_series((laid / name(number)).rglob('IM*')))
   lines = text.splitlines()
   assert len(lines) == 9
-  assert lines[0] == f'01: {series(1)}: 1 slices are missing between the 15 that are there; copy it again'
+  assert lines[0] == f'01: {series(1)}: 1 slices are missing between the 15 present; copy the series again'
   assert lines[1].startswith(
-    f'02: there must be one CT series, the one that the mask was drawn on, and there is {series(2)}, series77_'
+    f'02: there must be exactly one CT series that the mask was drawn on, but there is {series(2)}, series77_'
   )
-  assert lines[1].endswith(' (Chest 5.0); add it, or take the others out')
+  assert lines[1].endswith(' (Chest 5.0); add it, or remove the others')
   assert lines[2].startswith(
-    '03_mask.nii.gz: the mask has (16, 32, 31) voxels (slices, rows, columns) and its scan ser'
+    '03_mask.nii.gz: the mask has (16, 32, 31) voxels (slices, rows, columns), but its scan ser'
   )
   assert lines[3] == '04.zip: cannot be unpacked (BadZipFile); pack or copy it again'
   assert lines[4] == (
-    '05: there must be one CT series that SEG refers to, and there is none; add it, or take the others out'
+    '05: there must be exactly one CT series that SEG refers to, but there is none; add it, or remove the others'
   )
-  assert lines[5] == '06: its mask is missing; add NAME_seg.nii.gz beside it or a DICOM SEG in it, or take it out'
-  assert lines[6] == '07: IM000002: a damaged DICOM file (cut before its image); copy it again'
+  assert lines[5] == '06: the mask is missing; add NAME_seg.nii.gz beside it or a DICOM SEG in it, or remove it'
+  assert lines[6] == '07: IM000002: damaged DICOM file (it ends before the image); copy it again'
   assert lines[7] == (
-    '08: there must be one CT series, the one that the mask was drawn on, and there is none (left out: '
-    f'{image.shape[2]} MR objects); add it, or take the others out'
+    '08: there must be exactly one CT series that the mask was drawn on, but there is none (skipped: '
+    f'{image.shape[2]} MR objects); add it, or remove the others'
   )
-  assert lines[8] == '10: 2 DICOM SEGs (SEG, corrected); take all but one out'
+  assert lines[8] == '10: 2 DICOM SEGs (SEG, corrected); remove all but one'
 
 
-def test_names_that_are_there_twice_or_alone(laid, tmp_path):
+def test_doubled_and_missing_names_are_reported(laid, tmp_path):
   def broken(change):
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
     shutil.copytree(laid, folder)
@@ -141,26 +141,26 @@ def test_names_that_are_there_twice_or_alone(laid, tmp_path):
 
   mask = 'volume-phantom-A-0002_seg.nii.gz'
   assert broken(lambda f: copy(f / mask, f / mask.replace('_seg', '_mask'))) == (
-    '02_mask.nii.gz: beside volume-phantom-A-0002_seg.nii.gz; take one of the two out'
+    '02_mask.nii.gz: same patient as volume-phantom-A-0002_seg.nii.gz; remove one of the two'
   )
   assert broken(lambda f: shutil.rmtree(f / 'volume-phantom-A-0002')) == (
-    '02_seg.nii.gz: its folder of DICOM, volume-phantom-A-0002, is missing; add it, or take the mask out'
+    '02_seg.nii.gz: the DICOM folder volume-phantom-A-0002 is missing; add it, or remove the mask'
   )
   twice = lambda f: shutil.copytree(f / 'volume-phantom-A-0001', f / 'volume-phantom-A-0004')
-  assert broken(twice) == '04.zip: beside volume-phantom-A-0004; take one of the two out'
+  assert broken(twice) == '04.zip: same patient as volume-phantom-A-0004; remove one of the two'
 
 
-def test_as_it_was_unpacked_and_not_as_grey(laid, tmp_path):
+def test_nested_folders_are_read_and_grey_is_refused(laid, tmp_path):
   (tmp_path / 'a' / 'b').mkdir(parents=True)
   (tmp_path / 'a' / 'b' / 'release').symlink_to(laid)
   name, cases = find(tmp_path / 'a')
   assert name == 'dicom_pairs' and len(cases) == 10
-  with pytest.raises(UserError, match=r'holds Hounsfield units, not grey values'):
+  with pytest.raises(UserError, match=r'contains Hounsfield units, not 8-bit images'):
     find(laid, CohortOptions(intensity='grey'))
 
 
-def test_pairs_of_nifti_stay_pairs_whatever_lies_beside_them(laid, raw_dir, tmp_path):
-  """Their originals in one folder or one each, an archive of a scan's name; but not where a mask has DICOM alone."""
+def test_dicom_originals_beside_nifti_pairs_are_ignored(laid, raw_dir, tmp_path):
+  """DICOM originals beside NIfTI pairs do not change the layout, unless a mask has only a DICOM scan."""
   for scan, mask in files(raw_dir)[:2]:
     name = nifti.stem(scan).removesuffix('_ct')
     copy(scan, tmp_path / f'{name}.nii.gz'), copy(mask, tmp_path / f'{name}_mask.nii.gz')
@@ -172,18 +172,18 @@ def test_pairs_of_nifti_stay_pairs_whatever_lies_beside_them(laid, raw_dir, tmp_
     assert name == 'pairs' and [case.ct.name for case in cases] == [f'{one.name}.nii.gz', f'{one.name[:-1]}2.nii.gz']
   beside.unlink()
   one.with_name(f'{one.name}.nii.gz').unlink()
-  with pytest.raises(UserError, match=r'0002_mask.nii.gz: its folder of DICOM, .*, is missing'):
+  with pytest.raises(UserError, match=r'0002_mask.nii.gz: the DICOM folder .* is missing'):
     find(tmp_path)
 
 
-def test_a_patients_folder_may_hold_archives_alone(laid, tmp_path):
-  """With its mask beside it; pictures in folders are no DICOM because there is an archive of them."""
+def test_a_patients_folder_may_hold_only_archives(laid, tmp_path):
+  """The mask lies beside the folder. Without a mask, an archive in a folder does not make a DICOM cohort."""
   name = 'volume-phantom-A-0001'
   (tmp_path / name).mkdir()
   shutil.make_archive(tmp_path / name / 'export', 'zip', laid / name)
   copy(laid / f'{name}_mask.nii.gz', tmp_path / f'{name}_mask.nii.gz')
-  found, (case,) = find(tmp_path)
-  assert (found, case.patient, case.ct) == ('dicom_pairs', name, tmp_path / name)
+  layout, (case,) = find(tmp_path)
+  assert (layout, case.patient, case.ct) == ('dicom_pairs', name, tmp_path / name)
   assert read.volume(case)[1].any()
   (tmp_path / f'{name}_mask.nii.gz').unlink()
   (tmp_path / 'other').mkdir()

@@ -1,4 +1,4 @@
-"""Every cohort's layout: found, prepared with the lesions that were written, trained on, evaluated."""
+"""Each cohort layout is recognised, prepared with the written lesions, used for training, and evaluated."""
 
 import shutil
 
@@ -23,16 +23,16 @@ def laid(raw_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', LAYOUTS)
-def test_found_and_prepared_with_the_lesions_that_were_written(laid, raw_dir, tmp_path, name):
+def test_recognised_and_prepared_with_the_written_lesions(laid, raw_dir, tmp_path, name):
   options = CohortOptions(intensity='grey' if name == 'slices' else 'hu')
   cohort, cases = find(laid[name], options)
   assert cohort == name
   assert len(cases) == len({case.patient for case in cases}) == PATIENTS
   assert [case.patient for case in cases] == sorted(case.patient for case in cases)
   prepared = prepare.prepare(str(laid[name]), str(tmp_path), SIZE, options=options)
-  found = [patient for fold in datasets.folds(prepared) for patient in fold]
+  patients = [patient for fold in datasets.folds(prepared) for patient in fold]
   voxels = [int(np.asarray(nib.load(mask).dataobj).sum()) for _, mask in files(raw_dir)]
-  assert sorted(sum(patient['lesion_voxels']) for patient in found) == sorted(voxels)
+  assert sorted(sum(patient['lesion_voxels']) for patient in patients) == sorted(voxels)
   assert datasets.load_dataset(prepared, 0, SIZE).name.startswith(f'covid_ct/{name}_{SIZE}/')
 
 
@@ -60,7 +60,7 @@ def test_trained_one_step_and_evaluated(laid, tmp_path, name, options, module):
   assert result['num_slices'] == len(tested) and result['num_patients'] == len(set(tested.patient.tolist()))
   assert result['tp'] + result['fn'] == (tested.label.sum() if module is cls else _lesion_pixels(tested))
   assert result['values'] == options.intensity
-  by_slice = 'by slice, not by patient: whose the slices are is not known'
+  by_slice = 'by slice, not by patient: the patients of the slices are unknown'
   assert result['split'] == (by_slice if options.patients == 'each_slice' else 'by patient')
   scored = [patient for patient in set(tested.patient.tolist()) if scans and patient in scans]
   assert result.get('volumes', {}).get('num_volumes', 0) == len(scored)
@@ -74,7 +74,7 @@ def _lesion_pixels(split):
   return sum(int(split.source[index]['mask'].sum()) for index in range(len(split)))
 
 
-def test_labels_that_nobody_said_are_lesion_are_refused(raw_dir, tmp_path):
+def test_unknown_labels_are_refused(raw_dir, tmp_path):
   for scan, mask in files(raw_dir):
     copy(scan, tmp_path / 'raw' / scan.name)
     relabel(mask, tmp_path / 'raw' / mask.name, lambda values: values * 3)
@@ -82,15 +82,15 @@ def test_labels_that_nobody_said_are_lesion_are_refused(raw_dir, tmp_path):
     prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE)
   line = str(caught.value).splitlines()[0]
   assert line.endswith(
-    'a mask holds 0 and 1 only, this one has 0, 3; name those that are lesion, as in --config.data.lesion_labels="(3,)"'
+    'mask values must be 0 and 1, but are 0, 3; name the lesion labels, for example --config.data.lesion_labels="(3,)"'
   )
   prepared = prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, options=CohortOptions((2, 3)))
   assert datasets.load_dataset(prepared, 0, SIZE).train.label.any()
-  with pytest.raises(UserError, match=r'was prepared with other data.lesion_labels \(\[2, 3\]\); name another folder'):
+  with pytest.raises(UserError, match=r'was prepared with data.lesion_labels=\[2, 3\], now it is \[3\]; use another'):
     prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, options=CohortOptions((3,)))
 
 
-def test_what_is_missing_is_named(laid, raw_dir, tmp_path):
+def test_missing_files_are_named(laid, raw_dir, tmp_path):
   def broken(name, change):
     folder = tmp_path / name
     shutil.copytree(laid[name], folder)
@@ -100,52 +100,51 @@ def test_what_is_missing_is_named(laid, raw_dir, tmp_path):
     return str(caught.value).replace(f'{folder}/', '')
 
   assert broken('nnunet', lambda f: (f / 'labelsTr' / 'covid_002.nii.gz').unlink()) == (
-    'imagesTr/covid_002_0000.nii.gz: its mask labelsTr/covid_002.nii.gz is missing; add it, or take the scan out'
+    'imagesTr/covid_002_0000.nii.gz: the mask labelsTr/covid_002.nii.gz is missing; add it, or remove the scan'
   )
   assert broken('pairs', lambda f: (f / 'patient3_mask.nii.gz').unlink()) == (
-    'patient3.nii.gz: its mask patient3_mask.nii.gz is missing; add it, or take the scan out'
+    'patient3.nii.gz: the mask patient3_mask.nii.gz is missing; add it, or remove the scan'
   )
   assert broken('mosmed', lambda f: (f / 'studies' / 'CT-1' / 'study_0001.nii.gz').unlink()) == (
-    'masks/study_0001_mask.nii.gz: its study study_0001 is in none of studies/CT-0 to CT-4; '
-    'add it, or take the mask out'
+    'masks/study_0001_mask.nii.gz: the study study_0001 is missing in studies/CT-0 to CT-4; add it, or remove the mask'
   )
   assert broken('decathlon', lambda f: (f / 'imagesTr' / 'lung_001.nii.gz').unlink()) == (
-    'imagesTr/lung_001.nii.gz: in the list of dataset.json, but not there; add it, or take it out of the list'
+    'imagesTr/lung_001.nii.gz: listed in dataset.json, but missing; add it, or remove it from the list'
   )
   assert broken('zenodo_20', lambda f: (f / 'Lung_and_Infection_Mask' / 'coronacases_002.nii.gz').unlink()) == (
-    'COVID-19-CT-Seg_20cases/coronacases_002.nii.gz: its mask Lung_and_Infection_Mask/coronacases_002.nii.gz '
-    'is missing; add it, or take the scan out'
+    'COVID-19-CT-Seg_20cases/coronacases_002.nii.gz: the mask Lung_and_Infection_Mask/coronacases_002.nii.gz '
+    'is missing; add it, or remove the scan'
   )
   two = lambda f: shutil.copy(files(raw_dir)[0][0], f / 'imagesTr' / 'covid_000_0001.nii.gz')
   shutil.rmtree(tmp_path / 'nnunet')
   assert broken('nnunet', two) == (
-    'imagesTr/covid_000_0001.nii.gz: a second channel; CT has one, X_0000, so take it out'
+    'imagesTr/covid_000_0001.nii.gz: a second channel, but CT has only X_0000; remove it'
   )
 
 
-def test_slices_of_the_kind_and_of_the_patients_that_were_asked_for(laid, caplog):
+def test_options_select_intensity_and_patients(laid, caplog):
   cases = find(laid['zenodo_20'], CohortOptions(intensity='grey'))[1]
   assert sorted(case.patient for case in cases) == sorted(RADIOPAEDIA)
   assert len({case.owner for case in cases}) == 8
-  for seed in range(5):  # two scans of one patient are never dealt apart, whatever their lesions
+  for seed in range(5):  # two scans of one patient are always in the same fold
     burdens = np.random.default_rng(seed).lognormal(3, 1, 10)
     folds = survey.deal([survey.Patient(case, (1,), ml) for case, ml in zip(cases, burdens, strict=True)])
     owners = [{patient.case.owner for patient in fold} for fold in folds]
     assert sum(map(len, owners)) == 8 and sum(map(len, folds)) == 10
   named = find(laid['medseg'])[1]
   assert len(named) == PATIENTS and all(case.lesion_labels == (1, 2) for case in named)
-  assert '100 slices of unknown patients are left out; --config.data.patients=each_slice takes' in caplog.text
+  assert '100 slices without patient IDs are left out; --config.data.patients=each_slice includes' in caplog.text
   every = find(laid['medseg'], CohortOptions(patients='each_slice'))[1]
   assert len(every) == PATIENTS + 100
   image, mask = (nib.load(laid['medseg'] / f'{name}.nii.gz').get_fdata() for name in ('tr_im', 'tr_mask'))
-  found = read.slices(next(case for case in every if case.patient == 'tr_042'))
-  # Axes of the files are right, anterior, superior by their affine; ours left, posterior, superior.
-  np.testing.assert_array_equal(found.images[0], np.rint(image[::-1, ::-1, 42].T))
-  np.testing.assert_array_equal(found.masks[0], np.isin(mask[::-1, ::-1, 42].T, (1, 2)))
+  stored = read.slices(next(case for case in every if case.patient == 'tr_042'))
+  # The axes of the files are right, anterior, superior; those of the slices left, posterior, superior.
+  np.testing.assert_array_equal(stored.images[0], np.rint(image[::-1, ::-1, 42].T))
+  np.testing.assert_array_equal(stored.masks[0], np.isin(mask[::-1, ::-1, 42].T, (1, 2)))
 
 
-def test_a_folder_as_it_was_unpacked(laid, tmp_path):
-  """In folders that hold nothing else, with what the systems of others leave, and in other words for the same."""
+def test_nested_and_renamed_folders_are_read(laid, tmp_path):
+  """Reads cohorts inside nested folders, with system files like .DS_Store, and with other folder names."""
   options = CohortOptions(intensity='grey')
   shutil.copytree(laid['slices'], tmp_path / 'a' / 'archive' / 'release')
   (tmp_path / 'a' / '.DS_Store').write_bytes(b'')
@@ -162,8 +161,8 @@ def test_a_folder_as_it_was_unpacked(laid, tmp_path):
   cases, flat = find(tmp_path / 'c', unknown)[1], find(laid['classes'], unknown)[1]
   assert [(case.patient, case.labels) for case in cases] == [(case.patient, case.labels) for case in flat]
   shutil.copytree(laid['classes'] / 'CT_COVID', tmp_path / 'c' / 'lesion_masks')
-  with pytest.raises(UserError, match=r'lesion_masks: pictures that are no class of slices; call the folders of sl'):
+  with pytest.raises(UserError, match=r'lesion_masks: looks like a folder of masks, not a class of slices; rename it'):
     find(tmp_path / 'c', unknown)
   (tmp_path / 'd' / 'rp_im').mkdir(parents=True)
-  with pytest.raises(UserError, match=r'd: laid out as medseg, but without any scan; unpack it again'):
+  with pytest.raises(UserError, match=r'd: has the layout of medseg, but no scans; unpack it again'):
     find(tmp_path / 'd')

@@ -1,3 +1,5 @@
+"""The phantom cohort: its files, anatomy, HU and lesions."""
+
 import math
 
 import nibabel as nib
@@ -15,20 +17,20 @@ SMALL = {'size': 48, 'slices': 16}
 
 @pytest.fixture(scope='module')
 def cohort():
-  """HU, mask and lungs of ten patients, each [10, 24, 128, 128]."""
+  """HU, masks and lungs of ten patients, each [10, 24, 128, 128]."""
   patients = [phantom.patient(0, number, **SIZE) for number in range(1, 11)]
   return [np.stack(arrays) for arrays in zip(*patients, strict=True)]
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """A small cohort as `write` leaves it; the pool draws it."""
+  """A small cohort that `write_phantoms` wrote with its pool."""
   raw_dir = tmp_path_factory.mktemp('raw') / 'new'
   phantom.write_phantoms(raw_dir, patients=5, seed=3, **SMALL)
   return raw_dir
 
 
-def test_a_patient_depends_on_seed_and_number_alone():
+def test_a_patient_depends_only_on_seed_and_number():
   first, again = phantom.patient(1, 2, **SMALL), phantom.patient(1, 2, **SMALL)
   for array, same, dtype in zip(first, again, (np.int16, np.uint8, np.uint8), strict=True):
     assert array.dtype == dtype and array.shape == (16, 48, 48)
@@ -54,7 +56,7 @@ def test_a_patient_out_of_range_is_an_error(wrong):
     phantom.patient(**({'seed': 0, 'number': 1, **SMALL} | wrong))
 
 
-def test_a_cohort_of_nobody_is_an_error(tmp_path):
+def test_a_cohort_without_patients_is_an_error(tmp_path):
   with pytest.raises(ValueError, match='patients=0'):
     phantom.write_phantoms(tmp_path / 'raw', patients=0)
   assert not (tmp_path / 'raw').exists()
@@ -78,7 +80,7 @@ def test_files_are_named_and_stored_as_in_the_challenge(folder):
 
 
 @pytest.mark.parametrize('number', [1, 4])
-def test_files_hold_the_patient_in_either_orientation(folder, number):
+def test_files_hold_the_patient_in_both_orientations(folder, number):
   hu, mask, _ = phantom.patient(3, number, **SMALL)
   to_lps = nib.orientations.axcodes2ornt('LPS')
   for kind, expected in (('ct', hu), ('seg', mask)):
@@ -109,7 +111,7 @@ def test_hounsfield_units(cohort):
 
 
 def test_axes_are_canonical(cohort):
-  """The spine is at the back, the heart on the left, the abdomen below; of those who lie on the front as well."""
+  """The spine is at the back, the heart on the left, the abdomen below; also for prone patients."""
   hu, _, lungs = cohort
   for volume, lung in zip(hu, lungs, strict=True):
     middle, _, column = (round(np.mean(where)) for where in np.nonzero(lung))
@@ -123,28 +125,28 @@ def test_axes_are_canonical(cohort):
 
 
 def bodies(hu):
-  """The largest thing of each slice with all that it encloses: bool, of the shape of HU [S, H, W]."""
-  found = np.zeros(hu.shape, bool)
-  for body, dense in zip(found, hu > -250, strict=True):
+  """Returns bool [S, H, W]: the largest dense region of each slice, with its holes filled."""
+  largest = np.zeros(hu.shape, bool)
+  for body, dense in zip(largest, hu > -250, strict=True):
     parts, count = ndimage.label(ndimage.binary_opening(dense))
     if count:
       body[:] = ndimage.binary_fill_holes(parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]))
-  return found
+  return largest
 
 
-def test_something_lies_around_most_patients(cohort):
-  """Tables, mattresses, blankets, arms: denser than air, outside the body."""
+def test_most_patients_have_surroundings(cohort):
+  """Tables, mattresses, blankets and arms are denser than air and lie outside the body."""
   around = [
     ((volume > -900) & ~ndimage.binary_dilation(bodies(volume), np.ones((1, 5, 5)))).mean() for volume in cohort[0]
   ]
   assert sum(share > 0.01 for share in around) >= 8
-  assert np.std(around) > 0.01  # and not the same around each
+  assert np.std(around) > 0.01  # and it differs between patients
 
 
-def test_the_table_is_behind_most_and_in_front_of_some(cohort):
+def test_the_table_is_behind_most_patients_and_in_front_of_some(cohort):
   behind = []
   for volume, lung in zip(cohort[0], cohort[2], strict=True):
-    table = (volume > -850).all(0) & ~bodies(volume).any(0)  # the same in each slice
+    table = (volume > -850).all(0) & ~bodies(volume).any(0)  # equal in all slices
     behind.append(np.median(np.nonzero(table)[0]) > np.nonzero(lung)[1].mean() if table.sum() > 20 else None)
   assert behind.count(True) >= 5 and behind.count(False) >= 1
 
@@ -162,7 +164,7 @@ def test_patients_are_turned_and_off_centre(cohort):
 
 
 def test_scans_reach_beyond_the_lungs_in_some(cohort):
-  """Below them there is gas in the bowel, and no lesion; above them the windpipe in the neck."""
+  """Below the lungs there is gas in the bowel and no lesion; above them the trachea in the neck."""
   below = above = 0
   for volume, mask, lung in zip(*cohort, strict=True):
     body = ndimage.binary_erosion(bodies(volume), np.ones((1, 5, 5)))
@@ -174,7 +176,7 @@ def test_scans_reach_beyond_the_lungs_in_some(cohort):
   assert below >= 2 and above >= 2
 
 
-def test_fields_of_view_are_the_patients_own(cohort):
+def test_fields_of_view_depend_on_the_patient(cohort):
   spacings = [phantom.spacing(0, number, **SIZE) for number in range(1, 11)]
   for number, (thickness, height, width) in enumerate(spacings, 1):
     assert height == width
@@ -187,9 +189,9 @@ def test_fields_of_view_are_the_patients_own(cohort):
   assert 2 <= len(round_ones) <= 8 and set().union(*round_ones) <= {-1024, -2048}
 
 
-def test_every_phantom_is_taken_for_a_scan_in_hu(folder):
+def test_every_phantom_is_accepted_as_a_scan_in_hu(folder):
   for path in sorted(folder.glob('*_ct.nii.gz')):
-    nifti.read_scan(path)  # refuses what is windowed, rescaled, or without air
+    nifti.read_scan(path)  # refuses windowed or rescaled values and scans without air
 
 
 def test_lesions(cohort):
@@ -204,15 +206,15 @@ def test_lesions(cohort):
   assert sum(touching) >= 5  # lesions lie against the pleura
 
 
-def test_no_threshold_finds_the_lesions(cohort):
-  """The best single threshold, inside the true lungs, all voxels pooled; and the best band."""
+def test_no_threshold_separates_the_lesions(cohort):
+  """Tries all thresholds and all bands of HU inside the true lungs; all voxels are pooled."""
   hu, mask, lungs = cohort
   bins = np.arange(-1030, 400, 10)
   lesion = np.histogram(hu[mask > 0], bins)[0]
   healthy = np.histogram(hu[(lungs > 0) & (mask == 0)], bins)[0]
-  found, wrong = (np.append(0, counts.cumsum()) for counts in (lesion, healthy))
-  found, wrong = found - found[:, None], wrong - wrong[:, None]  # [low, high]
-  dice = np.triu(2 * found / (found + wrong + mask.sum()))
+  tp, fp = (np.append(0, counts.cumsum()) for counts in (lesion, healthy))
+  tp, fp = tp - tp[:, None], fp - fp[:, None]  # [low, high]
+  dice = np.triu(2 * tp / (tp + fp + mask.sum()))
   single, (low, high) = dice[:, -1], np.unravel_index(dice.argmax(), dice.shape)
   figure = (
     f'best threshold hu > {bins[single.argmax()]}: Dice {single.max():.3f}; '

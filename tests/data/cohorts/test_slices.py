@@ -1,4 +1,4 @@
-"""Pictures of slices as a cohort: classes, patients and masks by their names, and what is wrong with them."""
+"""Pictures of slices as a cohort: classes, patients and masks from file names; and reported problems."""
 
 import pathlib
 import shutil
@@ -22,7 +22,7 @@ def laid(raw_dir, tmp_path_factory):
   return write_all(raw_dir, tmp_path_factory)
 
 
-def test_pictures_are_prepared_as_they_are(laid, raw_dir, tmp_path):
+def test_pictures_are_prepared_unchanged(laid, raw_dir, tmp_path):
   prepared = prepare.prepare(str(laid['slices']), str(tmp_path), SIZE, options=CohortOptions(intensity='grey'))
   split = datasets.load_dataset(prepared, 0, SIZE).test
   truth = {(patient, index): (grey, mask) for patient, index, grey, mask in pictures_of(raw_dir)}
@@ -34,7 +34,7 @@ def test_pictures_are_prepared_as_they_are(laid, raw_dir, tmp_path):
     assert np.isnan(example['spacing']).all()
 
 
-def test_classes_are_told_by_the_name_of_the_one_without_lesion(laid, raw_dir, tmp_path):
+def test_classes_are_recognised_by_folder_names(laid, raw_dir, tmp_path):
   name, cases = find(laid['classes'], CohortOptions(intensity='grey', patients='each_slice'))
   assert name == 'slices'
   assert sum(case.labels[0] for case in cases) == sum(mask.any() for *_, mask in pictures_of(raw_dir))
@@ -56,12 +56,12 @@ def test_classes_are_told_by_the_name_of_the_one_without_lesion(laid, raw_dir, t
     for each in names:
       copy(laid['classes'] / 'CT_COVID' / '0.png', folder / each / 'a.png')
     with pytest.raises(
-      UserError, match=rf'which of its folders \({names[0]}, {names[1]}\) is without lesion is not clear'
+      UserError, match=rf'cannot tell which folder \({names[0]}, {names[1]}\) is without lesion; only its name'
     ):
       find(folder, CohortOptions(intensity='grey'))
 
 
-def test_what_is_wrong_with_pictures_is_named(laid, tmp_path):
+def test_problems_of_pictures_are_named(laid, tmp_path):
   def refused(name, options, change=lambda folder: None):
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
     shutil.copytree(laid[name], folder)
@@ -72,30 +72,28 @@ def test_what_is_wrong_with_pictures_is_named(laid, tmp_path):
     return str(caught.value).replace(f'{folder}', 'X')
 
   grey = CohortOptions(intensity='grey')
-  assert refused('slices', CohortOptions()) == (
-    'X: holds 8-bit grey values, not HU; say so with --config.data.intensity=grey'
-  )
+  assert refused('slices', CohortOptions()) == ('X: contains 8-bit images, not HU; add --config.data.intensity=grey')
   assert (
     refused('mosmed', grey)
     .splitlines()[0]
     .endswith(
-      'are Hounsfield units or the like, not grey values of an 8-bit image (0 to 255), which is what '
-      'data.intensity=grey stands for; give such, or train on HU without it'
+      'are Hounsfield units or similar, but data.intensity=grey needs 8-bit images (0 to 255); give 8-bit images, '
+      'or train on HU without data.intensity=grey'
     )
   )
   assert refused('classes', grey) == (
-    'X: whose slices these are is not known, so that a patient may be both trained on and tested; add slices.csv '
-    '(name,patient), or say --config.data.patients=each_slice and take no number for one of new patients'
+    'X: slices without patient IDs, so one patient may be in both training and test; add slices.csv '
+    '(name,patient), or use --config.data.patients=each_slice (scores will not be patient-level)'
   )
-  assert refused('slices', grey._replace(intensity='gray')) == "data.intensity: there is no 'gray'; one of hu, grey"
+  assert refused('slices', grey._replace(intensity='gray')) == "data.intensity: 'gray' is unknown; give one of hu, grey"
   assert refused('slices', grey._replace(patients='each')) == (
-    "data.patients: there is no 'each'; one of named, each_slice"
+    "data.patients: 'each' is unknown; give one of named, each_slice"
   )
   assert refused('slices', grey, lambda f: (f / 'masks' / '0003.png').unlink()) == (
-    'X/images/0003.jpg: its mask masks/0003.png is missing; add it, or take the picture out'
+    'X/images/0003.jpg: the mask masks/0003.png is missing; add it, or remove the picture'
   )
   assert refused('slices', grey, lambda f: copy(f / 'images' / '0003.jpg', f / 'images' / '0003.jpeg')) == (
-    'X/images/0003.jpg: a second picture of the name 0003; remove one, or rename it'
+    'X/images/0003.jpg: a second picture with the name 0003; remove one, or rename it'
   )
 
   def change_list(folder):
@@ -104,26 +102,23 @@ def test_what_is_wrong_with_pictures_is_named(laid, tmp_path):
     (folder / 'slices.csv').write_text('\n'.join(lines))
 
   assert refused('slices', grey, change_list).splitlines() == [
-    "X/slices.csv: line 3: '0000' has another patient above; correct one of the two",
-    "X/slices.csv: line 4: no picture of the name 'nothing'; correct it, with its folder where two have the name",
-    "X/slices.csv: line 5: '0002' has no patient; add the patient, or take the picture out",
-    *(
-      f'X/images/000{number}.jpg: it is not in slices.csv; add it with its patient, or take it out'
-      for number in (1, 2, 3)
-    ),
+    "X/slices.csv: line 3: '0000' has another patient in a line above; correct one of the two",
+    "X/slices.csv: line 4: no picture with the name 'nothing'; correct it, and add the folder if two pictures share it",
+    "X/slices.csv: line 5: '0002' has no patient; add the patient, or remove the picture",
+    *(f'X/images/000{number}.jpg: is not in slices.csv; add it with its patient, or remove it' for number in (1, 2, 3)),
   ]
   for text in ('file,id\n0000,1\n', 'name;patient\n0000;1\n'):
     assert refused('slices', grey, lambda f, text=text: (f / 'slices.csv').write_text(text)) == (
-      'X/slices.csv: no columns name and patient; separate by commas, first line name,patient'
+      'X/slices.csv: no columns name and patient; use commas, with name,patient as first line'
     )
   latin = 'name,patient\n0000,Müller\n'.encode('latin-1')
   assert refused('slices', grey, lambda f: (f / 'slices.csv').write_bytes(latin)).startswith(
-    "X/slices.csv: no CSV in UTF-8 ('utf-8' codec can't decode byte 0xfc"
+    "X/slices.csv: not a CSV file in UTF-8 ('utf-8' codec can't decode byte 0xfc"
   )
-  # A slice of one patient that is there as another's, too.
+  # The same slice as a slice of another patient.
   assert refused('slices', grey, lambda f: copy(f / 'images' / '0003.jpg', f / 'images' / '0100.jpg')) == (
-    'X/images/0100.jpg: the same image as 0003.jpg, value for value, so it would be both trained on and tested, or '
-    'count twice; remove one of the two, with its mask'
+    'X/images/0100.jpg: the same image as 0003.jpg, so it could be in both training and test, or count twice; remove '
+    'one of the two, with its mask'
   )
 
   def spoil(folder):
@@ -137,36 +132,36 @@ def test_what_is_wrong_with_pictures_is_named(laid, tmp_path):
 
   lines = refused('slices', grey, spoil).splitlines()
   assert lines[0] == (
-    'X/masks/0000.png: a mask holds 0 and 255, or 0 and 1, only, this one has 3; save it as PNG (JPEG blurs it), or '
-    'name those that are lesion, as in --config.data.lesion_labels="(3,)"'
+    'X/masks/0000.png: mask values must be 0 and 255, or 0 and 1, but are 3; save the mask as PNG (JPEG changes '
+    'values), or name the lesion labels, for example --config.data.lesion_labels="(3,)"'
   )
   assert [line.split(' (')[0].split(';')[0] for line in lines[1:]] == [
-    'X/images/0016.jpg: no picture that can be read',
-    'X/images/0032.jpg: a picture in colour',
-    'X/images/0048.png: more than 8 bits a pixel',
+    'X/images/0016.jpg: the picture cannot be read',
+    'X/images/0032.jpg: the picture is in colour',
+    'X/images/0048.png: more than 8 bits per pixel',
   ]
   only_size = lambda f: Image.fromarray(np.zeros((SIZE - 1, SIZE), np.uint8)).save(f / 'masks' / '0001.png')
   assert refused('slices', grey, only_size) == (
-    'X/masks/0001.png: the mask has (31, 32) pixels and its slice (32, 32); save it in that size'
+    'X/masks/0001.png: the mask has (31, 32) pixels, its slice (32, 32); save it in that size'
   )
 
 
-def test_labels_only_are_not_for_segmentation(laid, tmp_path):
+def test_segmentation_needs_masks(laid, tmp_path):
   options = CohortOptions(intensity='grey', patients='each_slice')
   data_dir = prepare.prepare(str(laid['classes']), str(tmp_path / 'data'), SIZE, options=options)
   shards = list(pathlib.Path(data_dir).glob('*.array_record*'))
-  assert len(shards) < 2 * 160 / 32 + 5  # readers keep each one open
+  assert len(shards) < 2 * 160 / 32 + 5  # readers keep all of them open
   config = tiny(seg)
-  with pytest.raises(UserError, match=r'data.intensity: hu, but .* holds grey: a network of one cannot read the other'):
+  with pytest.raises(UserError, match=r'data.intensity: hu, but .* holds grey; set data.intensity to grey'):
     train.train(config, tmp_path / 'run', data_dir)
   config.data.intensity = 'grey'
-  with pytest.raises(UserError, match=r'has labels of slices and no masks; train a classifier'):
+  with pytest.raises(UserError, match=r'has labels of slices but no masks; train a classifier'):
     train.train(config, tmp_path / 'run', data_dir)
   assert not (tmp_path / 'run').exists()
 
 
-def test_what_is_said_of_pictures_is_part_of_the_dataset(laid, tmp_path):
-  """A corrected list of patients, or a slice moved to the other class, is another cohort of the same files."""
+def test_patients_and_classes_are_part_of_the_fingerprint(laid, tmp_path):
+  """A corrected patient list, or a slice moved to the other class, changes the fingerprint of the cohort."""
   folder, options = tmp_path / 'raw', CohortOptions(intensity='grey')
   shutil.copytree(laid['slices'], folder)
   before = survey.fingerprint(find(folder, options)[1])
@@ -174,7 +169,7 @@ def test_what_is_said_of_pictures_is_part_of_the_dataset(laid, tmp_path):
   text = (folder / 'slices.csv').read_text()
   (folder / 'slices.csv').write_text(text.replace('0159,p10', '0159,p09'))
   assert survey.fingerprint(find(folder, options)[1]) != before
-  with pytest.raises(UserError, match=r'was prepared from other files than .* holds now'):
+  with pytest.raises(UserError, match=r'was prepared from other files than .* contains now'):
     prepare.prepare(str(folder), str(tmp_path / 'data'), SIZE, options=options)
   folder, options = tmp_path / 'classes', CohortOptions(intensity='grey', patients='each_slice')
   shutil.copytree(laid['classes'], folder)
@@ -194,8 +189,8 @@ def test_what_is_said_of_pictures_is_part_of_the_dataset(laid, tmp_path):
   assert survey.fingerprint(after) != fingerprint
 
 
-def test_equal_pictures_are_a_matter_between_patients(tmp_path):
-  """Within one patient nothing leaks; pictures of one value, as beyond the ends of a scan, are of nobody."""
+def test_equal_pictures_within_a_patient_are_accepted(tmp_path):
+  """Copies within one patient are no leak. Pictures of one value, as beyond the ends of a scan, are ignored."""
   rng, black = np.random.default_rng(0), np.zeros((8, 8), np.uint8)
   (tmp_path / 'images').mkdir(), (tmp_path / 'masks').mkdir()
   lines = ['name,patient']
@@ -209,4 +204,4 @@ def test_equal_pictures_are_a_matter_between_patients(tmp_path):
   (tmp_path / 'slices.csv').write_text('\n'.join(lines))
   cases = find(tmp_path, CohortOptions(intensity='grey'))[1]
   assert [path.stem for path in cases[0].ct] == ['a8', 'a9', 'a10', 'a11']
-  assert [found.case.patient for found in survey.survey(cases)] == ['a', 'b']
+  assert [patient.case.patient for patient in survey.survey(cases)] == ['a', 'b']

@@ -1,4 +1,4 @@
-"""Convolutions and their gradients are PyTorch's, in whichever form they are computed here."""
+"""Every form of the CPU convolutions gives the same values and gradients as PyTorch."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from fusa_jax.models.cpu import convolution
 
 torch = pytest.importorskip('torch')
 
-# Image, kernel (kh, kw, C / groups, O), and the window where it is not the plain one; each reaches another form.
+# Shapes of image and kernel (kh, kw, C / groups, O), and options of the window. Together they use every form.
 CASES = {
   'a product': ((2, 9, 6, 7), (1, 1, 7, 5), {}),
   'a product, strided': ((2, 9, 6, 7), (1, 1, 7, 5), {'stride': 2}),
@@ -46,7 +46,7 @@ def ours(x, kernel, *, stride=1, padding=0, dilation=1, groups=1):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_values_and_gradients_are_pytorchs(case):
+def test_values_and_gradients_equal_pytorchs(case):
   image, kernel, window = CASES[case]
   rng = np.random.default_rng(0)
   x, k = (rng.normal(size=shape).astype(np.float32) for shape in (image, kernel))
@@ -61,7 +61,7 @@ def test_values_and_gradients_are_pytorchs(case):
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
-def test_each_form_is_reached():
+def test_every_form_is_used():
   window = lambda stride=1, padding=0, dilation=1, groups=1: convolution._Window(
     (stride,) * 2, ((padding,) * 2,) * 2, (dilation,) * 2, groups
   )
@@ -71,7 +71,7 @@ def test_each_form_is_reached():
 
 
 @pytest.mark.parametrize('case', ['a product', 'dense, by rows', 'patches both ways', 'in each channel'])
-def test_bfloat16_is_added_up_in_float32(case):
+def test_bfloat16_is_summed_in_float32(case):
   image, kernel, window = CASES[case]
   rng = np.random.default_rng(0)
   x, k = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in (image, kernel))
@@ -81,11 +81,11 @@ def test_bfloat16_is_added_up_in_float32(case):
   exact, exact_pull = jax.vjp(lambda x, k: ours(x, k, **window), *wide((x, k)))
   for found, expected in zip((value, *pull(g)), (exact, *exact_pull(wide(g))), strict=True):
     assert found.dtype == jnp.bfloat16
-    # One rounding, to 8 bits of mantissa, of sums that were exact.
+    # Sums in float32, rounded once to 8 significant bits.
     np.testing.assert_allclose(wide(found), expected, rtol=2**-8, atol=2**-8 * float(jnp.abs(expected).max()) / 100)
 
 
-def test_accelerators_get_laxs_own_convolutions():
+def test_accelerators_use_convolutions_of_lax():
   image, kernel, window = CASES['dilated']
   step = jax.jit(jax.grad(lambda x, k: ours(x, k, **window).sum(), argnums=(0, 1)))
   shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in (image, kernel)]

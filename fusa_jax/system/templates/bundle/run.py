@@ -1,4 +1,4 @@
-"""python run.py SLICES.npy PROBABILITY.npy: what this bundle finds, with jax and NumPy; README.md has the arrays."""
+"""python run.py SLICES.npy PROBABILITY.npy: runs this bundle with jax and NumPy. README.md describes the arrays."""
 
 import hashlib
 import json
@@ -13,16 +13,16 @@ bundle = json.loads((pathlib.Path(__file__).parent / 'bundle.json').read_text())
 files = {name: (pathlib.Path(__file__).parent / name).read_bytes() for name in bundle['sha256']}
 for name, content in files.items():
   if hashlib.sha256(content).hexdigest() != bundle['sha256'][name]:
-    sys.exit(f'error: {name} is not as it was exported; copy the bundle again')
-# safetensors: the length of a header in 8 bytes, the header in JSON, and the arrays, little-endian.
+    sys.exit(f'error: {name} changed since the export; copy the bundle again')
+# safetensors: 8 bytes with the length of the header, the header as JSON, then the arrays; all little-endian.
 start = 8 + int.from_bytes(files['weights.safetensors'][:8], 'little')
 header, arrays = json.loads(files['weights.safetensors'][8:start]), files['weights.safetensors'][start:]
 array = lambda about: np.frombuffer(arrays[slice(*about['data_offsets'])], '<f4').reshape(about['shape'])
 weights = jax.device_put({name: array(about) for name, about in header.items()})
 probability = jax.jit(export.deserialize(bytearray(files['model.stablehlo'])).call)
-slices, size, found = np.rint(np.load(sys.argv[1])).astype(np.int16), bundle['batch_size'], []
+slices, size, results = np.rint(np.load(sys.argv[1])).astype(np.int16), bundle['batch_size'], []
 for begin in range(0, len(slices), size):
   part = slices[begin : begin + size]
-  filled = np.concatenate([part, part[:1].repeat(size - len(part), axis=0)])  # of one shape, so compiled once
-  found.append(np.asarray(probability(weights, filled))[: len(part)])
-np.save(sys.argv[2], np.concatenate(found))
+  filled = np.concatenate([part, part[:1].repeat(size - len(part), axis=0)])  # one shape: compiles once
+  results.append(np.asarray(probability(weights, filled))[: len(part)])
+np.save(sys.argv[2], np.concatenate(results))
