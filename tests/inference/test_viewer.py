@@ -161,7 +161,7 @@ def test_several_scans_get_an_index_page(tmp_path):
   page = Page(index)
   assert page.links == ['a.html', 'b%20c.html', 'd.html'] and 'script' not in dict(page.tags)
   cells = re.findall(
-    r'(a|b c|d)</a></td><td class="n">(.*?)</td><td class="n">(\d+)</td><td class="n">12</td>', index.read_text()
+    r'(a|b c|d)</a></th><td class="n">(.*?)</td><td class="n">(\d+)</td><td class="n">12</td>', index.read_text()
   )
   assert cells == [('a', '1.3', '3'), ('b c', '1.3', '3'), ('d', '', '2')]
   assert 'fusa_resunet, step 7, 9, threshold' in Page(written[1]).text
