@@ -108,7 +108,7 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
   other = {'data.phantom.patients': 7}
   run_config.save_config(runs['seg'], tiny(**other, **{'data.dir': 'elsewhere'}))
   run_config.save_config(runs['seg'], tiny())
-  with pytest.raises(UserError, match=r'data.phantom.patients \(100 -> 7\)'):
+  with pytest.raises(UserError, match=r'data.phantom.patients \(120 -> 7\)'):
     run_config.save_config(runs['seg'], tiny(**other))
   changed = tiny(**{'train.learning_rate': 0.5, 'seed': 3})
   with pytest.raises(
