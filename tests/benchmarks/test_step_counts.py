@@ -12,7 +12,7 @@ from fusa_jax import FUSA, models
 
 WRITTEN = json.loads(pathlib.Path('docs/step_counts.json').read_text())
 # The other models take 2 to 10 s each.
-QUICK = ('resnet18', 'fusa_resnet18', 'vgg16', 'resunet')
+QUICK = ('fusa_resnet18', 'resunet')
 ADVICE = 'if this change is intended, update docs/step_counts.json: python -m benchmarks.step_counts'
 
 

@@ -193,6 +193,7 @@ def refused(*arguments):
   return line
 
 
+@pytest.mark.slow
 def test_jobs_and_folds_are_checked_before_anything_is_drawn_or_trained():
   there = len(jobs._cores())
   assert refused(f'--jobs={there + 1}') == (

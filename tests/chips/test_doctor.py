@@ -17,6 +17,7 @@ def problems(part):
   return [problem for _, problem in part if problem]
 
 
+@pytest.mark.slow
 def test_no_problem_on_this_machine(tmp_path):
   """Runs the command as a user does, in another folder and with another home."""
   result = launch('--mode=doctor', home=tmp_path, folder=tmp_path)

@@ -89,7 +89,9 @@ def test_every_name_is_a_plain_model_or_its_fusa_variant():
   }
 
 
-@pytest.mark.parametrize('name', WITH_DROPOUT)
+@pytest.mark.parametrize(
+  'name', [name if name == 'vgg16' else pytest.param(name, marks=pytest.mark.slow) for name in WITH_DROPOUT]
+)
 def test_dropout_depends_on_its_key_and_is_off_in_evaluation(name):
   module = models.create(name, width=8)
   images = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
