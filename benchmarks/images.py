@@ -61,7 +61,7 @@ def main(_) -> None:
     scan = phantom.write_patient(pathlib.Path(folder), number, config.data.phantom.seed, SIZE, SLICES)
     predict.predict(run, scan, masks, False, False)
     (page,) = viewer.view(scan, masks)
-    _shoot(chromium, page, IMAGES / 'viewer.png', (1200, 800))
+    _shoot(chromium, page, IMAGES / 'viewer.png', (1000, 680))
   _draw_house(IMAGES / 'house.svg')
   for path in sorted(IMAGES.iterdir()):
     assert path.stat().st_size <= MOST_BYTES, f'{path} has {path.stat().st_size} bytes'
@@ -94,7 +94,7 @@ def _draw_attention(hu, config, workdir):
     for path, leaf in jax.tree_util.tree_leaves_with_path(sown['intermediates'])
     if any(getattr(part, 'key', '') == 'attention' for part in path)
   }
-  names = ['down1', 'up1', 'up0']
+  names = ['down1', 'up2', 'up1']
   figure = Figure(figsize=(10, 2.9), layout='constrained', facecolor='white')
   axes = figure.subplots(1, 1 + len(names))
   low, high = config.data.window
@@ -115,7 +115,7 @@ def _shoot(chromium, page, path, size):
   """Takes a screenshot of the upper part of a page."""
   with tempfile.TemporaryDirectory() as profile:
     command = [chromium, '--headless=new', '--no-sandbox', '--hide-scrollbars', '--force-color-profile=srgb']
-    command += ['--use-gl=angle', '--use-angle=swiftshader', '--enable-unsafe-swiftshader', '--disable-gpu-sandbox']
+    command += ['--use-gl=angle', '--use-angle=swiftshader', '--enable-unsafe-swiftshader', '--disable-dev-shm-usage']
     command += [f'--user-data-dir={profile}', f'--window-size={size[0]},{size[1]}', '--virtual-time-budget=30000']
     command += [f'--screenshot={path.resolve()}', page.resolve().as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=180)
@@ -159,6 +159,9 @@ def _first_sentence(name):
     'benchmarks': 'Measurements, and the tables of the paper.',
     'configs': 'The experiments and their presets.',
     'data': 'Conversion of cohorts to prepared datasets.',
+    'fusa_jax.fusa': 'Full scale attention, the module of the paper.',
+    'fusa_jax.scans': 'Reads and writes scans: NIfTI, DICOM, pictures.',
+    'fusa_jax.torch_weights': 'Converts PyTorch weights.',
   }
   return texts.get(name) or importlib.import_module(name).__doc__.split('. ')[0].split('.\n')[0].rstrip('.') + '.'
 

@@ -125,6 +125,18 @@ def test_every_dice_definition_is_documented():
   assert all(definition.strip() and users.strip() for definition, users in table.values())
 
 
+def test_markdown_is_wrapped_and_the_readme_is_short():
+  documents = [*pathlib.Path('.').glob('*.md'), *pathlib.Path('docs').glob('*.md')]
+  long = [
+    (path.name, line)
+    for path in documents
+    for line in path.read_text().splitlines()
+    if len(line) > 120 and line[0] != '|'
+  ]
+  assert not long
+  assert len(pathlib.Path('README.md').read_text().splitlines()) <= 170
+
+
 def test_links_have_targets():
   for document in [*pathlib.Path().glob('*.md'), *pathlib.Path('docs').glob('*.md')]:
     for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', document.read_text()):

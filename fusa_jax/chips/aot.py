@@ -237,7 +237,7 @@ def scaling_page(folder: pathlib.Path) -> str:
     parts.append(
       f'## `{path.stem}`: {first["task"]}, {first["model"]}, {first["image_size"]} x {first["image_size"]}, '
       f'{first["batch_per_device"]:g} per chip\n\n'
-      f'jax {first["versions"]["jax"]}, libtpu {first["versions"]["libtpu"]}, commit {first["commit"][:7]}. '
+      f'jax {first["versions"]["jax"]}, libtpu {first["versions"]["libtpu"]}, commit {first["commit"][:7]}.\n'
       f'Each chip holds {first["memory"]["parameters"] / 1e6:,.0f} MB of parameters and '
       f'{first["memory"]["optimizer_and_statistics"] / 1e6:,.0f} MB of optimizer state and statistics.\n\n'
       '| slice | chips | batch | peak GB | GFLOP | GB moved | MB all-reduced | compute ms | memory ms '
@@ -265,8 +265,9 @@ def scaling_page(folder: pathlib.Path) -> str:
 
 _PAGE_HEAD = """# Scaling
 
-`python launch.py --mode=aot --sweep` writes this page from the reports in [scaling/](scaling). The TPU's own compiler
-compiled the training step for TPU slices of 8 to 256 chips, on a CPU machine. Nothing here ran on a TPU.
+`python launch.py --config=configs/seg.py --mode=aot --sweep` writes this page from the reports in [scaling/](scaling).
+The TPU's own compiler compiled the training step for TPU slices of 8 to 256 chips, on a CPU machine. Nothing here ran
+on a TPU.
 
 Each time is a lower limit: the work that the compiler counted in one chip's program, at the chip's published rates.
 
@@ -274,7 +275,7 @@ Each time is a lower limit: the work that the compiler counted in one chip's pro
 - **memory**: bytes between the chip's memory and its core, at the rate of that memory. They are counted operation by
   operation in the compiled program.
 - **interconnect**: bytes that each chip must send, over all its links. Only half of the links count where an axis of
-  the slice is not closed to a ring. Each chip that a message passes adds 1 microsecond; this is an assumption.
+  the slice is not closed to a ring. Each hop between chips adds 1 microsecond (assumed).
 - **slices/s**: CT slices per second over all chips. Compute and memory overlap; the interconnect overlaps with neither.
 - **efficiency**: throughput per chip / throughput of a single chip with its share of the batch. It shows what the
   interconnect costs. It is a lower bound: in a real step, compute and memory take longer, and part of the

@@ -25,7 +25,7 @@ def train_and_test(
   data_dir: pathlib.Path,
   scans: Mapping[str, Callable] | None = None,
 ) -> dict:
-  """Trains and tests a run; with data.fold 'all', a run for each fold. Arguments and errors: `evaluate.evaluate`."""
+  """Trains and tests one run, or one run per fold if data.fold is 'all'. Arguments and errors: `evaluate.evaluate`."""
   evaluate.check_scans(config, scans)
   if run_config.is_cross_validation(config):
     return cross_validate(config, workdir, data_dir, scans)

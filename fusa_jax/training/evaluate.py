@@ -117,7 +117,7 @@ def _choose_point(test):
 
 
 def _score(test, run, scorer):
-  """Returns the test fold's table of slices, and a row per available scan; None if there is no scan."""
+  """Returns two tables of the test fold: one of its slices, and one of its scans, or None if no scan is available."""
   point = run.point
   table = scorer.table(test.variables, test.dataset.test, point.temperature, stage='Testing')
   chosen = histogram.counts_at(table['histogram'], point.bin)
