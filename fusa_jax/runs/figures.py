@@ -42,7 +42,7 @@ def charts(table: dict[str, np.ndarray], result: dict) -> dict[str, Figure]:
       'roc': _roc(table, result),
       'precision_recall': _precision_recall(table, result),
       'calibration': _calibration(table, result),
-      'patients': _patients(table),
+      'patients': _patients(table, 'F1' if result['counted'] == 'slices' else 'Dice'),
     }
   return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -84,12 +84,16 @@ def learning_curves(logs: dict[str, list[dict]], selection: str) -> Figure:
   return figure
 
 
-def threshold_curve(curve: dict, chosen: float) -> Figure:
-  """Draws Dice, sensitivity and precision of the validation fold by threshold, and marks the operating point."""
+def threshold_curve(curve: dict, chosen: float, overlap: str) -> Figure:
+  """Draws Dice (or F1, as `overlap` says), sensitivity and precision by threshold, and marks the operating point."""
   with matplotlib.rc_context(_STYLE):
     figure, (axes,) = _figure(1)
-    for name, colour in (('dice', _BLUE), ('sensitivity', _ORANGE), ('precision', _GREY)):
-      axes.plot(curve['threshold'], [np.nan if v is None else v for v in curve[name]], color=colour, label=name)
+    for name, label, colour in (
+      ('dice', overlap, _BLUE),
+      ('sensitivity', 'sensitivity', _ORANGE),
+      ('precision', 'precision', _GREY),
+    ):
+      axes.plot(curve['threshold'], [np.nan if v is None else v for v in curve[name]], color=colour, label=label)
     axes.axvline(chosen, color=_INK, linewidth=1, linestyle='--')
     axes.axvline(0.5, color=_INK, linewidth=0.6, linestyle=':')
     axes.set(xlabel='threshold (dashed: chosen)', ylabel='score on the validation fold', xlim=(0, 1), ylim=(0, 1.02))
@@ -167,7 +171,7 @@ def _calibration(table, result):
   return figure
 
 
-def _patients(table):
+def _patients(table, overlap):
   """Dice (for slices: F1) of each patient with lesion, at 0.5 and at the operating point, sorted by the latter.
 
   Dice does not measure a patient without lesion. The report gives the falsely marked volume of these patients instead.
@@ -182,7 +186,7 @@ def _patients(table):
   figure, (axes,) = _figure(1, width=7, height=max(1.8, 0.8 + 0.16 * len(names)) if len(names) <= 60 else 3.6)
   axes.plot(half[shown][order], range(len(names)), 'o', color='none', markeredgecolor=_GREY, label='threshold 0.5')
   axes.plot(chosen[shown][order], range(len(names)), 'o', color=_BLUE, markersize=4, label='operating point')
-  axes.set(xlabel='Dice of the patient', xlim=(-0.02, 1.02))
+  axes.set(xlabel=f'{overlap} of the patient', xlim=(-0.02, 1.02))
   if len(names) <= 60:
     axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
   else:

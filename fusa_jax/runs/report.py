@@ -63,7 +63,9 @@ def write_report(workdir: pathlib.Path, data_card: dict) -> pathlib.Path:
     charts=charts,
     curves=figures.svg(curves, 'Training loss and validation score by step'),
     thresholds={
-      name: figures.svg(figures.threshold_curve(p.curve, p.threshold), 'Scores by threshold on validation patients')
+      name: figures.svg(
+        figures.threshold_curve(p.curve, p.threshold, task_type.overlap), 'Scores by threshold on validation patients'
+      )
       for name, p in points.items()
       if p.curve
     },
