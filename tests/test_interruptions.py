@@ -146,7 +146,7 @@ def test_sigterm_saves_and_the_same_command_resumes(data_dir, tmp_path):
   assert process.wait(60) == 143
   (step,) = saved(workdir)
   printed = (tmp_path / 'log').read_text()
-  expected = f'stopped by SIGTERM at step {step}, which is saved; the same command goes on from the last checkpoint'
+  expected = f'stopped by SIGTERM at step {step}, which is saved; rerun the same command to resume from the last checkpoint'
   assert printed.splitlines()[-1] == expected
   assert 'Traceback' not in printed
   assert last_step(workdir / 'log.jsonl') == step
@@ -173,7 +173,7 @@ def test_sigterm_before_training_leaves_nothing_behind(raw_dir, tmp_path):
   wait_until(lambda: 'Checking scans' in (tmp_path / 'log').read_text(), process)
   process.send_signal(signal.SIGTERM)
   assert process.wait(60) == 143
-  assert (tmp_path / 'log').read_text().splitlines()[-1].startswith('stopped by SIGTERM; the same command goes on')
+  assert (tmp_path / 'log').read_text().splitlines()[-1].startswith('stopped by SIGTERM; rerun the same command')
   assert not (tmp_path / 'run').exists()
 
 

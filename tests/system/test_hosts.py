@@ -137,7 +137,7 @@ def test_sigterm_to_one_host_saves_the_same_step_on_all(data_dir, tmp_path):
     stops = [line for k in (0, 1) for line in two.log(k).splitlines() if line.startswith('stopped by SIGTERM')]
   assert len(stops) == 2 and stops[0] == stops[1]
   (saved,) = [int(path.name) for path in (tmp_path / 'run' / 'checkpoints').iterdir() if path.name.isdigit()]
-  assert f'stopped by SIGTERM at step {saved}, which is saved; the same command goes on' in stops[0]
+  assert f'stopped by SIGTERM at step {saved}, which is saved; rerun the same command' in stops[0]
   assert 3 <= saved < 400
   with several_hosts.Hosts(2, 1, run, tmp_path / 'second') as two:
     wait_for_step(two, tmp_path / 'run', saved + 1)

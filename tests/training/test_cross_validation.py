@@ -113,7 +113,7 @@ def test_evaluate_again_and_report(made, data_dir):
   assert result_of(made) == before
   text = report.write_report(made, datasets.card(data_dir, 'all')).read_text()
   assert 'all folds, each patient tested once' in text
-  assert 'Single folds, which share training patients' in text
+  assert 'The folds share training patients, so they are not independent.' in text
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_bundle_is_the_mean_of_the_folds_and_its_card_says_so(made, raw_dir, tmp
   assert bundle(scan).numbers['step'] == together(scan).numbers['step']
   card, result = (tmp_path / 'bundle' / 'README.md').read_text(), result_of(made)
   assert f'| 0 to 4, each patient by the network that had not seen it | {result["num_patients"]} |' in card
-  assert f'| {result["accuracy"]:.4f} [' in card and 'not of their mean' in card
+  assert f'| {result["accuracy"]:.4f} [' in card and 'This bundle returns their mean, which was not evaluated.' in card
 
 
 def test_prediction_needs_a_finished_cross_validation(tmp_path):
