@@ -1,5 +1,6 @@
 """The protocol of a test: choose the operating point on validation patients, score the test fold, write test/."""
 
+import functools
 import logging
 import pathlib
 from collections.abc import Callable, Collection, Mapping
@@ -55,9 +56,8 @@ def evaluate(
   run = test.predictor(point)
   table, volumes_of_scans = _score(test, run, scorer)
   result = _numbers(test, point, table, volumes_of_scans)
-  masks_to_draw = _masks_to_draw(test, run, table)
   if hosts.is_main():
-    _write(test, point, table, volumes_of_scans, masks_to_draw, result)
+    _write(test, point, table, volumes_of_scans, result)
     logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.type, result))
   return result
 
@@ -145,21 +145,11 @@ def _numbers(test, point, table, volumes_of_scans):
   return result
 
 
-def _masks_to_draw(test, run, table):
-  """Predicts the masks of the slices that `_draw` draws: {row of the table: mask}. All processes take part."""
-  rows = figures.telling_slices(table, test.config.evaluate.num_overlays)
-  rows = list(dict.fromkeys([*rows, *figures.typical_slices(table).values()]))
-  if not test.task.type.has_masks or not rows:
-    return {}
-  slices = np.stack([test.dataset.test.source[row]['image'] for row in rows])
-  return dict(zip(rows, run.probabilities(slices) >= run.point.threshold, strict=True))
-
-
-def _write(test, point, table, volumes_of_scans, masks_to_draw, result):
+def _write(test, point, table, volumes_of_scans, result):
   """Writes the files of test/."""
   folder = test.workdir / 'test'
   results.clear_test(folder)
-  _draw(test, table, point, volumes_of_scans, masks_to_draw, folder / 'figures')
+  _draw(test, table, point, volumes_of_scans, folder / 'figures')
   results.write_test(folder, table, result, volumes_of_scans)
 
 
@@ -203,14 +193,21 @@ def _true_volumes(run, read):
   return postprocessing.true_volumes(run(scan).mask, truth, scan.voxel_ml)
 
 
-def _draw(test, table, point, volumes_of_scans, masks_to_draw, folder):
+def _draw(test, table, point, volumes_of_scans, folder):
+  """Draws some slices, computed on one device of this process alone: the other processes do not read them."""
   config, task, dataset = test.config, test.task, test.dataset
+  variables = jax.tree.map(lambda x: x.addressable_data(0), test.variables)
+  options = point.temperature, point.flips
+  probabilities = jax.jit(lambda variables, slices: task.probabilities(variables, slices, *options))
   shown = window.black_and_white(config.data.intensity, config.data.window)
   volumes = {row['case']: row for row in volumes_of_scans or []}
 
+  @functools.cache
   def slice_and_masks(row):
     example = dataset.test.source[row]
-    predicted = [masks_to_draw[row]] if row in masks_to_draw else []
+    predicted = []
+    if task.type.has_masks:
+      predicted = [np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)]
     return example['image'], example['mask'] if dataset.masks else None, predicted
 
   rows = figures.telling_slices(table, config.evaluate.num_overlays)

@@ -75,17 +75,18 @@ def test_the_result_does_not_depend_on_the_hosts(data_dir, tmp_path, request, pr
   for name in ('tp', 'fp', 'fn', 'tn'):  # a few of 1024 pixels near 0.5 may change sides
     np.testing.assert_allclose(column(rows, name), column(expected_rows, name), atol=0 if float64 else 10)
 
-  # Each process reads only its share of every batch; together they read the same as one process. Process 0 also draws.
+  # Each process reads only its share of every batch; together they read the same as one process. Process 0 also draws
+  # two slices.
   assert all(len(read['train']) == STEPS * BATCH // processes for read in reads)
-  for name, drawn in (('train', 0), ('validation', 0), ('test', 1)):
+  for name, drawn in (('train', 0), ('validation', 0), ('test', 2)):
     assert sorted(itertools.chain.from_iterable(read[name] for read in reads)) == sorted(alone[name])
     assert {len(read[name]) for read in reads[1:]} == {(len(alone[name]) - drawn) // processes}
   # Only process 0 writes files and shows progress.
   writers = {path.name for path in (tmp_path / 'run').rglob('ocdbt.process_*')}
   assert writers == {'ocdbt.process_0'}
   assert len(list((tmp_path / 'run' / 'tensorboard').iterdir())) == 1
-  assert 'parameters' in printed[0] and 'Training:' in printed[0]
-  assert not any('Training:' in text or 'parameters' in text or 'Evaluating' in text for text in printed[1:])
+  assert 'parameters' in printed[0] and 'Training ' in printed[0] and 'Testing ' in printed[0]
+  assert not any('Training ' in text or 'parameters' in text or 'Testing ' in text for text in printed[1:])
 
 
 @pytest.mark.slow
