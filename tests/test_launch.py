@@ -15,6 +15,7 @@ TINY = [
   '--config.data.phantom.patients=5',
   '--config.data.phantom.slices=16',
   '--config.train.steps=2',
+  '--config.train.batch_size=8',
   '--config.train.warmup_steps=1',
   '--config.train.evaluate_every=2',
   '--config.evaluate.num_overlays=1',

@@ -242,7 +242,12 @@ def test_two_jobs_at_a_time_from_the_command_line(data_dir, tmp_path):
     *(sys.executable, '-m', 'benchmarks.study', '--config=configs/seg.py:demo', '--models=resunet,fusa_resunet'),
     *('--folds=all', '--jobs=2', f'--workdir={tmp_path}', f'--config.data.dir={data_dir}'),
     *('--config.model.width=4', '--config.model.multiples=(1,2)', f'--config.data.image_size={SIZE}'),
-    *('--config.train.steps=2', '--config.train.warmup_steps=1', '--config.train.log_every=1'),
+    *(
+      '--config.train.steps=2',
+      '--config.train.batch_size=8',
+      '--config.train.warmup_steps=1',
+      '--config.train.log_every=1',
+    ),
     '--config.evaluate.num_overlays=1',
   ]
   done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=600)
