@@ -88,17 +88,19 @@ def healthy(table: dict[str, np.ndarray], volumes: dict[str, dict]) -> dict:
 
   Args:
     table: of slices.
-    volumes: rows of volumes.csv by patient; {} if the scans were not at hand.
+    volumes: rows of volumes.csv by patient; {} if no scan was available.
 
   Returns:
     patients: number of patients without lesion. clean: number of these without a mark. pixels: marks of each of the
-    others, in what `counted` names. ml: their volumes in mL on the scan's grid; None without volumes.
+    others, in what `counted` names. ml: their volumes in mL on the scan's grid; None if one of them has no volume.
   """
   rows = metrics.patient_rows(metrics.by_patient(table, '_chosen'))
   labelled = set(table['patient'][np.asarray(table['label']) > 0].tolist())
   rows = [row for row in rows if row['patient'] not in labelled]
   marked = [row for row in rows if row['fp']]
-  ml = [volumes[row['patient']]['predicted_ml'] for row in rows] if volumes and rows else None
+  # A cohort may hold scans for some patients and single slices for others.
+  ml = [volumes[row['patient']]['predicted_ml'] for row in rows if row['patient'] in volumes]
+  ml = ml if rows and len(ml) == len(rows) else None
   return {
     'patients': len(rows),
     'clean': len(rows) - len(marked) if ml is None else sum(value == 0 for value in ml),

@@ -78,6 +78,7 @@ def test_patients_without_lesion_have_a_volume_and_no_dice():
     'squared_error': np.zeros(4),
   }
   assert report.healthy(table, {}) == {'patients': 2, 'clean': 1, 'pixels': [4], 'ml': None}
+  assert report.healthy(table, {'b': {'predicted_ml': 1.5, 'true_ml': 0.0}})['ml'] is None  # 'c' has no scan
   volumes = {name: {'predicted_ml': ml, 'true_ml': 0.0} for name, ml in (('a', 9.0), ('b', 1.5), ('c', 0.0))}
   assert report.healthy(table, volumes) == {'patients': 2, 'clean': 1, 'pixels': [4], 'ml': [1.5]}
 

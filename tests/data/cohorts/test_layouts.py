@@ -67,7 +67,7 @@ def test_trained_one_step_and_evaluated(laid, tmp_path, name, options, module):
   assert (len(scored) > 0) == (name not in ('slices', 'classes'))
   page = report.write_report(tmp_path / 'run', datasets.card(data_dir, 0)).read_text()
   assert ('Not tested on new patients' in page) == (options.patients == 'each_slice')
-  assert ('grey values 0 to 255' in page) == (options.intensity == 'grey')
+  assert ('8-bit values 0 to 255' in page) == (options.intensity == 'grey')
 
 
 def _lesion_pixels(split):
