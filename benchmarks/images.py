@@ -69,9 +69,10 @@ def main(_) -> None:
 
 
 def _median_patient(workdir):
-  """The number of the phantom whose Dice is the median of the test patients with lesion."""
-  row = next(row for title, row in figures.typical_slices(results.read_table(workdir)).items() if 'median' in title)
-  return int(results.read_table(workdir)['patient'][row].rsplit('-', 1)[-1])
+  """Returns the number of the test phantom with the median Dice of those with lesion."""
+  table = results.read_table(workdir)
+  row = next(row for title, row in figures.typical_slices(table).items() if title.startswith('median'))
+  return int(table['patient'][row].rsplit('-', 1)[-1])
 
 
 def _draw_overlay(hu, mask, predicted, config):

@@ -17,8 +17,8 @@ class Case(NamedTuple):
   Attributes:
     patient: a name that is unique to this case.
     ct: the scan as a file, or a folder or .zip of DICOM; or pictures, in the order of the slices.
-    mask: on the grid of the scan, or one per picture; `ct` itself if it also contains a DICOM SEG. None without a mask:
-      the release states that there is no lesion or, with `labels`, on which slices.
+    mask: on the grid of the scan, or one per picture; `ct` itself if it also contains a DICOM SEG. None without a mask;
+      `labels` then gives the slices with lesion, and without labels the case has no lesion.
     lesion_labels: mask values or segments that are lesion. () if the mask has only 0 and 1 (pictures: 0 and 255), or
       only one segment.
     intensity: 'hu' or 'grey', if the release states it; None uses the user's choice (`CohortOptions`).

@@ -260,7 +260,7 @@ def write_overlay(
     title: text above the picture. The values of black and white, and the names of several runs, are added to it.
   """
   black, white = black_and_white
-  pictures, parts = _pictures(values, mask, list(predictions.values()), black_and_white)
+  pictures, parts = _pictures(values, mask, predictions, black_and_white)
 
   times = max(1, round(384 / values.shape[1]))
   height, width, above, below, gap = values.shape[0] * times, values.shape[1] * times, 44, 30, 8
@@ -282,19 +282,19 @@ def write_overlay(
 
 def write_overview(
   path: pathlib.Path,
-  rows: Sequence[tuple[str, np.ndarray, np.ndarray | None, list[np.ndarray]]],
+  rows: Sequence[tuple[str, np.ndarray, np.ndarray | None, Mapping[str, np.ndarray]]],
   black_and_white: tuple[float, float],
 ) -> None:
   """Draws the slices of some patients below each other, as `write_overlay` draws one.
 
   Args:
     path: the PNG file.
-    rows: of each slice: title, values [H, W], reference mask [H, W] or None, and no or one predicted mask.
+    rows: per slice: title, then values, mask and at most one prediction, as in `write_overlay`.
     black_and_white: the values that are drawn black and white.
   """
   figure = Figure(figsize=(6.4, 3.45 * len(rows) + 0.35), layout='constrained', facecolor='white')
-  for axes, (title, values, mask, predicted) in zip(figure.subplots(len(rows), 2, squeeze=False), rows, strict=True):
-    pictures, parts = _pictures(values, mask, predicted, black_and_white)
+  for axes, (title, values, mask, predictions) in zip(figure.subplots(len(rows), 2, squeeze=False), rows, strict=True):
+    pictures, parts = _pictures(values, mask, predictions, black_and_white)
     for one, picture in zip(axes, pictures, strict=True):
       one.imshow(picture, interpolation='none')
       one.set_axis_off()
@@ -310,7 +310,7 @@ def _pictures(values, mask, predictions, black_and_white):
   grey = np.clip((values.astype(np.float32) - black) / (white - black), 0, 1)
   plain = np.repeat(grey[..., None], 3, axis=-1)
   mask = None if mask is None else np.asarray(mask, bool)
-  parts = [_parts(mask, predicted) for predicted in predictions or [None]]
+  parts = [_parts(mask, predicted) for predicted in (predictions.values() if predictions else [None])]
   return [plain, *(_coloured(plain, one) for one in parts)], parts[0]
 
 

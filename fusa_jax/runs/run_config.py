@@ -106,8 +106,7 @@ def get_config(path: str) -> ml_collections.ConfigDict:
   """
   from configs import base
 
-  if not pathlib.Path(path).exists():
-    raise UserError(f'{path} does not exist; give configs/seg.py, configs/cls.py or RUN/config.json')
+  pathlib.Path(path).stat()  # --config reports a missing file as it does for configs/
   saved = read_json(pathlib.Path(path), 'restore it, or train again in another --workdir')
   config = base.paper()
   if not isinstance(saved, dict) or not isinstance(saved.get('data'), dict):

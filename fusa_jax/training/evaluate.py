@@ -41,8 +41,8 @@ def evaluate(
       segmentation model are also compared as volumes on each scan's own grid. Only for a run of one process.
 
   Raises:
-    UserError: the config does not fit the data or the devices; there is no undamaged checkpoint; the run was trained or
-      validated on a test patient; or a logit is not finite.
+    UserError: the config does not fit the data or the devices. Every checkpoint is missing or damaged. The run was
+      trained or validated on a test patient. A logit is not finite.
   """
   operating_point.check(config)
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
@@ -53,8 +53,7 @@ def evaluate(
   step, variables = trained.load_variables(config, task, workdir, mesh)
   test = _Test(config, workdir, dataset, task, mesh, step, variables, scans or {})
   point, scorer = _choose_point(test)
-  run = test.predictor(point)
-  table, volumes_of_scans = _score(test, run, scorer)
+  table, volumes_of_scans = _score(test, point, scorer)
   result = _numbers(test, point, table, volumes_of_scans)
   if hosts.is_main():
     _write(test, point, table, volumes_of_scans, result)
@@ -79,7 +78,7 @@ class _Test(NamedTuple):
     return predictor.Predictor(trained.create([network], point.flips), point, self.mesh)
 
   def scanned(self, split: datasets.Split) -> list[str]:
-    """Returns the patients of a split whose scans are available, in its order. Pictures and slices are not scans."""
+    """Returns the patients of a split that have a scan, in its order. Pictures and single slices are not scans."""
     return [patient for patient in dict.fromkeys(split.patient.tolist()) if patient in self.scans]
 
 
@@ -116,16 +115,15 @@ def _choose_point(test):
   return point, scorer
 
 
-def _score(test, run, scorer):
+def _score(test, point, scorer):
   """Returns two tables of the test fold: one of its slices, and one of its scans, or None if no scan is available."""
-  point = run.point
   table = scorer.table(test.variables, test.dataset.test, point.temperature, stage='Testing')
   chosen = histogram.counts_at(table['histogram'], point.bin)
   table |= {f'{key}_chosen': values for key, values in chosen.items()}
   scanned = test.scanned(test.dataset.test)
   if not scanned or not test.task.type.has_masks:
     return table, None
-  return table, score_volumes(run, test.scans, scanned)
+  return table, score_volumes(test.predictor(point), test.scans, scanned)
 
 
 def _numbers(test, point, table, volumes_of_scans):
@@ -163,7 +161,7 @@ def check_scans(config: ml_collections.ConfigDict, scans: Collection[str] | None
 
 
 def check_unseen(workdir: pathlib.Path, dataset: datasets.Dataset) -> dict[str, list[str]] | None:
-  """Checks the test patients against split.json of the run; returns its contents, or None if there is no such file.
+  """Compares the test patients with split.json of the run. Returns that file, or None if the run has none.
 
   Raises:
     UserError: the run was trained or validated on a test patient, because the files of the cohort changed.
@@ -203,21 +201,20 @@ def _draw(test, table, point, volumes_of_scans, folder):
   volumes = {row['case']: row for row in volumes_of_scans or []}
 
   @functools.cache
-  def slice_and_masks(row):
+  def slice_and_predictions(row):
     example = dataset.test.source[row]
-    predicted = []
+    predictions = {}
     if task.type.has_masks:
-      predicted = [np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)]
-    return example['image'], example['mask'] if dataset.masks else None, predicted
+      predictions['run'] = np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)
+    return example['image'], example['mask'] if dataset.masks else None, predictions
 
   rows = figures.telling_slices(table, config.evaluate.num_overlays)
   for row in progress.bar(rows, desc='Drawing pictures', unit='pictures'):
-    values, mask, predicted = slice_and_masks(row)
+    values, mask, predictions = slice_and_predictions(row)
     title = f'{results.overlay_title(task.type, table, row, volumes)}, threshold {point.threshold:.3f}'
     path = folder / results.overlay_name(table, row)
-    predictions = {'run': predicted[0]} if predicted else {}
     figures.write_overlay(path, values, mask, predictions, shown, config.data.intensity, title)
   typical = figures.typical_slices(table)
   if typical:
-    panels = [(title, *slice_and_masks(row)) for title, row in typical.items()]
+    panels = [(title, *slice_and_predictions(row)) for title, row in typical.items()]
     figures.write_overview(folder / 'overview.png', panels, shown)
