@@ -67,7 +67,6 @@ def protocol(seed: int) -> ml_collections.ConfigDict:
   """
   config = cls.get_config('demo')
   config.seed = seed
-  config.model.stage_sizes = (2, 2, 2, 2)
   config.data.image_size = 64
   config.data.phantom.update(patients=100, slices=24)
   config.augment.update(flip=False, hu_shift=0.0, hu_scale=0.0)

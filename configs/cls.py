@@ -20,8 +20,6 @@ def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
   if is_demo:
     base.demo(config)
     config.model.width = 16
-    if 'resnet' in config.model.name:
-      config.model.stage_sizes = (1, 1, 1, 1)
     # Each slice gives one label instead of thousands of pixels, and is much cheaper: use larger slices, and more per
     # step.
     config.data.image_size = 96

@@ -19,6 +19,4 @@ def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
   config.model.name = name or 'fusa_resunet'
   if is_demo:
     base.demo(config)
-    if config.model.name in ('resunet', 'fusa_resunet'):
-      config.model.multiples = (1, 2, 4, 8)
   return config

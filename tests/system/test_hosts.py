@@ -184,8 +184,8 @@ def test_other_processes_wait_for_process_0_and_fail_with_it(tmp_path):
   ) as two:
     assert two.wait(60) == [2, 2]
     first, second = two.log(0), two.log(1)
-  assert first.splitlines()[-1].startswith(f'error: {tmp_path / "raw"}: no scans with masks')
-  assert second.splitlines()[-1].startswith(f'error: process 0 of 2: {tmp_path / "raw"}: no scans with masks')
+  assert first.splitlines()[-1].startswith(f'error: {tmp_path / "raw"}: no known layout of scans and masks')
+  assert second.splitlines()[-1].startswith(f'error: process 0 of 2: {tmp_path / "raw"}: no known layout')
 
 
 @pytest.mark.slow
