@@ -26,7 +26,7 @@ from data.cohorts import phantom
 from fusa_jax import FUSA, models
 from fusa_jax.inference import predict, predictor
 from fusa_jax.runs import checkpoint, run_config
-from fusa_jax.scans import nifti
+from fusa_jax.scans import volume_files
 from fusa_jax.system import provenance
 from fusa_jax.system.errors import UserError
 
@@ -192,7 +192,7 @@ def prediction(options: Options) -> Iterator[dict]:
   image = nib.Nifti1Image(values.transpose(2, 1, 0), np.diag([-spacing[2], -spacing[1], spacing[0], 1]))
   nib.save(image, folder / 'volume.nii.gz')
   began = time.perf_counter()
-  nifti.read_scan(folder / 'volume.nii.gz')
+  volume_files.read_scan(folder / 'volume.nii.gz')
   result = {'model': name, 'slices': _VOLUME, 'reading_seconds': time.perf_counter() - began}
   for key in ('first_seconds', 'seconds'):
     began = time.perf_counter()

@@ -28,7 +28,7 @@ from configs import cls
 from data import prepare
 from data.cohorts import covid19_20
 from fusa_jax.runs import arguments, results, run_config
-from fusa_jax.scans import nifti
+from fusa_jax.scans import nifti, volume_files
 from fusa_jax.system import exits, program
 from fusa_jax.system.files import replacing
 from fusa_jax.training import evaluate, train
@@ -97,9 +97,9 @@ def finish(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) 
 def write_cohort(config: ml_collections.ConfigDict, raw_dir: pathlib.Path, *, shuffled: bool, by_slice: bool) -> None:
   """Writes the config's phantoms under their own names, optionally with shuffled masks or exchanged slices."""
   cases = covid19_20.find(prepare.draw_phantoms(config.data.image_size, progress=tqdm.tqdm, **config.data.phantom))
-  scans = [nifti.read_scan(case.ct) for case in cases]
+  scans = [volume_files.read_scan(case.ct) for case in cases]
   volumes = np.stack([scan.values for scan in scans])
-  masks = np.stack([nifti.read_mask(case.mask, scan) for case, scan in zip(cases, scans, strict=True)])
+  masks = np.stack([volume_files.read_mask(case.mask, scan) for case, scan in zip(cases, scans, strict=True)])
   if shuffled:
     masks = shuffle(masks, config.seed)
   if by_slice:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.cohorts import Case
-from fusa_jax.scans import dicom, dicom_seg, nifti, pictures, volumes
+from fusa_jax.scans import dicom, dicom_seg, pictures, volume_files, volumes
 from fusa_jax.scans.archives import is_archive, unpacking, within
 from fusa_jax.system.errors import UserError
 
@@ -34,15 +34,15 @@ def volume(case: Case) -> tuple[volumes.Scan, np.ndarray]:
   """Reads the scan of a case and its mask: uint8 {0, 1}, on the scan's axes.
 
   Raises:
-    UserError: as `nifti.read_scan` and `nifti.read_mask`; for DICOM as `dicom.read_series` and `dicom_seg.read_seg`;
-      the mask is missing; there is not exactly one series.
+    UserError: as `volume_files.read_scan` and `volume_files.read_mask`; for DICOM as `dicom.read_series` and
+      `dicom_seg.read_seg`; the mask is missing; there is not exactly one series.
   """
   if case.ct.is_dir() or is_archive(case.ct):
     return _volume_of_dicom(case)
-  scan = nifti.read_scan(case.ct, case.intensity or 'hu', case.windowed)
+  scan = volume_files.read_scan(case.ct, case.intensity or 'hu', case.windowed)
   if case.mask is None:
     return scan, np.zeros(scan.values.shape, np.uint8)
-  return scan, nifti.read_mask(case.mask, scan, case.lesion_labels)
+  return scan, volume_files.read_mask(case.mask, scan, case.lesion_labels)
 
 
 def _volume_of_dicom(case):
@@ -65,7 +65,7 @@ def _volume_of_dicom(case):
     except UserError as error:  # it does not name the folder; it names the archive only if that is the case itself
       lines = str(error).removeprefix(f'{case.ct}: ').splitlines()
       raise UserError('\n'.join(f'{case.ct}: {line}' for line in lines)) from None
-  return scan, nifti.read_mask(case.mask, scan, case.lesion_labels)
+  return scan, volume_files.read_mask(case.mask, scan, case.lesion_labels)
 
 
 def _only_seg(paths):

@@ -10,7 +10,7 @@ import numpy as np
 from conftest import SIZE
 from PIL import Image
 
-from fusa_jax.scans import dicom, dicom_seg, nifti
+from fusa_jax.scans import dicom, dicom_seg, volume_files
 
 
 def files(raw_dir):
@@ -63,7 +63,7 @@ def pairs(raw_dir, out):
 def dicom_pairs(raw_dir, out):
   """One folder per patient, one of them zipped. Masks are NIfTI files beside the folders or DICOM SEG inside them."""
   for number, (scan, mask) in enumerate(files(raw_dir)):
-    name, image = nifti.stem(scan).removesuffix('_ct'), nib.load(scan)
+    name, image = volume_files.stem(scan).removesuffix('_ct'), nib.load(scan)
     made = dicom_series.slices(np.asarray(image.dataobj), image.affine, number)
     syntax = ('uncompressed', 'jpeg lossless', 'jpeg 2000', 'uncompressed', 'uncompressed')[number % 5]
     folder = dicom_series.save(out / name / 'study' / 'series', made, syntax)
@@ -71,7 +71,7 @@ def dicom_pairs(raw_dir, out):
       (series,) = dicom.find_series(folder.iterdir())
       of_series = dicom.read_series(series)
       about = {'model': 'none', 'step': 0, 'threshold': 0.5}
-      dicom_seg.write_seg(out / name / 'SEG', nifti.read_mask(mask, of_series), of_series, about)
+      dicom_seg.write_seg(out / name / 'SEG', volume_files.read_mask(mask, of_series), of_series, about)
     else:
       copy(mask, out / f'{name}_{"seg" if number % 2 else "mask"}.nii.gz')
     if number == 3:
@@ -129,9 +129,9 @@ def medseg(raw_dir, out):
 def pictures_of(raw_dir):
   """Yields (patient, slice, grey [H, W], mask [H, W]) of each slice, in radiological orientation."""
   for number, (scan, mask) in enumerate(files(raw_dir), start=1):
-    scan = nifti.read_scan(scan)
+    scan = volume_files.read_scan(scan)
     grey = np.rint(np.clip((scan.values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)
-    for index, pair in enumerate(zip(grey, nifti.read_mask(mask, scan), strict=True)):
+    for index, pair in enumerate(zip(grey, volume_files.read_mask(mask, scan), strict=True)):
       yield f'p{number:02d}', index, *pair
 
 

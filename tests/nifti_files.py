@@ -15,6 +15,7 @@ def chest(shape=SHAPE, seed=0):
 
 def save(path, data, codes='LPS', spacing=(0.7, 0.8, 5.0), oblique=0.0, sform=True, image_class=nib.Nifti1Image):
   """Saves `data` as NIfTI. `codes` names the directions of its axes (x, y, z)."""
+  path.parent.mkdir(parents=True, exist_ok=True)
   signs = {'R': (0, 1), 'L': (0, -1), 'A': (1, 1), 'P': (1, -1), 'S': (2, 1), 'I': (2, -1)}
   affine = np.eye(4)
   affine[:3, :3] = 0

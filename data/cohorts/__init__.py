@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from fusa_jax.scans import nifti
+from fusa_jax.scans import volume_files
 from fusa_jax.system.errors import UserError
 
 
@@ -77,8 +77,12 @@ def only_folder(folder: pathlib.Path) -> pathlib.Path:
 
 def by_name(folder: pathlib.Path, ending: str = '') -> dict[str, pathlib.Path]:
   """The NIfTI files of a folder that have this ending, by their names without it."""
-  paths = (path for path in sorted(folder.iterdir()) if nifti.is_nifti(path) and nifti.stem(path).endswith(ending))
-  return {nifti.stem(path).removesuffix(ending): path for path in paths}
+  paths = (
+    path
+    for path in sorted(folder.iterdir())
+    if volume_files.is_volume(path) and volume_files.stem(path).endswith(ending)
+  )
+  return {volume_files.stem(path).removesuffix(ending): path for path in paths}
 
 
 def paired(

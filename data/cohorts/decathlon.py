@@ -8,7 +8,7 @@ import json
 import pathlib
 
 from data.cohorts import Case
-from fusa_jax.scans import nifti
+from fusa_jax.scans import volume_files
 from fusa_jax.system.errors import UserError
 
 
@@ -34,7 +34,7 @@ def find(folder: pathlib.Path) -> list[Case]:
       for path in (image, label)
       if not path.is_file()
     ]
-    cases.append(Case(nifti.stem(image).removesuffix('_0000'), image, label))
+    cases.append(Case(volume_files.stem(image).removesuffix('_0000'), image, label))
   if errors:
     raise UserError('\n'.join(errors))
   return sorted(cases)

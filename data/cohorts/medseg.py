@@ -8,7 +8,7 @@ on the web. They were rescaled to HU by the values of air and fat, and HU above 
 import pathlib
 
 from data.cohorts import Case, by_name, paired
-from fusa_jax.scans import nifti
+from fusa_jax.scans import volume_files
 from fusa_jax.system.errors import UserError
 
 _LESION = (1, 2)
@@ -32,7 +32,7 @@ def find(folder: pathlib.Path) -> list[Case]:
   if 'tr_im' in files:
     if 'tr_mask' not in files:
       raise UserError(f'{files["tr_im"]}: the mask tr_mask.nii.gz is missing; add it, or remove the slices')
-    count = nifti.read_grid(files['tr_mask']).shape[0]
+    count = volume_files.read_grid(files['tr_mask']).shape[0]
     cases += [
       Case(f'tr_{number:03d}', files['tr_im'], files['tr_mask'], _LESION, named=False, slice=number, windowed=True)
       for number in range(count)

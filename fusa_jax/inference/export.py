@@ -113,7 +113,7 @@ def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Expo
     trees = traverse_util.unflatten_dict(weights, sep='/')
     each = [trees[str(number)] for number in range(len(networks))] if len(networks) > 1 else [trees]
     model = trained.create([network._replace(variables=v) for network, v in zip(networks, each, strict=True)], flips)
-    values = jnp.maximum(slices, volumes.AIR) if is_hu else slices  # as in `nifti.read_scan`
+    values = jnp.maximum(slices, volumes.AIR) if is_hu else slices  # as in `volume_files.read_scan`
     probability = model.function(model.variables, jnp.rint(resize(values, size, size)).astype(jnp.int16))
     return resize(probability, *slices.shape[1:]) if gives_masks else probability
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fusa_jax.scans import nifti, volumes
+from fusa_jax.scans import nifti, volume_files, volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import pages, progress
@@ -116,7 +116,7 @@ def _write_page(masks, source, result):
     )
   mask = None
   if 'lesion_ml' in result:  # a classification has no mask
-    labels = nifti.read_labels(_mask(masks, name))
+    labels = volume_files.read_labels(_mask(masks, name))
     volumes.check_same_grid(labels, scan, 'scan')
     mask = labels.mask
   page = masks / f'{name}.html'

@@ -6,7 +6,7 @@ import pathlib
 from concurrent import futures
 
 from fusa_jax.measures import masks, statistics
-from fusa_jax.scans import nifti, volumes
+from fusa_jax.scans import volume_files, volumes
 from fusa_jax.system import progress
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import write_csv, write_json
@@ -42,7 +42,7 @@ def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> di
       problems.append(str(error))
 
   def measure(case):
-    both = [collect_error(nifti.read_labels, path) for path in pairs[case]]
+    both = [collect_error(volume_files.read_labels, path) for path in pairs[case]]
     if all(both):
       collect_error(volumes.check_same_grid, *both, 'reference mask')
     # After a problem nothing will be written, so the other cases are only checked.
@@ -94,18 +94,18 @@ def _masks(source, flag):
   folder = source / 'Train' if (source / 'Train').is_dir() else source
   by_case = {}
   for path in sorted(folder.iterdir()):
-    if nifti.is_nifti(path) and '_probability' not in path.name:
+    if volume_files.is_volume(path) and '_probability' not in path.name:
       by_case.setdefault(_case(path), []).append(path)
   if not by_case:
     raise UserError(f'{flag}: no .nii or .nii.gz mask in {folder}; give a mask, or a folder of masks')
   # A file that is named like a scan is the mask only if the case has no other file.
-  is_scan = lambda path: nifti.stem(path).endswith(('_ct', '_0000'))
+  is_scan = lambda path: volume_files.stem(path).endswith(('_ct', '_0000'))
   return {case: [path for path in paths if not is_scan(path)] or paths for case, paths in by_case.items()}
 
 
 def _case(path):
   """The name of a file's case: the file name without the endings of masks and scans."""
-  name = nifti.stem(path)
+  name = volume_files.stem(path)
   while name.endswith(_ENDINGS):
     name = name.rpartition('_')[0]
   return name

@@ -12,10 +12,12 @@ import zlib
 from collections.abc import Iterator
 
 from fusa_jax.system import exits
-from fusa_jax.system.errors import UserError
+from fusa_jax.system.errors import UserError, one_line
 
 # How deep archives may be nested; the outermost archive counts as 1.
 _DEPTH = 4
+# Files and folders that operating systems leave behind, in lower case.
+_LEFTOVERS = ('__macosx', 'thumbs.db', 'desktop.ini', '@eadir', '$recycle.bin', 'system volume information')
 # The folders of `unpacking` that exist now.
 _in_use = set()
 
@@ -87,12 +89,15 @@ def is_archive(path: pathlib.Path) -> bool:
   return path.suffix.lower() == '.zip' and path.is_file()
 
 
-def within(source: pathlib.Path, unpacked: pathlib.Path) -> Iterator[pathlib.Path]:
+def within(
+  source: pathlib.Path, unpacked: pathlib.Path, damaged: dict[pathlib.Path, str] | None = None
+) -> Iterator[pathlib.Path]:
   """Yields the file itself, or all files of a folder or .zip at any depth, sorted. Unpacks archives inside, too.
 
   Args:
-    source: a file or a folder. Names that begin with a dot are skipped.
+    source: a file or a folder; see `in_folder`.
     unpacked: the folder for unpacked archives, from `unpacking`.
+    damaged: collects the archives inside `source` that cannot be unpacked, with the error. None: the first one raises.
 
   Raises:
     UserError: as `unpack`; archives are nested too deep. Errors show only the file name of an archive in a folder,
@@ -100,24 +105,58 @@ def within(source: pathlib.Path, unpacked: pathlib.Path) -> Iterator[pathlib.Pat
   """
   if source.is_dir():
     for path in in_folder(source):
-      yield from _unpacked(path, unpacked, path.name) if is_archive(path) else (path,)
+      yield from _unpacked(path, unpacked, path.name, damaged) if is_archive(path) else (path,)
   elif is_archive(source):
-    yield from _unpacked(source, unpacked, str(source))
+    yield from _unpacked(source, unpacked, str(source), damaged, is_inside=False)
   else:
     yield source
 
 
-def _unpacked(archive, folder, called, depth=1):
-  if depth > _DEPTH:  # some archives contain themselves
-    raise UserError(f'{called}: archives are nested {depth} deep; unpack it by hand')
+def _unpacked(archive, folder, called, damaged, depth=1, is_inside=True):
   inside = folder / str(len(list(folder.iterdir()))) / archive.name
-  inside.mkdir(parents=True)
-  unpack(archive, inside, called)
+  try:
+    if depth > _DEPTH:  # some archives contain themselves
+      raise UserError(f'{called}: archives are nested {depth} deep; unpack it by hand')
+    inside.mkdir(parents=True)
+    unpack(archive, inside, called)
+  except UserError as error:
+    if damaged is None or not is_inside:
+      raise
+    damaged[archive] = str(error)
+    return
   for path in in_folder(inside):
-    yield from _unpacked(path, folder, path.name, depth + 1) if is_archive(path) else (path,)
+    yield from _unpacked(path, folder, path.name, damaged, depth + 1) if is_archive(path) else (path,)
 
 
 def in_folder(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files of a folder at any depth, sorted. Files and folders that begin with a dot are skipped."""
-  visible = lambda path: not any(part.startswith('.') for part in path.relative_to(folder).parts)
-  return sorted(path for path in folder.rglob('*') if visible(path) and path.is_file())
+  """The files of a folder at any depth, sorted.
+
+  Follows links, but not into a folder that it is inside of. Includes broken links, because reading them names them.
+  Skips files and folders that begin with a dot, and those that operating systems leave behind (`__MACOSX`, Thumbs.db).
+
+  Raises:
+    UserError: a folder cannot be read.
+  """
+
+  def walk(current, above):
+    real = os.path.realpath(current)
+    if real in above:
+      return
+    try:
+      entries = list(os.scandir(current))
+    except OSError as error:
+      raise UserError(f'{current}: the folder cannot be read ({one_line(error)}); check its permissions') from None
+    for entry in entries:
+      if is_leftover(entry.name):
+        continue
+      if entry.is_dir():
+        yield from walk(entry.path, above | {real})
+      elif entry.is_file() or not os.path.exists(entry.path):  # the second is a broken link
+        yield pathlib.Path(entry.path)
+
+  return sorted(walk(folder, frozenset()))
+
+
+def is_leftover(name: str) -> bool:
+  """Whether a file or folder is hidden, or one that operating systems leave behind, judged by its name."""
+  return name.startswith('.') or name.lower() in _LEFTOVERS

@@ -1,4 +1,4 @@
-"""Finds CT series in any mixture of DICOM files, and reads them into the same `Scan` as `nifti.read_scan`.
+"""Finds CT series in any mixture of DICOM files, and reads them into the same `Scan` as `volume_files.read_scan`.
 
 Messages and results name a series by its number and description. They never contain a patient's name, ID or dates.
 Messages show no paths, because folders of exports are often named by patient. pydicom and its decoders
@@ -84,6 +84,9 @@ class Series(formats.Source):
 
   def read_image(self, intensity: str) -> volumes.Scan:
     return read_series(self, intensity)
+
+  def files(self) -> list[pathlib.Path]:
+    return [pathlib.Path(header.filename) for header in self.headers]
 
   @property
   def number(self) -> int | None:
@@ -239,7 +242,7 @@ def read_series(series: Series, intensity: str = 'hu') -> volumes.Scan:
   """Reads a series on canonical axes, in Hounsfield units by each slice's slope and intercept.
 
   Raises:
-    UserError: as `Series.grid` and `nifti.read_scan`; a slice cannot be decoded.
+    UserError: as `Series.grid` and `volume_files.read_scan`; a slice cannot be decoded.
   """
   headers, affine = series.grid
   values = None

@@ -5,6 +5,7 @@ Results do not have the format of their source: scans give NIfTI, pictures give 
 
 import abc
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
@@ -12,6 +13,7 @@ from typing import ClassVar, Self
 import numpy as np
 
 from fusa_jax.scans.volumes import Scan
+from fusa_jax.system.errors import UserError
 
 
 class Source(abc.ABC):
@@ -23,12 +25,13 @@ class Source(abc.ABC):
     name: the name in results.
     stem: the first part of the names of result files.
     title: the name in log lines.
+    place: the path of a file within the input, or the name of a series: unique within an input.
   """
 
   endings: ClassVar[str] = ''
   is_picture: ClassVar[bool] = False
   name: str
-  stem = title = property(lambda self: self.name)
+  stem = title = place = property(lambda self: self.name)
 
   @classmethod
   @abc.abstractmethod
@@ -37,8 +40,8 @@ class Source(abc.ABC):
 
   @classmethod
   @abc.abstractmethod
-  def from_files(cls, paths: Iterable[pathlib.Path]) -> Sequence[Self]:
-    """The sources in files of this format. Raises UserError if a file is too damaged to tell."""
+  def from_files(cls, paths: Iterable[pathlib.Path]) -> 'Sequence[Source]':
+    """The sources in files of this format. A file that is too damaged to tell becomes a `Refused`."""
 
   @abc.abstractmethod
   def read_image(self, intensity: str) -> Scan | np.ndarray:
@@ -51,18 +54,85 @@ class Source(abc.ABC):
       UserError: the source is damaged; the values of a scan do not have this intensity.
     """
 
+  @abc.abstractmethod
+  def files(self) -> Sequence[pathlib.Path]:
+    """All files of the source."""
+
+  def sha256(self) -> str:
+    """The digest of the stored bytes. The names of the files do not matter, nor their order.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    digests = []
+    for path in self.files():
+      with path.open('rb') as file:
+        digests.append(hashlib.file_digest(file, 'sha256').hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256(''.join(sorted(digests)).encode()).hexdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class FileSource(Source):
-  """A source stored in one file."""
+  """A source stored in one file.
+
+  Attributes:
+    path: the file.
+    stem: see Source; '' is the file name without its ending.
+    place: see Source; '' is the file name.
+  """
 
   path: pathlib.Path
+  stem: str = ''
+  place: str = ''
   name = property(lambda self: self.path.name)
-  stem = property(lambda self: self.path.stem)
+
+  def __post_init__(self):
+    object.__setattr__(self, 'stem', self.stem or self.stem_of(self.path))
+    object.__setattr__(self, 'place', self.place or self.path.name)
+
+  @staticmethod
+  def stem_of(path: pathlib.Path) -> str:
+    """The file name without the ending of this format."""
+    return path.stem
 
   @classmethod
   def from_files(cls, paths: Iterable[pathlib.Path]) -> list[Self]:
     return [cls(path) for path in paths]
 
+  def files(self) -> list[pathlib.Path]:
+    return [self.path]
+
   def __str__(self) -> str:
     return str(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused(Source):
+  """A source that was found but cannot be read: `read_image` raises its error.
+
+  Attributes:
+    name: see Source.
+    message: the text of the error, one line.
+    paths: its files, as far as they are known.
+  """
+
+  name: str
+  message: str
+  paths: tuple[pathlib.Path, ...] = ()
+
+  @classmethod
+  def claims(cls, path: pathlib.Path) -> bool:
+    return False
+
+  @classmethod
+  def from_files(cls, paths: Iterable[pathlib.Path]) -> list[Self]:
+    return []
+
+  def files(self) -> tuple[pathlib.Path, ...]:
+    return self.paths
+
+  def read_image(self, intensity: str) -> Scan:
+    raise UserError(self.message)
+
+  def __str__(self) -> str:
+    return self.name

@@ -78,7 +78,7 @@ class Mask(Grid):
 
 
 def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, intensity: str = 'hu') -> Scan:
-  """Makes a scan from values that were not read from NIfTI, with the checks of `nifti.read_scan`.
+  """Makes a scan from values that were not read from NIfTI, with the checks of `volume_files.read_scan`.
 
   The header has the affine as sform and, if it has no shear, as qform, both with code 1 (scanner).
 
@@ -89,7 +89,7 @@ def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, intensity: 
     intensity: the intensity that the values must have, one of VALUES.
 
   Raises:
-    UserError: as `nifti.read_scan`; the affine is not [4, 4] numbers; an axis has more voxels than NIfTI allows.
+    UserError: as `volume_files.read_scan`; the affine is not [4, 4] numbers; an axis has more voxels than NIfTI allows.
   """
   header = nib.Nifti1Header()
   try:

@@ -12,7 +12,7 @@ from benchmarks import leakage
 from configs import cls
 from data import prepare, survey
 from data.cohorts import covid19_20
-from fusa_jax.scans import nifti
+from fusa_jax.scans import volume_files
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import evaluate, train
 
@@ -29,8 +29,8 @@ def config(tmp_path, monkeypatch):
 def read(folder):
   """Returns scans and masks [N, S, H, W] of a cohort."""
   cases = covid19_20.find(folder)
-  scans = [nifti.read_scan(case.ct) for case in cases]
-  masks = [nifti.read_mask(case.mask, scan) for case, scan in zip(cases, scans, strict=True)]
+  scans = [volume_files.read_scan(case.ct) for case in cases]
+  masks = [volume_files.read_mask(case.mask, scan) for case, scan in zip(cases, scans, strict=True)]
   return np.stack([scan.values for scan in scans]), np.stack(masks)
 
 

@@ -19,7 +19,7 @@ from conftest import PATIENTS, SIZE, SLICES
 from data import prepare, survey, workers
 from data.cohorts import Case, covid19_20
 from data.find import find
-from fusa_jax.scans import nifti, volumes
+from fusa_jax.scans import volume_files, volumes
 from fusa_jax.system.errors import UserError
 
 
@@ -32,8 +32,8 @@ def test_every_slice_is_stored_in_order_with_its_metadata(data_dir, raw_dir):
     source = builder.as_data_source(split=fold)
     examples = iter(source[i] for i in range(len(source)))
     for entry in entries:
-      scan = nifti.read_scan(raw_dir / f'{entry["patient"]}_ct.nii.gz')
-      mask = nifti.read_mask(raw_dir / f'{entry["patient"]}_seg.nii.gz', scan)
+      scan = volume_files.read_scan(raw_dir / f'{entry["patient"]}_ct.nii.gz')
+      mask = volume_files.read_mask(raw_dir / f'{entry["patient"]}_seg.nii.gz', scan)
       assert entry['lesion_voxels'] == mask.sum(axis=(1, 2)).tolist()
       assert entry['lesion_ml'] == pytest.approx(mask.sum() * scan.voxel_ml)
       for index in range(SLICES):
@@ -58,7 +58,7 @@ def test_other_sizes_are_resized(raw_dir, tmp_path):
   builder = tfds.builder_from_directory(prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), 16))
   example = builder.as_data_source(split='fold0')[SLICES // 2]
   assert example['image'].shape == example['mask'].shape == (16, 16)
-  scan = nifti.read_scan(raw_dir / f'{example["patient"].decode()}_ct.nii.gz')
+  scan = volume_files.read_scan(raw_dir / f'{example["patient"].decode()}_ct.nii.gz')
   np.testing.assert_array_equal(example['image'], volumes.network_slices(scan.values, 16)[SLICES // 2])
 
 

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from data import prepare, survey
 from data.cohorts import covid19_20, phantom
-from fusa_jax.scans import nifti
+from fusa_jax.scans import volume_files
 from fusa_jax.system.errors import UserError
 
 
@@ -62,10 +62,10 @@ def test_a_scan_under_two_names_is_refused_in_any_storage(raw, tmp_path):
 
 
 def test_other_reconstructions_of_a_scan_are_warned_of(raw, caplog):
-  scan = nifti.read_scan(path_of(raw, 1))
+  scan = volume_files.read_scan(path_of(raw, 1))
   sharper = 2.0 * scan.values - ndimage.gaussian_filter(scan.values.astype(float), (0, 1, 1))
   add(raw, 7, np.rint(sharper).astype(np.int16), scan)
-  scan = nifti.read_scan(path_of(raw, 2))
+  scan = volume_files.read_scan(path_of(raw, 2))
   add(raw, 8, scan.values.reshape(-1, 2, *scan.values.shape[1:]).mean(axis=1).astype(np.int16), scan)
   assert len(survey.survey(covid19_20.find(raw))) == 5
   lines = warnings(caplog)

@@ -24,7 +24,7 @@ from conftest import SLICES
 from nibabel import orientations
 
 from fusa_jax.inference import predict, predictor, viewer
-from fusa_jax.scans import nifti
+from fusa_jax.scans import nifti, volume_files
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 
@@ -126,7 +126,7 @@ def test_images_may_be_shared_between_devices(runs, predictions, tmp_path):
 def test_all_refused_scans_are_named_before_anything_is_written(predictors, raw_dir, tmp_path):
   folder = tmp_path / 'in'
   folder.mkdir()
-  good = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  good = volume_files.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   for name, values in (
     ('a', good.values),
     ('b', np.clip(good.values, -160, 240)),
@@ -315,7 +315,7 @@ def listed(folder):
 def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_path, monkeypatch, caplog):
   """The first write waits until the second scan is computed and the fourth read. At most four scans are in memory."""
   caplog.set_level(logging.INFO)
-  run, read, write = predictor.Predictor.probabilities, nifti.NiftiFile.read_image, nifti.write_volume
+  run, read, write = predictor.Predictor.probabilities, volume_files.VolumeFile.read_image, nifti.write_volume
   begun, scans, alive, computed = collections.Counter(), [], [], threading.Event()
   fourth = threading.Event()
 
@@ -342,7 +342,7 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
     write(path, volume, scan)
 
   computing_counts = [0]
-  monkeypatch.setattr(nifti.NiftiFile, 'read_image', reading)
+  monkeypatch.setattr(volume_files.VolumeFile, 'read_image', reading)
   monkeypatch.setattr(predictor.Predictor, 'probabilities', computing)
   monkeypatch.setattr(nifti, 'write_volume', writing)
   predict.predict(predictors['seg'], folder, tmp_path / 'out')
@@ -354,7 +354,7 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
 
 def test_a_scan_damaged_after_the_check_stops_after_earlier_results(predictors, folder, tmp_path, monkeypatch):
   """The third scan is damaged after the check: the first two results are complete, and the error is that of a check."""
-  read, damaged = nifti.NiftiFile.read_image, folder / 'c.nii.gz'
+  read, damaged = volume_files.VolumeFile.read_image, folder / 'c.nii.gz'
   whole = damaged.read_bytes()
 
   def reading(source, values):
@@ -365,7 +365,7 @@ def test_a_scan_damaged_after_the_check_stops_after_earlier_results(predictors, 
       path.write_bytes(whole[:-100])
     return scan
 
-  monkeypatch.setattr(nifti.NiftiFile, 'read_image', reading)
+  monkeypatch.setattr(volume_files.VolumeFile, 'read_image', reading)
   with pytest.raises(UserError, match=r'c.nii.gz: truncated or unreadable'):
     predict.predict(predictors['seg'], folder, tmp_path / 'out')
   assert listed(tmp_path / 'out') == written('a', 'b')
@@ -437,7 +437,7 @@ def test_a_flag_decides_where_runs_differ(runs, tmp_path):
 def test_a_scan_in_code_is_predicted_as_its_file(predictors, raw_dir, tmp_path):
   """Given as a path, as a DICOM folder, and as an array; an array needs its spacing for the mL."""
   path, run = raw_dir / 'volume-phantom-A-0001_ct.nii.gz', predictors['seg']
-  scan = nifti.read_scan(path)
+  scan = volume_files.read_scan(path)
   expected = run(scan)
   image = nib.load(path)
   dicom_series.save(tmp_path / 'series', dicom_series.slices(np.asarray(image.dataobj), image.affine, 3))

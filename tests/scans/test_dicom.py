@@ -17,7 +17,7 @@ from nibabel import affines
 from nifti_files import chest
 from pydicom import fileset, uid
 
-from fusa_jax.scans import dicom, nifti
+from fusa_jax.scans import dicom, nifti, volume_files
 from fusa_jax.system.errors import UserError
 
 REAL = pathlib.Path('../shared/ct/Train/volume-lung1_ct.nii.gz')
@@ -54,7 +54,7 @@ def test_values_have_the_positions_of_dcm2niix(tmp_path, affine):
   scan = read(dicom_series.save(tmp_path / 'in', dicom_series.slices(hu, affine)))
   other, _ = of_dcm2niix(tmp_path / 'in', tmp_path)
   nib.save(nib.Nifti1Image(np.asarray(other.dataobj), other.affine), tmp_path / 'other.nii')
-  other = nifti.read_scan(tmp_path / 'other.nii')
+  other = volume_files.read_scan(tmp_path / 'other.nii')
   np.testing.assert_allclose(scan.affine, other.affine, atol=2e-4)
   np.testing.assert_array_equal(scan.values, other.values)
   # The written mask has the same affine.
@@ -300,6 +300,6 @@ def test_without_a_decoder_the_error_names_the_syntax(tmp_path):
 def test_a_real_scan(tmp_path, syntax):
   image = nib.load(REAL)
   made = dicom_series.slices(np.asarray(image.dataobj), image.affine)
-  scan, of_file = read(dicom_series.save(tmp_path / 'in', made, syntax)), nifti.read_scan(REAL)
+  scan, of_file = read(dicom_series.save(tmp_path / 'in', made, syntax)), volume_files.read_scan(REAL)
   np.testing.assert_array_equal(scan.values, of_file.values)
   np.testing.assert_allclose(scan.affine, of_file.affine, atol=1e-4)

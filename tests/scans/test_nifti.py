@@ -10,7 +10,7 @@ import pytest
 from nibabel import affines, orientations
 from nifti_files import SHAPE, chest, save
 
-from fusa_jax.scans import nifti, volumes
+from fusa_jax.scans import nifti, volume_files, volumes
 from fusa_jax.system.errors import UserError
 
 ORIENTATIONS = [
@@ -23,7 +23,7 @@ ORIENTATIONS = [
 @pytest.mark.parametrize('codes', ORIENTATIONS)
 def test_every_orientation_is_converted_to_canonical_axes_and_back(tmp_path, codes):
   path = save(tmp_path / 'a_ct.nii.gz', chest(), codes, oblique=0.2)
-  scan = nifti.read_scan(path)
+  scan = volume_files.read_scan(path)
   stored = nib.load(path)
   data = np.asarray(stored.dataobj)
   assert nib.aff2axcodes(scan.affine) == ('L', 'P', 'S')
@@ -46,7 +46,7 @@ def test_masks_keep_both_affines_and_codes_but_no_text(tmp_path, sform):
   image.header['descrip'] = b'John Doe'
   image.header.extensions.append(nib.nifti1.Nifti1Extension('comment', b'born 1950'))
   nib.save(image, tmp_path / 'named.nii.gz')
-  scan = nifti.read_scan(tmp_path / 'named.nii.gz')
+  scan = volume_files.read_scan(tmp_path / 'named.nii.gz')
   mask = (scan.values > 0).astype(np.uint8)
   nifti.write_volume(tmp_path / 'out' / 'mask.nii.gz', mask, scan)
   out = nib.load(tmp_path / 'out' / 'mask.nii.gz')
@@ -69,7 +69,7 @@ def test_scaling_is_applied(tmp_path, slope, intercept, dtype):
   nib.save(image, tmp_path / 'a.nii.gz')
   # Nibabel may replace the slope by 1; its own reading of the file is the reference.
   expected = np.rint(nib.load(tmp_path / 'a.nii.gz').get_fdata()).transpose(2, 1, 0)
-  np.testing.assert_array_equal(nifti.read_scan(tmp_path / 'a.nii.gz').values, expected)
+  np.testing.assert_array_equal(volume_files.read_scan(tmp_path / 'a.nii.gz').values, expected)
 
 
 @pytest.mark.parametrize('shear', [0.0, 0.3])
@@ -79,7 +79,7 @@ def test_from_volume_equals_reading_the_file(tmp_path, shear):
   affine = stored.affine @ affines.from_matvec([[1, 0, 0], [0, 1, shear], [0, 0, 1]])
   stored.set_sform(affine, 1)
   nib.save(stored, tmp_path / 'a.nii.gz')
-  scan, of_file = volumes.from_volume(chest(), affine, 'series 3'), nifti.read_scan(tmp_path / 'a.nii.gz')
+  scan, of_file = volumes.from_volume(chest(), affine, 'series 3'), volume_files.read_scan(tmp_path / 'a.nii.gz')
   np.testing.assert_array_equal(scan.values, of_file.values)
   np.testing.assert_array_equal(scan.affine, of_file.affine)
   nifti.write_volume(tmp_path / 'mask.nii.gz', (scan.values > 0).astype(np.uint8), scan)
@@ -98,7 +98,7 @@ def test_from_volume_equals_reading_the_file(tmp_path, shear):
 @pytest.mark.parametrize('name', ['a.nii', 'a.nii.gz'])
 @pytest.mark.parametrize('image_class', [nib.Nifti1Image, nib.Nifti2Image])
 def test_both_formats(tmp_path, name, image_class):
-  scan = nifti.read_scan(save(tmp_path / name, chest(), image_class=image_class))
+  scan = volume_files.read_scan(save(tmp_path / name, chest(), image_class=image_class))
   np.testing.assert_array_equal(scan.values, chest().transpose(2, 1, 0))
   np.testing.assert_allclose(scan.spacing, (5.0, 0.8, 0.7))
   np.testing.assert_allclose(scan.voxel_ml, 0.7 * 0.8 * 5 / 1000)
@@ -110,7 +110,7 @@ def test_padding_is_clipped_to_air(tmp_path):
   data = chest()
   data[0] = -3024
   data[1, 0, 0] = 3071
-  hu = nifti.read_scan(save(tmp_path / 'a.nii.gz', data)).values
+  hu = volume_files.read_scan(save(tmp_path / 'a.nii.gz', data)).values
   assert hu.dtype == np.int16
   np.testing.assert_array_equal(hu, np.maximum(data, -1024).transpose(2, 1, 0))
 
@@ -118,13 +118,13 @@ def test_padding_is_clipped_to_air(tmp_path):
 def test_mask_stored_in_another_orientation_than_its_scan(tmp_path):
   data = chest()
   mask = (data > 100).astype(np.uint8)
-  scan = nifti.read_scan(save(tmp_path / 'a_ct.nii.gz', data))
+  scan = volume_files.read_scan(save(tmp_path / 'a_ct.nii.gz', data))
   image = nib.load(save(tmp_path / 'a_seg.nii.gz', mask))
   turned = image.as_reoriented(
     orientations.ornt_transform(orientations.axcodes2ornt('LPS'), orientations.axcodes2ornt('IRA'))
   )
   nib.save(turned, tmp_path / 'turned_seg.nii.gz')
-  np.testing.assert_array_equal(nifti.read_mask(tmp_path / 'turned_seg.nii.gz', scan), mask.transpose(2, 1, 0))
+  np.testing.assert_array_equal(volume_files.read_mask(tmp_path / 'turned_seg.nii.gz', scan), mask.transpose(2, 1, 0))
 
 
 def bad(kind, path):
@@ -217,7 +217,7 @@ def test_refusals_name_the_file_and_the_reason(tmp_path, kind):
   path = tmp_path / 'bad_ct.nii.gz'
   bad(kind, path)
   with pytest.raises(UserError, match=REFUSALS[kind]) as caught:
-    nifti.read_scan(path)
+    volume_files.read_scan(path)
   message = str(caught.value)
   assert message.startswith(f'{path}: ')
   assert '\n' not in message
@@ -236,42 +236,42 @@ def test_refusals_name_the_file_and_the_reason(tmp_path, kind):
 )
 def test_bad_masks_are_refused(tmp_path, change, reason):
   data = chest()
-  scan = nifti.read_scan(save(tmp_path / 'a_ct.nii.gz', data))
+  scan = volume_files.read_scan(save(tmp_path / 'a_ct.nii.gz', data))
   mask, affine = change((data > 100).astype(np.uint8), nib.load(tmp_path / 'a_ct.nii.gz').affine)
   nib.save(nib.Nifti1Image(mask, affine), tmp_path / 'a_seg.nii.gz')
   with pytest.raises(UserError, match=reason) as caught:
-    nifti.read_mask(tmp_path / 'a_seg.nii.gz', scan)
+    volume_files.read_mask(tmp_path / 'a_seg.nii.gz', scan)
   assert str(caught.value).startswith(f'{tmp_path / "a_seg.nii.gz"}: ')
 
 
 def test_affines_that_differ_by_float32_are_the_same_grid(tmp_path):
   """The mask has a float32 quaternion (qform only); the scan has a float32 matrix (sform)."""
   data = chest()
-  scan = nifti.read_scan(save(tmp_path / 'a_ct.nii.gz', data, oblique=0.3))
+  scan = volume_files.read_scan(save(tmp_path / 'a_ct.nii.gz', data, oblique=0.3))
   mask = (data > 100).astype(np.uint8)
   save(tmp_path / 'a_seg.nii.gz', mask, oblique=0.3, sform=False)
   assert not np.array_equal(nib.load(tmp_path / 'a_seg.nii.gz').affine, nib.load(tmp_path / 'a_ct.nii.gz').affine)
-  np.testing.assert_array_equal(nifti.read_mask(tmp_path / 'a_seg.nii.gz', scan), mask.transpose(2, 1, 0))
+  np.testing.assert_array_equal(volume_files.read_mask(tmp_path / 'a_seg.nii.gz', scan), mask.transpose(2, 1, 0))
 
 
 def test_a_mask_without_a_scan(tmp_path):
   """A mask read without its scan equals the mask read with it."""
   data = chest()
   labels = (data > 100).astype(np.uint8)
-  scan = nifti.read_scan(save(tmp_path / 'a_ct.nii.gz', data, 'RAS', oblique=0.2))
-  mask = nifti.read_labels(save(tmp_path / 'a_seg.nii.gz', labels, 'RAS', oblique=0.2))
-  np.testing.assert_array_equal(mask.mask, nifti.read_mask(mask.path, scan))
+  scan = volume_files.read_scan(save(tmp_path / 'a_ct.nii.gz', data, 'RAS', oblique=0.2))
+  mask = volume_files.read_labels(save(tmp_path / 'a_seg.nii.gz', labels, 'RAS', oblique=0.2))
+  np.testing.assert_array_equal(mask.mask, volume_files.read_mask(mask.path, scan))
   assert mask.mask.dtype == np.uint8 and mask.shape == mask.mask.shape == scan.shape == scan.values.shape
   np.testing.assert_allclose(mask.affine, scan.affine)
   assert mask.spacing == scan.spacing and mask.voxel_ml == scan.voxel_ml
   volumes.check_same_grid(mask, scan, 'scan')
-  other = nifti.read_labels(save(tmp_path / 'b_seg.nii.gz', labels, 'RAS', oblique=0.3))
+  other = volume_files.read_labels(save(tmp_path / 'b_seg.nii.gz', labels, 'RAS', oblique=0.3))
   with pytest.raises(
     UserError, match=r'a_seg.nii.gz: the affines of the mask and its reference mask b_seg.nii.gz differ'
   ):
     volumes.check_same_grid(mask, other, 'reference mask')
   with pytest.raises(UserError, match='mask values must be 0 and 1, but are 0, 3;'):
-    nifti.read_labels(save(tmp_path / 'c_seg.nii.gz', labels * 3))
+    volume_files.read_labels(save(tmp_path / 'c_seg.nii.gz', labels * 3))
 
 
 def test_resize_keeps_means_and_positions():
@@ -300,17 +300,17 @@ def test_gzip_damage_is_detected_as_by_python(tmp_path):
       expected = gzip.decompress(content) == gzip.decompress(whole)
     except (OSError, EOFError, zlib.error):
       with pytest.raises(UserError, match='truncated or unreadable'):
-        nifti.read_scan(path)
+        volume_files.read_scan(path)
       outcomes.add('refused')
     else:
       assert expected
-      np.testing.assert_array_equal(nifti.read_scan(path).values, chest().transpose(2, 1, 0))
+      np.testing.assert_array_equal(volume_files.read_scan(path).values, chest().transpose(2, 1, 0))
       outcomes.add('read')
   assert outcomes == {'refused', 'read'}
 
 
 def test_equal_volumes_give_equal_files(tmp_path):
-  scan = nifti.read_scan(save(tmp_path / 'a.nii', chest()))
+  scan = volume_files.read_scan(save(tmp_path / 'a.nii', chest()))
   for name in ('b.nii.gz', 'c.nii.gz', 'd.nii'):
     nifti.write_volume(tmp_path / name, scan.values, scan)
   first, second, plain = ((tmp_path / name).read_bytes() for name in ('b.nii.gz', 'c.nii.gz', 'd.nii'))

@@ -15,7 +15,7 @@ from configs import seg
 from data import prepare
 from data.cohorts import CohortOptions
 from fusa_jax.inference import predict, predictor
-from fusa_jax.scans import nifti, pictures
+from fusa_jax.scans import nifti, pictures, volume_files
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import evaluate, train
 
@@ -102,7 +102,7 @@ def test_a_picture_in_code_is_predicted_as_its_file(folder, run, tmp_path):
 
 
 def test_a_grey_scan_gives_a_mask_on_its_own_grid(run, raw_dir, tmp_path):
-  scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  scan = volume_files.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   grey = np.rint(np.clip((scan.values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)
   nifti.write_volume(tmp_path / 'in' / 'a.nii.gz', grey, scan)
   predict.predict(predictor.load_predictor(run), tmp_path / 'in', tmp_path / 'out')
@@ -136,7 +136,7 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
     assert str(caught.value) == line
     assert not (tmp_path / 'out').exists()
   # A run and a cohort in HU refuse an 8-bit scan.
-  image = nifti.read_scan(scan)
+  image = volume_files.read_scan(scan)
   grey = np.clip((image.values + 1000) / 1300, 0, 1) * 255
   nifti.write_volume(tmp_path / 'grey' / 'a.nii.gz', grey.astype(np.uint8), image)
   shutil.copy(scan.with_name('volume-phantom-A-0001_seg.nii.gz'), tmp_path / 'grey' / 'a_mask.nii.gz')
@@ -156,7 +156,7 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
   with pytest.raises(UserError, match=r'b.nii.gz: values .* are Hounsfield units or similar'):
     predict.predict(predictor.load_predictor(run), tmp_path / 'grey', tmp_path / 'out')
   shutil.copy(folder / 'images' / '0001_00.png', tmp_path / 'grey' / 'b.png')
-  with pytest.raises(UserError, match=r'results of .*b.png and b.nii.gz would have the same name; rename one'):
+  with pytest.raises(UserError, match=r'b.png: its results would have the same name as those of b.nii.gz; rename one'):
     predict.predict(predictor.load_predictor(run), tmp_path / 'grey', tmp_path / 'out')
 
 

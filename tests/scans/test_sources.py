@@ -11,7 +11,7 @@ from nifti_files import chest, save
 from PIL import Image
 
 from fusa_jax.inference import predict, viewer
-from fusa_jax.scans import dicom, formats, nifti, pictures, sources, volumes
+from fusa_jax.scans import dicom, formats, pictures, sources, volume_files, volumes
 from fusa_jax.system.errors import UserError
 
 
@@ -60,7 +60,7 @@ def mixture(tmp_path):
 
 def test_each_file_goes_to_one_format(mixture, tmp_path):
   of_all = found(mixture, 'grey', tmp_path)
-  types = [nifti.NiftiFile] * 3 + [pictures.PictureFile] * 2 + [dicom.Series]
+  types = [volume_files.VolumeFile] * 3 + [pictures.PictureFile] * 2 + [dicom.Series]
   assert [type(source) for source in of_all] == types
   series = of_all[-1]
   assert [source.stem for source in of_all] == ['a', 'b', 'c', 'p', 'q', series.name]
@@ -69,14 +69,54 @@ def test_each_file_goes_to_one_format(mixture, tmp_path):
   assert str(of_all[0]) == str(mixture / 'a.nii') and series.title == str(series) == f'{series.name} (Chest 5.0)'
   for values in ('hu', None):
     assert [source.stem for source in found(mixture, values, tmp_path)] == ['a', 'b', 'c', series.name]
-  np.testing.assert_array_equal(of_all[0].read_image('hu').values, nifti.read_scan(mixture / 'a.nii').values)
+  np.testing.assert_array_equal(of_all[0].read_image('hu').values, volume_files.read_scan(mixture / 'a.nii').values)
   np.testing.assert_array_equal(of_all[3].read_image('grey'), pictures.read_picture(mixture / 'p.png'))
   np.testing.assert_array_equal(series.read_image('hu').values, dicom.read_series(series).values)
 
 
+@pytest.mark.parametrize(
+  ('names', 'stems'),
+  [
+    (['s1/ct.nii.gz', 's2/ct.nii.gz', 'other.nii'], ['other', 's1', 's2']),
+    (['site1/P1/ct.nii', 'site1/P2/ct.nii', 'site2/P1/ct.nii'], ['site1_P1', 'site1_P2', 'site2_P1']),
+    (['s1/a.nii', 's2/A.NII', 's3/b.nii'], ['s1_a', 's2_A', 'b']),
+    (['ct.nii', 's1/ct.nii'], ['ct', 's1']),
+    (['s1/ct.nii', 's2/ct.nii', 's1.nii'], ['s1', 's1_ct', 's2']),
+    (['M\u00fcller.nii', 'x/Mu\u0308ller.nii'], ['M\u00fcller', 'x_Mu\u0308ller']),
+  ],
+)
+def test_files_of_one_name_are_named_by_the_part_of_their_path_that_differs(tmp_path, names, stems):
+  for name in names:
+    save(tmp_path / 'in' / name, chest())
+  assert sorted(source.stem for source in found(tmp_path / 'in', 'hu', tmp_path)) == sorted(stems)
+
+
+def test_links_are_followed_and_left_out_files_are_named(tmp_path, caplog):
+  caplog.set_level('INFO')
+  folder = tmp_path / 'in'
+  save(tmp_path / 'elsewhere' / 'deep' / 'b.nii.gz', chest())
+  save(tmp_path / 'elsewhere' / 'c.nii', chest())
+  folder.mkdir()
+  (folder / 'linked').symlink_to(tmp_path / 'elsewhere')
+  (folder / 'loop').symlink_to(folder)
+  (folder / 'd.nii').symlink_to(tmp_path / 'elsewhere' / 'c.nii')
+  (folder / 'broken.nii').symlink_to(tmp_path / 'nowhere')
+  (folder / 'broken').symlink_to(tmp_path / 'nowhere')
+  for name in ('__MACOSX/._c.nii', '._c.nii', '.DS_Store', 'Thumbs.db'):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b'\0\5\26\7')
+  (folder / 'notes.txt').touch()
+  (folder / 'c_MASK.nii').touch()
+  all_found = found(folder, 'hu', tmp_path)
+  assert [source.place for source in all_found] == ['broken.nii', 'd.nii', 'linked/c.nii', 'linked/deep/b.nii.gz']
+  with pytest.raises(UserError, match=r'broken\.nii: '):
+    all_found[0].read_image('hu')
+  assert 'left out: 3 files (broken, notes.txt, c_MASK.nii)' in caplog.text
+
+
 def test_a_named_file_is_read_or_refused_for_any_name(mixture, tmp_path):
   (mask,) = found(mixture / 'b_seg.nii.gz', 'hu', tmp_path)
-  assert mask == nifti.NiftiFile(mixture / 'b_seg.nii.gz')
+  assert mask == volume_files.VolumeFile(mixture / 'b_seg.nii.gz')
   (notes,) = found(mixture / 'notes.txt', 'hu', tmp_path)
   with pytest.raises(UserError, match=r'notes\.txt: not a NIfTI file'):
     notes.read_image('hu')
@@ -117,13 +157,14 @@ def test_a_format_in_the_list_is_found_named_and_read(with_arrays, mixture, tmp_
   with pytest.raises(UserError, match=r'no scan \(\.npy, \.nii, \.nii\.gz, DICOM\) in'):
     found(tmp_path / 'empty', 'hu', tmp_path)
   (mixture / 'a.npy').touch()
-  with pytest.raises(UserError, match=r'results of .*a\.nii and a\.npy would have the same name; rename one'):
-    found(mixture, 'hu', tmp_path)
+  for source in [one for one in found(mixture, 'hu', tmp_path) if one.place in ('a.nii', 'a.npy')]:
+    with pytest.raises(UserError, match=r'a\.n..: its results would have the same name as those of a\.n..; rename one'):
+      source.read_image('hu')
 
 
 def test_a_format_in_the_list_is_predicted_and_viewed(with_arrays, predictors, raw_dir, tmp_path):
   """Predicts the same as for NIfTI. With --dicom it is refused first."""
-  scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  scan = volume_files.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   path, out = tmp_path / 'mine.npy', tmp_path / 'out'
   np.save(path, scan.values.transpose(2, 1, 0))
   with pytest.raises(UserError, match=r'^dicom: mine\.npy is not a DICOM series'):
@@ -132,6 +173,6 @@ def test_a_format_in_the_list_is_predicted_and_viewed(with_arrays, predictors, r
   assert sorted(made.name for made in out.iterdir()) == ['mine.json', 'mine_mask.nii.gz']
   assert json.loads((out / 'mine.json').read_text())['scan'] == 'mine.npy'
   expected = predictors['seg'](scan.values, (5, 2, 2))
-  np.testing.assert_array_equal(nifti.read_labels(out / 'mine_mask.nii.gz').mask, expected.mask)
+  np.testing.assert_array_equal(volume_files.read_labels(out / 'mine_mask.nii.gz').mask, expected.mask)
   np.testing.assert_array_equal(predictors['seg'](path).mask, expected.mask)
   assert viewer.view(path, out) == [out / 'mine.html']

@@ -13,7 +13,7 @@ from configs import cls
 from data import prepare
 from fusa_jax.inference import export, predictor
 from fusa_jax.runs import report, results, run_config
-from fusa_jax.scans import nifti
+from fusa_jax.scans import volume_files
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import cross_validation, datasets, evaluate, train
 
@@ -119,7 +119,7 @@ def test_evaluate_again_and_report(made, data_dir):
 @pytest.mark.slow
 def test_prediction_is_the_mean_of_the_folds(made, raw_dir):
   """Compares the prediction with NumPy's mean over the folds. The threshold is the mean of the folds' thresholds."""
-  scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  scan = volume_files.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   scores = lambda run: run.probabilities(run.prepare([scan]))
   folds, together = (
     [predictor.load_predictor(made / f'fold{fold}') for fold in range(5)],
@@ -135,7 +135,7 @@ def test_prediction_is_the_mean_of_the_folds(made, raw_dir):
 @pytest.mark.slow
 def test_bundle_is_the_mean_of_the_folds_and_its_card_says_so(made, raw_dir, tmp_path):
   export.write_bundle([made], tmp_path / 'bundle')
-  scan = nifti.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
+  scan = volume_files.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
   bundle, together = predictor.load_predictor(tmp_path / 'bundle'), predictor.load_predictor(made)
   exported, expected = (run.probabilities(run.prepare([scan])) for run in (bundle, together))
   np.testing.assert_allclose(exported, expected, atol=1e-5)

@@ -20,7 +20,7 @@ from fusa_jax import tasks
 from fusa_jax.inference import predict, predictor, trained
 from fusa_jax.measures import statistics
 from fusa_jax.runs import figures, operating_point, results, run_config
-from fusa_jax.scans import lungs, nifti
+from fusa_jax.scans import lungs, volume_files
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, evaluate, scorer, train
@@ -248,9 +248,9 @@ def test_volumes_equal_those_of_prediction(runs, raw_dir, tmp_path):
   for row in rows:
     name = row['case']
     predict.predict(predictor.load_predictor(runs['seg']), raw_dir / f'{name}_ct.nii.gz', tmp_path)
-    scan = nifti.read_scan(raw_dir / f'{name}_ct.nii.gz')
-    truth = nifti.read_mask(raw_dir / f'{name}_seg.nii.gz', scan)
-    mask = nifti.read_mask(tmp_path / f'{name}_ct_mask.nii.gz', scan)
+    scan = volume_files.read_scan(raw_dir / f'{name}_ct.nii.gz')
+    truth = volume_files.read_mask(raw_dir / f'{name}_seg.nii.gz', scan)
+    mask = volume_files.read_mask(tmp_path / f'{name}_ct_mask.nii.gz', scan)
     if truth.any() or mask.any():
       assert float(row['dice']) == pytest.approx(sk.f1_score(truth.ravel(), mask.ravel()))
     assert float(row['predicted_ml']) == pytest.approx(mask.sum() * scan.voxel_ml)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import PATIENTS, SIZE, SLICES
 
-from fusa_jax.scans import nifti
+from fusa_jax.scans import volume_files
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, input_pipeline
@@ -57,8 +57,8 @@ def test_a_batch_equals_the_files(dataset, mesh, raw_dir):
   }
   for row, index in enumerate(batch['index']):
     patient, number = dataset.train.patient[index], dataset.train.slice[index]
-    scan = nifti.read_scan(raw_dir / f'{patient}_ct.nii.gz')
-    mask = nifti.read_mask(raw_dir / f'{patient}_seg.nii.gz', scan)
+    scan = volume_files.read_scan(raw_dir / f'{patient}_ct.nii.gz')
+    mask = volume_files.read_mask(raw_dir / f'{patient}_seg.nii.gz', scan)
     np.testing.assert_array_equal(batch['image'][row], scan.values[number])
     np.testing.assert_array_equal(batch['mask'][row], mask[number])
     assert batch['label'][row] == mask[number].any() == dataset.train.label[index]

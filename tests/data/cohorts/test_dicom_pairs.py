@@ -17,7 +17,7 @@ from data import prepare, read, survey, workers
 from data.cohorts import CohortOptions
 from data.cohorts import dicom_pairs as cohort
 from data.find import find
-from fusa_jax.scans import dicom, nifti
+from fusa_jax.scans import dicom, volume_files
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets
 
@@ -61,11 +61,11 @@ def test_masks_are_scored_as_volumes(laid, raw_dir, caplog):
   scans = prepare.scans(laid)
   assert len(scans) == 10
   for path, mask in files(raw_dir)[3:5]:  # an archive, and a folder with a SEG
-    scan, read = scans[nifti.stem(path).removesuffix('_ct')]()
-    expected = nifti.read_scan(path)
+    scan, read = scans[volume_files.stem(path).removesuffix('_ct')]()
+    expected = volume_files.read_scan(path)
     np.testing.assert_array_equal(scan.values, expected.values)
     np.testing.assert_allclose(scan.affine, expected.affine, atol=1e-3)
-    np.testing.assert_array_equal(read, nifti.read_mask(mask, expected))
+    np.testing.assert_array_equal(read, volume_files.read_mask(mask, expected))
   assert not caplog.messages
 
 
@@ -162,7 +162,7 @@ def test_nested_folders_are_read_and_grey_is_refused(laid, tmp_path):
 def test_dicom_originals_beside_nifti_pairs_are_ignored(laid, raw_dir, tmp_path):
   """DICOM originals beside NIfTI pairs do not change the layout, unless a mask has only a DICOM scan."""
   for scan, mask in files(raw_dir)[:2]:
-    name = nifti.stem(scan).removesuffix('_ct')
+    name = volume_files.stem(scan).removesuffix('_ct')
     copy(scan, tmp_path / f'{name}.nii.gz'), copy(mask, tmp_path / f'{name}_mask.nii.gz')
   one = tmp_path / 'volume-phantom-A-0001'
   original = next((laid / one.name).rglob('IM*'))

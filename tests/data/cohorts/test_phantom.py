@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from data import workers
 from data.cohorts import phantom
-from fusa_jax.scans import nifti
+from fusa_jax.scans import volume_files
 
 SIZE = {'size': 128, 'slices': 24}
 SMALL = {'size': 48, 'slices': 16}
@@ -191,7 +191,7 @@ def test_fields_of_view_depend_on_the_patient(cohort):
 
 def test_every_phantom_is_accepted_as_a_scan_in_hu(folder):
   for path in sorted(folder.glob('*_ct.nii.gz')):
-    nifti.read_scan(path)  # refuses windowed or rescaled values and scans without air
+    volume_files.read_scan(path)  # refuses windowed or rescaled values and scans without air
 
 
 def test_lesions(cohort):

@@ -1,0 +1,113 @@
+"""Reads scans and masks from files of one volume each, in any orientation. `_READERS` lists the formats."""
+
+import pathlib
+
+import numpy as np
+
+from fusa_jax.scans import formats, nifti, volumes
+from fusa_jax.scans.volumes import Grid, Mask, Scan
+from fusa_jax.system.errors import UserError
+
+# The reader of each ending. Each returns the values [x, y, z] and a NIfTI header with the affine.
+_READERS = {'.nii': nifti.read, '.nii.gz': nifti.read}
+
+
+def is_volume(path: pathlib.Path) -> bool:
+  """Whether a file is a volume, judged by its name. Capitals do not matter."""
+  return _ending(path) is not None
+
+
+def stem(path: pathlib.Path) -> str:
+  """The file's name without the ending of its format."""
+  return path.name[: len(path.name) - len(_ending(path) or '')]
+
+
+class VolumeFile(formats.FileSource):
+  """A scan in one file."""
+
+  endings = ', '.join(_READERS)
+  stem_of = staticmethod(stem)
+  claims = staticmethod(is_volume)
+
+  def read_image(self, intensity: str) -> Scan:
+    return read_scan(self.path, intensity)
+
+
+def read_scan(path: pathlib.Path, intensity: str = 'hu', windowed: bool = False) -> Scan:
+  """Reads a CT scan from .nii or .nii.gz, with any orientation, affine and scaling.
+
+  Args:
+    path: the file.
+    intensity: the intensity that the values must have, one of volumes.VALUES.
+    windowed: True accepts a scan that lost all HU above a window; otherwise it is refused.
+
+  Raises:
+    UserError: unreadable or truncated; not 3D; fewer than 2 slices; invalid affine; NaN or infinite values; values of
+      another intensity. The message names the file and the reason.
+  """
+  path = pathlib.Path(path)
+  return volumes.to_scan(*_read(path), path, intensity, windowed)
+
+
+def read_mask(path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = ()) -> np.ndarray:
+  """Reads the lesion mask of a scan: uint8 {0, 1}, with the shape and axes of scan.values.
+
+  Args:
+    path: the file. Its orientation may differ from the scan's, but its grid must be the same.
+    scan: the scan of the mask.
+    lesion_labels: the values that are lesion, all others are background; () if the file holds only 0 and 1.
+
+  Raises:
+    UserError: as `read_scan`; the shape or affine differs from the scan's; with labels, values are not whole numbers;
+      without labels, values are not 0 and 1.
+  """
+  values, grid = _read_canonical(pathlib.Path(path))
+  volumes.check_same_grid(grid, scan, 'scan')
+  if not lesion_labels:
+    return _binary(values, grid.path, 'name the lesion labels, for example --config.data.lesion_labels="(3,)"')
+  if values.dtype.kind == 'f' and (values != np.rint(values)).any():
+    raise UserError(f'{path}: labels in a mask must be whole numbers; save it again without interpolation')
+  return np.isin(values, lesion_labels).astype(np.uint8)
+
+
+def read_labels(path: pathlib.Path) -> Mask:
+  """Reads a lesion mask without its scan, to compare it with other masks.
+
+  Raises:
+    UserError: as `read_scan`, without the checks of HU; values other than 0 and 1.
+  """
+  values, grid = _read_canonical(pathlib.Path(path))
+  return Mask(**vars(grid), mask=_binary(values, grid.path, 'save one lesion label as 1'))
+
+
+def read_grid(path: pathlib.Path) -> Grid:
+  """The grid of a file: where its voxels lie.
+
+  Raises:
+    UserError: as `read_scan`, without the checks of HU.
+  """
+  return _read_canonical(pathlib.Path(path))[1]
+
+
+def _read_canonical(path):
+  """Reads values [S, H, W] on canonical axes, and their grid."""
+  return volumes.canonical(*_read(path), path)
+
+
+def _read(path):
+  return _READERS[_ending(path) or '.nii'](path)
+
+
+def _ending(path):
+  """The longest ending in _READERS that the name has, in lower case; None if it has none."""
+  return max((ending for ending in _READERS if path.name.lower().endswith(ending)), key=len, default=None)
+
+
+def _binary(values, path, advice):
+  """Converts a mask of 0 and 1 to uint8; refuses other values."""
+  mask = values != 0
+  if not np.array_equal(mask, values):
+    distinct = np.unique(values)
+    shown = ', '.join(f'{v:g}' for v in distinct[:6]) + (', ...' if distinct.size > 6 else '')
+    raise UserError(f'{path}: mask values must be 0 and 1, but are {shown}; {advice}')
+  return mask.astype(np.uint8)
