@@ -9,7 +9,7 @@ from absl import flags
 
 from fusa_jax.runs import arguments, experiment, next_steps
 from fusa_jax.system import home, program
-from fusa_jax.system.errors import UserError
+from fusa_jax.system.errors import PartlyRefused, UserError
 
 FLAGS = flags.FLAGS
 _HOSTS = ('coordinator', 'num_processes', 'process_id', 'connect_timeout', 'heartbeat_timeout')
@@ -24,6 +24,7 @@ class Mode(NamedTuple):
     needs: required flags.
     takes: optional flags.
     together: whether all processes of a run take part. Otherwise each process works alone.
+    survives: whether the others go on when a process is lost.
   """
 
   function: Callable[[], None]
@@ -31,6 +32,7 @@ class Mode(NamedTuple):
   needs: tuple[str, ...] = ()
   takes: tuple[str, ...] = ()
   together: bool = False
+  survives: bool = False
 
   @property
   def flags(self) -> tuple[str, ...]:
@@ -63,16 +65,29 @@ def evaluate() -> None:
 
 
 def predict() -> None:
+  import jax
+
   from fusa_jax.inference import predict, predictor
   from fusa_jax.system import meshes
 
   mesh = None
   if FLAGS.config is not None:
     experiment.check_changes(arguments.named_config().overrides, ('mesh.',))
-    mesh = meshes.create_mesh(**FLAGS.config.mesh)
+    mesh = meshes.create_mesh(**FLAGS.config.mesh, devices=jax.local_devices())
   run = predictor.load_predictor(arguments.workdirs(), mesh, **arguments.operating_point())
-  predict.predict(run, pathlib.Path(FLAGS.input), pathlib.Path(FLAGS.output), FLAGS.probabilities, FLAGS.dicom)
+  counts = predict.predict(
+    run,
+    pathlib.Path(FLAGS.input),
+    pathlib.Path(FLAGS.output),
+    FLAGS.probabilities,
+    FLAGS.dicom,
+    FLAGS.overwrite,
+    FLAGS.strict,
+  )
   next_steps.after_prediction(FLAGS.input, FLAGS.output)
+  if counts.refused or counts.failed:
+    raise PartlyRefused(counts)
+  logging.info('%s', counts)
 
 
 def export() -> None:
@@ -95,7 +110,7 @@ def prepare() -> None:
 def view() -> None:
   from fusa_jax.inference import viewer
 
-  viewer.view(pathlib.Path(FLAGS.input), pathlib.Path(FLAGS.output))
+  viewer.view(pathlib.Path(FLAGS.input), pathlib.Path(FLAGS.output), FLAGS.overwrite)
 
 
 def score() -> None:
@@ -110,7 +125,7 @@ def compare() -> None:
 
   workdir, against = (pathlib.Path(folder) for folder in (FLAGS.workdir, FLAGS.against))
   output = pathlib.Path(FLAGS.output) if FLAGS.output else compare.default_output(workdir, against)
-  compare.compare(workdir, against, output)
+  compare.compare(workdir, against, output, FLAGS.overwrite)
   if FLAGS.overlays:
     data_dir = experiment.prepared(run_config.load_config(workdir))
     side_by_side.draw(workdir, against, data_dir, output.with_suffix(''), FLAGS.overlays)
@@ -148,16 +163,19 @@ MODES = {
     predict,
     'marks lesions in new scans',
     ('workdir', 'input', 'output'),
-    ('config', *arguments.POINT, 'probabilities', 'dicom'),
+    ('config', *arguments.POINT, 'probabilities', 'dicom', 'overwrite', 'strict'),
     True,
+    survives=True,
   ),
   'prepare': Mode(prepare, 'checks a cohort and prepares its dataset', ('config',), (), True),
   'export': Mode(
     export, 'writes a model bundle that runs without this package', ('workdir', 'output'), (*arguments.POINT, 'license')
   ),
-  'view': Mode(view, 'writes a web page per scan with its predicted mask', ('input', 'output')),
+  'view': Mode(view, 'writes a web page per scan with its predicted mask', ('input', 'output'), ('overwrite',)),
   'score': Mode(score, 'scores masks against reference masks', ('input', 'truth', 'output')),
-  'compare': Mode(compare, 'compares two runs patient by patient', ('workdir', 'against'), ('output', 'overlays')),
+  'compare': Mode(
+    compare, 'compares two runs patient by patient', ('workdir', 'against'), ('output', 'overlays', 'overwrite')
+  ),
   'aot': Mode(
     compile_ahead, 'compiles the training step for a TPU slice', ('config',), ('topology', 'slices', 'sweep', 'output')
   ),
@@ -220,6 +238,7 @@ def main(_) -> None:
     FLAGS.process_id,
     connect_timeout=FLAGS.connect_timeout,
     heartbeat_timeout=FLAGS.heartbeat_timeout,
+    survives=mode.survives,
   )
   if not hosts.is_main():
     logging.getLogger().setLevel(logging.WARNING)

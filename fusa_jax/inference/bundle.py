@@ -57,6 +57,7 @@ def load_bundle(
     function=exported.call,
     variables=jax.device_put(safetensors.numpy.load(content[WEIGHTS]), meshes.replicated(mesh)),
     **{key: about[key] for key in OF_MODEL},
+    sha256=sha256(json.dumps([about['sha256'][name] for name in (PROGRAM, WEIGHTS)]).encode()),
   )
   return model, point
 

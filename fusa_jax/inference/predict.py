@@ -1,26 +1,35 @@
 """Predicts scans and pictures: writes a mask, on the grid of the input, and a JSON file with the results.
 
 Several threads read the next inputs and one thread writes results while the devices compute. This works because gzip,
-NumPy and Pillow release Python's global lock.
+NumPy and Pillow release Python's global lock. Of several processes, each takes the next input that none has taken.
+
+An input that cannot be used does not stop the others: predictions.csv has a row with the reason. The same command again
+skips each input whose result is complete and was made from the same bytes by the same run.
 """
 
 import collections
 import contextlib
+import dataclasses
+import functools
 import logging
 import os
 import pathlib
+import time
 from concurrent import futures
+from typing import NamedTuple
 
 import numpy as np
 
 from fusa_jax import tasks
-from fusa_jax.inference.predictor import Predictor
-from fusa_jax.scans import dicom_seg, nifti, pictures
+from fusa_jax.inference import manifest
+from fusa_jax.inference.predictor import Prediction, Predictor
+from fusa_jax.scans import dicom_seg, nifti, pictures, volumes
 from fusa_jax.scans.archives import unpacking
+from fusa_jax.scans.formats import Source
 from fusa_jax.scans.sources import find_sources
-from fusa_jax.system import hosts, progress
-from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import write_json
+from fusa_jax.system import hosts, own_files, progress
+from fusa_jax.system.errors import HostLost, UserError, one_line
+from fusa_jax.system.files import printable, replacing
 
 # Number of pictures that are predicted together.
 _TOGETHER = 64
@@ -32,9 +41,27 @@ _AHEAD = 2
 _ABOUT = ('model', 'step', 'threshold', 'temperature', 'flips', 'lungs', 'smallest_ml')
 
 
+class Counts(NamedTuple):
+  """The inputs of a prediction: predicted (now or earlier), refused, and failed for another reason."""
+
+  predicted: int
+  refused: int
+  failed: int
+
+  def __str__(self) -> str:
+    words = [f'{count} {name}' for name, count in self._asdict().items() if count or name == 'predicted']
+    return f'{", ".join(words)}'
+
+
 def predict(
-  run: Predictor, source: pathlib.Path, output: pathlib.Path, probabilities: bool = False, as_dicom: bool = False
-) -> None:
+  run: Predictor,
+  source: pathlib.Path,
+  output: pathlib.Path,
+  probabilities: bool = False,
+  as_dicom: bool = False,
+  overwrite: bool = False,
+  strict: bool = False,
+) -> Counts:
   """Finds the lesions in one scan or picture, or in all scans and pictures of a folder or archive.
 
   Scans: for `NAME.nii.gz` each model writes `NAME.json` with the positive slices, the slice scores and, if there is a
@@ -48,18 +75,25 @@ def predict(
   contain the patient's name. With `as_dicom` the mask is also written as a DICOM SEG, `NAME_mask.dcm`; this file does
   contain it.
 
+  `predictions.csv` has a row per input, also for the inputs of earlier predictions into the folder.
+
   Args:
     run: the predictor.
-    source: a .nii, .nii.gz, .png or .jpg file; or a folder or .zip that holds these and DICOM series, at any depth.
-      Files named `*_seg`, `*_mask` or `*_probability`, and names that begin with a dot, are left out.
+    source: a scan or picture; or a folder or .zip that holds these and DICOM series, at any depth (see `find_sources`).
     output: the folder for the results; it is created if it does not exist.
     probabilities: also write probabilities.
     as_dicom: also write masks as DICOM SEG.
+    overwrite: replace files that this program did not write, or that were changed since.
+    strict: predict nothing if an input is refused.
+
+  Returns:
+    The counts of all processes.
 
   Raises:
-    UserError: the source holds no scans. Or scans are refused, for example because their values do not fit the model;
-      the message lists all of them before the first prediction. Or DICOM SEG is requested, but the model predicts no
-      masks or an input is not a DICOM series.
+    UserError: nothing was predicted: the source holds no scans; all are refused; with `strict`, one is refused; the
+      output folder has files that this program did not write, and `overwrite` is not set; or DICOM SEG is requested,
+      but the model predicts no masks or an input is not a DICOM series. Or a result cannot be written.
+    HostLost: another process was lost, and some inputs are left.
   """
   with unpacking() as unpacked:
     sources = find_sources(source, run.model.values, unpacked)
@@ -67,37 +101,241 @@ def predict(
       if not tasks.type_of(run.model.task).has_masks:
         raise UserError('dicom: applies to masks only, and this model gives none; leave it out')
       dicom_seg.check_series(sources)
-    _predict(run, sources, output, probabilities, as_dicom)
+    job = _Job(run, output, probabilities, as_dicom)
+    with manifest.locked(output) if hosts.is_main() else contextlib.nullcontext():
+      return _predict(job, sources, overwrite, strict)
 
 
-def _predict(run, sources, output, probabilities, as_dicom):
-  if len(sources) > 1:
-    _check(sources, run.model.values)
+def _predict(job, sources, overwrite, strict):
+  output = job.output
+  rows = manifest.Manifest(output, hosts.number())
+
+  def check():
+    if strict:
+      _check(sources, job.run.model.values)
+    if not overwrite:
+      rows.check_own()
+      own_files.refuse(path for source in sources for path in own_files.changed(*job.paths(source)))
+    rows.join(at_end=True)  # what a killed prediction left
+    rows.forget(source.place for source in sources)
+
+  hosts.on_main(check)
+  try:
+    _run(job, sources, rows)
+    lost = hosts.wait_for_others()
+  finally:
+    rows.close()
+    rows.join()
+  count, reasons, lost = hosts.on_main(lambda: (*_count(rows, sources), lost))
+  counts, names = Counts(*count), ', '.join(map(str, lost))
+  if len(sources) > sum(counts):
+    raise HostLost(f'{len(sources) - sum(counts)} inputs are left, because of lost processes ({names}); run it again')
+  if not counts.predicted and len(sources) == 1:
+    rows.remove_if_new()
+    raise UserError(reasons[0])
+  if not counts.predicted:
+    raise UserError(f'input: all {len(sources)} inputs were refused; {output / manifest.NAME} has the reasons')
+  return counts
+
+
+def _count(rows, sources):
+  """The counts of all processes, and the reasons of inputs that were not predicted."""
+  rows.join(at_end=True)
+  known = [row for source in sources if (row := rows.rows.get(source.place))]
+  statuses = collections.Counter(row['status'] for row in known)
+  counts = [statuses[name] for name in (manifest.PREDICTED, manifest.REFUSED, manifest.FAILED)]
+  return counts, [row['reason'] for row in known if row['reason']]
+
+
+def _run(job, sources, rows):
+  """Predicts the inputs that this process takes."""
   picture_sources = [source for source in sources if source.is_picture]
   # Each scan has its own batches; pictures share batches.
   parts = [[source] for source in sources if not source.is_picture]
   parts += [picture_sources[start : start + _TOGETHER] for start in range(0, len(picture_sources), _TOGETHER)]
 
-  def read_part(part):
-    images = [source.read_image(run.model.values) for source in part]
-    return part, images, run.prepare(images)
-
-  def write_part(read_and_computed):
-    part, images, output_of_model = read_and_computed
-    each = output_of_model if part[0].is_picture else [output_of_model]
-    if hosts.is_main():
-      for source, image, probability in zip(part, images, each, strict=True):
-        _write(output, source, image, run.result(image, probability), probabilities, as_dicom)
-    return len(part)
-
   # The executor of the writer waits for a write that has begun, so no result is half-written.
   with futures.ThreadPoolExecutor(1) as writer, _readers() as reader:
-    parts_read = _overlapping(reader, read_part, parts, _AHEAD + 1)
-    computed = ((part, images, run.probabilities(prepared)) for part, images, prepared in parts_read)
+    read = _overlapping(reader, job.read, hosts.dealt(parts), _AHEAD + 1)
+    computed = (job.compute(inputs) for inputs in read)
     show = len(sources) > 1 and hosts.is_main()
     with progress.bar(total=len(sources), desc='Predicting', unit='inputs', show=show) as bar:
-      for count in _overlapping(writer, write_part, computed, 1):
-        bar.update(count)
+      for inputs in _overlapping(writer, job.write, computed, 1):
+        for one in inputs:
+          rows.add(one.row)
+        bar.update(len(inputs))
+
+
+@dataclasses.dataclass
+class _Input:
+  """An input on its way.
+
+  Attributes:
+    source: where it is stored.
+    sha256: the digest of its bytes; '' if they cannot be read.
+    image: the scan or picture; None once `row` is known.
+    prepared: the network's input, int16 [S, size, size].
+    probability: the network's output for it.
+    seconds: the time that was spent on it, without waiting.
+    row: its row in predictions.csv, as soon as it is known.
+  """
+
+  source: Source
+  sha256: str = ''
+  image: volumes.Scan | np.ndarray | None = None
+  prepared: np.ndarray | None = None
+  probability: np.ndarray | None = None
+  seconds: float = 0.0
+  row: dict | None = None
+
+  def settle(self, status: str, run_sha256: str, reason: str = '', lesion_ml: float | None = None) -> None:
+    """Sets the row, and drops the arrays."""
+    seconds = round(self.seconds, 2) or None
+    values = self.source.place, self.sha256, status, reason, lesion_ml, seconds, run_sha256
+    self.row = dict(zip(manifest.COLUMNS, values, strict=True))
+    self.image = self.prepared = self.probability = None
+
+
+class _Job:
+  """The steps of a prediction: `read`, `compute` and `write`. Each settles the inputs that cannot go on."""
+
+  def __init__(self, run: Predictor, output: pathlib.Path, probabilities: bool, as_dicom: bool):
+    self.run, self.output, self._probabilities, self._as_dicom = run, output, probabilities, as_dicom
+    self._has_masks = tasks.type_of(run.model.task).has_masks
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    return self.run.sha256()
+
+  def paths(self, source: Source) -> tuple[pathlib.Path, list[pathlib.Path]]:
+    """The JSON file of an input, and its other results."""
+    names = []
+    if self._has_masks:
+      ending = '.png' if source.is_picture else '.nii.gz'
+      names += [f'_mask{ending}'] + [f'_probability{ending}'] * self._probabilities + ['_mask.dcm'] * self._as_dicom
+    return self.output / f'{source.stem}.json', [self.output / f'{source.stem}{name}' for name in names]
+
+  def read(self, sources: list[Source]) -> list[_Input]:
+    """Reads the inputs that have no complete result yet."""
+    return [self._read(source) for source in sources]
+
+  def _read(self, source):
+    one = _Input(source)
+    with self._on(one):
+      try:
+        one.sha256 = source.sha256()
+      except OSError:
+        source.read_image(self.run.model.values)  # raises an error with the reason
+        raise
+      if record := self._done(one):
+        one.settle(manifest.PREDICTED, self.sha256, lesion_ml=record.get('lesion_ml'))
+        return one
+      image = source.read_image(self.run.model.values)
+      one.prepared, one.image = self.run.prepare([image]), image
+    return one
+
+  def _done(self, one):
+    """The record of a complete result from the same bytes and run; None without one."""
+    path, others = self.paths(one.source)
+    record = own_files.read_record(path)
+    if record is None or record.get('made_of') != self._made_of(one):
+      return None
+    same = set(record['files']) == {other.name for other in others}
+    return record if same and own_files.is_complete(self.output, record) else None
+
+  def _made_of(self, one):
+    return {'input_sha256': one.sha256, 'run_sha256': self.sha256}
+
+  def compute(self, inputs: list[_Input]) -> list[_Input]:
+    """Computes the probabilities of a scan, or of pictures together."""
+    ready = [one for one in inputs if one.prepared is not None]
+    if not ready:
+      return inputs
+    began = time.monotonic()
+    try:
+      probability = self.run.probabilities(np.concatenate([one.prepared for one in ready]))
+      is_scan = isinstance(ready[0].image, volumes.Scan)  # a scan is alone
+      for one, own in zip(ready, [probability] if is_scan else probability, strict=True):
+        one.probability, one.prepared = own, None
+    except Exception as error:  # for example, the devices are out of memory
+      for one in ready:
+        self._fail(one, error)
+    for one in ready:
+      one.seconds += (time.monotonic() - began) / len(ready)
+    return inputs
+
+  def write(self, inputs: list[_Input]) -> list[_Input]:
+    """Writes the results, and settles all inputs that are left.
+
+    Raises:
+      UserError: a result cannot be written.
+    """
+    for one in inputs:
+      if one.row is not None:
+        continue
+      prediction = None
+      with self._on(one):
+        prediction = self.run.result(one.image, one.probability)
+      if prediction is not None:
+        began = time.monotonic()
+        self._write(one, prediction)
+        one.seconds += time.monotonic() - began
+        one.settle(manifest.PREDICTED, self.sha256, lesion_ml=prediction.numbers.get('lesion_ml'))
+    return inputs
+
+  @contextlib.contextmanager
+  def _on(self, one):
+    """Measures the time spent on an input; an error inside settles it."""
+    began, error = time.monotonic(), None
+    try:
+      yield
+    except Exception as raised:
+      error = raised
+    one.seconds += time.monotonic() - began
+    if error is not None:
+      self._fail(one, error)
+
+  def _fail(self, one, error):
+    """Settles an input as refused by a UserError, or as failed by another error."""
+    if isinstance(error, UserError):
+      status, reason = manifest.REFUSED, printable(' '.join(str(error).split()))
+      logging.warning('%s: %s', status, reason)
+    else:
+      status = manifest.FAILED
+      reason = printable(f'{one.source}: {type(error).__name__}: {one_line(error, 200)}')
+      logging.warning('%s: %s', status, reason, exc_info=None if isinstance(error, MemoryError | OSError) else error)
+    one.settle(status, self.sha256, reason=reason)
+
+  def _write(self, one, prediction: Prediction):
+    """Writes the files of a result. At any moment the JSON file either fits the other files, or some are missing.
+
+    A killed prediction therefore leaves nothing that looks complete, and only files that the next one knows as its own.
+    """
+    source, (path, others) = one.source, self.paths(one.source)
+    earlier = own_files.read_record(path)
+    with contextlib.ExitStack() as renaming:
+      digests = {}
+      for other in others:
+        partial = renaming.enter_context(replacing(other))
+        self._write_file(other, partial, source, one.image, prediction)
+        digests[other.name] = own_files.digest_of(partial)
+      for name in {*digests, *(earlier['files'] if earlier else ())}:
+        (self.output / name).unlink(missing_ok=True)
+      kind = 'picture' if source.is_picture else 'scan'
+      numbers = {kind: printable(source.name), **prediction.numbers, 'made_of': self._made_of(one)}
+      own_files.write_record(path, numbers, digests)
+    logging.info('%s: %s%s', source.title, _one_line(numbers), '; replaces an earlier result' if earlier else '')
+
+  def _write_file(self, path, partial, source, image, prediction):
+    if path.suffix == '.dcm':
+      about = {key: prediction.numbers[key] for key in _ABOUT}
+      dicom_seg.write_seg(partial, prediction.mask, image, about)
+      return
+    values = prediction.mask if path.name.startswith(f'{source.stem}_mask') else prediction.probability
+    if source.is_picture:
+      pictures.write_picture(partial, np.rint(values * 255).astype(np.uint8))
+    else:
+      nifti.write_volume(partial, values, image)
 
 
 def _check(sources, values):
@@ -147,25 +385,6 @@ def _overlapping(pool, function, items, at_once):
     raise
   while begun:
     yield begun.popleft().result()
-
-
-def _write(output, source, image, prediction, probabilities, as_dicom):
-  """Writes the results of a scan or picture: the mask, the probabilities if requested, and NAME.json last."""
-  name = source.stem
-  volumes = {'mask': prediction.mask, 'probability': prediction.probability if probabilities else None}
-  for suffix, values in volumes.items():
-    if values is None:
-      continue
-    if source.is_picture:
-      pictures.write_picture(output / f'{name}_{suffix}.png', np.rint(values * 255).astype(np.uint8))
-    else:
-      nifti.write_volume(output / f'{name}_{suffix}.nii.gz', values, image)
-  if as_dicom:
-    about = {key: prediction.numbers[key] for key in _ABOUT}
-    dicom_seg.write_seg(output / f'{name}_mask.dcm', prediction.mask, image, about)
-  numbers = {'picture' if source.is_picture else 'scan': source.name, **prediction.numbers}
-  write_json(output / f'{name}.json', numbers)
-  logging.info('%s: %s', source.title, _one_line(numbers))
 
 
 def _one_line(result):

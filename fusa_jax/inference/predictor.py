@@ -1,5 +1,6 @@
 """Applies a trained run to one scan or to pictures: returns probabilities, mask and numbers."""
 
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,8 +13,9 @@ from fusa_jax.runs import operating_point
 from fusa_jax.scans import volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.sources import find_sources
-from fusa_jax.system import hosts, meshes
+from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import sha256
 
 # Signs of the canonical axes (column, row, slice) in NIfTI's world coordinates: they run to the left, back and head.
 _CANONICAL = (-1, -1, 1)
@@ -33,7 +35,7 @@ def load_predictor(
   Args:
     workdir: the folder of a run, a cross-validation or a bundle, or several runs. For a cross-validation or several
       runs it uses the mean probability.
-    mesh: the mesh to compute on. None: all devices, each with its own slices; training may have used another number.
+    mesh: the mesh to compute on, of devices of this process. None: all of them, each with its own slices.
     threshold: lowest probability of a lesion. None, here and below: the value of the run's operating point.
     flips: whether to use the mean probability of each slice and its mirror image.
     lungs: whether to limit masks to the lungs, which it finds by their HU.
@@ -43,7 +45,7 @@ def load_predictor(
     UserError: as `trained.load_model`, `bundle.load_bundle` and `OperatingPoint.for_model`; several folders of which
       one is a bundle; or a mesh that cannot split the run's images.
   """
-  mesh = mesh or meshes.create_mesh()
+  mesh = mesh or meshes.create_mesh(devices=jax.local_devices())
   folders = [workdir] if isinstance(workdir, (str, pathlib.Path)) else workdir
   folders = [pathlib.Path(folder) for folder in folders]
   bundles = [folder for folder in folders if bundle.is_bundle(folder)]
@@ -84,8 +86,7 @@ class Predictor:
     self.model, self.point, self._mesh = model, point, mesh
     self._batch_size = meshes.fitting_batch(mesh, model.batch_size)
     meshes.check_divides(mesh, self._batch_size, model.image_size)
-    run = jax.jit(model.function, out_shardings=meshes.replicated(mesh))
-    self._probabilities = hosts.compiled_together(run)
+    self._probabilities = jax.jit(model.function, out_shardings=meshes.replicated(mesh))
 
   def __call__(
     self, image: str | pathlib.Path | volumes.Scan | np.ndarray, spacing: Sequence[float] | None = None
@@ -134,10 +135,7 @@ class Predictor:
     return volumes.network_slices(slices, self.model.image_size)
 
   def probabilities(self, images: np.ndarray) -> np.ndarray:
-    """Probabilities for the output of `prepare`: float32 [S] or [S, size, size].
-
-    All processes of a run must call it in the same order.
-    """
+    """Probabilities for the output of `prepare`: float32 [S] or [S, size, size]."""
     size, out = self._batch_size, []
     rows = meshes.local_rows(self._mesh, size)
     for start in range(0, len(images), size):
@@ -149,6 +147,11 @@ class Predictor:
       if len(out) > 1:  # fetch the last result while the devices compute the next one
         out[-2] = np.asarray(out[-2])
     return np.concatenate(out)[: len(images)]
+
+  def sha256(self) -> str:
+    """The digest of all that decides a result beside the input: the model, and the operating point."""
+    point = {key: value for key, value in self.point.about().items() if key != 'chosen_by'}
+    return sha256(json.dumps([self.model.sha256, self.model.values, self.model.image_size, point]).encode())
 
   def result(self, image: volumes.Scan | np.ndarray, probability: np.ndarray) -> Prediction:
     """Makes the mask and the numbers of a scan or picture from its probabilities.

@@ -1,6 +1,7 @@
 """Loads trained runs as one model: the best checkpoint of a run, or the mean probability of several runs."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import pathlib
@@ -31,6 +32,7 @@ class Model:
     batch_size: batch size of the training.
     name: name of the network; for several networks, one text with all names.
     step: step of the checkpoint; for several networks, a list of steps.
+    sha256: digest of the program and the weights; '' in a model that is exported.
   """
 
   function: Callable[[Any, jax.Array], jax.Array]
@@ -41,6 +43,7 @@ class Model:
   batch_size: int
   name: str
   step: int | list[int]
+  sha256: str
 
 
 class Network(NamedTuple):
@@ -67,7 +70,7 @@ def load_model(
     UserError: as `load_networks`.
   """
   networks, point = load_networks(workdirs, mesh, flips, lungs)
-  return create(networks, point.flips), point
+  return create(networks, point.flips, _digest(networks, point.flips)), point
 
 
 def load_networks(
@@ -143,7 +146,7 @@ def load_variables(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tup
     return step, checkpoints.restore(step, variables=shapes)['variables']
 
 
-def create(networks: Sequence[Network], flips: bool) -> Model:
+def create(networks: Sequence[Network], flips: bool, sha256: str = '') -> Model:
   """Creates the model of the networks' mean probability, each network with its temperature.
 
   The task, values and sizes are those of the first network.
@@ -172,7 +175,17 @@ def create(networks: Sequence[Network], flips: bool) -> Model:
     batch_size=first.train.batch_size,
     name=names[0] if len(networks) == 1 else f'mean of {len(networks)}: {", ".join(names)}',
     step=networks[0].step if len(networks) == 1 else [network.step for network in networks],
+    sha256=sha256,
   )
+
+
+def _digest(networks, flips):
+  digest = hashlib.sha256(json.dumps(flips).encode())
+  for network in networks:
+    digest.update(json.dumps([_program(network.config), float(network.temperature)]).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(network.variables):
+      digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+  return digest.hexdigest()
 
 
 def _program(config):

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from fusa_jax.inference import manifest
 from fusa_jax.scans import nifti, volume_files, volumes
 from fusa_jax.scans.archives import unpacking
-from fusa_jax.scans.sources import find_sources
-from fusa_jax.system import pages, progress
+from fusa_jax.scans.sources import counted, find_sources
+from fusa_jax.system import own_files, pages, progress
 from fusa_jax.system.errors import UserError, one_line
 
 # The page that links to all others if there are several.
@@ -31,7 +32,7 @@ _NIIVUE = pages.TEMPLATES / 'niivue'
 _PREDICT = 'run --mode=predict with this --input and --output'
 
 
-def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
+def view(source: pathlib.Path, masks: pathlib.Path, overwrite: bool = False) -> list[pathlib.Path]:
   """Writes one page per scan, `NAME.html` next to its mask. For several scans it also writes `view.html` with links.
 
   A page holds the scan and the mask in full resolution on canonical axes. From the scan's header it holds only the
@@ -41,16 +42,23 @@ def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
     source: the input of `predict`: a .nii or .nii.gz file, or a folder or .zip of these and of DICOM series. Pictures
       next to scans are left out.
     masks: the output folder of `predict`.
+    overwrite: replace pages that this program did not write, or that were changed since.
 
   Returns:
     The pages; `view.html` comes first.
 
   Raises:
-    UserError: the source holds no scan. Or results are missing or damaged: the message lists all, and no page is
-      written. Or a scan or its mask is refused, or the mask has another grid: the pages of earlier scans remain.
+    UserError: the source holds no scan. Or results are missing or damaged, or pages exist that this program did not
+      write: the message lists all, and no page is written. Or a scan or its mask is refused, or the mask has another
+      grid: the pages of earlier scans remain.
   """
   with unpacking() as unpacked:
     scans = find_sources(source, None, unpacked)
+    refused = manifest.refused(masks)
+    left_out = [scan.place for scan in scans if scan.place in refused]
+    scans = [scan for scan in scans if scan.place not in refused]
+    if not scans:
+      raise UserError(f'input: the prediction refused all scans in {source}; {masks / manifest.NAME} has the reasons')
     results, problems = {}, []
     for scan in scans:
       try:
@@ -61,6 +69,11 @@ def view(source: pathlib.Path, masks: pathlib.Path) -> list[pathlib.Path]:
       raise UserError('\n'.join(problems))
     if len(scans) > 1 and pathlib.Path(_INDEX).stem in results:
       raise UserError(f'input: a scan has the same page name as the index, {_INDEX}; rename the scan, or give it alone')
+    if left_out:
+      logging.warning('left out: %s, which the prediction refused', counted(left_out))
+    if not overwrite:
+      paths = [masks / f'{name}.html' for name in results] + [masks / _INDEX] * (len(scans) > 1)
+      own_files.refuse(path for path in paths if own_files.has_changed(path, None))
     written = []
     for scan in progress.bar(scans, desc='Writing pages', unit='pages', show=len(scans) > 1):
       written.append(_write_page(masks, scan, results[scan.stem]))

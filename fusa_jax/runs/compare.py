@@ -9,8 +9,8 @@ import numpy as np
 from fusa_jax import tasks
 from fusa_jax.measures import metrics, statistics
 from fusa_jax.runs import results, run_config
+from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import write_json
 
 
 def default_output(workdir: pathlib.Path, against: pathlib.Path) -> pathlib.Path:
@@ -18,20 +18,27 @@ def default_output(workdir: pathlib.Path, against: pathlib.Path) -> pathlib.Path
   return workdir / 'test' / f'against-{"-".join(against.resolve().parts[-2:])}.json'
 
 
-def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path | None = None) -> dict:
+def compare(
+  workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path | None = None, overwrite: bool = False
+) -> dict:
   """Computes the differences between two runs, with intervals, and writes them as JSON.
 
   Args:
     workdir: the folder of an evaluated run or cross-validation.
     against: the folder of another one, which is subtracted.
     output: the JSON file; None takes `default_output`.
+    overwrite: replace the file even if this program did not write it, or it was changed since.
 
   Returns:
     The content of the JSON file.
 
   Raises:
-    UserError: one of the folders holds no evaluated run, or the runs differ in task, test patients, slices or lesions.
+    UserError: one of the folders holds no evaluated run, or the runs differ in task, test patients, slices or lesions;
+      or the JSON file exists and this program did not write it.
   """
+  output = output or default_output(workdir, against)
+  if not overwrite:
+    own_files.refuse(own_files.changed(output, ()))
   configs = [run_config.load_config(folder) for folder in (workdir, against)]
   if configs[0].task != configs[1].task:
     raise UserError(
@@ -44,7 +51,7 @@ def compare(workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path |
     raise UserError(f'against: {workdir} and {against}: {error}') from None
   split = results.read_numbers(workdir)['split']
   result = {'run': str(workdir), 'against': str(against), 'split': split, **differences}
-  write_json(output or default_output(workdir, against), result)
+  own_files.write_record(output, result, {})
   logging.info('%s', report(result))
   return result
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from fusa_jax.scans.volumes import Scan
 from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import printable
 
 
 class Source(abc.ABC):
@@ -88,7 +89,7 @@ class FileSource(Source):
 
   def __post_init__(self):
     object.__setattr__(self, 'stem', self.stem or self.stem_of(self.path))
-    object.__setattr__(self, 'place', self.place or self.path.name)
+    object.__setattr__(self, 'place', printable(self.place or self.path.name))
 
   @staticmethod
   def stem_of(path: pathlib.Path) -> str:

@@ -17,6 +17,14 @@ class DoesNotFitError(Exception):
   """The training step needs more memory than the chip that it is compiled for has. Exit code 3."""
 
 
+class HostLost(Exception):
+  """Another process was lost, and its work is left. Exit code 1: run it again."""
+
+
+class PartlyRefused(Exception):
+  """Some inputs were used and others were refused; the text counts them. Exit code 4: the results name the reasons."""
+
+
 class Terminated(BaseException):
   """The process received SIGTERM. Schedulers send it before they take a machine away. Exit code 143: run it again."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -13,6 +14,14 @@ from typing import Any
 
 from fusa_jax.system.errors import UserError, one_line
 
+# What to do about errors that no free space cures.
+_ADVICE = {
+  errno.ENAMETOOLONG: 'give its input a shorter name',
+  errno.EACCES: 'give a folder that you may write to',
+  errno.EROFS: 'give a folder that you may write to',
+  errno.EPERM: 'give a folder that you may write to',
+}
+
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
@@ -21,7 +30,8 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     yield
   except OSError as error:
     reason = error.strerror or error
-    raise UserError(f'{path}: cannot be written ({reason}); free space there, or give another folder') from error
+    advice = _ADVICE.get(error.errno, 'free space there, or give another folder')
+    raise UserError(f'{path}: cannot be written ({reason}); {advice}') from error
 
 
 @contextlib.contextmanager
@@ -35,7 +45,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     UserError: the file cannot be written.
   """
   path = pathlib.Path(path)
-  partial = path.with_name(f'.{os.getpid()}.{path.name}')
+  partial = _partial(path)
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -55,7 +65,7 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
   path = pathlib.Path(path).absolute()
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise UserError(f'{path}: exists already; give a new folder, or delete this one')
-  partial = path.with_name(f'.{os.getpid()}.{path.name}')
+  partial = _partial(path)
   with writing(path):
     try:
       partial.mkdir(parents=True)
@@ -63,6 +73,17 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
       os.replace(partial, path)
     finally:
       shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path):
+  """A temporary name beside `path`, with its ending. It is short, because `path` may have the longest allowed name."""
+  endings = ''.join(path.suffixes[-2:])
+  return path.with_name(f'.{os.getpid()}.{sha256(os.fsencode(path.name))[:16]}{endings if len(endings) < 20 else ""}')
+
+
+def printable(text: str) -> str:
+  """A file name with characters that UTF-8 can store: other bytes of it become escapes such as `\\xfc`."""
+  return os.fsencode(text).decode('utf-8', 'backslashreplace')
 
 
 def sha256(content: bytes) -> str:
@@ -107,7 +128,7 @@ def write_csv(path: pathlib.Path, rows: Iterable[dict]) -> None:
   """
   rows = list(rows)
   empty = lambda value: value is None or (isinstance(value, float) and math.isnan(value))
-  with replacing(path) as partial, partial.open('w', newline='') as file:
+  with replacing(path) as partial, partial.open('w', newline='', encoding='utf-8') as file:
     writer = csv.DictWriter(file, rows[0])
     writer.writeheader()
     writer.writerows({name: '' if empty(value) else value for name, value in row.items()} for row in rows)

@@ -9,8 +9,8 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed
@@ -18,10 +18,14 @@ from jax._src import distributed
 from fusa_jax.system import exits
 from fusa_jax.system.errors import UserError
 
+T = TypeVar('T')
 # Keys in JAX's key-value store, which all processes share. Orbax uses the store in the same way.
 _DONE, _FAILED, _ENDED = 'fusa_jax/done/', 'fusa_jax/failed/', 'fusa_jax/ended/'
+_DEALT, _ALIVE = 'fusa_jax/dealt/', 'fusa_jax/alive/'
 _turns = itertools.count()
 _leaving = threading.Event()
+# Seconds after which a silent process counts as lost; set by `connect`.
+_patience = [100]
 _watcher = threading.Thread(target=lambda: _watch(), name='watch', daemon=True)
 
 
@@ -32,6 +36,7 @@ def connect(
   *,
   connect_timeout: int = 300,
   heartbeat_timeout: int = 100,
+  survives: bool = False,
 ) -> None:
   """Connects to the other processes of the run, if there are any. Call it before any code asks JAX for devices.
 
@@ -46,6 +51,7 @@ def connect(
     process_id: number of this process, 0 to num_processes - 1.
     connect_timeout: seconds to wait until all processes are connected.
     heartbeat_timeout: a process counts as dead after this many seconds without a heartbeat.
+    survives: the others go on if a process other than 0 dies (see `wait_for_others`).
 
   Raises:
     UserError: only some of the first three arguments are given, or one has an invalid value.
@@ -74,6 +80,8 @@ def connect(
   patience = threading.Timer(connect_timeout, give_up)
   patience.daemon = True
   patience.start()
+  jax.config.update('jax_enable_recoverability', survives)
+  _patience[0] = heartbeat_timeout
   try:
     jax.distributed.initialize(
       *address,
@@ -125,6 +133,46 @@ def on_main(function: Callable[[], Any]) -> Any:
         raise
 
 
+def number() -> int:
+  """The number of this process; 0 if it runs alone."""
+  return distributed.global_state.process_id
+
+
+def dealt(items: Sequence[T]) -> Iterator[T]:
+  """Yields the next item that no process has taken yet, until all are taken. All processes must pass equal items."""
+  client, key = _client(), f'{_DEALT}{next(_turns)}'
+  if client is None:
+    yield from items
+    return
+  while (taken := client.key_value_increment(key, 1)) <= len(items):
+    yield items[taken - 1]
+
+
+def wait_for_others() -> list[int]:
+  """Process 0 waits until each other process has called this function or is lost; it returns the lost ones.
+
+  A process is lost if it sends no sign of life for `heartbeat_timeout` seconds. Other processes return [] at once.
+  """
+  client, key = _client(), f'{_DONE}{next(_turns)}/'
+  if client is None:
+    return []
+  if not is_main():
+    client.key_value_set(f'{key}{number()}', '')
+    return []
+  waiting = set(range(1, distributed.global_state.num_processes))
+  lives, changed_at, lost = {}, dict.fromkeys(waiting, time.monotonic()), []
+  while waiting:
+    waiting -= {int(name.rpartition('/')[2]) for name, _ in client.key_value_dir_get(key)}
+    for name, count in client.key_value_dir_get(_ALIVE):
+      process = int(name.rpartition('/')[2])
+      if lives.get(process) != count:
+        lives[process], changed_at[process] = count, time.monotonic()
+    lost += [process for process in waiting if time.monotonic() - changed_at[process] > _patience[0]]
+    waiting -= set(lost)
+    time.sleep(0.2)
+  return lost
+
+
 def compiled_together(jitted: Callable) -> Callable:
   """Wraps a jitted function so that its first call compiles it with `compile_together`. All calls need equal shapes."""
   compiled = None
@@ -173,10 +221,11 @@ def _num_ended(client) -> int:
 
 
 def _watch():
-  """Ends this process when another one has failed."""
+  """Ends this process when another one has failed, and shows the others that this one lives."""
   client, number = _client(), distributed.global_state.process_id
   while not _leaving.wait(1.0):
     try:
+      client.key_value_increment(f'{_ALIVE}{number}', 1)
       failures = client.key_value_dir_get(_FAILED)
       if failures and not _leaving.is_set():
         code, message = json.loads(failures[0][1])

@@ -6,6 +6,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from fusa_jax.system import own_files
 from fusa_jax.system.files import replacing
 
 TEMPLATES = pathlib.Path(__file__).parent / 'templates'
@@ -27,8 +28,10 @@ def write_page(path: pathlib.Path, template: str, **values: Any) -> None:
   )
   environment.filters |= {'number': _number, 'interval': _interval}
   text = environment.get_template(template).render(values)
+  # File names may have bytes that are not UTF-8.
+  text = text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
   with replacing(path) as partial:
-    partial.write_text(text, encoding='utf-8')
+    partial.write_text(own_files.sealed(text) if path.suffix == '.html' else text, encoding='utf-8')
 
 
 def _number(value, digits=4):

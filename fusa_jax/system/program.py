@@ -11,7 +11,7 @@ import absl.logging
 from absl import app, flags
 
 from fusa_jax.system import exits
-from fusa_jax.system.errors import DoesNotFitError, Terminated, UserError
+from fusa_jax.system.errors import DoesNotFitError, HostLost, PartlyRefused, Terminated, UserError
 
 # Flags with another name than the parameter that they set: {parameter: flag}.
 _FLAGS = {'flips': 'tta'}
@@ -26,6 +26,7 @@ def start(main: Callable, parse_flags: Callable) -> None:
     1: a bug, or the connection to another host is lost. Rerun the command.
     2: an error in the user's input. Fix it first.
     3: the training step does not fit into the memory of the chip.
+    4: some inputs were refused or failed; all others are done.
     130: Ctrl-C. Rerun the command.
     134: JAX stopped the process because another host did not respond. Rerun the command.
     143: SIGTERM. Rerun the command.
@@ -45,6 +46,15 @@ def start(main: Callable, parse_flags: Callable) -> None:
       code, text = 2 if isinstance(error, UserError) else 3, with_dashes(str(error))
       hosts.fail_together(text, code)
       exits.fail(text, code)
+    except HostLost as lost:
+      print(f'error: {lost}', file=sys.stderr)
+      hosts.fail_together(str(lost), 1)
+      exits.leave(1)
+    except PartlyRefused as partly:
+      hosts.disconnect()
+      if hosts.is_main():
+        print(partly, file=sys.stderr)
+      exits.leave(4)
     except Terminated as stop:
       print(f'\nstopped {stop}; rerun the same command to resume from the last checkpoint', file=sys.stderr)
       hosts.disconnect()

@@ -1,9 +1,13 @@
 """Masks have each scan's grid (shape, affines, codes), and the same world positions for any stored orientation."""
 
 import collections
+import csv
+import errno
 import gzip
+import itertools
 import json
 import logging
+import os
 import pathlib
 import shutil
 import signal
@@ -25,7 +29,7 @@ from nibabel import orientations
 
 from fusa_jax.inference import predict, predictor, viewer
 from fusa_jax.scans import nifti, volume_files
-from fusa_jax.system import meshes
+from fusa_jax.system import files, meshes
 from fusa_jax.system.errors import UserError
 
 
@@ -45,7 +49,7 @@ def predictions(predictors, raw_dir, tmp_path_factory):
 def test_written_files(predictions):
   _, out = predictions
   kinds = ('_mask.nii.gz', '_probability.nii.gz', '.json')
-  assert sorted(p.name for p in out.iterdir()) == sorted(f'{c}_ct{k}' for c in ('LPS', 'RAS', 'IPL') for k in kinds)
+  assert listed(out) == sorted(f'{c}_ct{k}' for c in ('LPS', 'RAS', 'IPL') for k in kinds)
 
 
 @pytest.mark.parametrize('codes', ['LPS', 'RAS', 'IPL'])
@@ -96,7 +100,8 @@ def test_predictions_equal_those_of_evaluation(predictors, runs, raw_dir, data_d
 
 def test_classification_writes_numbers_only(predictors, raw_dir, tmp_path):
   predict.predict(predictors['cls'], raw_dir / 'volume-phantom-A-0002_ct.nii.gz', tmp_path)
-  (path,) = tmp_path.iterdir()
+  (path,) = tmp_path.glob('*.json')
+  assert listed(tmp_path) == [path.name]
   result = json.loads(path.read_text())
   assert result['positive_slices'] == [i for i, s in enumerate(result['slice_scores']) if s >= result['threshold']]
   assert 'lesion_ml' not in result
@@ -123,7 +128,7 @@ def test_images_may_be_shared_between_devices(runs, predictions, tmp_path):
   assert not (tmp_path / 'none').exists()
 
 
-def test_all_refused_scans_are_named_before_anything_is_written(predictors, raw_dir, tmp_path):
+def test_strict_names_all_refused_scans_before_anything_is_written(predictors, raw_dir, tmp_path):
   folder = tmp_path / 'in'
   folder.mkdir()
   good = volume_files.read_scan(raw_dir / 'volume-phantom-A-0001_ct.nii.gz')
@@ -134,7 +139,7 @@ def test_all_refused_scans_are_named_before_anything_is_written(predictors, raw_
   ):
     nifti.write_volume(folder / f'{name}.nii.gz', values.astype(np.int16), good)
   with pytest.raises(UserError) as caught:
-    predict.predict(predictors['seg'], folder, tmp_path / 'out')
+    predict.predict(predictors['seg'], folder, tmp_path / 'out', strict=True)
   lines = str(caught.value).splitlines()
   assert [line.split(': ')[0] for line in lines] == [str(folder / 'b.nii.gz'), str(folder / 'c.nii.gz')]
   assert all('HU' in line for line in lines)
@@ -218,6 +223,10 @@ def test_dicom_series_get_the_same_masks_as_nifti(of_dicom):
     result, of_nifti = (json.loads((of_dicom[1] / f'{stem}.json').read_text()) for stem in (name, 'phantom'))
     assert result.pop('scan') == name and of_nifti.pop('scan') == 'phantom.nii.gz'
     assert result.pop('lesion_ml') == pytest.approx(of_nifti.pop('lesion_ml'), rel=1e-5)
+    made_of, of_file = result.pop('made_of'), of_nifti.pop('made_of')
+    assert made_of['run_sha256'] == of_file['run_sha256'] and made_of['input_sha256'] != of_file['input_sha256']
+    assert len(result.pop('files')) == len(of_nifti.pop('files')) == 2
+    del result['sha256_of_this_record'], of_nifti['sha256_of_this_record']
     assert result == of_nifti
 
 
@@ -231,8 +240,8 @@ def test_an_archive_is_predicted_as_its_folder(predictors, of_dicom, tmp_path, m
   for number, given in enumerate((pathlib.Path(archive), tmp_path / 'in')):
     predict.predict(predictors['seg'], given, tmp_path / str(number), probabilities=True)
     assert listed(tmp_path / str(number)) == listed(out)
-    for path in out.iterdir():
-      assert path.read_bytes() == (tmp_path / str(number) / path.name).read_bytes()
+    for name in listed(out):
+      assert (out / name).read_bytes() == (tmp_path / str(number) / name).read_bytes()
   with zipfile.ZipFile(tmp_path / 'broken.zip', 'w') as packed:
     packed.writestr('bad.nii.gz', 'no scan')
   with pytest.raises(UserError, match=r'^broken.zip/bad.nii.gz: '):
@@ -309,7 +318,8 @@ def written(*names):
 
 
 def listed(folder):
-  return sorted(path.name for path in folder.iterdir())
+  """The names of the results in a folder, without predictions.csv."""
+  return sorted(path.name for path in folder.iterdir() if path.name != 'predictions.csv')
 
 
 def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_path, monkeypatch, caplog):
@@ -322,11 +332,10 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
   def reading(source, values):
     begun[source.name] += 1
     scan = read(source, values)
-    if begun[source.name] == 2:  # the first reading is the check
-      scans.append(weakref.ref(scan))
-      alive.append(sum(ref() is not None for ref in scans))
-      if source.name == 'd.nii.gz':
-        fourth.set()
+    scans.append(weakref.ref(scan))
+    alive.append(sum(ref() is not None for ref in scans))
+    if source.name == 'd.nii.gz':
+      fourth.set()
     return scan
 
   def computing(self, images):
@@ -337,8 +346,7 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
     return probability
 
   def writing(path, volume, scan):
-    if path.name == 'a_mask.nii.gz':
-      assert computed.wait(60) and fourth.wait(60)
+    assert computed.wait(60) and fourth.wait(60)
     write(path, volume, scan)
 
   computing_counts = [0]
@@ -348,35 +356,24 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
   predict.predict(predictors['seg'], folder, tmp_path / 'out')
   assert listed(tmp_path / 'out') == written(*'abcdefghij')
   assert [m.partition('.nii.gz: ')[0] for m in caplog.messages if '.nii.gz: ' in m] == list('abcdefghij')
-  assert set(begun.values()) == {2} and len(scans) == 10
+  assert set(begun.values()) == {1} and len(scans) == 10
   assert 2 <= max(alive) <= 4
 
 
-def test_a_scan_damaged_after_the_check_stops_after_earlier_results(predictors, folder, tmp_path, monkeypatch):
-  """The third scan is damaged after the check: the first two results are complete, and the error is that of a check."""
-  read, damaged = volume_files.VolumeFile.read_image, folder / 'c.nii.gz'
-  whole = damaged.read_bytes()
+def test_a_failed_write_stops_after_earlier_results(predictors, folder, tmp_path, monkeypatch):
+  """The disk is full at the third mask: no later result is written, and no file is incomplete."""
+  write, count = nifti.write_volume, itertools.count(1)
 
-  def reading(source, values):
-    scan = read(source, values)
-    path = source.path
-    if path == damaged and path.is_symlink():
-      path.unlink()
-      path.write_bytes(whole[:-100])
-    return scan
+  def writing(path, volume, scan):
+    with files.writing(path):
+      if next(count) == 3:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      write(path, volume, scan)
 
-  monkeypatch.setattr(volume_files.VolumeFile, 'read_image', reading)
-  with pytest.raises(UserError, match=r'c.nii.gz: truncated or unreadable'):
+  monkeypatch.setattr(nifti, 'write_volume', writing)
+  with pytest.raises(UserError, match=r'cannot be written \(No space left on device\); free space there'):
     predict.predict(predictors['seg'], folder, tmp_path / 'out')
   assert listed(tmp_path / 'out') == written('a', 'b')
-
-
-def test_a_failed_write_stops_after_earlier_results(predictors, folder, tmp_path):
-  """A folder has the name of the third mask: no later result is written, and no file is incomplete."""
-  (tmp_path / 'out' / 'c_mask.nii.gz').mkdir(parents=True)
-  with pytest.raises(UserError, match=r'c_mask.nii.gz: cannot be written \(Is a directory\); free space there'):
-    predict.predict(predictors['seg'], folder, tmp_path / 'out')
-  assert listed(tmp_path / 'out') == sorted([*written('a', 'b'), 'c_mask.nii.gz'])
 
 
 @pytest.mark.slow
@@ -401,6 +398,8 @@ def test_an_interruption_leaves_only_complete_files(runs, folder, tmp_path):
   names = listed(out)
   done = [name.removesuffix('.json') for name in names if name.endswith('.json')]
   assert 2 <= len(done) < 2000 and names == written(*done)
+  rows = list(csv.DictReader((out / 'predictions.csv').open()))
+  assert {row['input'] for row in rows} <= {f'{name}.nii.gz' for name in done} and len(rows) >= len(done) - 1
   for name in done:
     assert nib.load(out / f'{name}_mask.nii.gz').get_fdata().shape == nib.load(folder / 'a.nii.gz').shape
 

@@ -1,0 +1,144 @@
+"""predictions.csv: a row per input of a prediction, from all processes, with what each result was made from.
+
+Each process appends its rows to a file of its own, so that a process that is killed loses nothing. Process 0 joins
+these files to predictions.csv at the start, now and then, and at the end.
+"""
+
+import contextlib
+import csv
+import pathlib
+import time
+from collections.abc import Iterable
+
+import filelock
+
+from fusa_jax.system import files, own_files
+from fusa_jax.system.errors import UserError
+
+NAME = 'predictions.csv'
+COLUMNS = ('input', 'input_sha256', 'status', 'reason', 'lesion_ml', 'seconds', 'run_sha256')
+PREDICTED, REFUSED, FAILED = 'predicted', 'refused', 'failed'
+_PARTS = '.predictions.*.csv'
+# Seconds between two joins while the prediction runs.
+_JOIN_EVERY = 30
+
+
+class Manifest:
+  """The rows of one prediction, and those of earlier ones in the same folder.
+
+  Attributes:
+    rows: {input: row}. Process 0 has all rows after `join`; other processes only need their own.
+  """
+
+  def __init__(self, folder: pathlib.Path, process: int):
+    """Opens the manifest of a folder.
+
+    Args:
+      folder: the output folder.
+      process: the number of this process; process 0 reads the existing rows and joins.
+
+    Raises:
+      UserError: predictions.csv exists, but this program did not write it.
+    """
+    self._folder, self._is_main = folder, process == 0
+    self._part = folder / _PARTS.replace('*', str(process))
+    self._file, self._joined_at = None, time.monotonic()
+    self.rows = {}
+    if self._is_main:
+      self._read(folder / NAME)
+
+  def check_own(self) -> None:
+    """Raises a UserError if predictions.csv has other columns: another program wrote it."""
+    path = self._folder / NAME
+    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError, csv.Error), path.open(newline='') as file:
+      if tuple(next(csv.reader(file), ())) == COLUMNS:
+        return
+    if path.exists():
+      own_files.refuse([path])
+
+  def add(self, row: dict) -> None:
+    """Adds a row of this process.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    with files.writing(self._part):
+      if self._file is None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._part.open('a', newline='', encoding='utf-8')
+      # A row begins with a line break, so that it does not continue the line at which another process was killed.
+      self._file.write('\n')
+      csv.DictWriter(self._file, COLUMNS, lineterminator='\n').writerow(row)
+      self._file.flush()
+    self.rows[row['input']] = row
+    if self._is_main and time.monotonic() - self._joined_at > _JOIN_EVERY:
+      self.join()
+
+  def join(self, at_end: bool = False) -> None:
+    """Process 0: writes all rows to predictions.csv, and removes its own file; at the end, those of all processes."""
+    if not self._is_main:
+      return
+    parts = sorted(self._folder.glob(_PARTS)) if self._folder.is_dir() else []
+    for part in parts:
+      self._read(part)
+    if parts:
+      files.write_csv(self._folder / NAME, [self.rows[name] for name in sorted(self.rows)])
+    self.close()
+    for part in parts if at_end else [self._part]:
+      part.unlink(missing_ok=True)
+    self._joined_at = time.monotonic()
+
+  def forget(self, inputs: Iterable[str]) -> None:
+    """Drops the rows of inputs that are predicted now."""
+    for name in inputs:
+      self.rows.pop(name, None)
+
+  def remove_if_new(self) -> None:
+    """Removes predictions.csv if it only has the row of an input that was refused."""
+    if self._is_main and len(self.rows) == 1:
+      (self._folder / NAME).unlink(missing_ok=True)
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+      self._file = None
+
+  def _read(self, path):
+    """Adds the rows of a file; a row that was not written to its end is left out."""
+    with contextlib.suppress(FileNotFoundError), path.open(newline='', encoding='utf-8') as file:
+      for cells in csv.reader(line for line in file if line.strip()):
+        if len(cells) == len(COLUMNS) and cells[2] in (PREDICTED, REFUSED, FAILED):
+          self.rows[cells[0]] = dict(zip(COLUMNS, cells, strict=True))
+
+
+def refused(folder: pathlib.Path) -> set[str]:
+  """The inputs that a prediction into the folder refused, or failed on."""
+  rows = Manifest(folder, 0).rows
+  return {name for name, row in rows.items() if row['status'] != PREDICTED}
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterable[None]:
+  """Context in which no other prediction may write to the folder. The lock ends with the process that holds it.
+
+  Raises:
+    UserError: another prediction writes to the folder now; or the folder cannot be written.
+  """
+  path, is_new = folder / '.predictions.lock', not folder.exists()
+  with files.writing(path):
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    try:
+      lock.acquire(timeout=0)
+    except filelock.Timeout:
+      raise UserError(
+        f'output: another prediction writes to {folder} now; wait until it ends, or give another folder'
+      ) from None
+  try:
+    yield
+  finally:
+    lock.release()
+    path.unlink(missing_ok=True)
+    if is_new:
+      with contextlib.suppress(OSError):  # it is not empty
+        folder.rmdir()

@@ -1,0 +1,102 @@
+"""Recognises files that this program wrote and that have not changed since. No mode replaces other files unasked.
+
+A JSON file of this program, a record, states the digest of its own content and of the files that belong to it. A page
+states the digest of its own text.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import replacing, sha256
+
+_KEY = 'sha256_of_this_record'
+_SEAL = re.compile(rb'<!-- fusa_jax sha256 ([0-9a-f]{64}) -->\n\Z')
+
+
+def write_record(path: pathlib.Path, value: dict, files: Mapping[str, str]) -> None:
+  """Writes a JSON object with the files that belong to it.
+
+  Args:
+    path: the JSON file.
+    value: the object.
+    files: the SHA-256 of each file that belongs to it, by its name in the same folder.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  value = json.loads(json.dumps({**value, 'files': dict(files)}))
+  with replacing(path) as partial:
+    partial.write_text(json.dumps({**value, _KEY: _digest(value)}, indent=2) + '\n')
+
+
+def read_record(path: pathlib.Path) -> dict[str, Any] | None:
+  """Reads a JSON file of `write_record`; None if it is missing, or another program wrote or changed it."""
+  try:
+    value = json.loads(path.read_text())
+    stated = value.pop(_KEY)
+    return value if stated == _digest(value) and isinstance(value['files'], dict) else None
+  except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    return None
+
+
+def sealed(page: str) -> str:
+  """A page with the digest of its text as a comment in the last line."""
+  page = page if page.endswith('\n') else page + '\n'
+  return f'{page}<!-- fusa_jax sha256 {sha256(page.encode())} -->\n'
+
+
+def has_changed(path: pathlib.Path, record: dict | None) -> bool:
+  """Whether a file exists that is neither in the record as it is now, nor a page with a true seal."""
+  if not path.exists() and not path.is_symlink():
+    return False
+  try:
+    if record and path.name in record['files']:
+      return digest_of(path) != record['files'][path.name]
+    content = path.read_bytes() if path.suffix == '.html' else b''
+  except OSError:
+    return True
+  seal = _SEAL.search(content)
+  return not seal or seal[1].decode() != sha256(content[: seal.start()])
+
+
+def is_complete(folder: pathlib.Path, record: dict) -> bool:
+  """Whether all files of a record exist, unchanged."""
+  return all((folder / name).is_file() and not has_changed(folder / name, record) for name in record['files'])
+
+
+def changed(path: pathlib.Path, others: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+  """The files that are not this program's own, among a record and files that would be written with it.
+
+  Args:
+    path: the record.
+    others: the other files.
+  """
+  record = read_record(path)
+  foreign = [path] if record is None and (path.exists() or path.is_symlink()) else []
+  return foreign + [other for other in others if has_changed(other, record)]
+
+
+def refuse(paths: Iterable[pathlib.Path]) -> None:
+  """Raises a UserError with a line for each path, if there are any."""
+  lines = [
+    f'{path}: exists, and this program did not write it, or it was changed since; give another folder, or add '
+    '--overwrite to replace it'
+    for path in paths
+  ]
+  if lines:
+    raise UserError('\n'.join(lines))
+
+
+def digest_of(path: pathlib.Path) -> str:
+  """The SHA-256 of a file."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _digest(value):
+  return sha256(json.dumps(value, sort_keys=True).encode())
