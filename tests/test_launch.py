@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -128,6 +129,29 @@ def test_masks_and_runs_are_compared(runs, raw_dir, tmp_path):
   compared = launch('--mode=compare', f'--workdir={runs["seg"]}', f'--against={runs["seg"]}', f'--output={output}')
   assert compared.returncode == 0, compared.stderr
   assert json.loads(output.read_text())['per_patient']['p'] == 1
+
+
+@pytest.mark.slow
+def test_the_exit_code_of_predict_says_whether_all_inputs_were_used(runs, raw_dir, tmp_path):
+  """~ is the home folder also after `--output=`, where the shell does not expand it."""
+  scan = raw_dir / 'volume-phantom-A-0001_ct.nii.gz'
+  (tmp_path / 'in').mkdir()
+  shutil.copy(scan, tmp_path / 'in' / 'good.NII.GZ')
+  command = ['--mode=predict', f'--workdir={runs["seg"]}', '--input=~/in', '--output=~/out']
+  run = lambda: launch(*command, home=tmp_path)
+  result = run()
+  assert result.returncode == 0 and result.stderr.splitlines()[-1] == '1 predicted', result.stderr
+  assert (tmp_path / 'out' / 'good_mask.nii.gz').exists()
+  (tmp_path / 'in' / 'bad.nii.gz').write_bytes(scan.read_bytes()[:-100])
+  result = run()
+  assert result.returncode == 4 and result.stderr.splitlines()[-1] == '1 predicted, 1 refused', result.stderr
+  (tmp_path / 'in' / 'good.NII.GZ').unlink()
+  result = run()
+  assert result.returncode == 2 and 'bad.nii.gz: truncated' in result.stderr.splitlines()[-1], result.stderr
+  (tmp_path / 'out' / 'bad.json').write_text('{"KVP": 120}')
+  result = run()
+  assert result.returncode == 2 and 'bad.json: exists, and this program' in result.stderr.splitlines()[-1]
+  assert not (ROOT / '~').exists()
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='glibc only')

@@ -1,5 +1,6 @@
 """absl's flags with one-line errors, and --config: a config file and preset, or the config.json of a run."""
 
+import os
 import pathlib
 import re
 import sys
@@ -17,6 +18,8 @@ from fusa_jax.system.errors import UserError
 FLAGS = flags.FLAGS
 # Flags of the operating point.
 POINT = ('threshold', 'tta', 'lungs', 'smallest_ml')
+# Flags that hold a path.
+_PATHS = ('workdir', 'input', 'output', 'truth', 'against')
 # This file stands for a config file when --config names a run's config.json.
 _OF_RUN = run_config.__file__
 
@@ -148,6 +151,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     rest = FLAGS(_with_config_paths(argv))
     if len(rest) > 1:
       raise ValueError(f'arguments: {rest[1]!r} is not a flag')
+    for name in _PATHS:
+      if name in FLAGS and FLAGS[name].present and FLAGS[name].value:
+        # The shell expands ~ only at the start of a word.
+        FLAGS[name].value = ','.join(os.path.expanduser(path) for path in FLAGS[name].value.split(','))
     # ml_collections reports a config file that cannot be loaded at the first access.
     if 'config' in FLAGS and FLAGS.config is not None:
       FLAGS.config.items()
