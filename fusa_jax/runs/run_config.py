@@ -9,6 +9,8 @@ from fusa_jax.system import home, hosts  # noqa: F401 (importing home makes conf
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import read_json, write_json
 
+# Files and folders that a run writes after config.json. Without config.json they are somebody else's.
+_WRITTEN = ('checkpoints', 'log.jsonl', 'operating_point.json', 'split.json', 'tensorboard', 'test')
 # Keys that may change when a run is resumed: they do not change the trained model.
 _RESUMABLE = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.')
 
@@ -31,7 +33,13 @@ def save_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Non
 
 def _save(workdir, config):
   path = workdir / 'config.json'
-  if path.exists():
+  if not path.exists():
+    foreign = [workdir / name for name in _WRITTEN if (workdir / name).exists()]
+    if foreign:
+      raise UserError(
+        f'workdir: {foreign[0]} exists, but {workdir} holds no run (config.json is missing); name another folder'
+      )
+  else:
     before, now = (_flat(plain(each).to_dict()) for each in (load_config(workdir), config))
     # With named data no phantoms are drawn, so their options do not matter.
     names_data = any(flat[key] for flat in (before, now) for key in ('data.raw_dir', 'data.dir'))

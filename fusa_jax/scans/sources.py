@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import logging
+import os
 import pathlib
 import unicodedata
 from collections.abc import Iterable
@@ -12,11 +13,14 @@ from fusa_jax.scans import dicom, pictures, volume_files
 from fusa_jax.scans.archives import within
 from fusa_jax.scans.formats import FileSource, Refused, Source
 from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import sha256
 
 # A file belongs to the first format that claims it. Formats that check only names come before those that open files.
 FORMATS: tuple[type[Source], ...] = (volume_files.VolumeFile, pictures.PictureFile, dicom.Series)
 # Endings of the names of masks and results, which often lie beside scans.
 _RESULTS = ('_seg', '_mask', '_probability')
+# The longest stem of results in bytes: file names have at most 255, and the longest ending is _probability.nii.gz.
+_LONGEST = 255 - len('_probability.nii.gz')
 # Number of left-out files whose names are shown.
 _LISTED = 6
 
@@ -86,13 +90,21 @@ def _placed(source, path, unpacked):
 
 
 def _with_own_names(sources):
-  """Gives sources with equal stems the part of their paths that differs as stem; refuses those that remain equal."""
+  """Gives sources with equal stems the part of their paths that differs as stem; refuses those that remain equal.
+
+  Shortens stems that would make the names of results too long for file systems.
+  """
   for name in (_differing_part, _whole_path):
     for group in _of_equal_stem(sources):
       if all(isinstance(sources[k], FileSource) for k in group):
         paths = [(*pathlib.PurePath(sources[k].place).parts[:-1], sources[k].stem_of(sources[k].path)) for k in group]
         for k, path in zip(group, paths, strict=True):
           sources[k] = dataclasses.replace(sources[k], stem=name(path, paths))
+  for k, source in enumerate(sources):
+    if isinstance(source, FileSource) and len(name := os.fsencode(source.stem)) > _LONGEST:
+      digest = sha256(source.place.encode())[:8]
+      short = os.fsdecode(name[: _LONGEST - 9].decode(errors='ignore').encode())
+      sources[k] = dataclasses.replace(source, stem=f'{short}_{digest}')
   for group in _of_equal_stem(sources):
     names = [sources[k].place for k in group]
     for k in group:

@@ -80,3 +80,11 @@ def test_evaluation_may_change_only_some_keys():
     experiment.check_changes({'train.steps': 3}, ('evaluate.', 'data.dir'))
   experiment.check_changes({'evaluate.flips': True, 'data.dir': 'x'}, ('evaluate.', 'data.dir'))
   assert experiment.to_evaluate(config, None).mesh.to_dict() == {'data': -1, 'space': 1}
+
+
+@pytest.mark.parametrize('name', ['test', 'log.jsonl', 'checkpoints'])
+def test_a_folder_with_files_of_others_is_refused(tmp_path, name):
+  (tmp_path / name).mkdir()
+  with pytest.raises(UserError, match=rf'{name} exists, but .* holds no run \(config.json is missing\); name another'):
+    run_config.save_config(tmp_path, seg.get_config('demo'))
+  assert [path.name for path in tmp_path.iterdir()] == [name]

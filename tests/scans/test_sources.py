@@ -1,6 +1,7 @@
 """A format needs only its module and a line in the list; its files are then found, read, predicted and viewed."""
 
 import json
+import os
 import shutil
 import zipfile
 
@@ -89,6 +90,20 @@ def test_files_of_one_name_are_named_by_the_part_of_their_path_that_differs(tmp_
   for name in names:
     save(tmp_path / 'in' / name, chest())
   assert sorted(source.stem for source in found(tmp_path / 'in', 'hu', tmp_path)) == sorted(stems)
+
+
+def test_long_and_odd_names_get_stems_that_fit(tmp_path):
+  """Results of names near 255 bytes, also of characters of several bytes, and of names that are not UTF-8."""
+  names = ['a' * 244 + '.nii.gz', 'a' * 243 + 'b.nii.gz', '\u00fc' * 120 + '.nii', os.fsdecode(b'M\xfcller.nii')]
+  for name in names:
+    save(tmp_path / 'in' / 'x.nii', chest()).rename(tmp_path / 'in' / name)
+  of_all = found(tmp_path / 'in', 'hu', tmp_path)
+  stems = {source.stem for source in of_all}
+  assert len(stems) == 4 and os.fsdecode(b'M\xfcller') in stems
+  for source in of_all:
+    (tmp_path / f'{source.stem}_probability.nii.gz').write_bytes(b'')
+    source.place.encode()  # it can be written to a table
+    assert source.read_image('hu').values.shape == chest().shape[::-1]
 
 
 def test_links_are_followed_and_left_out_files_are_named(tmp_path, caplog):
