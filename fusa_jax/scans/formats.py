@@ -86,6 +86,7 @@ class FileSource(Source):
   stem: str = ''
   place: str = ''
   name = property(lambda self: self.path.name)
+  title = property(lambda self: self.place)
 
   def __post_init__(self):
     object.__setattr__(self, 'stem', self.stem or self.stem_of(self.path))

@@ -128,7 +128,7 @@ def write_csv(path: pathlib.Path, rows: Iterable[dict]) -> None:
   """
   rows = list(rows)
   empty = lambda value: value is None or (isinstance(value, float) and math.isnan(value))
-  with replacing(path) as partial, partial.open('w', newline='', encoding='utf-8') as file:
+  with replacing(path) as partial, partial.open('w', newline='', encoding='utf-8', errors='backslashreplace') as file:
     writer = csv.DictWriter(file, rows[0])
     writer.writeheader()
     writer.writerows({name: '' if empty(value) else value for name, value in row.items()} for row in rows)

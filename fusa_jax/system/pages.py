@@ -1,6 +1,8 @@
 """Writes self-contained pages, one file each, from the Jinja templates in templates/."""
 
+import os
 import pathlib
+import urllib.parse
 from typing import Any
 
 import jinja2
@@ -26,12 +28,17 @@ def write_page(path: pathlib.Path, template: str, **values: Any) -> None:
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
   )
-  environment.filters |= {'number': _number, 'interval': _interval}
+  environment.filters |= {'number': _number, 'interval': _interval, 'file_url': _file_url}
   text = environment.get_template(template).render(values)
   # File names may have bytes that are not UTF-8.
   text = text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
   with replacing(path) as partial:
     partial.write_text(own_files.sealed(text) if path.suffix == '.html' else text, encoding='utf-8')
+
+
+def _file_url(name):
+  """A file name in a link, byte by byte: it need not be UTF-8."""
+  return urllib.parse.quote(os.fsencode(name), safe='')
 
 
 def _number(value, digits=4):

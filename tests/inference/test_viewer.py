@@ -6,7 +6,9 @@ import hashlib
 import html.parser
 import io
 import json
+import os
 import re
+import urllib.parse
 
 import browser
 import dicom_series
@@ -168,6 +170,17 @@ def test_several_scans_get_an_index_page(tmp_path):
   without_mask = Page(written[2])
   assert 'mask' not in without_mask.scripts and 'mL' not in without_mask.text
   np.testing.assert_array_equal(np.asarray(without_mask.volume('scan').dataobj), hu())
+
+
+@pytest.mark.parametrize(
+  'name', [b'M\xfcller', 'Mu\u0308ller 100% #1?'.encode(), b'a&b<c>'], ids=['latin-1', 'nfd', 'signs']
+)
+def test_links_find_pages_of_odd_names(tmp_path, name):
+  source, masks = case(tmp_path, os.fsdecode(name))
+  case(tmp_path)
+  index, *written = viewer.view(source, masks)
+  links = {os.fsdecode(urllib.parse.unquote_to_bytes(link)) for link in Page(index).links}
+  assert links == {path.name for path in written} == {'a.html', f'{os.fsdecode(name)}.html'}
 
 
 def test_a_dicom_series_is_shown_without_patient_names(tmp_path):

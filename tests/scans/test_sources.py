@@ -66,7 +66,7 @@ def test_each_file_goes_to_one_format(mixture, tmp_path):
   series = of_all[-1]
   assert [source.stem for source in of_all] == ['a', 'b', 'c', 'p', 'q', series.name]
   assert [source.name for source in of_all] == ['a.nii', 'b.nii.gz', 'c.nii', 'p.png', 'q.JPEG', series.name]
-  assert [source.title for source in of_all[:-1]] == [source.name for source in of_all[:-1]]
+  assert [source.title for source in of_all[:-1]] == ['a.nii', 'b.nii.gz', 'packed.zip/c.nii', 'p.png', 'q.JPEG']
   assert str(of_all[0]) == str(mixture / 'a.nii') and series.title == str(series) == f'{series.name} (Chest 5.0)'
   for values in ('hu', None):
     assert [source.stem for source in found(mixture, values, tmp_path)] == ['a', 'b', 'c', series.name]
