@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -153,17 +154,21 @@ def _run(job, sources, rows):
   # Each scan has its own batches; pictures share batches.
   parts = [[source] for source in sources if not source.is_picture]
   parts += [picture_sources[start : start + _TOGETHER] for start in range(0, len(picture_sources), _TOGETHER)]
+  parts = list(zip(itertools.accumulate(map(len, parts)), parts, strict=True))
+  began = time.monotonic()
 
   # The executor of the writer waits for a write that has begun, so no result is half-written.
   with futures.ThreadPoolExecutor(1) as writer, _readers() as reader:
-    read = _overlapping(reader, job.read, hosts.dealt(parts), _AHEAD + 1)
-    computed = (job.compute(inputs) for inputs in read)
+    read = _overlapping(reader, lambda part: (part[0], job.read(part[1])), hosts.dealt(parts), _AHEAD + 1)
+    computed = ((position, job.compute(inputs)) for position, inputs in read)
     show = len(sources) > 1 and hosts.is_main()
     with progress.bar(total=len(sources), desc='Predicting', unit='inputs', show=show) as bar:
-      for inputs in _overlapping(writer, job.write, computed, 1):
+      for position, inputs in _overlapping(writer, lambda part: (part[0], job.write(part[1])), computed, 1):
         for one in inputs:
           rows.add(one.row)
-        bar.update(len(inputs))
+        # Inputs are dealt in order, so other processes have taken all earlier ones that this one has not.
+        bar.update(position - bar.n)
+        bar.set_postfix_str(f'{3600 * position / (time.monotonic() - began):,.0f} per hour', refresh=False)
 
 
 @dataclasses.dataclass
