@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from fusa_jax.runs import arguments, experiment, next_steps
+from fusa_jax.runs import arguments, config_checks, experiment, next_steps
 from fusa_jax.system import home, program
 from fusa_jax.system.errors import PartlyRefused, UserError
 
@@ -104,6 +104,7 @@ def prepare() -> None:
   config = arguments.named_experiment().config
   if config.data.dir and not config.data.raw_dir:
     raise UserError('--config.data.raw_dir: missing; --mode=prepare needs the folder of the scans')
+  config_checks.check(config)
   next_steps.after_preparation(experiment.prepared(config))
 
 
@@ -138,6 +139,7 @@ def compile_ahead() -> None:
 
   jax.config.update('jax_platforms', 'cpu')  # the step is compiled for other devices than this machine's
   named = arguments.named_config()
+  config_checks.check(named.config)
   name = f'{pathlib.Path(named.path).stem}-{pathlib.Path(named.preset).stem}'
   topology = tpu.Topology.parse(FLAGS.topology, FLAGS.slices)
   if FLAGS.sweep:

@@ -7,7 +7,6 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-import ml_collections
 import numpy as np
 from scipy import optimize, special
 
@@ -139,26 +138,6 @@ def mean(points: Sequence[OperatingPoint]) -> OperatingPoint:
     smallest_ml=float(np.mean([point.smallest_ml for point in points])),
     chosen_by=f'mean of {len(points)} runs',
   )
-
-
-def check(config: ml_collections.ConfigDict) -> None:
-  """Checks config.evaluate.
-
-  Raises:
-    UserError: a share is out of range, or an option does not fit the task or the intensity of the images.
-  """
-  options = config.evaluate
-  mask_options = [key for key in ('lungs', 'fit_smallest') if options[key]]
-  if mask_options and not tasks.type_of(config.task).has_masks:
-    raise UserError(f'evaluate.{mask_options[0]}: applies to masks only, and {config.task} gives none; leave it out')
-  if options.lungs and config.data.intensity != 'hu':
-    raise UserError('evaluate.lungs: needs HU to find the lungs, but these are 8-bit images; leave it out')
-  target = options.target_sensitivity
-  if target is not None and not 0 < target <= 1:
-    raise UserError(f'evaluate.target_sensitivity: {target} must be above 0 and at most 1')
-  for share in options.prevalences:
-    if not 0 < share < 1:
-      raise UserError(f'evaluate.prevalences: {share} must be above 0 and below 1')
 
 
 def choose(

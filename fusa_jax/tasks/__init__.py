@@ -92,27 +92,23 @@ def create(config: ml_collections.ConfigDict) -> Task:
   """Creates the task of a config.
 
   Raises:
-    UserError: the task, loss, model or data.intensity is unknown. The model is for another type of task, or an option
-      of the model is invalid. The lower HU limit of the window is not below the upper one.
+    UserError: the task, loss, model or data.intensity is unknown. The model is for another type of task, or does not
+      have an option.
   """
   task_type, loss = type_of(config.task), losses.get_loss(config.train.loss)
   if config.model.name in models.NAMES and config.model.name not in task_type.models:
     names = ', '.join(task_type.models)
     raise UserError(f'model.name: {config.model.name} is not for {config.task}; give one of {names}')
-  low, high = config.data.window
-  if not low < high:
-    raise UserError(f'data.window: {low} must be below {high}; give the lower HU limit first')
   if config.data.intensity not in volumes.VALUES:
     raise UserError(f'data.intensity: {config.data.intensity!r} is unknown; give one of {", ".join(volumes.VALUES)}')
-  inputs = grey_input if config.data.intensity == 'grey' else functools.partial(network_input, window=(low, high))
+  of_hu = functools.partial(network_input, window=tuple(config.data.window))
+  inputs = grey_input if config.data.intensity == 'grey' else of_hu
   dtype = config.model.dtype
   if dtype == 'auto':
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   options = {key: config.model.get(key) for key in ('width', 'encoder', *_DEPTHS)}
   options = {key: value for key, value in options.items() if value is not None}
   for key in _DEPTHS & options.keys():
-    if not options[key] or not all(isinstance(number, int) and number >= 1 for number in options[key]):
-      raise UserError(f'model.{key}: {options[key]} must be a list of whole numbers above 0; give (1, 2), for example')
     options[key] = tuple(options[key])  # a run's config.json holds a list
   model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(dtype), **options)
   return Task(task_type, model, inputs, loss)

@@ -13,7 +13,7 @@ import numpy as np
 
 from fusa_jax import tasks
 from fusa_jax.measures import masks
-from fusa_jax.runs import operating_point, report, results, run_config
+from fusa_jax.runs import config_checks, operating_point, report, results, run_config
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, evaluate, optimizers, train
@@ -39,7 +39,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: as training would raise for this config with any data.
   """
-  operating_point.check(config)
+  config_checks.check(config)
   tasks.create(config)
   optimizers.make_optimizer(config)
 

@@ -13,7 +13,7 @@ import numpy as np
 from fusa_jax import tasks
 from fusa_jax.inference import postprocessing, predictor, trained
 from fusa_jax.measures import histogram, masks
-from fusa_jax.runs import figures, operating_point, results, run_config
+from fusa_jax.runs import config_checks, figures, operating_point, results, run_config
 from fusa_jax.scans import volumes
 from fusa_jax.system import hosts, meshes, progress, provenance
 from fusa_jax.system.errors import UserError
@@ -44,7 +44,7 @@ def evaluate(
     UserError: the config does not fit the data or the devices. Every checkpoint is missing or damaged. The run was
       trained or validated on a test patient. A logit is not finite.
   """
-  operating_point.check(config)
+  config_checks.check(config)
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
   batch_size = meshes.fitting_batch(mesh, config.train.batch_size)
   meshes.check_divides(mesh, batch_size, config.data.image_size)

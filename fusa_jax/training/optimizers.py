@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import optax
 
-from fusa_jax.system.errors import UserError, look_up
+from fusa_jax.system.errors import look_up
 
 
 def warmup_cosine(train: ml_collections.ConfigDict) -> optax.Schedule:
@@ -49,16 +49,9 @@ def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTra
   """Returns the optimizer of a config and its learning rate by step. Weight decay applies to kernels only.
 
   Raises:
-    UserError: the optimizer or the schedule is unknown. The number of steps is below 1, or of warm-up steps below 0.
-      The learning rate is not above 0.
+    UserError: the optimizer or the schedule is unknown.
   """
   train = config.train
-  if train.steps < 1:
-    raise UserError(f'train.steps: {train.steps} must be at least 1')
-  if train.warmup_steps < 0:
-    raise UserError(f'train.warmup_steps: {train.warmup_steps} must be at least 0')
-  if not train.learning_rate > 0:
-    raise UserError(f'train.learning_rate: {train.learning_rate} must be above 0')
   schedule = look_up(SCHEDULES, train.schedule, 'train.schedule')(train)
   return look_up(OPTIMIZERS, train.optimizer, 'train.optimizer')(schedule, train.weight_decay), schedule
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from fusa_jax import tasks, torch_weights
-from fusa_jax.runs import checkpoint, operating_point, results, run_config
+from fusa_jax.runs import checkpoint, config_checks, results, run_config
 from fusa_jax.runs.metric_log import MetricLog
 from fusa_jax.system import hosts, meshes, progress
 from fusa_jax.system.errors import Terminated, UserError
@@ -52,7 +52,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
     Terminated: on SIGTERM, after the state was saved.
   """
   # ---- devices, data, task, optimizer
-  operating_point.check(config)
+  config_checks.check(config)
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
   dataset = datasets.load_dataset_for(config, data_dir)

@@ -2,15 +2,12 @@
 
 import numpy as np
 import pytest
-from conftest import tiny
 from scipy import optimize, special
 from sklearn import metrics as sk
 
-from configs import cls, seg
 from fusa_jax.measures import histogram
 from fusa_jax.runs import operating_point
 from fusa_jax.system.errors import UserError
-from fusa_jax.training import train
 
 
 @pytest.fixture(scope='module')
@@ -100,19 +97,6 @@ def test_temperature_and_target_together_where_classes_are_far_apart(target):
   assert sk.recall_score(truth.ravel(), called.ravel()) >= target
 
 
-@pytest.mark.parametrize(
-  ('option', 'value', 'reason'),
-  [
-    ('target_sensitivity', 95.0, r'evaluate.target_sensitivity: 95.0 must be above 0 and at most 1'),
-    ('prevalences', (0.1, 5.0), r'evaluate.prevalences: 5.0 must be above 0 and below 1'),
-  ],
-)
-def test_values_outside_0_to_1_are_refused_before_training(data_dir, tmp_path, option, value, reason):
-  with pytest.raises(UserError, match=reason):
-    train.train(tiny(**{f'evaluate.{option}': value}), tmp_path / 'run', data_dir)
-  assert not (tmp_path / 'run').exists()
-
-
 def test_smallest_lesion_with_the_best_dice_is_chosen():
   """Rows of 0.01 mL voxels are lesions. Compares with scikit-learn's Dice at every smallest size."""
   rng = np.random.default_rng(0)
@@ -147,18 +131,3 @@ def test_points_of_several_runs():
   assert (mean.threshold, mean.smallest_ml, mean.temperature) == (pytest.approx(0.4), 0.5, (1.2, 1.6))
   with pytest.raises(UserError, match=r'workdir: the runs differ in evaluate.lungs; give --lungs or --nolungs'):
     operating_point.mean([points[0], points[1].with_options(lungs=True)])
-
-
-@pytest.mark.parametrize(
-  ('task', 'values', 'option', 'reason'),
-  [
-    ('cls', 'hu', 'lungs', r'evaluate.lungs: applies to masks only, and classification gives none'),
-    ('cls', 'hu', 'fit_smallest', r'evaluate.fit_smallest: applies to masks only'),
-    ('seg', 'grey', 'lungs', r'evaluate.lungs: needs HU to find the lungs'),
-  ],
-)
-def test_options_that_do_not_apply_are_refused(task, values, option, reason):
-  config = tiny({'cls': cls, 'seg': seg}[task], **{f'evaluate.{option}': True})
-  config.data.intensity = values
-  with pytest.raises(UserError, match=reason):
-    operating_point.check(config)

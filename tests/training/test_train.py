@@ -126,7 +126,6 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
   ('overrides', 'reason'),
   [
     ({'train.batch_size': 6}, 'train.batch_size: 6 must be a multiple of mesh.data=8; give 8'),
-    ({'train.warmup_steps': -1}, 'train.warmup_steps: -1 must be at least 0'),
     ({'train.steps': 0}, 'train.steps: 0 must be at least 1'),
     ({'model.name': 'resnet18'}, 'resnet18 is not for segmentation; give one of deeplabv3'),
     ({'model.name': 'unet'}, "'unet' is unknown"),
@@ -134,12 +133,9 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
     ({'train.loss': 'x'}, "train.loss: 'x' is unknown; give one of cross_entropy, cross_entropy_dice, dice, focal"),
     ({'train.optimizer': 'x'}, "train.optimizer: 'x' is unknown; give one of adamw, sgd"),
     ({'train.schedule': 'x'}, "train.schedule: 'x' is unknown; give one of warmup_cosine, polynomial, constant"),
-    ({'data.window': (100.0, 100.0)}, 'data.window: 100.0 must be below 100.0'),
     ({'mesh.data': 3}, 'does not match the 8 devices'),
     ({'data.image_size': 40, 'model.multiples': None}, '40 must be a multiple of 16 for ResUNet; give 48'),
     ({'model.multiples': ()}, r'model.multiples: \(\) must be a list of whole numbers above 0; give'),
-    ({'model.multiples': (1, 0)}, r'model.multiples: \(1, 0\) must be a list'),
-    ({'model.multiples': (1.5, 2)}, r'model.multiples: \(1.5, 2\) must be a list'),
     ({'model.stage_sizes': (1,)}, r'fusa_resunet does not accept .*stage_sizes'),
   ],
 )

@@ -1,0 +1,114 @@
+"""The values that the keys of a config may have. All are checked here, before anything else happens.
+
+Names of models, losses, optimizers and schedules are checked by their registries, which know them.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from fusa_jax import tasks
+from fusa_jax.system.errors import UserError
+
+
+class _Domain(NamedTuple):
+  """The values of a key: a test, and the words after `must be`."""
+
+  holds: Callable[[Any], bool]
+  words: str
+
+
+def _is_number(value):
+  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value):
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _at_least(low):
+  return _Domain(lambda value: _is_number(value) and value >= low, f'at least {low}')
+
+
+def _range(low, high, low_too=False, high_too=False):
+  above = lambda value: value >= low if low_too else value > low
+  below = lambda value: value <= high if high_too else value < high
+  words = f'{"at least" if low_too else "above"} {low} and {"at most" if high_too else "below"} {high}'
+  return _Domain(lambda value: _is_number(value) and above(value) and below(value), words)
+
+
+def _each(domain, example):
+  """A list of which each value is in a domain; it must not be empty."""
+  holds = lambda values: isinstance(values, list | tuple) and len(values) > 0 and all(map(domain.holds, values))
+  return _Domain(holds, f'a list of numbers, each {domain.words}; give {example}, for example')
+
+
+_WHOLE = _Domain(
+  lambda values: (
+    isinstance(values, list | tuple) and bool(values) and all(_is_whole(value) and value >= 1 for value in values)
+  ),
+  'a list of whole numbers above 0; give (1, 2), for example',
+)
+_WINDOW = _Domain(
+  lambda window: (
+    isinstance(window, list | tuple) and len(window) == 2 and all(map(_is_number, window)) and window[0] < window[1]
+  ),
+  'two numbers in HU, the lower one first',
+)
+_ABOVE_0 = _Domain(lambda value: _is_number(value) and value > 0, 'above 0')
+_SHARE = _range(0, 1, low_too=True, high_too=True)
+
+_DOMAINS = {
+  'seed': _at_least(0),
+  'model.width': _at_least(1),
+  'model.multiples': _WHOLE,
+  'model.stage_sizes': _WHOLE,
+  'model.dtype': _Domain(lambda name: name in ('auto', 'float32', 'bfloat16'), "'auto', 'float32' or 'bfloat16'"),
+  'data.fold': _Domain(lambda fold: fold == 'all' or (_is_whole(fold) and fold >= 0), "a fold, from 0, or 'all'"),
+  'data.image_size': _at_least(1),
+  'data.window': _WINDOW,
+  'data.phantom.patients': _at_least(2),
+  'data.phantom.slices': _at_least(16),
+  'data.phantom.seed': _at_least(0),
+  'augment.crop_probability': _SHARE,
+  'augment.crop_fractions': _each(_range(0, 1, high_too=True), '(0.5, 0.25)'),
+  'augment.hu_shift': _at_least(0),
+  'augment.hu_scale': _range(0, 1, low_too=True),
+  'train.steps': _at_least(1),
+  'train.batch_size': _at_least(1),
+  'train.learning_rate': _ABOVE_0,
+  'train.warmup_steps': _at_least(0),
+  'train.weight_decay': _at_least(0),
+  'train.log_every': _at_least(1),
+  'train.evaluate_every': _at_least(1),
+  'evaluate.num_overlays': _at_least(0),
+  'evaluate.target_sensitivity': _range(0, 1, high_too=True),
+  'evaluate.prevalences': _each(_range(0, 1), '(0.1, 0.3)'),
+  'mesh.data': _Domain(lambda count: count == -1 or (_is_whole(count) and count >= 1), '-1 or at least 1'),
+  'mesh.space': _at_least(1),
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Checks the values of a config.
+
+  Raises:
+    UserError: values are out of range, a line for each; or an option does not fit the task or the intensity.
+  """
+  lines = []
+  for key, domain in _DOMAINS.items():
+    value = config
+    for part in key.split('.'):
+      value = value[part]
+    if value is not None and not domain.holds(value):  # None: as published, or the default
+      lines.append(f'{key}: {value} must be {domain.words}')
+  if lines:
+    raise UserError('\n'.join(lines))
+  options = config.evaluate
+  mask_options = [key for key in ('lungs', 'fit_smallest') if options[key]]
+  if mask_options and not tasks.type_of(config.task).has_masks:
+    raise UserError(f'evaluate.{mask_options[0]}: applies to masks only, and {config.task} gives none; leave it out')
+  if options.lungs and config.data.intensity != 'hu':
+    raise UserError('evaluate.lungs: needs HU to find the lungs, but these are 8-bit images; leave it out')

@@ -1,0 +1,73 @@
+"""Values out of range are refused in one place, before anything else happens; the presets are accepted."""
+
+import pytest
+from conftest import tiny
+
+from configs import cls, seg
+from fusa_jax.runs import config_checks
+from fusa_jax.system.errors import UserError
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'reason'),
+  [
+    ('seed', -1, 'must be at least 0'),
+    ('train.evaluate_every', 0, 'must be at least 1'),
+    ('train.log_every', 0, 'must be at least 1'),
+    ('train.batch_size', 0, 'must be at least 1'),
+    ('train.steps', 0, 'must be at least 1'),
+    ('train.warmup_steps', -1, 'must be at least 0'),
+    ('train.learning_rate', 0.0, 'must be above 0'),
+    ('train.learning_rate', float('nan'), 'must be above 0'),
+    ('train.weight_decay', float('inf'), 'must be at least 0'),
+    ('augment.crop_fractions', (), r'must be a list of numbers, each above 0 and at most 1; give \(0.5, 0.25\)'),
+    ('augment.crop_fractions', (2.0,), 'each above 0 and at most 1'),
+    ('augment.crop_probability', 1.5, 'must be at least 0 and at most 1'),
+    ('augment.hu_scale', 1.0, 'must be at least 0 and below 1'),
+    ('data.window', (100.0, 100.0), 'must be two numbers in HU, the lower one first'),
+    ('data.window', (1.0, 2.0, 3.0), 'must be two numbers'),
+    ('data.image_size', 0, 'must be at least 1'),
+    ('data.fold', -1, "must be a fold, from 0, or 'all'"),
+    ('data.fold', 'some', "must be a fold, from 0, or 'all'"),
+    ('data.phantom.slices', 8, 'must be at least 16'),
+    ('model.width', 0, 'must be at least 1'),
+    ('model.multiples', (), 'must be a list of whole numbers above 0'),
+    ('model.multiples', (1.5, 2), 'must be a list of whole numbers above 0'),
+    ('model.dtype', 'float16', "must be 'auto', 'float32' or 'bfloat16'"),
+    ('evaluate.num_overlays', -1, 'must be at least 0'),
+    ('evaluate.target_sensitivity', 95.0, 'must be above 0 and at most 1'),
+    ('evaluate.prevalences', (0.1, 5.0), 'each above 0 and below 1'),
+    ('mesh.data', 0, 'must be -1 or at least 1'),
+    ('mesh.space', 0, 'must be at least 1'),
+  ],
+)
+def test_values_out_of_range_are_refused(key, value, reason):
+  with pytest.raises(UserError, match=rf'^{key}: .* {reason}'):
+    config_checks.check(tiny(**{key: value}))
+
+
+def test_all_wrong_values_are_named_at_once():
+  with pytest.raises(UserError) as caught:
+    config_checks.check(tiny(**{'train.steps': 0, 'mesh.space': 0}))
+  assert [line.partition(':')[0] for line in str(caught.value).splitlines()] == ['train.steps', 'mesh.space']
+
+
+@pytest.mark.parametrize('module', [seg, cls])
+@pytest.mark.parametrize('preset', ['paper', 'demo'])
+def test_presets_are_accepted(module, preset):
+  config_checks.check(module.get_config(preset))
+
+
+@pytest.mark.parametrize(
+  ('task', 'values', 'option', 'reason'),
+  [
+    ('cls', 'hu', 'lungs', r'evaluate.lungs: applies to masks only, and classification gives none'),
+    ('cls', 'hu', 'fit_smallest', r'evaluate.fit_smallest: applies to masks only'),
+    ('seg', 'grey', 'lungs', r'evaluate.lungs: needs HU to find the lungs'),
+  ],
+)
+def test_options_that_do_not_apply_are_refused(task, values, option, reason):
+  config = tiny({'cls': cls, 'seg': seg}[task], **{f'evaluate.{option}': True})
+  config.data.intensity = values
+  with pytest.raises(UserError, match=reason):
+    config_checks.check(config)
