@@ -60,6 +60,15 @@ def _save(workdir, config):
   write_json(path, plain(config).to_dict())
 
 
+def facts(config: ml_collections.ConfigDict) -> dict:
+  """The values of a config by `--config.KEY`, without paths: copies of the data may lie elsewhere."""
+  return {
+    f'config.{key}': value
+    for key, value in _flat(plain(config).to_dict()).items()
+    if key not in ('data.raw_dir', 'data.dir', 'model.init_from')
+  }
+
+
 def save_split(workdir: pathlib.Path, split: dict[str, list[str]]) -> None:
   """Writes split.json on process 0, or compares `split` with the split.json that a run already has.
 

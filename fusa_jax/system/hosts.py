@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -21,7 +21,7 @@ from fusa_jax.system.errors import UserError
 T = TypeVar('T')
 # Keys in JAX's key-value store, which all processes share. Orbax uses the store in the same way.
 _DONE, _FAILED, _ENDED = 'fusa_jax/done/', 'fusa_jax/failed/', 'fusa_jax/ended/'
-_DEALT, _ALIVE = 'fusa_jax/dealt/', 'fusa_jax/alive/'
+_DEALT, _ALIVE, _FACTS = 'fusa_jax/dealt/', 'fusa_jax/alive/', 'fusa_jax/facts/'
 _turns = itertools.count()
 _leaving = threading.Event()
 # Seconds after which a silent process counts as lost; set by `connect`.
@@ -125,12 +125,37 @@ def on_main(function: Callable[[], Any]) -> Any:
     client.key_value_set(key, json.dumps(value))
     return value
   # Not a collective of the devices: those have a timeout, and preparing a cohort may take longer.
-  while True:
-    try:
-      return json.loads(client.blocking_key_value_get(key, 60_000))
-    except jax.errors.JaxRuntimeError as error:
-      if 'DEADLINE_EXCEEDED' not in str(error):
-        raise
+  return json.loads(_wait_for(client, key))
+
+
+def check_equal(facts: Mapping[str, Any]) -> None:
+  """Checks that all processes have the same facts, for example the same config.
+
+  Args:
+    facts: values that JSON can store, by the names that the error shows.
+
+  Raises:
+    UserError: a process differs from process 0. It is raised on process 0 and ends all.
+  """
+  client, key = _client(), f'{_FACTS}{next(_turns)}/'
+  if client is None:
+    return
+  client.key_value_set(f'{key}{number()}', json.dumps(dict(facts), sort_keys=True))
+
+  def compare():
+    own, lines = json.loads(json.dumps(dict(facts))), []
+    for process in range(1, distributed.global_state.num_processes):
+      others = json.loads(_wait_for(client, f'{key}{process}'))
+      lines += [
+        f'hosts: process {process} differs from process 0 in {name} ({others.get(name)}, not {own.get(name)}); start '
+        'the same command with the same code and data on all hosts'
+        for name in sorted(own.keys() | others.keys())
+        if own.get(name) != others.get(name)
+      ]
+    if lines:
+      raise UserError('\n'.join(lines))
+
+  on_main(compare)
 
 
 def number() -> int:
@@ -209,6 +234,16 @@ def fail_together(message: str, code: int) -> None:
       time.sleep(0.1)
   except jax.errors.JaxRuntimeError:
     pass  # the others cannot be reached
+
+
+def _wait_for(client, key) -> str:
+  """The value of a key, as soon as another process sets it."""
+  while True:
+    try:
+      return client.blocking_key_value_get(key, 60_000)
+    except jax.errors.JaxRuntimeError as error:
+      if 'DEADLINE_EXCEEDED' not in str(error):
+        raise
 
 
 def _client():

@@ -1,5 +1,6 @@
 """The version and commit of the code, for files that must record them."""
 
+import hashlib
 import importlib.metadata
 import pathlib
 import subprocess
@@ -23,3 +24,17 @@ def commit() -> str | None:
   except (OSError, subprocess.CalledProcessError):
     return None
   return head.stdout.strip()
+
+
+def versions() -> dict[str, str | None]:
+  """What decides the numbers of a training beside its config and data: the code of this package, and libraries."""
+  libraries = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'grain')
+  return {'the code of fusa_jax (SHA-256)': code_sha256()} | {name: version(name) for name in libraries}
+
+
+def code_sha256() -> str:
+  """The digest of the package's source files, by their names."""
+  package, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
+  for path in sorted(package.rglob('*.py')):
+    digest.update(f'{path.relative_to(package)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n'.encode())
+  return digest.hexdigest()

@@ -1,6 +1,7 @@
 """Reads a prepared dataset and divides its folds into training, validation and test."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import tensorflow_datasets as tfds
 
 from fusa_jax import tasks
 from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Dataset:
     intensity: 'hu' or 'grey'.
     by_patient: whether patients are divided into folds; False if the patients of some slices are unknown.
     masks: whether it has masks; False if it has only a label per slice.
+    sha256: the digest of its metadata: the cohort's files, how they were read, the folds and the lesions.
     train: the training folds.
     validation: the validation fold, or None.
     test: the test fold.
@@ -52,6 +55,7 @@ class Dataset:
   intensity: str
   by_patient: bool
   masks: bool
+  sha256: str
   train: Split
   validation: Split | None
   test: Split
@@ -118,6 +122,7 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
     intensity=metadata['intensity'],
     by_patient=metadata['patients'] == 'named',
     masks=metadata['masks'],
+    sha256=sha256(json.dumps([builder.info.full_name, metadata], sort_keys=True).encode()),
     **split,
   )
 

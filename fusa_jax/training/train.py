@@ -18,7 +18,7 @@ import optax
 from fusa_jax import tasks, torch_weights
 from fusa_jax.runs import checkpoint, config_checks, results, run_config
 from fusa_jax.runs.metric_log import MetricLog
-from fusa_jax.system import hosts, meshes, progress
+from fusa_jax.system import hosts, meshes, progress, provenance
 from fusa_jax.system.errors import Terminated, UserError
 from fusa_jax.training import augment, datasets, input_pipeline, optimizers, scorer
 
@@ -58,6 +58,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   dataset = datasets.load_dataset_for(config, data_dir)
   task = tasks.create(config)
   optimizer, learning_rate = optimizers.make_optimizer(config)
+  hosts.check_equal(run_config.facts(config) | {'data': dataset.sha256, **provenance.versions()})
   # ---- shapes before arrays
   shapes = state_shapes(task, optimizer, config, mesh)
   pretrained = None

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -267,3 +268,29 @@ def test_unpacked_files_are_removed_when_another_process_fails(monkeypatch):
     with pytest.raises(SystemExit, match='2'):
       hosts._watch()
     assert not folder.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('differing', ['config', 'data'])
+def test_processes_with_another_config_or_data_are_refused(data_dir, tmp_path, differing):
+  """Before step 1, with the name of the process and of what differs. A copy of the data elsewhere is the same."""
+  copy = tmp_path / 'copy'
+  shutil.copytree(data_dir, copy)
+  each = [[], [f'--config.data.dir={copy}']]
+  if differing == 'config':
+    each[1] += ['--config.train.learning_rate=0.5', '--config.seed=1']
+    reasons = ['config.seed (1, not 0)', 'config.train.learning_rate (0.5, not 0.003)']
+  else:
+    (path,) = copy.rglob('metadata.json')
+    metadata = json.loads(path.read_text())
+    metadata['folds']['fold0'], metadata['folds']['fold1'] = metadata['folds']['fold1'], metadata['folds']['fold0']
+    path.write_text(json.dumps(metadata))
+    reasons = ['data (']
+  run = arguments(data_dir, tmp_path / 'run')
+  with several_hosts.Hosts(2, 1, run, tmp_path / 'logs', each=each) as two:
+    assert two.wait(120) == [2, 2], two.log(0)
+    lines = [[line for line in two.log(k).splitlines() if line.startswith('error')] for k in (0, 1)]
+  for reason, line in zip(reasons, lines[0], strict=True):
+    assert line.startswith(f'error: hosts: process 1 differs from process 0 in {reason}')
+  assert all('differs from process 0' in line for line in lines[1]) and lines[1]
+  assert not (tmp_path / 'run').exists()
