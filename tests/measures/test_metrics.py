@@ -1,5 +1,7 @@
 """Each metric compared with scikit-learn; undefined values are None."""
 
+import itertools
+
 import numpy as np
 import pytest
 from sklearn import metrics as sk
@@ -160,3 +162,15 @@ def test_counts_do_not_overflow():
   patients = metrics.by_patient(table)
   assert patients.sums['tp'].sum() == count * 512 * 512
   assert of(table, metrics.segmentation)['dice'] == 0.5
+
+
+@pytest.mark.parametrize('levels', [3, 1000])
+def test_wins_count_each_pair_of_slices(levels):
+  """Against a loop over all pairs, with many equal scores and with few; patients' slices are not in order."""
+  rng = np.random.default_rng(levels)
+  patient, label = rng.integers(0, 5, 80), rng.random(80) < 0.4
+  score = rng.integers(0, levels, 80).astype(float)
+  expected = np.zeros((5, 5))
+  for i, j in itertools.product(np.flatnonzero(label), np.flatnonzero(~label)):
+    expected[patient[i], patient[j]] += (score[i] > score[j]) + 0.5 * (score[i] == score[j])
+  np.testing.assert_array_equal(metrics._wins(label, score, patient, 5), expected)
