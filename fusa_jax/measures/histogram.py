@@ -14,6 +14,7 @@ _PER_UNIT, _REACH = 16, 16
 BINS = 2 * _REACH * _PER_UNIT
 HALF = BINS // 2  # the bin that begins at a probability of 0.5
 RELIABILITY_BINS = 20  # of equal width in probability
+_PART = 512  # pixels that are summed one after the other
 
 
 def count(logits: jax.Array, truth: jax.Array, temperature: jax.Array) -> dict[str, jax.Array]:
@@ -40,8 +41,19 @@ def count(logits: jax.Array, truth: jax.Array, temperature: jax.Array) -> dict[s
 
 
 def _sums(index, values, bins):
-  """Sums values [B, N, ...] by their index [B, N]: [B, bins, ...]."""
-  return jax.vmap(lambda at, v: jnp.zeros((bins, *v.shape[1:]), v.dtype).at[at].add(v))(index, values)
+  """Sums values [B, N, ...] by their index [B, N]: [B, bins, ...].
+
+  Sums parts of N first. A float32 sum of a whole slice, one pixel after the other, would lose most digits of the small
+  probabilities of the background.
+  """
+  batch, count = index.shape
+  part = min(_PART, count)
+  padding = -count % part
+  index = jnp.pad(index, ((0, 0), (0, padding)), constant_values=bins)  # outside of the bins: not added
+  values = jnp.pad(values, ((0, 0), (0, padding), *((0, 0),) * (values.ndim - 2)))
+  of_part = lambda at, v: jnp.zeros((bins, *v.shape[1:]), v.dtype).at[at].add(v, mode='drop')
+  parts = jax.vmap(of_part)(index.reshape(-1, part), values.reshape(-1, part, *values.shape[2:]))
+  return parts.reshape(batch, -1, *parts.shape[1:]).sum(axis=1)
 
 
 def edges() -> np.ndarray:

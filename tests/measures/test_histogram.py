@@ -45,6 +45,17 @@ def test_calibration_sums(temperature):
     assert got['squared_error'][row] / 900 == pytest.approx(brier, rel=1e-4)
 
 
+def test_sums_of_a_slice_of_background_are_exact_to_float32():
+  """512 x 512 pixels of equal small probabilities, against float64: added one by one, all are rounded the same way."""
+  logits = np.full((1, 512, 512), -12.3, np.float32)
+  got = jax.device_get(jax.jit(histogram.count)(logits, np.zeros_like(logits, np.uint8), 1.0))
+  probability = special.expit(logits.astype(np.float64))
+  assert got['reliability'][0, 2].sum() == pytest.approx(probability.sum(), rel=1e-5)
+  one_by_one = np.cumsum(probability.ravel().astype(np.float32), dtype=np.float32)[-1]
+  assert abs(one_by_one / probability.sum() - 1) > 1e-3
+  assert got['reliability'][0, 0].sum() == got['histogram'].sum() == 512 * 512
+
+
 def test_a_slice_with_one_logit_counts_as_one_pixel():
   logits = np.array([-1e9, -0.01, 0.0, 1e9], np.float32)
   got = jax.device_get(histogram.count(logits, np.array([0, 1, 1, 0]), 1.0))
