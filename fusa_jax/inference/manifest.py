@@ -27,7 +27,8 @@ class Manifest:
   """The rows of one prediction, and those of earlier ones in the same folder.
 
   Attributes:
-    rows: {input: row}. Process 0 has all rows after `join`; other processes only need their own.
+    rows: {input: row} of this and earlier predictions. Process 0 has those of all processes after `join`.
+    new_rows: the same, without the rows of earlier predictions.
   """
 
   def __init__(self, folder: pathlib.Path, process: int):
@@ -43,17 +44,23 @@ class Manifest:
     self._folder, self._is_main = folder, process == 0
     self._part = folder / _PARTS.replace('*', str(process))
     self._file, self._joined_at = None, time.monotonic()
-    self.rows = {}
+    self._is_new = not (folder / NAME).exists()
+    self.rows, self.new_rows = {}, {}
     if self._is_main:
-      self._read(folder / NAME)
+      self.rows |= self._read(folder / NAME)
 
   def check_own(self) -> None:
-    """Raises a UserError if predictions.csv has other columns: another program wrote it."""
+    """Raises a UserError if predictions.csv has other columns, or rows of another form: it was changed."""
     path = self._folder / NAME
-    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError, csv.Error), path.open(newline='') as file:
-      if tuple(next(csv.reader(file), ())) == COLUMNS:
-        return
-    if path.exists():
+    try:
+      with path.open(newline='', encoding='utf-8') as file:
+        first, *others = csv.reader(file)
+      is_own = tuple(first) == COLUMNS and all(map(_is_row, others))
+    except FileNotFoundError:
+      return
+    except (ValueError, csv.Error, OSError):
+      is_own = False
+    if not is_own:
       own_files.refuse([path])
 
   def add(self, row: dict) -> None:
@@ -70,7 +77,7 @@ class Manifest:
       self._file.write('\n')
       csv.DictWriter(self._file, COLUMNS, lineterminator='\n').writerow(row)
       self._file.flush()
-    self.rows[row['input']] = row
+    self.rows[row['input']] = self.new_rows[row['input']] = row
     if self._is_main and time.monotonic() - self._joined_at > _JOIN_EVERY:
       self.join()
 
@@ -80,7 +87,8 @@ class Manifest:
       return
     parts = sorted(self._folder.glob(_PARTS)) if self._folder.is_dir() else []
     for part in parts:
-      self._read(part)
+      self.new_rows |= self._read(part)
+    self.rows |= self.new_rows
     if parts:
       files.write_csv(self._folder / NAME, [self.rows[name] for name in sorted(self.rows)])
     self.close()
@@ -88,27 +96,34 @@ class Manifest:
       part.unlink(missing_ok=True)
     self._joined_at = time.monotonic()
 
-  def forget(self, inputs: Iterable[str]) -> None:
-    """Drops the rows of inputs that are predicted now."""
-    for name in inputs:
-      self.rows.pop(name, None)
+  def begin(self) -> None:
+    """Process 0: joins what a killed prediction left, and removes its temporary files."""
+    files.remove_partials(self._folder)
+    self.join(at_end=True)
+    self.new_rows = {}
 
   def remove_if_new(self) -> None:
     """Removes predictions.csv if it only has the row of an input that was refused."""
-    if self._is_main and len(self.rows) == 1:
+    if self._is_main and self._is_new:
       (self._folder / NAME).unlink(missing_ok=True)
 
   def close(self) -> None:
     if self._file is not None:
-      self._file.close()
+      with contextlib.suppress(OSError):  # `add` has reported a full disk
+        self._file.close()
       self._file = None
 
-  def _read(self, path):
-    """Adds the rows of a file; a row that was not written to its end is left out."""
-    with contextlib.suppress(FileNotFoundError), path.open(newline='', encoding='utf-8') as file:
-      for cells in csv.reader(line for line in file if line.strip()):
-        if len(cells) == len(COLUMNS) and cells[2] in (PREDICTED, REFUSED, FAILED):
-          self.rows[cells[0]] = dict(zip(COLUMNS, cells, strict=True))
+  @staticmethod
+  def _read(path):
+    """The rows of a file by input; a row that was not written to its end is left out."""
+    with contextlib.suppress(OSError, ValueError, csv.Error), path.open(newline='', encoding='utf-8') as file:
+      rows = [cells for cells in csv.reader(file) if _is_row(cells)]
+      return {cells[0]: dict(zip(COLUMNS, cells, strict=True)) for cells in rows}
+    return {}
+
+
+def _is_row(cells):
+  return len(cells) == len(COLUMNS) and cells[2] in (PREDICTED, REFUSED, FAILED)
 
 
 def refused(folder: pathlib.Path) -> set[str]:
@@ -124,6 +139,8 @@ def locked(folder: pathlib.Path) -> Iterable[None]:
   Raises:
     UserError: another prediction writes to the folder now; or the folder cannot be written.
   """
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f'output: {folder} is a file; give a folder')
   path, is_new = folder / '.predictions.lock', not folder.exists()
   with files.writing(path):
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,8 +154,8 @@ def locked(folder: pathlib.Path) -> Iterable[None]:
   try:
     yield
   finally:
+    # The file remains: another process may have it open already and would hold a lock on a removed file.
+    if is_new and list(folder.iterdir()) == [path]:
+      path.unlink()
+      folder.rmdir()
     lock.release()
-    path.unlink(missing_ok=True)
-    if is_new:
-      with contextlib.suppress(OSError):  # it is not empty
-        folder.rmdir()

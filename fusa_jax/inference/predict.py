@@ -10,8 +10,10 @@ skips each input whose result is complete and was made from the same bytes by th
 import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import itertools
+import json
 import logging
 import os
 import pathlib
@@ -26,11 +28,11 @@ from fusa_jax.inference import manifest
 from fusa_jax.inference.predictor import Prediction, Predictor
 from fusa_jax.scans import dicom_seg, nifti, pictures, volumes
 from fusa_jax.scans.archives import unpacking
-from fusa_jax.scans.formats import Source
+from fusa_jax.scans.formats import FileSource, Source
 from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import hosts, own_files, progress
 from fusa_jax.system.errors import HostLost, UserError, one_line
-from fusa_jax.system.files import printable, replacing
+from fusa_jax.system.files import printable, replacing, sha256
 
 # Number of pictures that are predicted together.
 _TOGETHER = 64
@@ -102,7 +104,7 @@ def predict(
       if not tasks.type_of(run.model.task).has_masks:
         raise UserError('dicom: applies to masks only, and this model gives none; leave it out')
       dicom_seg.check_series(sources)
-    job = _Job(run, output, probabilities, as_dicom)
+    job = _Job(run, output, probabilities, as_dicom, (source if source.is_dir() else source.parent).resolve())
     with manifest.locked(output) if hosts.is_main() else contextlib.nullcontext():
       return _predict(job, sources, overwrite, strict)
 
@@ -117,9 +119,11 @@ def _predict(job, sources, overwrite, strict):
     if not overwrite:
       rows.check_own()
       own_files.refuse(path for source in sources for path in own_files.changed(*job.paths(source)))
-    rows.join(at_end=True)  # what a killed prediction left
-    rows.forget(source.place for source in sources)
+      job.check_inputs(sources)
+    rows.begin()
 
+  listed = json.dumps([(source.place, source.stem) for source in sources])
+  hosts.check_equal({'the inputs (SHA-256 of their names)': sha256(listed.encode())})
   hosts.on_main(check)
   try:
     _run(job, sources, rows)
@@ -135,14 +139,14 @@ def _predict(job, sources, overwrite, strict):
     rows.remove_if_new()
     raise UserError(reasons[0])
   if not counts.predicted:
-    raise UserError(f'input: all {len(sources)} inputs were refused; {output / manifest.NAME} has the reasons')
+    raise UserError(f'input: all {len(sources)} inputs were refused or failed; see {output / manifest.NAME}')
   return counts
 
 
 def _count(rows, sources):
   """The counts of all processes, and the reasons of inputs that were not predicted."""
   rows.join(at_end=True)
-  known = [row for source in sources if (row := rows.rows.get(source.place))]
+  known = [row for source in sources if (row := rows.new_rows.get(source.place))]
   statuses = collections.Counter(row['status'] for row in known)
   counts = [statuses[name] for name in (manifest.PREDICTED, manifest.REFUSED, manifest.FAILED)]
   return counts, [row['reason'] for row in known if row['reason']]
@@ -204,8 +208,9 @@ class _Input:
 class _Job:
   """The steps of a prediction: `read`, `compute` and `write`. Each settles the inputs that cannot go on."""
 
-  def __init__(self, run: Predictor, output: pathlib.Path, probabilities: bool, as_dicom: bool):
+  def __init__(self, run: Predictor, output: pathlib.Path, probabilities: bool, as_dicom: bool, folder: pathlib.Path):
     self.run, self.output, self._probabilities, self._as_dicom = run, output, probabilities, as_dicom
+    self._folder = folder  # of the inputs
     self._has_masks = tasks.type_of(run.model.task).has_masks
 
   @functools.cached_property
@@ -219,6 +224,23 @@ class _Job:
       ending = '.png' if source.is_picture else '.nii.gz'
       names += [f'_mask{ending}'] + [f'_probability{ending}'] * self._probabilities + ['_mask.dcm'] * self._as_dicom
     return self.output / f'{source.stem}.json', [self.output / f'{source.stem}{name}' for name in names]
+
+  def check_inputs(self, sources: list[Source]) -> None:
+    """Raises a UserError if a result would replace that of another input with the same name."""
+    lines = []
+    for source in sources:
+      path, _ = self.paths(source)
+      made_of = (own_files.read_record(path) or {}).get('made_of', {})
+      if made_of.get('path_sha256', self._path_sha256(source)) == self._path_sha256(source):
+        continue
+      with contextlib.suppress(OSError):
+        if source.sha256() != made_of['input_sha256']:
+          lines.append(f'{path}: the result of another {source.name}; give another folder, or add --overwrite')
+    if lines:
+      raise UserError('\n'.join(lines))
+
+  def _path_sha256(self, source):
+    return sha256(os.fsencode(self._folder / source.place))
 
   def read(self, sources: list[Source]) -> list[_Input]:
     """Reads the inputs that have no complete result yet."""
@@ -243,13 +265,19 @@ class _Job:
     """The record of a complete result from the same bytes and run; None without one."""
     path, others = self.paths(one.source)
     record = own_files.read_record(path)
-    if record is None or record.get('made_of') != self._made_of(one):
+    made_of = self._made_of(one)
+    # A moved input is the same input.
+    if record is None or record.get('made_of', {}) | {'path_sha256': made_of['path_sha256']} != made_of:
       return None
     same = set(record['files']) == {other.name for other in others}
     return record if same and own_files.is_complete(self.output, record) else None
 
   def _made_of(self, one):
-    return {'input_sha256': one.sha256, 'run_sha256': self.sha256}
+    return {
+      'input_sha256': one.sha256,
+      'run_sha256': self.sha256,
+      'path_sha256': self._path_sha256(one.source),
+    }
 
   def compute(self, inputs: list[_Input]) -> list[_Input]:
     """Computes the probabilities of a scan, or of pictures together."""
@@ -278,37 +306,44 @@ class _Job:
     for one in inputs:
       if one.row is not None:
         continue
-      prediction = None
       with self._on(one):
         prediction = self.run.result(one.image, one.probability)
-      if prediction is not None:
-        began = time.monotonic()
         self._write(one, prediction)
-        one.seconds += time.monotonic() - began
+      if one.row is None:
         one.settle(manifest.PREDICTED, self.sha256, lesion_ml=prediction.numbers.get('lesion_ml'))
     return inputs
 
   @contextlib.contextmanager
   def _on(self, one):
-    """Measures the time spent on an input; an error inside settles it."""
+    """Measures the time spent on an input; an error inside settles it, except one of the output folder."""
     began, error = time.monotonic(), None
     try:
       yield
     except Exception as raised:
       error = raised
     one.seconds += time.monotonic() - began
-    if error is not None:
-      self._fail(one, error)
+    if error is None:
+      return
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno not in (errno.ENAMETOOLONG, errno.EISDIR):
+      raise error  # a full disk: no other result can be written either
+    self._fail(one, error)
 
   def _fail(self, one, error):
     """Settles an input as refused by a UserError, or as failed by another error."""
+    source, details = one.source, None
     if isinstance(error, UserError):
-      status, reason = manifest.REFUSED, printable(' '.join(str(error).split()))
-      logging.warning('%s: %s', status, reason)
+      status, reason = manifest.REFUSED, ' '.join(str(error).split())
+    elif source.hides_paths:
+      status, reason = manifest.FAILED, f'{source}: {type(error).__name__}'
     else:
-      status = manifest.FAILED
-      reason = printable(f'{one.source}: {type(error).__name__}: {one_line(error, 200)}')
-      logging.warning('%s: %s', status, reason, exc_info=None if isinstance(error, MemoryError | OSError) else error)
+      status, reason = manifest.FAILED, f'{source}: {type(error).__name__}: {one_line(error, 200)}'
+      details = None if isinstance(error, MemoryError | OSError) else error
+    # The place is the same for all hosts, and without temporary folders of archives.
+    reason = printable(reason.replace(str(source), source.place) if isinstance(source, FileSource) else reason)
+    if (path := self.paths(source)[0]).exists():
+      reason += f' (an earlier result remains, {path.name})'
+    logging.warning('%s: %s', status, reason, exc_info=details)
     one.settle(status, self.sha256, reason=reason)
 
   def _write(self, one, prediction: Prediction):
@@ -325,7 +360,8 @@ class _Job:
         self._write_file(other, partial, source, one.image, prediction)
         digests[other.name] = own_files.digest_of(partial)
       for name in {*digests, *(earlier['files'] if earlier else ())}:
-        (self.output / name).unlink(missing_ok=True)
+        if name.startswith(f'{source.stem}_'):
+          (self.output / name).unlink(missing_ok=True)
       kind = 'picture' if source.is_picture else 'scan'
       numbers = {kind: printable(source.name), **prediction.numbers, 'made_of': self._made_of(one)}
       own_files.write_record(path, numbers, digests)
@@ -340,7 +376,8 @@ class _Job:
     if source.is_picture:
       pictures.write_picture(partial, np.rint(values * 255).astype(np.uint8))
     else:
-      nifti.write_volume(partial, values, image)
+      with partial.open('wb') as file:
+        nifti.write_volume_to(file, values, image, compressed=True)
 
 
 def _check(sources, values):
@@ -355,6 +392,8 @@ def _check(sources, values):
       source.read_image(values)
     except UserError as error:
       return str(error)
+    except Exception as error:
+      return f'{source}: {type(error).__name__}'
 
   with _readers() as reader:
     problems = [line for line in reader.map(problem, sources) if line]

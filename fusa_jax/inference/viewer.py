@@ -19,7 +19,7 @@ from fusa_jax.scans import nifti, volume_files, volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.sources import counted, find_sources
 from fusa_jax.system import own_files, pages, progress
-from fusa_jax.system.errors import UserError, one_line
+from fusa_jax.system.errors import PartlyRefused, UserError, one_line
 
 # The page that links to all others if there are several.
 _INDEX = 'view.html'
@@ -49,8 +49,8 @@ def view(source: pathlib.Path, masks: pathlib.Path, overwrite: bool = False) -> 
 
   Raises:
     UserError: the source holds no scan. Or results are missing or damaged, or pages exist that this program did not
-      write: the message lists all, and no page is written. Or a scan or its mask is refused, or the mask has another
-      grid: the pages of earlier scans remain.
+      write: the message lists all, and no page is written. Or all scans or masks are refused.
+    PartlyRefused: a scan or its mask is refused, or the result was made from other bytes: the other pages are written.
   """
   with unpacking() as unpacked:
     scans = find_sources(source, None, unpacked)
@@ -76,11 +76,20 @@ def view(source: pathlib.Path, masks: pathlib.Path, overwrite: bool = False) -> 
       own_files.refuse(path for path in paths if own_files.has_changed(path, None))
     written = []
     for scan in progress.bar(scans, desc='Writing pages', unit='pages', show=len(scans) > 1):
-      written.append(_write_page(masks, scan, results[scan.stem]))
+      try:
+        results[scan.stem] = _write_page(masks, scan, results[scan.stem])
+        written.append(masks / f'{scan.stem}.html')
+      except UserError as error:
+        problems.append(str(error))
+        del results[scan.stem]
+  if not written:
+    raise UserError('\n'.join(problems))
   if len(scans) > 1:
     pages.write_page(masks / _INDEX, 'viewer_index.html', results=dict(sorted(results.items())))
     written.insert(0, masks / _INDEX)
   logging.info('%s: open it in a browser', written[0])
+  if problems:
+    raise PartlyRefused('\n'.join(problems))
   return written
 
 
@@ -120,7 +129,10 @@ def _mask(masks, name):
   return masks / f'{name}_mask.nii.gz'
 
 
-def _write_page(masks, source, result):
+def _write_page(masks, source, result) -> dict[str, Any]:
+  """Writes the page of a scan; returns its result, with the volume of a mask that was corrected by hand."""
+  if 'made_of' in result and result['made_of']['input_sha256'] != source.sha256():
+    raise UserError(f'{masks / source.stem}.json: was made from another {source.name}; {_PREDICT} again')
   name, scan = source.stem, volumes.on_canonical_axes(source.read_image(result['values']))
   if len(scan.values) != result['num_slices']:
     raise UserError(
@@ -132,9 +144,12 @@ def _write_page(masks, source, result):
     labels = volume_files.read_labels(_mask(masks, name))
     volumes.check_same_grid(labels, scan, 'scan')
     mask = labels.mask
-  page = masks / f'{name}.html'
+    if result.get('files', {}).get(labels.path.name, digest := own_files.digest_of(labels.path)) != digest:
+      logging.warning('%s: changed since the prediction; the page shows its own volume', labels.path)
+      volume = {'lesion_ml': float(mask.sum(dtype=np.int64) * labels.voxel_ml)}
+      result = result | volume | {'positive_slices': np.flatnonzero(mask.any(axis=(1, 2))).tolist()}
   pages.write_page(
-    page,
+    masks / f'{name}.html',
     'viewer.html',
     name=name,
     result=result,
@@ -148,7 +163,7 @@ def _write_page(masks, source, result):
     niivue=gzip.decompress((_NIIVUE / 'niivue.umd.js.gz').read_bytes()).decode(),
     licence=(_NIIVUE / 'LICENSE.txt').read_text(),
   )
-  return page
+  return result
 
 
 def _embedded(volume, scan):

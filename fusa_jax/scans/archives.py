@@ -18,6 +18,8 @@ from fusa_jax.system.errors import UserError, one_line
 _DEPTH = 4
 # Files and folders that operating systems leave behind, in lower case.
 _LEFTOVERS = ('__macosx', 'thumbs.db', 'desktop.ini', '@eadir', '$recycle.bin', 'system volume information')
+# The file that says which archive was unpacked beside it.
+_ORIGIN = 'origin'
 # The folders of `unpacking` that exist now.
 _in_use = set()
 
@@ -118,6 +120,7 @@ def _unpacked(archive, folder, called, damaged, depth=1, is_inside=True):
     if depth > _DEPTH:  # some archives contain themselves
       raise UserError(f'{called}: archives are nested {depth} deep; unpack it by hand')
     inside.mkdir(parents=True)
+    (inside.parent / _ORIGIN).write_bytes(os.fsencode(archive))
     unpack(archive, inside, called)
   except UserError as error:
     if damaged is None or not is_inside:
@@ -126,6 +129,15 @@ def _unpacked(archive, folder, called, damaged, depth=1, is_inside=True):
     return
   for path in in_folder(inside):
     yield from _unpacked(path, folder, path.name, damaged, depth + 1) if is_archive(path) else (path,)
+
+
+def place_of(path: pathlib.Path, source: pathlib.Path, unpacked: pathlib.Path) -> pathlib.PurePath:
+  """The path of a file of `within` inside its source, with the names of the archives that it lies in."""
+  if path.is_relative_to(unpacked):
+    number, _, *rest = path.relative_to(unpacked).parts
+    archive = pathlib.Path(os.fsdecode((unpacked / number / _ORIGIN).read_bytes()))
+    return place_of(archive, source, unpacked).joinpath(*rest)
+  return path.relative_to(source) if source.is_dir() else pathlib.PurePath(path.name)
 
 
 def in_folder(folder: pathlib.Path) -> list[pathlib.Path]:

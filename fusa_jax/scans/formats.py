@@ -27,10 +27,12 @@ class Source(abc.ABC):
     stem: the first part of the names of result files.
     title: the name in log lines.
     place: the path of a file within the input, or the name of a series: unique within an input.
+    hides_paths: whether messages must not show paths, because exports name folders by patient.
   """
 
   endings: ClassVar[str] = ''
   is_picture: ClassVar[bool] = False
+  hides_paths: ClassVar[bool] = False
   name: str
   stem = title = place = property(lambda self: self.name)
 

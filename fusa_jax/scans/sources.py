@@ -10,10 +10,10 @@ import unicodedata
 from collections.abc import Iterable
 
 from fusa_jax.scans import dicom, pictures, volume_files
-from fusa_jax.scans.archives import within
+from fusa_jax.scans.archives import place_of, within
 from fusa_jax.scans.formats import FileSource, Refused, Source
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import sha256
+from fusa_jax.system.files import printable, sha256
 
 # A file belongs to the first format that claims it. Formats that check only names come before those that open files.
 FORMATS: tuple[type[Source], ...] = (volume_files.VolumeFile, pictures.PictureFile, dicom.Series)
@@ -66,7 +66,10 @@ def find_sources(path: pathlib.Path, intensity: str | None, unpacked: pathlib.Pa
       raise UserError(f'input: {sources[0]} is an 8-bit picture{advice}')
     others += [source.path for source in sources if source.is_picture]
     sources = scans
-  sources += [Refused(archive.name, message, (archive,)) for archive, message in damaged.items()]
+  sources += [
+    Refused(printable(str(place_of(archive, path, unpacked))), message, (archive,))
+    for archive, message in damaged.items()
+  ]
   if not sources:
     expected = f'scan ({_endings()}, DICOM)'
     if intensity == 'grey':
@@ -80,13 +83,9 @@ def find_sources(path: pathlib.Path, intensity: str | None, unpacked: pathlib.Pa
 
 def _placed(source, path, unpacked):
   """The source with its place in the input."""
-  if not isinstance(source, FileSource) or source.path == path:
+  if not isinstance(source, FileSource):
     return source
-  if source.path.is_relative_to(unpacked):  # UNPACKED/NUMBER/ARCHIVE.zip/...
-    place = pathlib.PurePath(*source.path.relative_to(unpacked).parts[1:])
-  else:
-    place = source.path.relative_to(path)
-  return dataclasses.replace(source, place=place.as_posix())
+  return dataclasses.replace(source, place=place_of(source.path, path, unpacked).as_posix())
 
 
 def _with_own_names(sources):

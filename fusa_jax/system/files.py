@@ -8,12 +8,15 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fusa_jax.system.errors import UserError, one_line
 
+# The names of `_partial`.
+_PARTIAL = re.compile(r'\.\d+\.[0-9a-f]{16}(\.[\w.]*)?')
 # What to do about errors that no free space cures.
 _ADVICE = {
   errno.ENAMETOOLONG: 'give its input a shorter name',
@@ -50,6 +53,8 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
       yield partial
+      with partial.open('rb') as file:
+        os.fsync(file.fileno())  # else a power cut may leave an empty file under the final name
       os.replace(partial, path)
     finally:
       partial.unlink(missing_ok=True)
@@ -81,9 +86,17 @@ def _partial(path):
   return path.with_name(f'.{os.getpid()}.{sha256(os.fsencode(path.name))[:16]}{endings if len(endings) < 20 else ""}')
 
 
+def remove_partials(folder: pathlib.Path) -> None:
+  """Removes the temporary files that killed processes left in a folder. Call it only while no other process writes."""
+  for path in folder.glob('.*') if folder.is_dir() else ():
+    if _PARTIAL.fullmatch(path.name):
+      path.unlink(missing_ok=True)
+
+
 def printable(text: str) -> str:
-  """A file name with characters that UTF-8 can store: other bytes of it become escapes such as `\\xfc`."""
-  return os.fsencode(text).decode('utf-8', 'backslashreplace')
+  """A file name on one line that UTF-8 can store: other bytes and control characters become escapes such as `\\xfc`."""
+  text = os.fsencode(text).decode('utf-8', 'backslashreplace')
+  return ''.join(sign if sign.isprintable() else sign.encode('unicode_escape').decode() for sign in text)
 
 
 def sha256(content: bytes) -> str:

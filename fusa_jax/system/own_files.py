@@ -39,7 +39,10 @@ def read_record(path: pathlib.Path) -> dict[str, Any] | None:
   try:
     value = json.loads(path.read_text())
     stated = value.pop(_KEY)
-    return value if stated == _digest(value) and isinstance(value['files'], dict) else None
+    names = value['files'].keys()
+    # A record only speaks of files beside it.
+    is_own = stated == _digest(value) and all(pathlib.PurePath(name).name == name for name in names)
+    return value if is_own else None
   except (OSError, ValueError, AttributeError, KeyError, TypeError):
     return None
 
@@ -70,15 +73,16 @@ def is_complete(folder: pathlib.Path, record: dict) -> bool:
 
 
 def changed(path: pathlib.Path, others: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-  """The files that are not this program's own, among a record and files that would be written with it.
+  """The files that are not this program's own, among a record, its files and files that would be written with it.
 
   Args:
     path: the record.
-    others: the other files.
+    others: the files that would be written.
   """
   record = read_record(path)
   foreign = [path] if record is None and (path.exists() or path.is_symlink()) else []
-  return foreign + [other for other in others if has_changed(other, record)]
+  every = dict.fromkeys([*others, *(path.parent / name for name in (record or {}).get('files', ()))])
+  return foreign + [other for other in every if has_changed(other, record)]
 
 
 def refuse(paths: Iterable[pathlib.Path]) -> None:

@@ -56,11 +56,11 @@ def start(main: Callable, parse_flags: Callable) -> None:
         print(partly, file=sys.stderr)
       exits.leave(4)
     except Terminated as stop:
-      print(f'\nstopped {stop}; rerun the same command to resume from the last checkpoint', file=sys.stderr)
+      print(f'\nstopped {stop}; rerun the same command to resume', file=sys.stderr)
       hosts.disconnect()
       exits.leave(143)
     except KeyboardInterrupt:
-      print('\ninterrupted; rerun the same command to resume from the last checkpoint', file=sys.stderr)
+      print('\ninterrupted; rerun the same command to resume', file=sys.stderr)
       hosts.fail_together('interrupted', 130)
       exits.leave(130)
     except Exception as error:

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import itertools
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+import zipfile
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 import several_hosts
 
 from fusa_jax.inference import manifest, predict, predictor, viewer
-from fusa_jax.scans import volume_files
+from fusa_jax.scans import nifti, volume_files
 from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
 
@@ -63,7 +65,7 @@ def test_bad_inputs_are_named_and_the_others_predicted(predictors, scan, tmp_pat
   assert of_all['a.nii.gz']['input_sha256'] == own_files.digest_of(scan) == result['made_of']['input_sha256']
   assert len({row['run_sha256'] for row in of_all.values()}) == 1
   assert sorted(path.name for path in out.iterdir()) == sorted(
-    [*(f'{name}{kind}' for name in 'ab' for kind in ('.json', '_mask.nii.gz')), 'predictions.csv']
+    [*(f'{name}{kind}' for name in 'ab' for kind in ('.json', '_mask.nii.gz')), 'predictions.csv', '.predictions.lock']
   )
   pages = viewer.view(folder, out)
   assert [page.name for page in pages] == ['view.html', 'a.html', 'b.html']
@@ -73,7 +75,7 @@ def test_bad_inputs_are_named_and_the_others_predicted(predictors, scan, tmp_pat
 def test_all_refused_is_an_error(predictors, scan, tmp_path):
   (tmp_path / 'in').mkdir()
   seven_bad(tmp_path / 'in', scan)
-  with pytest.raises(UserError, match=r'^input: all 7 inputs were refused; .*predictions.csv has the reasons$'):
+  with pytest.raises(UserError, match=r'^input: all 7 inputs were refused or failed; see .*predictions.csv$'):
     predict.predict(predictors['seg'], tmp_path / 'in', tmp_path / 'out')
   assert len(rows(tmp_path / 'out')) == 7
   with pytest.raises(UserError, match=r'bad2.nii.gz: '):
@@ -157,6 +159,118 @@ def test_files_of_others_are_never_replaced(predictors, scan, tmp_path, file, ea
   assert predict.predict(predictors['seg'], folder, folder, **options) == predict.Counts(1, 0, 0)
 
 
+def test_results_of_other_inputs_are_never_replaced(predictors, raw_dir, tmp_path):
+  """Two patients' scans of one name, one after the other. The same scan from another place is the same input."""
+  for number, name in ((1, 'a'), (2, 'b'), (1, 'c')):
+    (tmp_path / name).mkdir()
+    shutil.copy(raw_dir / f'volume-phantom-A-000{number}_ct.nii.gz', tmp_path / name / 'ct.nii.gz')
+  run = lambda name, **options: predict.predict(predictors['seg'], tmp_path / name, tmp_path / 'out', **options)
+  assert run('a').predicted == 1
+  with pytest.raises(UserError, match=r'ct.json: the result of another ct.nii.gz; give another folder, or add --overw'):
+    run('b/ct.nii.gz')
+  with pytest.raises(UserError, match=r'ct.json: was made from another ct.nii.gz; run --mode=predict'):
+    viewer.view(tmp_path / 'b', tmp_path / 'out')
+  before = (tmp_path / 'out' / 'ct.json').stat().st_mtime_ns
+  assert run('c').predicted == 1 and (tmp_path / 'out' / 'ct.json').stat().st_mtime_ns == before
+  assert run('b', overwrite=True).predicted == 1
+
+
+def test_a_corrected_file_that_is_not_asked_for_stays(predictors, scan, tmp_path):
+  predict.predict(predictors['seg'], scan, tmp_path, probabilities=True)
+  (corrected,) = tmp_path.glob('*_probability.nii.gz')
+  corrected.write_bytes(b'mine')
+  with pytest.raises(UserError, match=r'_probability.nii.gz: exists, and this program did not'):
+    predict.predict(predictors['seg'], scan, tmp_path)
+  assert corrected.read_bytes() == b'mine'
+
+
+def test_a_record_of_files_elsewhere_is_not_one(tmp_path):
+  own_files.write_record(tmp_path / 'a.json', {}, {'../b': 'x'})
+  assert own_files.read_record(tmp_path / 'a.json') is None
+
+
+def test_the_page_of_a_corrected_mask_shows_its_volume(predictors, scan, tmp_path):
+  predict.predict(predictors['seg'], scan, tmp_path)
+  (path,) = tmp_path.glob('*_mask.nii.gz')
+  image = nib.load(path)
+  corrected = np.zeros(image.shape, np.uint8)
+  corrected[4:8, 4:8, 3] = 1
+  nib.save(nib.Nifti1Image(corrected, None, image.header), path)
+  (page,) = viewer.view(scan, tmp_path)
+  ml = 16 * np.prod(image.header.get_zooms()) / 1000
+  assert f'<b>{ml:.1f} mL</b> of lesion, <b>1 of ' in page.read_text()
+
+
+def test_rows_of_earlier_predictions_stay(predictors, scan, tmp_path):
+  """Also while a new prediction is under way, and if a single input is refused later."""
+  folder, out = tmp_path / 'in', tmp_path / 'out'
+  folder.mkdir()
+  for name in 'ab':
+    shutil.copy(scan, folder / f'{name}.nii.gz')
+  predict.predict(predictors['seg'], folder, out)
+  (folder / 'a.nii.gz').write_bytes(b'')
+  with pytest.raises(UserError, match=r'a.nii.gz: .* \(an earlier result remains, a.json\)$'):
+    predict.predict(predictors['seg'], folder / 'a.nii.gz', out)
+  assert {name: row['status'] for name, row in rows(out).items()} == {'a.nii.gz': 'refused', 'b.nii.gz': 'predicted'}
+  one = manifest.Manifest(out, 0)
+  one.begin()
+  one.join()
+  assert len(rows(out)) == 2
+
+
+@pytest.mark.parametrize('content', [b'\xf6', b'a;b\n', b'sum,,,,,,\n'], ids=['latin-1', 'semicolons', 'sum'])
+def test_a_table_that_was_changed_is_not_replaced(predictors, scan, tmp_path, content):
+  predict.predict(predictors['seg'], scan, tmp_path)
+  with (tmp_path / 'predictions.csv').open('ab') as file:
+    file.write(content)
+  before = (tmp_path / 'predictions.csv').read_bytes()
+  with pytest.raises(UserError, match=r'predictions.csv: exists, and this program did not write it'):
+    predict.predict(predictors['seg'], scan, tmp_path)
+  assert (tmp_path / 'predictions.csv').read_bytes() == before
+  predict.predict(predictors['seg'], scan, tmp_path, overwrite=True)
+  assert len(rows(tmp_path)) == 1
+
+
+def test_an_error_while_writing_is_a_failure_of_its_input_only(predictors, scan, tmp_path, monkeypatch):
+  for name in 'abc':
+    shutil.copy(scan, tmp_path / f'{name}.nii.gz')
+  write, count = nifti.write_volume_to, itertools.count(1)
+
+  def writing(*arguments, **options):
+    if next(count) == 2:
+      raise ValueError('a bug')
+    write(*arguments, **options)
+
+  monkeypatch.setattr(nifti, 'write_volume_to', writing)
+  assert predict.predict(predictors['seg'], tmp_path, tmp_path / 'out') == predict.Counts(2, 0, 1)
+  assert rows(tmp_path / 'out')['b.nii.gz']['reason'] == 'b.nii.gz: ValueError: a bug'
+
+
+def test_archives_of_one_name_and_their_reasons(predictors, scan, tmp_path):
+  """Inputs are named by their whole path, also in archives; no temporary folder appears in a reason."""
+  content = scan.read_bytes()
+  for name, good in (('a/P.zip', True), ('b/P.zip', True), ('c/P.zip', False)):
+    (tmp_path / 'in' / name).parent.mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / 'in' / name, 'w') as packed:
+      packed.writestr('ct.nii.gz', content if good else content[:-50])
+  (tmp_path / 'in' / 'd').mkdir()
+  (tmp_path / 'in' / 'd' / 'P.zip').write_bytes(b'no archive')
+  assert predict.predict(predictors['seg'], tmp_path / 'in', tmp_path / 'out') == predict.Counts(2, 2, 0)
+  table = rows(tmp_path / 'out')
+  assert list(table) == ['a/P.zip/ct.nii.gz', 'b/P.zip/ct.nii.gz', 'c/P.zip/ct.nii.gz', 'd/P.zip']
+  assert table['c/P.zip/ct.nii.gz']['reason'].startswith('c/P.zip/ct.nii.gz: truncated')
+  assert {path.name for path in (tmp_path / 'out').glob('*.json')} == {'a.json', 'b.json'}
+
+
+def test_temporary_files_of_killed_processes_are_removed(predictors, scan, tmp_path):
+  left = [tmp_path / f'.12345.{"0123456789abcdef"}{ending}' for ending in ('.nii.gz', '.json', '')]
+  others = [tmp_path / '.12345.mine', tmp_path / '.hidden']
+  for path in [*left, *others]:
+    path.touch()
+  predict.predict(predictors['seg'], scan, tmp_path)
+  assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
 def test_pages_of_others_are_never_replaced(predictors, scan, tmp_path):
   predict.predict(predictors['seg'], scan, tmp_path)
   (page,) = viewer.view(scan, tmp_path)
@@ -232,7 +346,7 @@ def test_killed_and_resumed_each_scan_is_computed_once(runs, many, tmp_path, pro
   table = rows(out)
   assert table.keys() == names and {name for name, row in table.items() if row['status'] == 'refused'} == bad
   assert all(complete(out, f'{name[:-7]}.json') for name in names - bad)
-  assert not list(out.glob('.predictions*'))
+  assert not list(out.glob('.predictions.*.csv')) and not list(out.glob('.[0-9]*'))
 
 
 def complete(folder: pathlib.Path, name: str) -> bool:

@@ -185,7 +185,12 @@ def test_a_format_in_the_list_is_predicted_and_viewed(with_arrays, predictors, r
   with pytest.raises(UserError, match=r'^dicom: mine\.npy is not a DICOM series'):
     predict.predict(predictors['seg'], path, out, as_dicom=True)
   predict.predict(predictors['seg'], path, out)
-  assert sorted(made.name for made in out.iterdir()) == ['mine.json', 'mine_mask.nii.gz', 'predictions.csv']
+  assert sorted(made.name for made in out.iterdir()) == [
+    '.predictions.lock',
+    'mine.json',
+    'mine_mask.nii.gz',
+    'predictions.csv',
+  ]
   assert json.loads((out / 'mine.json').read_text())['scan'] == 'mine.npy'
   expected = predictors['seg'](scan.values, (5, 2, 2))
   np.testing.assert_array_equal(volume_files.read_labels(out / 'mine_mask.nii.gz').mask, expected.mask)
