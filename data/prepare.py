@@ -65,7 +65,7 @@ def scans(raw_dir: str | pathlib.Path, options: CohortOptions = AS_RELEASED) -> 
   Raises:
     UserError: as `prepare`, for missing files.
   """
-  cases = [case for case in find(raw_dir, options)[1] if not isinstance(case.ct, tuple) and case.slice is None]
+  cases = [case for case in find(raw_dir, options, quiet=True)[1] if not isinstance(case.ct, tuple) and case.slice is None]
   return {case.patient: functools.partial(read.volume, case) for case in cases}
 
 

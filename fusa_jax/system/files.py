@@ -65,6 +65,11 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
       shutil.rmtree(partial, ignore_errors=True)
 
 
+def printable(text: str) -> str:
+  """A file name with characters that UTF-8 can store: other bytes of it become escapes such as `\\xfc`."""
+  return os.fsencode(text).decode('utf-8', 'backslashreplace')
+
+
 def sha256(content: bytes) -> str:
   return hashlib.sha256(content).hexdigest()
 

@@ -141,7 +141,7 @@ def test_doubled_and_missing_names_are_reported(laid, tmp_path):
 
   mask = 'volume-phantom-A-0002_seg.nii.gz'
   assert broken(lambda f: copy(f / mask, f / mask.replace('_seg', '_mask'))) == (
-    '02_mask.nii.gz: same patient as volume-phantom-A-0002_seg.nii.gz; remove one of the two'
+    '02_seg.nii.gz: same patient as volume-phantom-A-0002_mask.nii.gz; remove one of the two'
   )
   assert broken(lambda f: shutil.rmtree(f / 'volume-phantom-A-0002')) == (
     '02_seg.nii.gz: the DICOM folder volume-phantom-A-0002 is missing; add it, or remove the mask'
