@@ -70,7 +70,7 @@ def prepared(config: ml_collections.ConfigDict) -> pathlib.Path:
 
   options = config.data
   if options.dir and not options.raw_dir:
-    return pathlib.Path(options.dir)
+    return pathlib.Path(options.dir).expanduser()
 
   def prepare_data() -> str:
     from data import prepare

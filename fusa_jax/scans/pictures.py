@@ -13,6 +13,10 @@ from fusa_jax.system.files import replacing
 _COLOURLESS = 24
 
 
+class ColouredError(UserError):
+  """A picture is in colour."""
+
+
 def is_picture_file(path: pathlib.Path) -> bool:
   return path.suffix.lower() in ('.png', '.jpg', '.jpeg') and not path.name.startswith('.')
 
@@ -40,16 +44,16 @@ def read_picture(path: pathlib.Path) -> np.ndarray:
   if image.mode in ('1', 'L'):
     return np.asarray(image.convert('L'))
   if _is_coloured(image):
-    raise UserError(f'{path}: the picture is in colour; give the slice in grey, without annotations')
+    raise ColouredError(f'{path}: the picture is in colour; give the slice in grey, without annotations')
   return np.asarray(image.convert('RGB').convert('L'))
 
 
-def read_mask(path: pathlib.Path, shape: tuple[int, int], lesion_labels: tuple[int, ...] = ()) -> np.ndarray:
+def read_mask(path: pathlib.Path, shape: tuple[int, int] | None, lesion_labels: tuple[int, ...] = ()) -> np.ndarray:
   """Reads the mask of a slice: uint8 {0, 1} [H, W].
 
   Args:
     path: the mask's picture.
-    shape: the shape of the slice.
+    shape: the shape of the slice; None if it is unknown.
     lesion_labels: the values that are lesion; () if the mask holds only 0 and 255, or only 0 and 1.
 
   Raises:
@@ -59,7 +63,7 @@ def read_mask(path: pathlib.Path, shape: tuple[int, int], lesion_labels: tuple[i
 
 
 def read_mask_and_values(
-  path: pathlib.Path, shape: tuple[int, int], lesion_labels: tuple[int, ...] = ()
+  path: pathlib.Path, shape: tuple[int, int] | None, lesion_labels: tuple[int, ...] = ()
 ) -> tuple[np.ndarray, tuple[int, ...]]:
   """As `read_mask`; also returns the distinct values of the picture, in ascending order."""
   image = _open(path)
@@ -67,7 +71,7 @@ def read_mask_and_values(
   # the grey values count.
   indexed = image.mode == 'P' and (lesion_labels or _is_coloured(image))
   values = np.asarray(image) if indexed else read_picture(path)
-  if values.shape != tuple(shape):
+  if shape is not None and values.shape != tuple(shape):
     raise UserError(f'{path}: the mask has {values.shape} pixels, its slice {tuple(shape)}; save it in that size')
   distinct = tuple(np.unique(values).tolist())
   if lesion_labels:

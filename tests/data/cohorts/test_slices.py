@@ -136,6 +136,7 @@ def test_problems_of_pictures_are_named(laid, tmp_path):
     'values), or name the lesion labels, for example --config.data.lesion_labels="(3,)"'
   )
   assert [line.split(' (')[0].split(';')[0] for line in lines[1:]] == [
+    'X/masks/0001.png: the mask has',
     'X/images/0016.jpg: the picture cannot be read',
     'X/images/0032.jpg: the picture is in colour',
     'X/images/0048.png: more than 8 bits per pixel',
