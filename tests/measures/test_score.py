@@ -169,6 +169,60 @@ def test_matching_file_names(tmp_path, predicted, true):
   assert result['num_volumes'] == 1 and result['measures']['dice']['mean'] == 1
 
 
+@pytest.mark.parametrize(
+  ('predicted', 'true'),
+  [
+    ('A_CT_MASK.NII.GZ', 'A_Seg.nii.gz'),
+    ('M\xfcller_mask.nii.gz', 'Mu\u0308ller_seg.nii.gz'),  # a Mac writes u and dots
+    ('M\udcfcller.nii.gz', 'M\udcfcller_gt.nii'),  # Latin-1 bytes, as unzip leaves those of Windows
+  ],
+)
+def test_other_forms_of_a_name(tmp_path, predicted, true):
+  for folder, name in (('predicted', predicted), ('TRAIN', true)):
+    (tmp_path / folder).mkdir()
+    save(tmp_path / 'new.nii.gz' if name.lower().endswith('gz') else tmp_path / 'new.nii', blobs(0)[0]).rename(
+      tmp_path / folder / name
+    )
+    (tmp_path / folder / f'._{name}').write_bytes(b'resource fork')
+    (tmp_path / folder / 'Thumbs.db').write_bytes(b'x')
+  result = score.score(tmp_path / 'predicted', tmp_path, tmp_path / 'out')
+  assert result['num_volumes'] == 1 and result['measures']['dice']['mean'] == 1
+  with (tmp_path / 'out' / 'volumes.csv').open(encoding='utf-8') as file:
+    (row,) = csv.DictReader(file)
+  assert row['case'] in ('A', 'M\xfcller', r'M\xfcller')
+
+
+def test_other_files_are_counted_and_named(folders, tmp_path, caplog):
+  caplog.set_level('INFO')
+  score.score(*folders, tmp_path / 'out')
+  assert not [message for message in caplog.messages if 'left out' in message]
+  for name in ('p0.json', 'p9.png', 'more'):
+    (folders[0] / name).mkdir() if name == 'more' else (folders[0] / name).write_bytes(b'x')
+  save(folders[0] / 'p0_ct_probability.nii.gz', blobs(0)[0])
+  save(folders[1] / 'p0_ct.nii.gz', blobs(0)[0])
+  score.score(*folders, tmp_path / 'again')
+  assert [message for message in caplog.messages if 'left out' in message] == [
+    'left out of input: 4 files (more, p0.json, p0_ct_probability.nii.gz, p9.png)',
+    'left out of truth: 1 file (p0_ct.nii.gz)',
+  ]
+
+
+def test_links_and_second_masks(folders, tmp_path):
+  source, truth = folders
+  (source / 'p0_ct_mask.nii.gz').rename(tmp_path / 'stored.nii.gz')
+  (source / 'p0_ct_mask.nii.gz').symlink_to(tmp_path / 'stored.nii.gz')
+  assert score.score(source, truth, tmp_path / 'first')['num_volumes'] == 5
+  (tmp_path / 'stored.nii.gz').unlink()
+  save(truth / 'p1_seg.nii', blobs(1)[1])
+  save(truth / 'p2_mask.nii.gz', blobs(2)[1])
+  lines = refusal(source, truth, tmp_path / 'out')
+  assert lines[0].startswith(f'{source}/p0_ct_mask.nii.gz: ')
+  assert lines[1:] == [
+    f'{truth}/p1_seg.nii.gz: same case as p1_seg.nii (p1); keep one of the two',
+    f'{truth}/p2_seg.nii.gz: same case as p2_mask.nii.gz (p2); keep one of the two',
+  ]
+
+
 def test_all_problems_are_reported_at_once(folders, tmp_path):
   source, truth = folders
   mask = blobs(0)[0]
