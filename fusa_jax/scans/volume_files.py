@@ -10,6 +10,8 @@ from fusa_jax.system.errors import UserError
 
 # The reader of each ending. Each returns the values [x, y, z] and a NIfTI header with the affine.
 _READERS = {'.nii': nifti.read, '.nii.gz': nifti.read}
+# The largest distance of a label from its whole number. Scalings, and floats of 16 bits, round by less.
+_ROUNDING = 1e-3
 
 
 def is_volume(path: pathlib.Path) -> bool:
@@ -61,13 +63,27 @@ def read_mask(path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = (
     UserError: as `read_scan`; the shape or affine differs from the scan's; with labels, values are not whole numbers;
       without labels, values are not 0 and 1.
   """
+  return read_mask_and_values(path, scan, lesion_labels)[0]
+
+
+def read_mask_and_values(
+  path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = ()
+) -> tuple[np.ndarray, tuple[int, ...]]:
+  """As `read_mask`; also returns the distinct values of the file, in ascending order.
+
+  A cohort compares these with its lesion labels: one mask may lack a lesion, but not all masks of a cohort.
+  """
   values, grid = _read_canonical(pathlib.Path(path))
   volumes.check_same_grid(grid, scan, 'scan')
   if not lesion_labels:
     return _binary(values, grid.path, 'name the lesion labels, for example --config.data.lesion_labels="(3,)"')
-  if values.dtype.kind == 'f' and (values != np.rint(values)).any():
-    raise UserError(f'{path}: labels in a mask must be whole numbers; save it again without interpolation')
-  return np.isin(values, lesion_labels).astype(np.uint8)
+  labels = _whole(values)
+  if labels is None:
+    raise UserError(
+      f'{path}: labels in a mask must be whole numbers, but values are {_shown(values)}; '
+      'save it again without interpolation'
+    )
+  return np.isin(labels, lesion_labels).astype(np.uint8), tuple(map(int, _distinct(labels)))
 
 
 def read_labels(path: pathlib.Path) -> Mask:
@@ -77,7 +93,7 @@ def read_labels(path: pathlib.Path) -> Mask:
     UserError: as `read_scan`, without the checks of HU; values other than 0 and 1.
   """
   values, grid = _read_canonical(pathlib.Path(path))
-  return Mask(**vars(grid), mask=_binary(values, grid.path, 'save one lesion label as 1'))
+  return Mask(**vars(grid), mask=_binary(values, grid.path, 'save one lesion label as 1')[0])
 
 
 def read_grid(path: pathlib.Path) -> Grid:
@@ -104,10 +120,29 @@ def _ending(path):
 
 
 def _binary(values, path, advice):
-  """Converts a mask of 0 and 1 to uint8; refuses other values."""
-  mask = values != 0
-  if not np.array_equal(mask, values):
-    distinct = np.unique(values)
-    shown = ', '.join(f'{v:g}' for v in distinct[:6]) + (', ...' if distinct.size > 6 else '')
-    raise UserError(f'{path}: mask values must be 0 and 1, but are {shown}; {advice}')
-  return mask.astype(np.uint8)
+  """Converts a mask of 0 and 1 to uint8 and returns it with its distinct values; refuses other values."""
+  labels = _whole(values)
+  distinct = () if labels is None else tuple(map(int, _distinct(labels)))
+  if labels is None or not set(distinct) <= {0, 1}:
+    raise UserError(f'{path}: mask values must be 0 and 1, but are {_shown(values)}; {advice}')
+  return labels.astype(np.uint8), distinct
+
+
+def _whole(values):
+  """The values as whole numbers; None if they are not. A mask that was saved with a scaling may hold 0.99999 for 1."""
+  if values.dtype.kind != 'f':
+    return values
+  labels = np.rint(values)
+  return labels if (np.abs(values - labels) <= _ROUNDING).all() else None
+
+
+def _distinct(values):
+  """The distinct values, sorted. Most voxels of a mask are 0; leaving them out saves most of the sorting."""
+  other = np.unique(values[values != 0])
+  return other if np.all(values) else np.sort(np.append(other, values.dtype.type(0)))
+
+
+def _shown(values):
+  """The first distinct values, for messages."""
+  distinct = _distinct(values)
+  return ', '.join(f'{v:.7g}' for v in distinct[:6]) + (', ...' if distinct.size > 6 else '')

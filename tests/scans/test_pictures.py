@@ -181,6 +181,9 @@ def test_pictures_are_read_as_shown(tmp_path):
   labels.save(tmp_path / 'labels.png')
   found = pictures.read_mask(tmp_path / 'labels.png', (16, 16), (1, 3))
   np.testing.assert_array_equal(found, np.isin(np.asarray(Image.open(tmp_path / 'labels.png')), (1, 3)))
+  mask, distinct = pictures.read_mask_and_values(tmp_path / 'labels.png', (16, 16), (1, 3))
+  np.testing.assert_array_equal(mask, found)
+  assert distinct == (0, 1, 2, 3)
   # A palette of greys gives grey values for any order of its indices; here white comes first.
   square = np.zeros((16, 16), np.uint8)
   square[4:8, 4:8] = 1
@@ -189,5 +192,6 @@ def test_pictures_are_read_as_shown(tmp_path):
   indices.putpalette([255, 255, 255, 0, 0, 0])
   indices.save(tmp_path / 'inverted.png')
   np.testing.assert_array_equal(pictures.read_mask(tmp_path / 'inverted.png', (16, 16)), square)
+  assert pictures.read_mask_and_values(tmp_path / 'inverted.png', (16, 16))[1] == (0, 255)
   pictures.write_picture(tmp_path / 'out' / 'mask.png', found * 255)
   np.testing.assert_array_equal(pictures.read_mask(tmp_path / 'out' / 'mask.png', (16, 16)), found)
