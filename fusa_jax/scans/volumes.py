@@ -10,6 +10,7 @@ This module does not import JAX: worker processes import it and must start quick
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +23,15 @@ from fusa_jax.system.errors import UserError, one_line
 
 # In HU. Scanners fill the area outside the field of view with lower values (-2000, -3024, ...), which are not tissue.
 AIR = -1024
+# In HU. Lungs and the air around the body lie below, all tissue above.
+_AIR_BELOW = -500
+# In HU. Only compact bone, metal and dense contrast medium lie above.
+_DENSE = 800
 # The intensities of a scan. A network is trained on one of the two, never on both.
 VALUES = ('hu', 'grey')
 _CANONICAL = orientations.axcodes2ornt(('L', 'P', 'S'))
 _IMAGE = 'an 8-bit image'
+_RAW = 'raw scanner values'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +118,9 @@ def to_scan(values, header, path, intensity, windowed=False):
   hu = np.clip(values, AIR, np.iinfo(np.int16).max)
   if hu.dtype.kind == 'f':
     hu = np.rint(hu)
-  return Scan(**vars(grid), values=np.ascontiguousarray(hu, np.int16), header=header)
+  hu = np.ascontiguousarray(hu, np.int16)
+  _warn_of_constant_parts(hu, path, intensity)
+  return Scan(**vars(grid), values=hu, header=header)
 
 
 def canonical(values, header, path):
@@ -238,10 +246,21 @@ def _check_hu(values, path, windowed):
     if form == _IMAGE:
       advice += '; or train and predict on 8-bit images with --config.data.intensity=grey'
     raise UserError(f'{path}: values {low:g} to {high:g} are {form}, not HU (air is -1000); {advice}')
-  # Air in the lungs and around the body is a large part of every chest CT.
-  air = np.count_nonzero(values < -500) / values.size
-  if air < 0.001:
-    raise UserError(f'{path}: values {low:g} to {high:g} hold no air (below -500), so they are not HU; {advice}')
+  inside = values[values >= _AIR_BELOW]
+  if not _has_air(values):
+    text = f'{path}: values {low:g} to {high:g}'
+    if low < _AIR_BELOW and inside.size:
+      text = f'{path}: values {inside.min():g} to {high:g} (apart from padding, {low:g})'
+      if inside.min() >= 0:
+        raise UserError(f'{text} are {_form(inside)}, not HU (air is -1000); {advice}')
+    raise UserError(f'{text} hold no air (below {_AIR_BELOW}), so they are not HU; {advice}')
+  # In scanner values without their intercept of -1024, all tissue lies at about 1000. In HU only bone and metal do.
+  dense = np.count_nonzero((inside > _DENSE) & (inside < high)) / values.size
+  if dense > 0.1:
+    raise UserError(
+      f'{path}: values {low:g} to {high:g} are {_RAW}, not HU: {dense:.0%} of all voxels are above {_DENSE}, as only '
+      f'bone and metal may be; {advice}'
+    )
   # A window sets all values above its upper end to one value. In other scans only a few voxels have the highest value,
   # unless metal reaches the end of the 12-bit scale (3071).
   at_top = np.count_nonzero(values == high)
@@ -252,9 +271,44 @@ def _check_hu(values, path, windowed):
     )
 
 
+def _has_air(values):
+  """Whether the values hold air, which is a large part of every chest CT: in the lungs and around the body.
+
+  Padding is no air. It lies below AIR, or it is one exact value, while noise gives air many values.
+  """
+  low = values[values < _AIR_BELOW]
+  air = low[low >= AIR]
+  if not air.size:
+    return False
+  return np.count_nonzero(air != air.min()) >= 0.001 * (values.size - low.size + air.size)
+
+
+def _warn_of_constant_parts(values, path, intensity):
+  """Warns of parts of a scan that were probably lost or filled: no part of a patient has exactly one value."""
+  low, high = values.min(axis=(1, 2)), values.max(axis=(1, 2))
+  constant = np.unique(low[low == high])
+  if constant.size:
+    shown = ', '.join(map(str, constant[:3])) + (', ...' if constant.size > 3 else '')
+    count = np.count_nonzero(low == high)
+    logging.warning(
+      '%s: %d of %d slices have one constant value (%s); check whether they were lost', path, count, len(low), shown
+    )
+  if intensity == 'grey':
+    return
+  # Noise spreads water over tens of HU, so that few voxels have exactly 0 HU. Metal may reach the highest value.
+  for value, least, called in (
+    (0, 0.02, 'exactly 0 HU, as water'),
+    (high.max(), 0.01, f'the highest value, {high.max()}'),
+  ):
+    share = np.count_nonzero(values == value) / values.size
+    if share > least:
+      advice = f'if a program filled them, export the scan with {AIR} there'
+      logging.warning('%s: %.1f%% of all voxels have %s; %s', path, 100 * share, called, advice)
+
+
 def _form(values):
   """Describes values without negative numbers."""
   if np.isin(values, (0, 1)).all():
     return 'a mask'
   high = values.max()
-  return 'normalised data' if high <= 1 else _IMAGE if high <= 255 else 'raw scanner values'
+  return 'normalised data' if high <= 1 else _IMAGE if high <= 255 else _RAW
