@@ -39,7 +39,7 @@ def volume(case: Case) -> tuple[volumes.Scan, np.ndarray]:
   """
   if case.ct.is_dir() or is_archive(case.ct):
     return _volume_of_dicom(case)
-  scan = volume_files.read_scan(case.ct, case.intensity or 'hu', case.windowed)
+  scan = volume_files.read_scan(case.ct, case.intensity or 'hu', case.windowed, loose=case.slice is not None)
   if case.mask is None:
     return scan, np.zeros(scan.values.shape, np.uint8)
   return scan, volume_files.read_mask(case.mask, scan, case.lesion_labels)

@@ -12,7 +12,7 @@ This module does not import JAX: worker processes import it and must start quick
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -30,6 +30,10 @@ _DENSE = 800
 # The intensities of a scan. A network is trained on one of the two, never on both.
 VALUES = ('hu', 'grey')
 _CANONICAL = orientations.axcodes2ornt(('L', 'P', 'S'))
+# The largest distance, in voxels, between places that count as one.
+SAME_PLACE = 0.1
+# Millimetres. Voxels of other sizes show that the header gives metres or micrometres under another name.
+_LEAST_SPACING, _MOST_SPACING = 0.01, 100
 _IMAGE = 'an 8-bit image'
 _RAW = 'raw scanner values'
 
@@ -83,6 +87,22 @@ class Mask(Grid):
   mask: np.ndarray
 
 
+class Stored(NamedTuple):
+  """The contents of a file, on its own axes.
+
+  Attributes:
+    values: numbers [x, y, z].
+    affine: [4, 4], from voxels (x, y, z) to world millimetres (RAS+), checked by `check_affine`.
+    header: the header for results on the same grid.
+    unplaced: why the affine is only a guess; '' if the file states it.
+  """
+
+  values: np.ndarray
+  affine: np.ndarray
+  header: nib.Nifti1Header
+  unplaced: str = ''
+
+
 def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, intensity: str = 'hu') -> Scan:
   """Makes a scan from values that were not read from NIfTI, with the checks of `volume_files.read_scan`.
 
@@ -104,12 +124,14 @@ def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, intensity: 
     header.set_sform(affine, 1)
   except (nib.spatialimages.HeaderDataError, TypeError, ValueError) as error:
     raise UserError(f'{source}: invalid shape or affine ({one_line(error)}); save it again') from None
-  scan = to_scan(values, header, source, intensity)  # first: _header fails on affines that this refuses
-  return dataclasses.replace(scan, header=_header(values.shape, affine))
+  check_affine(affine, source)  # first: _header fails on affines that this refuses
+  # The affine that a reader of results finds in their headers, which store float32.
+  return to_scan(Stored(values, header.get_sform(), _header(values.shape, affine)), source, intensity)
 
 
-def to_scan(values, header, path, intensity, windowed=False):
-  values, grid = canonical(values, header, path)
+def to_scan(stored: Stored, path: Any, intensity: str, windowed: bool = False) -> Scan:
+  """Makes a scan of a file's contents, with the checks of `volume_files.read_scan`."""
+  values, grid = canonical(stored, path)
   if intensity == 'grey':
     check_grey(values, path)
   else:
@@ -120,30 +142,42 @@ def to_scan(values, header, path, intensity, windowed=False):
     hu = np.rint(hu)
   hu = np.ascontiguousarray(hu, np.int16)
   _warn_of_constant_parts(hu, path, intensity)
-  return Scan(**vars(grid), values=hu, header=header)
+  return Scan(**vars(grid), values=hu, header=stored.header)
 
 
-def canonical(values, header, path):
-  """Brings values [x, y, z] to canonical axes [S, H, W]; returns them and their grid."""
+def canonical(stored: Stored, path: Any) -> tuple[np.ndarray, Grid]:
+  """Brings a file's values to canonical axes [S, H, W]; returns them and their grid."""
+  values = stored.values
   if values.dtype.kind not in 'iuf':
     raise UserError(f'{path}: voxels are {values.dtype}, not numbers; save Hounsfield units (mask: 0 and 1)')
   if values.dtype.kind == 'f' and not np.isfinite(values).all():
     count = values.size - np.isfinite(values).sum()
     raise UserError(f'{path}: {count} of {values.size} voxels are NaN or infinite; export it again without them')
-  affine = header.get_best_affine()
-  if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-    raise UserError(f'{path}: invalid affine (zero or undefined spacing); repair the header')
-  orientation = orientations.io_orientation(affine)
-  lengths = np.linalg.norm(affine[:3, :3], axis=0)
-  # A tilted gantry leaves at least 0.8 of the volume of a voxel with right angles.
-  if np.isnan(orientation).any() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 0.05:
-    raise UserError(f'{path}: invalid affine (its axes are nearly parallel); repair the header')
-  to_canonical = orientations.ornt_transform(orientation, _CANONICAL)
+  to_canonical = orientations.ornt_transform(orientations.io_orientation(stored.affine), _CANONICAL)
+  affine = stored.affine @ orientations.inv_ornt_aff(to_canonical, values.shape)
   values = orientations.apply_orientation(values, to_canonical).transpose(2, 1, 0)
-  affine = affine @ orientations.inv_ornt_aff(to_canonical, header.get_data_shape())
   if len(values) < 2:
     raise UserError(f'{path}: {len(values)} axial slice; a scan must have at least 2')
   return values, Grid(values.shape, affine, path)
+
+
+def check_affine(affine: np.ndarray, path: Any) -> None:
+  """Raises a UserError if an affine cannot be that of a CT: axes of no length or in one plane, or impossible voxels."""
+  if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-18:
+    raise UserError(f'{path}: invalid affine (zero or undefined spacing); repair the header')
+  lengths = np.linalg.norm(affine[:3, :3], axis=0)
+  # A tilted gantry leaves at least 0.8 of the volume of a voxel with right angles.
+  if np.isnan(orientations.io_orientation(affine)).any() or abs(np.linalg.det(affine[:3, :3] / lengths)) < 0.05:
+    raise UserError(f'{path}: invalid affine (its axes are nearly parallel); repair the header')
+  if not (lengths >= _LEAST_SPACING).all() or not (lengths <= _MOST_SPACING).all():
+    raise UserError(
+      f'{path}: voxels of {voxel_text(affine)} cannot be those of a CT; repair the spacing, or its unit, in the header'
+    )
+
+
+def voxel_text(affine: np.ndarray) -> str:
+  """The size of a voxel, for messages: 0.7 x 0.7 x 5 mm."""
+  return ' x '.join(f'{length:.4g}' for length in np.linalg.norm(affine[:3, :3], axis=0)) + ' mm'
 
 
 def on_canonical_axes(scan: Scan) -> Scan:
@@ -182,18 +216,18 @@ def check_same_grid(mask: Grid, other: Grid, called: str) -> None:
       f'{other.shape}; save the mask on the grid of its {called}'
     )
   # Headers store affines in float32, some as quaternions. Rounding differences of equal grids are far below this limit.
-  apart = _corner_distance(mask.affine, other.affine, other.shape)
-  if apart > 0.1 * min(other.spacing):
+  apart = corner_distance(mask.affine, other.affine, other.shape[::-1])
+  if apart > SAME_PLACE * min(other.spacing):
     raise UserError(
       f'{mask.path}: the affines of the mask and its {called} {other.path.name} differ '
       f'(corners up to {apart:.3g} mm apart); save the mask on the grid of its {called}'
     )
 
 
-def _corner_distance(affine, other, shape):
-  """The largest distance in mm between the corners of a canonical volume under two affines."""
-  corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape[::-1]])).reshape(3, -1)
-  return np.linalg.norm((affine - other)[:3, :3] @ corners + (affine - other)[:3, 3:], axis=0).max()
+def corner_distance(affine: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]) -> float:
+  """The largest distance in mm between the corners of a volume [x, y, z] under two affines."""
+  corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
+  return float(np.linalg.norm((affine - other)[:3, :3] @ corners + (affine - other)[:3, 3:], axis=0).max())
 
 
 def to_own_axes(volume: np.ndarray, scan: Scan) -> np.ndarray:
