@@ -49,7 +49,7 @@ def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> di
     if problems:
       return None
     predicted, true = both
-    return {'case': case, **masks.volume(predicted.mask, true.mask, true.spacing, true.voxel_ml)}
+    return {'case': case, **masks.volume(predicted.mask, true.mask, true)}
 
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     measured = pool.map(measure, pairs)

@@ -58,6 +58,11 @@ class Grid:
     return tuple(map(float, np.linalg.norm(self.affine[:3, :3], axis=0)[::-1]))
 
   @property
+  def steps(self) -> np.ndarray:
+    """[3, 3]: world millimetres of one step along slices, rows and columns. With a tilted gantry they are oblique."""
+    return self.affine[:3, :3].T[::-1]
+
+  @property
   def voxel_ml(self) -> float:
     """The volume of one voxel in millilitres."""
     return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
