@@ -25,7 +25,7 @@ def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> di
   their intervals, and the definition of each measure.
 
   Args:
-    source: the predictions: a folder of .nii or .nii.gz, or one file.
+    source: the predictions: a folder of masks, or one file.
     truth: the reference masks: a folder or file as `source`, or a folder with `Train` inside, as in COVID-19-20.
     output: the folder to write to; created if missing.
 
@@ -90,14 +90,18 @@ def _masks(source, flag):
   if source.is_file():
     return {_case(source): [source]}
   if not source.is_dir():
-    raise UserError(f'{flag}: {source} does not exist; give a mask (.nii, .nii.gz), or a folder of masks')
+    raise UserError(
+      f'{flag}: {source} does not exist; give a mask ({volume_files.VolumeFile.endings}), or a folder of masks'
+    )
   folder = source / 'Train' if (source / 'Train').is_dir() else source
   by_case = {}
   for path in sorted(folder.iterdir()):
     if volume_files.is_volume(path) and '_probability' not in path.name:
       by_case.setdefault(_case(path), []).append(path)
   if not by_case:
-    raise UserError(f'{flag}: no .nii or .nii.gz mask in {folder}; give a mask, or a folder of masks')
+    raise UserError(
+      f'{flag}: no mask ({volume_files.VolumeFile.endings}) in {folder}; give a mask, or a folder of masks'
+    )
   # A file that is named like a scan is the mask only if the case has no other file.
   is_scan = lambda path: volume_files.stem(path).endswith(('_ct', '_0000'))
   return {case: [path for path in paths if not is_scan(path)] or paths for case, paths in by_case.items()}

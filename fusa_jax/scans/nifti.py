@@ -1,15 +1,17 @@
-"""Reads NIfTI files, and writes volumes as NIfTI on the scan's own grid."""
+"""Reads NIfTI files, also in pairs of .hdr and .img, and writes volumes as NIfTI on the scan's own grid."""
 
 import contextlib
+import io
 import logging
 import pathlib
+import re
 from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
 
-from fusa_jax.scans import volumes
+from fusa_jax.scans import formats, volumes
 from fusa_jax.scans.volumes import Scan
 from fusa_jax.system.errors import UserError, one_line
 from fusa_jax.system.files import replacing
@@ -18,6 +20,9 @@ from fusa_jax.system.files import replacing
 _MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}
 # Relative difference, and radians (1 degree). Headers are rounded, so smaller differences are not two geometries.
 _SAME_SPACING, _SAME_DIRECTION = 0.01, 0.0175
+
+# The header and the values in a pair of files.
+_HEADER, _VALUES = (re.compile(rf'\.{ending}(\.gz)?$', re.IGNORECASE) for ending in ('hdr', 'img'))
 
 # nibabel logs what is wrong with a damaged header; the error raised here already contains it.
 logging.getLogger('nibabel.global').setLevel(logging.CRITICAL)
@@ -130,7 +135,7 @@ def write_volume(path: pathlib.Path, volume: np.ndarray, scan: Scan) -> None:
 def write_volume_to(file: BinaryIO, volume: np.ndarray, scan: Scan, compressed: bool) -> None:
   """As `write_volume`, to an open file."""
   data = volumes.to_own_axes(volume, scan)
-  header = type(scan.header)()
+  header = _image_class(scan.header).header_class()
   header.set_data_shape(scan.header.get_data_shape())
   header.set_data_dtype(volume.dtype)
   fields = ['pixdim', 'xyzt_units', 'qform_code', 'sform_code', 'srow_x', 'srow_y', 'srow_z']
@@ -144,21 +149,49 @@ def write_volume_to(file: BinaryIO, volume: np.ndarray, scan: Scan, compressed: 
     image.to_stream(stream)
 
 
+def data_files(path: pathlib.Path) -> list[pathlib.Path]:
+  """The files with the values of a header that is a file of its own (.hdr); none for .nii."""
+  base, is_header = _HEADER.subn('', path.name)
+  if not is_header:
+    return []
+  endings = ('.IMG', '.IMG.GZ') if path.name.isupper() else ('.img', '.img.gz')
+  return [file for file in (path.with_name(base + ending) for ending in endings) if file.exists()]
+
+
 def _load(path):
   """Reads the image completely, because gzip compares its checksum only at the end of the stream."""
+  header = _content(path)
+  if _VALUES.search(path.name):
+    raise UserError(f'{path}: holds only the values; give its header ({_VALUES.sub(".hdr", path.name)})')
+  size = {int.from_bytes(header[:4], order) for order in ('little', 'big')}
   try:
-    content = path.read_bytes()
-    if content[:2] == b'\x1f\x8b':
-      content = igzip.decompress(content)
-  except FileNotFoundError:
-    raise UserError(f'{path}: file not found; check the path') from None
-  except (OSError, EOFError, isal_zlib.error) as error:
-    raise UserError(f'{path}: truncated or unreadable ({one_line(error)}); copy it again from its source') from None
-  try:
-    nifti2 = int.from_bytes(content[:4], 'little') == 540 or int.from_bytes(content[:4], 'big') == 540
-    return (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
+    if not _HEADER.search(path.name):
+      return (nib.Nifti2Image if 540 in size else nib.Nifti1Image).from_bytes(header)
+    if 348 in size and header[344:347] not in (b'ni1', b'n+1'):
+      raise UserError(f'{path}: Analyze states no orientation, so sides are unknown; export the scan as .nii.gz')
+    files = data_files(path)
+    if len(files) != 1:
+      found = ' and '.join(file.name for file in files)
+      problem = (
+        f'has two data files, {found}; keep one' if files else 'has no data file (.img); copy it beside the header'
+      )
+      raise UserError(f'{path}: {problem}')
+    streams = {'header': io.BytesIO(header), 'image': io.BytesIO(_content(files[0]))}
+    holders = {name: nib.FileHolder(fileobj=stream) for name, stream in streams.items()}
+    return (nib.Nifti2Pair if 540 in size else nib.Nifti1Pair).from_file_map(holders)
+  except UserError:
+    raise
   except Exception as error:  # for an invalid header, nibabel raises its own errors and those of struct and NumPy
     raise UserError(f'{path}: not a NIfTI file ({one_line(error)}); export the scan as .nii.gz') from None
+
+
+def _content(path):
+  formats.check_file(path)
+  try:
+    content = path.read_bytes()
+    return igzip.decompress(content) if content[:2] == b'\x1f\x8b' else content
+  except (OSError, EOFError, isal_zlib.error) as error:
+    raise UserError(f'{path}: truncated or unreadable ({one_line(error)}); copy it again from its source') from None
 
 
 def _image_class(header):

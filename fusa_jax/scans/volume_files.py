@@ -6,12 +6,15 @@ import pathlib
 import nibabel as nib
 import numpy as np
 
-from fusa_jax.scans import formats, nifti, volumes
+from fusa_jax.scans import formats, itk, nifti, volumes
 from fusa_jax.scans.volumes import Grid, Mask, Scan
 from fusa_jax.system.errors import UserError
 
 # The reader of each ending; each returns volumes.Stored.
-_READERS = {'.nii': nifti.read, '.nii.gz': nifti.read}
+_READERS = {
+  **dict.fromkeys(('.nii', '.nii.gz', '.hdr', '.hdr.gz'), nifti.read),
+  **dict.fromkeys(('.mha', '.mhd', '.nrrd', '.nhdr', '.seg.nrrd'), itk.read),
+}
 # The largest distance of a label from its whole number. Scalings, and floats of 16 bits, round by less.
 _ROUNDING = 1e-3
 
@@ -22,23 +25,32 @@ def is_volume(path: pathlib.Path) -> bool:
 
 
 def stem(path: pathlib.Path) -> str:
-  """The file's name without the ending of its format."""
-  return path.name[: len(path.name) - len(_ending(path) or '')]
+  """The file's name without the ending of its format. 3D Slicer names masks `X.seg.nrrd`, which is `X_seg`."""
+  ending = _ending(path) or ''
+  return path.name[: len(path.name) - len(ending)] + ('_seg' if ending == '.seg.nrrd' else '')
+
+
+def data_files(path: pathlib.Path) -> list[pathlib.Path]:
+  """The files that hold the values of a header, for example .img and .raw; empty if a file holds them itself."""
+  return (itk if _READERS.get(_ending(path)) == itk.read else nifti).data_files(path)
 
 
 class VolumeFile(formats.FileSource):
   """A scan in one file."""
 
-  endings = ', '.join(_READERS)
+  endings = '.nii, .nii.gz, .hdr, .mha, .mhd, .nrrd, .nhdr'
   stem_of = staticmethod(stem)
   claims = staticmethod(is_volume)
+
+  def files(self) -> list[pathlib.Path]:
+    return [self.path, *(file for file in data_files(self.path) if file.is_file())]
 
   def read_image(self, intensity: str) -> Scan:
     return read_scan(self.path, intensity)
 
 
 def read_scan(path: pathlib.Path, intensity: str = 'hu', windowed: bool = False, loose: bool = False) -> Scan:
-  """Reads a CT scan from .nii or .nii.gz, with any orientation, affine and scaling.
+  """Reads a CT scan in a format of _READERS, with any orientation, affine and scaling.
 
   Args:
     path: the file.

@@ -129,9 +129,9 @@ def from_volume(values: np.ndarray, affine: np.ndarray, source: Any, intensity: 
     header.set_sform(affine, 1)
   except (nib.spatialimages.HeaderDataError, TypeError, ValueError) as error:
     raise UserError(f'{source}: invalid shape or affine ({one_line(error)}); save it again') from None
-  check_affine(affine, source)  # first: _header fails on affines that this refuses
+  check_affine(affine, source)  # first: new_header fails on affines that this refuses
   # The affine that a reader of results finds in their headers, which store float32.
-  return to_scan(Stored(values, header.get_sform(), _header(values.shape, affine)), source, intensity)
+  return to_scan(Stored(values, header.get_sform(), new_header(values.shape, affine)), source, intensity)
 
 
 def to_scan(stored: Stored, path: Any, intensity: str, windowed: bool = False) -> Scan:
@@ -190,10 +190,10 @@ def on_canonical_axes(scan: Scan) -> Scan:
 
   If a header has two affines or none, programs differ in the affine that they use.
   """
-  return dataclasses.replace(scan, header=_header(scan.shape[::-1], scan.affine))
+  return dataclasses.replace(scan, header=new_header(scan.shape[::-1], scan.affine))
 
 
-def _header(shape, affine):
+def new_header(shape: tuple[int, int, int], affine: np.ndarray) -> nib.Nifti1Header:
   """Makes the header of a volume [x, y, z] with one affine."""
   header = nib.Nifti1Header()
   header.set_data_shape(shape)

@@ -12,10 +12,12 @@ from scipy import ndimage
 from sklearn.metrics import f1_score
 
 from fusa_jax.measures import masks, score, statistics, surface
+from fusa_jax.scans import volume_files
 from fusa_jax.scans.volumes import Grid
 from fusa_jax.system.errors import UserError
 
 AFFINE = np.array([[-0.7, 0, 0, 12.5], [0, -0.8, 0, -40.25], [0, 0, 5, 300], [0, 0, 0, 1]])
+SCANS = volume_files.VolumeFile.endings
 GRID = Grid((4, 10, 10), AFFINE, 'a mask')
 REAL = pathlib.Path(__file__).parents[3] / 'shared' / 'ct' / 'Train' / 'volume-lung2_seg.nii.gz'
 
@@ -231,11 +233,9 @@ def test_nothing_to_score(folders, tmp_path):
   out, empty = tmp_path / 'out', tmp_path / 'empty'
   empty.mkdir()
   assert refusal(tmp_path / 'no', truth, out) == [
-    f'input: {tmp_path}/no does not exist; give a mask (.nii, .nii.gz), or a folder of masks'
+    f'input: {tmp_path}/no does not exist; give a mask ({SCANS}), or a folder of masks'
   ]
-  assert refusal(source, empty, out) == [
-    f'truth: no .nii or .nii.gz mask in {empty}; give a mask, or a folder of masks'
-  ]
+  assert refusal(source, empty, out) == [f'truth: no mask ({SCANS}) in {empty}; give a mask, or a folder of masks']
   assert refusal(source / 'p0_ct_mask.nii.gz', save(tmp_path / 'q' / 'q.nii', blobs(0)[0]).parent, out) == [
     f'{source}/p0_ct_mask.nii.gz: no reference mask for case p0 in {tmp_path}/q; add it, or remove the prediction'
   ]
