@@ -49,7 +49,7 @@ def _volume(case):
   if case.ct.is_dir() or is_archive(case.ct):
     return _volume_of_dicom(case)
   try:
-    scan = volume_files.read_scan(case.ct, case.intensity or 'hu', case.windowed)
+    scan = volume_files.read_scan(case.ct, case.intensity or 'hu', case.windowed, loose=case.slice is not None)
   except UserError as error:
     raise UserError('\n'.join([str(error), *_problems_of_mask(case)])) from None
   if case.mask is None:

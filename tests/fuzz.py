@@ -13,6 +13,7 @@ import time
 import warnings
 import zipfile
 
+import nibabel as nib
 import numpy as np
 from PIL import Image
 
@@ -29,6 +30,22 @@ from fusa_jax.system.errors import UserError  # noqa: E402
 
 def nifti(folder, ending='.nii'):
   return save(folder / f'a{ending}', chest())
+
+
+def pair(folder):
+  """Writes .hdr and .img and returns the header."""
+  nib.save(nib.Nifti1Pair(chest(), affine_of('LPS')), folder / 'a.hdr')
+  return folder / 'a.hdr'
+
+
+def itk(folder, name, compressed=False):
+  """Writes MetaImage or NRRD and returns the header."""
+  import SimpleITK
+
+  image = SimpleITK.GetImageFromArray(np.ascontiguousarray(chest().T))
+  image.SetOrigin((1, 2, 3))
+  SimpleITK.WriteImage(image, str(folder / name), compressed)
+  return folder / name
 
 
 def dicom(folder, syntax):
@@ -54,6 +71,11 @@ def archive(folder):
 KINDS = {
   'nifti': (nifti, 'hu', (0, 352)),
   'nifti.gz': (lambda folder: nifti(folder, '.nii.gz'), 'hu', (0, None)),
+  'hdr': (pair, 'hu', (0, None)),
+  'mha': (lambda folder: itk(folder, 'a.mha'), 'hu', (0, -420)),
+  'mhd': (lambda folder: itk(folder, 'a.mhd', compressed=True), 'hu', (0, None)),
+  'nrrd': (lambda folder: itk(folder, 'a.nrrd'), 'hu', (0, -420)),
+  'nrrd, gzip': (lambda folder: itk(folder, 'a.nrrd', compressed=True), 'hu', (0, None)),
   'dicom': (lambda folder: dicom(folder, 'uncompressed'), 'hu', (132, -600)),
   'dicom, jpeg lossless': (lambda folder: dicom(folder, 'jpeg lossless'), 'hu', (132, None)),
   'dicom, jpeg 2000': (lambda folder: dicom(folder, 'jpeg 2000'), 'hu', (132, None)),

@@ -52,12 +52,13 @@ class Case(NamedTuple):
 
   @property
   def files(self) -> list[pathlib.Path]:
-    """All files, images before masks."""
+    """All files, images before masks; a header is followed by the files with its values."""
     return [
-      path
+      file
       for paths in (self.ct, self.mask)
       if paths is not None
       for path in (paths if isinstance(paths, tuple) else (paths,))
+      for file in (path, *(volume_files.data_files(path) if volume_files.is_volume(path) else ()))
     ]
 
 

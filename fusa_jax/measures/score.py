@@ -28,7 +28,7 @@ def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> di
   their intervals, and the definition of each measure.
 
   Args:
-    source: the predictions: a folder of volumes, or one file. Other files in a folder are counted in the log.
+    source: the predictions: a folder of masks, or one file. Other files in a folder are counted in the log.
     truth: the reference masks: a folder or file as `source`, or a folder with `Train` inside, as in COVID-19-20.
     output: the folder to write to; created if missing.
 
@@ -52,7 +52,7 @@ def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> di
     if problems:
       return None
     predicted, true = both
-    return {'case': case, **masks.volume(predicted.mask, true.mask, true.spacing, true.voxel_ml)}
+    return {'case': case, **masks.volume(predicted.mask, true.mask, true)}
 
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     measured = pool.map(measure, pairs)
@@ -93,7 +93,9 @@ def _masks(source, flag):
   if source.is_file():
     return {_case(source): [source]}
   if not source.is_dir():
-    raise UserError(f'{flag}: {source} does not exist; give a mask (.nii, .nii.gz), or a folder of masks')
+    raise UserError(
+      f'{flag}: {source} does not exist; give a mask ({volume_files.VolumeFile.endings}), or a folder of masks'
+    )
   folders = [path for path in source.iterdir() if path.name.lower() == 'train' and path.is_dir()]
   folder = folders[0] if len(folders) == 1 else source
   by_case, others = {}, []
@@ -106,11 +108,15 @@ def _masks(source, flag):
       others.append(path)
   if not by_case:
     seen = f' (but {_counted(others)})' if others else ''
-    raise UserError(f'{flag}: no .nii or .nii.gz mask in {folder}{seen}; give a mask, or a folder of masks')
+    raise UserError(
+      f'{flag}: no mask ({volume_files.VolumeFile.endings}) in {folder}{seen}; give a mask, or a folder of masks'
+    )
   # A file that is named like a scan is the mask only if the case has no other file.
   is_scan = lambda path: volume_files.stem(path).lower().endswith(('_ct', '_0000'))
   found = {case: [path for path in paths if not is_scan(path)] or paths for case, paths in by_case.items()}
   others += [path for case, paths in by_case.items() for path in paths if path not in found[case]]
+  of_headers = {file for paths in found.values() for path in paths for file in volume_files.data_files(path)}
+  others = [path for path in others if path not in of_headers]
   if others:
     logging.info('left out of %s: %s', flag, _counted(others))
   return found

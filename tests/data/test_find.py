@@ -12,9 +12,11 @@ from layouts import files
 from nifti_files import chest, save
 from PIL import Image
 
+from data import survey
 from data.cohorts import AS_RELEASED, CohortOptions
 from data.find import find
 from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import sha256
 
 GREY = CohortOptions(intensity='grey')
 
@@ -135,6 +137,30 @@ def test_other_files_are_counted_and_named(tmp_path, left_out):
   assert left_out(tmp_path) == ['left out: 3 files (a.tar.gz, b.txt, c.tif)']
   save(tmp_path / 'Validation' / 'P9_ct.nii.gz', chest(seed=9))
   assert left_out(tmp_path) == ['left out: 4 files (P9_ct.nii.gz, a.tar.gz, b.txt, c.tif)']
+
+
+def test_data_files_belong_to_their_headers(tmp_path, left_out):
+  """The voxels of .hdr and .mhd are in files of their own: they are used, and a change in them is noticed."""
+  for number in range(2):
+    for name, data in (('ct', chest(seed=number)), ('seg', (chest(seed=number) > 300).astype(np.uint8))):
+      save(tmp_path / f'P{number}_{name}.hdr', data, image_class=nib.Nifti1Pair)
+  header = (
+    'ObjectType = Image\nNDims = 3\nDimSize = 7 6 5\nElementSpacing = 1 1 1\nTransformMatrix = 1 0 0 0 1 0 0 0 1\n'
+  )
+  (tmp_path / 'P2_ct.mhd').write_text(f'{header}ElementType = MET_SHORT\nElementDataFile = P2.raw\n')
+  (tmp_path / 'P2.raw').write_bytes(chest().tobytes('F'))
+  save(tmp_path / 'P2_seg.nii.gz', np.zeros((7, 6, 5), np.uint8))
+  (tmp_path / 'P1.img').write_bytes(b'x')
+  assert left_out(tmp_path) == ['left out: 1 file (P1.img)']
+  before = survey.fingerprint(find(tmp_path)[1])
+  for name in ('P1_seg.img', 'P2.raw'):
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    after = survey.fingerprint(find(tmp_path)[1])
+    assert [one for one in after if one not in before] == [[name, sha256((tmp_path / name).read_bytes())]]
+    before = after
+  (tmp_path / 'P2.raw').unlink()
+  assert refused(tmp_path) == ['P2.raw: file not found; check the path']
 
 
 def test_lists_and_dicom_files_are_not_left_out(tmp_path, left_out):

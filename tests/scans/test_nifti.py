@@ -188,7 +188,7 @@ def bad(kind, path):
 REFUSALS = {
   'absent': 'file not found',
   'text': 'not a NIfTI file',
-  'empty': 'not a NIfTI file',
+  'empty': 'the file is empty',
   'truncated gzip': 'truncated or unreadable',
   'flipped byte': 'truncated or unreadable',
   'no gzip trailer': 'truncated or unreadable',
