@@ -48,8 +48,12 @@ def volume(case: Case) -> tuple[volumes.Scan, np.ndarray]:
 def _volume_of_dicom(case):
   with unpacking() as unpacked:
     try:
-      paths = [path for path in within(case.ct, unpacked) if dicom.is_dicom(path)]
-      series, left_out = dicom.sort_series(paths)
+      paths = [path for path in within(case.ct, unpacked) if dicom.Series.claims(path)]
+      series, refused, left_out = dicom.sort_series(paths)
+      if refused:
+        raise UserError('\n'.join(one.message for one in refused))
+      for one in series:
+        one.check_whole()
       seg = _only_seg(paths) if case.mask == case.ct else None
       if seg:
         uid = dicom_seg.series_uid(seg)
