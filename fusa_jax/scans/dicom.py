@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -26,6 +27,18 @@ _DIRECTORY = '1.2.840.10008.1.3.10'
 _CT = '1.2.840.10008.5.1.4.1.1.2'
 # How many file names a message shows.
 _NAMES = 6
+# Elements that are equal in all slices of one acquisition.
+_ACQUISITION = (
+  'AcquisitionNumber',
+  'AcquisitionDate',
+  'TemporalPositionIdentifier',
+  'NominalPercentageOfCardiacPhase',
+  'ContrastBolusAgent',
+  'ConvolutionKernel',
+  'KVP',
+  'SliceThickness',
+  'ImageType',
+)
 # Values of RescaleType and Units that say HU, or nothing.
 _HU_TYPES = ('', 'HU', 'US', 'UNSPECIFIED')
 # Tolerance of positions in millimetres: exporters round them to 0.1 mm.
@@ -80,9 +93,26 @@ class Series(formats.Source):
     # One or two ASCII letters occur inside many words, so they must match a whole word. Other scripts may have names of
     # one or two letters, and no spaces between words: there, any occurrence counts.
     shown_in = lambda part: words if len(part) <= 2 and part.isascii() else description.lower()
-    if not description or any(part in shown_in(part) for part in parts):
-      return self.name
-    return f'{self.name} ({description})'
+    if any(part in shown_in(part) for part in parts):
+      description = ''
+    told = ', '.join(filter(None, (description, 'reformat' if self.is_reformat else '')))
+    return f'{self.name} ({told})' if told else self.name
+
+  @functools.cached_property
+  def is_reformat(self) -> bool:
+    """Whether the slices were computed from those of another series, often in another direction."""
+    return dicom_headers.is_reformat(self.headers[0])
+
+  def is_reformat_of(self, other: 'Series') -> bool:
+    """Whether this is a reformat, and the other an axial series that shows the middle of the same volume."""
+    if not self.is_reformat or other.is_reformat or not all(map(dicom_headers.has_place, self.headers + other.headers)):
+      return False
+    first, theirs = self.headers[0], other.headers[0]
+    frame = first.get('FrameOfReferenceUID')
+    if not frame or frame != theirs.get('FrameOfReferenceUID') or not dicom_headers.is_axial(theirs):
+      return False
+    middle, (low, high) = dicom_headers.box(self.headers).mean(axis=0), dicom_headers.box(other.headers)
+    return bool(((low <= middle) & (middle <= high)).all())
 
   @functools.cached_property
   def grid(self) -> tuple[list[Any], np.ndarray]:
@@ -92,9 +122,9 @@ class Series(formats.Source):
     tilted gantry shifts slices against each other; the affine then contains this shear.
 
     Raises:
-      UserError: slices may be missing; the series is not CT; is in colour; has several frames per file; has missing,
-        doubled or unevenly spaced slices; has values other than HU; its slices differ in size or orientation, or lack
-        position, orientation, spacing or size.
+      UserError: slices may be missing; the series is not CT; belongs to several patients; is in colour; has several
+        frames per file; has missing, doubled or unevenly spaced slices; has two acquisitions that alternate; has values
+        other than HU; its slices differ in size or orientation, or lack position, orientation, spacing or size.
     """
     self.check_whole()
     self._check_alike()
@@ -104,6 +134,9 @@ class Series(formats.Source):
     headers = sorted(self.headers, key=lambda header: normal @ place(header))
     positions = np.array([place(header) for header in headers])
     step = self._step(positions, normal)
+    self._check_one_acquisition(headers)
+    if self.is_reformat:
+      logging.warning('%s: computed from another series; the original series gives more reliable results', self)
     affine = np.eye(4)
     height, width = dicom_headers.numbers(headers[0], 'PixelSpacing', 2)
     affine[:3] = np.stack([across * width, down * height, step, positions[0]], axis=1)
@@ -124,6 +157,7 @@ class Series(formats.Source):
     modality = first.get('Modality')
     if modality != 'CT':
       raise UserError(f'{self}: the modality must be CT, but is {modality or "missing"}; remove it from the input')
+    self._check_one_patient()
     if any(header.get('SamplesPerPixel', 1) != 1 for header in self.headers):
       raise UserError(f'{self}: the images are in colour; give the original series in grey')
     if any(dicom_headers.frames(header) > 1 for header in self.headers):
@@ -143,6 +177,24 @@ class Series(formats.Source):
     self._check_rescale()
     if not abs(np.dot(*dicom_headers.directions(first))) < 0.01:
       raise UserError(f'{self}: invalid orientation (rows and columns are not at right angles); export it again')
+
+  def _check_one_acquisition(self, headers):
+    """Refuses sorted slices that alternate between two acquisitions. Acquisitions may lie one above the other."""
+    groups = {key: [str(header.get(key) or '') for header in headers] for key in _ACQUISITION}
+    for key, values in {**groups, 'AcquisitionTime': dicom_headers.acquisitions(headers)}.items():
+      if sum(1 for _ in itertools.groupby(values)) > len(set(values)):
+        raise UserError(
+          f'{self}: slices of {len(set(values))} acquisitions alternate ({key} differs); export one series per '
+          'acquisition'
+        )
+
+  def _check_one_patient(self):
+    for values, called in (
+      (set(map(dicom_headers.patient, self.headers)), 'patients'),
+      ({str(header.get('FrameOfReferenceUID') or '') for header in self.headers} - {''}, 'frames of reference'),
+    ):
+      if len(values) > 1:
+        raise UserError(f'{self}: its slices belong to {len(values)} {called}; export one series per scan')
 
   def _check_rescale(self):
     for key in ('RescaleType', 'Units'):
@@ -187,11 +239,21 @@ class Series(formats.Source):
 
 
 def find_series(paths: Iterable[pathlib.Path]) -> list[formats.Source]:
-  """Returns the CT series of `sort_series` and a `formats.Refused` per damaged file; logs what was skipped."""
+  """Returns the CT series of `sort_series` and a `formats.Refused` per damaged file; logs what was skipped.
+
+  Reformats are skipped if their original series is there, because they show the same lesions again.
+  """
   series, refused, left_out = sort_series(paths)
   if left_out:
     logging.info('skipped: %s', left_out)
-  return [*series, *refused]
+  kept = []
+  for one in series:
+    original = next((other for other in series if one.is_reformat_of(other)), None)
+    if original:
+      logging.info('skipped: %s, because the original %s is there, too', one, original)
+    else:
+      kept.append(one)
+  return [*kept, *refused]
 
 
 def sort_series(paths: Iterable[pathlib.Path]) -> tuple[list[Series], list[formats.Refused], str]:
