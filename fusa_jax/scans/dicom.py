@@ -268,7 +268,12 @@ def sort_series(paths: Iterable[pathlib.Path]) -> tuple[list[Series], list[forma
     UserError: pydicom is not installed.
   """
   dicom_files.load_pydicom()
-  headers, skipped, damaged, patterns = collections.defaultdict(list), collections.Counter(), [], {}
+  headers, skipped, damaged, slices = (
+    collections.defaultdict(list),
+    collections.Counter(),
+    [],
+    collections.defaultdict(set),
+  )
   paths = {os.path.realpath(path): path for path in reversed([*paths])}
   for path in reversed(paths.values()):
     header = None
@@ -284,13 +289,13 @@ def sort_series(paths: Iterable[pathlib.Path]) -> tuple[list[Series], list[forma
       else:
         headers[str(header.get('SeriesInstanceUID', ''))].append(header)
       if header.get('Modality') == 'CT':
-        patterns.setdefault(path.parent, set()).add(dicom_files.pattern(path.name))
+        slices[path.parent].add(path)
     except Exception as error:  # pydicom raises errors of many types
       message = f'{path.name}: damaged DICOM file ({one_line(error)}); copy it again'
       damaged.append((path, _uid_of_damaged(header), message))
   read = set(paths.values())
-  for folder, of_slices in patterns.items():
-    for path in dicom_files.lost_slices(folder, of_slices, read):
+  for folder, of_folder in slices.items():
+    for path in dicom_files.lost_slices(set(folder.iterdir()) - read, of_folder):
       damaged.append((path, '', f'{path.name}: empty or damaged file beside DICOM images; copy it again'))
   for uid, of_series in list(headers.items()):
     no_volume = _no_volume(of_series)

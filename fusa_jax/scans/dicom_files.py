@@ -6,7 +6,7 @@ import pathlib
 import re
 import struct
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Iterable
 from typing import Any
 
 from fusa_jax.system.errors import UserError
@@ -62,29 +62,29 @@ def sop_class(header: Any) -> str:
   return str(header.get('SOPClassUID') or header.file_meta.get('MediaStorageSOPClassUID') or '')
 
 
-def lost_slices(
-  folder: pathlib.Path, patterns: Set[tuple[str, str]], read: Set[pathlib.Path]
-) -> Iterator[pathlib.Path]:
-  """Files beside slices that are probably slices, too, but are empty or do not begin like DICOM.
+def lost_slices(files: Iterable[pathlib.Path], slices: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+  """Files that are probably slices, too, but are empty or do not begin like DICOM.
 
   They have a name like a slice; or they are empty or begin with zeros, as files of interrupted copies do, and have no
   ending of another format.
 
   Args:
-    folder: the folder of the slices.
-    patterns: the patterns of the slices' names.
-    read: paths of files that are known to be DICOM.
+    files: files beside the slices.
+    slices: the DICOM files.
   """
+  patterns = {_pattern(path.name) for path in slices}
   endings = {'', *(ending for _, ending in patterns)}
-  for path in sorted(folder.iterdir()):
-    if path in read or path.name.startswith('.') or path.is_dir() or _begins_like_dicom(path):
+  lost = []
+  for path in sorted(files):
+    if path.name.startswith('.') or path.is_dir():
       continue
-    own = pattern(path.name)
-    if own in patterns or (own[1] in endings and _is_blank(path)):
-      yield path
+    own = _pattern(path.name)
+    if (own in patterns or (own[1] in endings and _is_blank(path))) and not _begins_like_dicom(path):
+      lost.append(path)
+  return lost
 
 
-def pattern(name: str) -> tuple[str, str]:
+def _pattern(name):
   """A file name with numbers (also hexadecimal, or with dots) replaced by #, and its ending, if that has letters."""
   stem, ending = os.path.splitext(name.lower())
   if not ending[1:].isalpha():

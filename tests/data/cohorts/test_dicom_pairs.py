@@ -143,6 +143,14 @@ def all_emptied(paths):
     path.write_bytes(b'')
 
 
+def second_folder_emptied(paths):
+  folder = paths[0].parent / 'second'
+  folder.mkdir()
+  for path in paths[10:]:
+    path.unlink()
+    (folder / path.name).write_bytes(b'')
+
+
 def cut(paths):
   paths[-1].write_bytes(paths[-1].read_bytes()[:-10])
 
@@ -163,7 +171,11 @@ def preamble_cut(paths):
       r'series\w+ \(Chest 5.0\): 1 file beside its slices is empty or damaged \(IM000000\), so slices may',
     ),
     (cut, r'series\w+ \(Chest 5.0\): IM000015: cannot be decoded \('),
-    (all_emptied, r'there must be exactly one CT series that SEG refers to, but there is none'),
+    (
+      all_emptied,
+      r'16 files \(IM000000, .* and 10 more\): empty or damaged, so slices may be missing; copy the series',
+    ),
+    (second_folder_emptied, r'6 files \(IM000010, IM000011, .*\): empty or damaged, so slices may be missing'),
   ],
 )
 def test_a_series_with_a_seg_is_never_shortened(laid, tmp_path, damage, reason):
