@@ -180,7 +180,7 @@ class Series(formats.Source):
 
   def _check_one_acquisition(self, headers):
     """Refuses sorted slices that alternate between two acquisitions. Acquisitions may lie one above the other."""
-    groups = {key: [str(header.get(key) or '') for header in headers] for key in _ACQUISITION}
+    groups = {key: [dicom_headers.comparable(header, key) for header in headers] for key in _ACQUISITION}
     for key, values in {**groups, 'AcquisitionTime': dicom_headers.acquisitions(headers)}.items():
       if sum(1 for _ in itertools.groupby(values)) > len(set(values)):
         raise UserError(
@@ -297,6 +297,10 @@ def sort_series(paths: Iterable[pathlib.Path]) -> tuple[list[Series], list[forma
   for folder, of_folder in slices.items():
     for path in dicom_files.lost_slices(set(folder.iterdir()) - read, of_folder):
       damaged.append((path, '', f'{path.name}: empty or damaged file beside DICOM images; copy it again'))
+  if len(headers) > 1:  # among slices with a UID, those without one may belong to any series
+    for header in headers.pop('', ()):
+      path = pathlib.Path(header.filename)
+      damaged.append((path, '', f'{path.name}: has no SeriesInstanceUID; copy it again'))
   for uid, of_series in list(headers.items()):
     no_volume = _no_volume(of_series)
     if no_volume:
@@ -337,7 +341,7 @@ def _with_damaged(headers, damaged):
   names, refused = collections.defaultdict(list), []
   for path, uid, message in damaged:
     beside = [other for other in headers if other.startswith(uid) and path.parent in folders[other]]
-    concerned = [uid] if uid in headers else beside
+    concerned = [uid] if uid and uid in headers else beside
     for one in concerned:
       names[one].append(path.name)
     if not concerned:

@@ -146,6 +146,14 @@ def box(headers: Sequence[Any]) -> np.ndarray:
   return np.array([np.min(corners, axis=0), np.max(corners, axis=0)])
 
 
+def comparable(header: Any, key: str) -> Any:
+  """An element's value, hashable and without the differences of writing: 5 equals 5.0, missing equals empty."""
+  value = header.get(key)
+  if isinstance(value, Sequence) and not isinstance(value, str):
+    return tuple(value)
+  return round(value, 2) if isinstance(value, float) else value or ''
+
+
 def numbers(header: Any, key: str, count: int) -> np.ndarray | None:
   """An element's value as float64 [count]; None if it is missing, has another length or is not finite numbers."""
   try:

@@ -194,6 +194,10 @@ REFUSALS = {
   'two times': (alternating(AcquisitionTime=['101010', '101130.25']), r'alternate \(AcquisitionTime differs\)'),
   'two kernels': (alternating(ConvolutionKernel=['B30f', 'B70f']), r'alternate \(ConvolutionKernel differs\); export'),
   'two voltages': (alternating(KVP=['80', '140']), r'alternate \(KVP differs\)'),
+  'two image types': (
+    alternating(ImageType=[['ORIGINAL', 'PRIMARY', 'AXIAL', 'E1'], ['ORIGINAL', 'PRIMARY', 'AXIAL', 'E2']]),
+    r'alternate \(ImageType differs\)',
+  ),
   'with and without contrast': (alternating(ContrastBolusAgent=['', 'Iohexol']), r'alternate \(ContrastBolusAgent'),
   'cut': (cut, r': IM00000\d: cannot be decoded \(.*\); copy it again from its source'),
   'no HU': (all_changed(RescaleIntercept='0'), r'raw scanner values, not HU'),
@@ -231,9 +235,18 @@ def test_rounded_positions_count_as_even(tmp_path):
     {'AcquisitionNumber': [1, 2, 3, 4, 5], 'AcquisitionTime': ['101010', '101025', '101040', '101055', '101110']},
     {'AcquisitionTime': ['101010', '101011', '101010', '101011', '101010']},
     {'AcquisitionTime': ['101010', None, '101211', '', '101010']},
+    {'SliceThickness': ['5', '5.0', '5', '5.001', '5.000'], 'ContrastBolusAgent': ['', None, '', None, None]},
     {'ContentTime': ['101010', '111010', '101010', '111010', '101010']},
   ],
-  ids=['two breath-holds', 'from the head', 'step and shoot', 'seconds', 'unknown times', 'times of reconstruction'],
+  ids=[
+    'two breath-holds',
+    'from the head',
+    'step and shoot',
+    'seconds',
+    'unknown times',
+    'written differently',
+    'times of reconstruction',
+  ],
 )
 def test_acquisitions_one_above_the_other_are_one_scan(tmp_path, elements):
   made = dicom_series.slices(chest(), affine_of('LPS'))

@@ -102,6 +102,12 @@ def other_content(path):
   path.write_text('<html>404 Not Found</html>')
 
 
+def without_uid(path):
+  image = pydicom.dcmread(path)
+  del image.SeriesInstanceUID
+  image.save_as(path)
+
+
 def broken_link(path):
   path.unlink()
   path.symlink_to(path.parent / 'gone')
@@ -122,7 +128,7 @@ DAMAGES = (
   cut_in_the_series_uid,
   cut_without_preamble,
 )
-DAMAGES += (other_content, broken_link, invalid)
+DAMAGES += (other_content, broken_link, without_uid, invalid)
 TOP = {'IM{:06d}': ('IM000002', 'IM000004'), 'CT{}.dcm': ('CT2.dcm', 'CT4.dcm'), '1.2.{}': ('1.2.2', '1.2.4')}
 
 

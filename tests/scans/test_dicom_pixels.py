@@ -163,6 +163,10 @@ REFUSALS = {
   'no rescale': (lost('RescaleSlope', 'RescaleIntercept', 'RescaleType'), RAW),
   'empty rescale': (all_changed(RescaleSlope=None, RescaleIntercept=None), RAW),
   'some without intercept': (lost('RescaleIntercept', of=slice(3, None)), r'2 of 5 slices lack RescaleIntercept'),
+  'some with empty slope': (
+    lambda series: all_changed(RescaleSlope='2')(series[:4]) + all_changed(RescaleSlope=None)(series[4:]),
+    r'1 of 5 slices lack RescaleSlope',
+  ),
   'slope 0': (all_changed(RescaleSlope='0'), r'RescaleSlope is not valid; export it again'),
   'two slopes': (all_changed(RescaleSlope=['1', '1']), r'RescaleSlope is not valid; export it again'),
   'optical density': (all_changed(RescaleType='OD'), r'the values are not HU \(RescaleType is OD\); give the original'),
