@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.cohorts import Case
-from fusa_jax.scans import dicom, dicom_seg, pictures, volume_files, volumes
+from fusa_jax.scans import dicom, dicom_files, dicom_seg, pictures, sources, volume_files, volumes
 from fusa_jax.scans.archives import is_archive, unpacking, within
 from fusa_jax.system.errors import UserError
 
@@ -78,8 +78,18 @@ def _attempt(function: Callable, *arguments):
 def _volume_of_dicom(case):
   with unpacking() as unpacked:
     try:
-      paths = [path for path in within(case.ct, unpacked) if dicom.is_dicom(path)]
-      series, left_out = dicom.sort_series(paths)
+      files = list(within(case.ct, unpacked))
+      paths = [path for path in files if dicom.Series.claims(path)]
+      series, refused, left_out = dicom.sort_series(paths)
+      if refused:
+        raise UserError('\n'.join(one.message for one in refused))
+      for one in series:
+        one.check_whole()
+      # Exports may divide a series into folders, so that a folder may hold nothing but damaged slices.
+      lost = dicom_files.lost_slices(set(files) - set(paths), paths)
+      if lost:
+        damaged = sources.counted(path.name for path in lost)
+        raise UserError(f'{damaged}: empty or damaged, so slices may be missing; copy the series again')
       seg = _only_seg(paths) if case.mask == case.ct else None
       if seg:
         uid = dicom_seg.series_uid(seg)

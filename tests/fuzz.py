@@ -15,6 +15,7 @@ import zipfile
 
 import nibabel as nib
 import numpy as np
+import pydicom
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -54,6 +55,14 @@ def dicom(folder, syntax):
   return folder / 'IM000002'
 
 
+def bare_dicom(folder):
+  """As `dicom`, without preamble and file meta."""
+  file = dicom(folder, 'implicit')
+  image = pydicom.dcmread(file)
+  pydicom.dcmwrite(file, pydicom.Dataset(image), implicit_vr=True, little_endian=True, enforce_file_format=False)
+  return file
+
+
 def picture(folder, ending):
   image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 17), np.uint8))
   image.save(folder / f'a{ending}')
@@ -79,6 +88,7 @@ KINDS = {
   'dicom': (lambda folder: dicom(folder, 'uncompressed'), 'hu', (132, -600)),
   'dicom, jpeg lossless': (lambda folder: dicom(folder, 'jpeg lossless'), 'hu', (132, None)),
   'dicom, jpeg 2000': (lambda folder: dicom(folder, 'jpeg 2000'), 'hu', (132, None)),
+  'dicom, no preamble': (bare_dicom, 'hu', (0, -600)),
   'zip': (archive, 'hu', (0, None)),
   'png': (lambda folder: picture(folder, '.png'), 'grey', (0, None)),
   'jpg': (lambda folder: picture(folder, '.jpg'), 'grey', (0, None)),
