@@ -1,6 +1,7 @@
 """Makes sure that a name means one patient, and that one patient is in one fold."""
 
 import logging
+import os
 import pathlib
 import re
 import unicodedata
@@ -49,7 +50,7 @@ def _with_own_names(cases, folder):
 
 def _apart(group, folder):
   """The cases with the first parts of their paths that differ in front of their names: siteA/P1 becomes siteA_P1."""
-  paths = [case.files[0].relative_to(folder).parts[:-1] for case in group]
+  paths = [_within(case.files[0], folder).parts[:-1] for case in group]
   common = 0
   while len({path[common : common + 1] for path in paths}) == 1 and any(path[common:] for path in paths):
     common += 1
@@ -57,6 +58,11 @@ def _apart(group, folder):
     '_'.join([*map(name_of, path[common : common + 1]), case.patient]) for path, case in zip(paths, group, strict=True)
   ]
   return [case._replace(patient=name) for case, name in zip(group, names, strict=True)]
+
+
+def _within(path, folder):
+  """The path from the folder; dataset.json may also list files outside it."""
+  return pathlib.Path(os.path.relpath(path, folder))
 
 
 def _with_owners(cases, folder, path):
@@ -90,7 +96,7 @@ def _with_owners(cases, folder, path):
 def _names(case, folder):
   names = {case.patient}
   if case.slice is None and not isinstance(case.ct, tuple):
-    path = case.ct.relative_to(folder)
+    path = _within(case.ct, folder)
     for one in (path, path.with_name(volume_files.stem(path))):
       names |= {name_of(one.name), name_of(one.as_posix())}
   return names

@@ -149,8 +149,10 @@ def unique(named: Iterable[tuple[str, pathlib.Path]]) -> dict[str, pathlib.Path]
   """
   paths, lines = {}, []
   for name, path in named:
-    if paths.setdefault(name, path) != path:
-      lines.append(f'{path}: same patient as {paths[name].name}; remove one of the two')
+    first = paths.setdefault(name, path)
+    if first != path:
+      shown = first.name if first.parent == path.parent else first
+      lines.append(f'{path}: same patient as {shown}; remove one of the two')
   refuse(lines)
   return paths
 

@@ -10,7 +10,7 @@ import pathlib
 import re
 from collections import defaultdict
 
-from data.cohorts import Case, entries, entry, lists, lonely, name_of, only_folder, refuse
+from data.cohorts import Case, entries, entry, lists, name_of, only_folder, refuse
 from fusa_jax.scans import pictures
 from fusa_jax.system.errors import UserError
 
@@ -34,10 +34,8 @@ def find(folder: pathlib.Path) -> list[Case]:
   drawn = _images_and_masks(folder)
   if drawn:
     images, masks = map(_by_stem, drawn)
-    lines = lonely(images, masks, f'the mask {drawn[1].name}/{{}}.png is missing; add it, or remove the picture')
-    refuse(
-      lines + lonely(masks, images, f'the picture {drawn[0].name}/{{}}.png is missing; add it, or remove the mask')
-    )
+    lines = _lonely(images, masks, drawn[1], 'mask', 'picture')
+    refuse(lines + _lonely(masks, images, drawn[0], 'picture', 'mask'))
     found = [(path, masks[name], None) for name, path in images.items()]
   else:
     classes = _classes(folder)
@@ -52,6 +50,17 @@ def find(folder: pathlib.Path) -> list[Case]:
   for one in found:
     grouped[patients[one[0]]].append(one)
   return [_case(patient, group, named=True) for patient, group in sorted(grouped.items())]
+
+
+def _lonely(paths, partners, folder, kind, own):
+  """A line for each picture whose partner is missing in a folder, or has a format that cannot be read."""
+  others = {name_of(path.stem): path.name for path in entries(folder)}
+  seen = {name: f' ({others[name]} has another format)' if name in others else '' for name in paths}
+  return [
+    f'{path}: the {kind} {folder.name}/{name}.png is missing{seen[name]}; add it, or remove the {own}'
+    for name, path in paths.items()
+    if name not in partners
+  ]
 
 
 def _case(patient, group, named):

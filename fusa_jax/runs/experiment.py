@@ -13,7 +13,7 @@ from fusa_jax.system import home, progress  # noqa: F401 (importing home makes d
 from fusa_jax.system.errors import UserError
 
 # Keys that --mode=evaluate may change.
-_OF_EVALUATION = ('evaluate.', 'data.patients', 'data.lesion_labels')
+_OF_EVALUATION = ('evaluate.', 'data.patients', 'data.lesion_labels', 'data.coloured')
 
 
 def load_preset(path: str | pathlib.Path, preset: str) -> ml_collections.ConfigDict:

@@ -12,11 +12,12 @@ from layouts import files
 from nifti_files import chest, save
 from PIL import Image
 
-from data import survey
+from data import prepare, survey
 from data.cohorts import AS_RELEASED, CohortOptions
 from data.find import find
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import sha256
+from fusa_jax.training import datasets
 
 GREY = CohortOptions(intensity='grey')
 
@@ -85,6 +86,12 @@ def test_masks_of_missing_pictures_are_refused(tmp_path):
     picture(tmp_path / 'images' / f'{number}.png', number), picture(tmp_path / 'masks' / f'{number}.png')
   (tmp_path / 'images' / '1.png').unlink()
   assert refused(tmp_path, GREY) == ['masks/1.png: the picture images/1.png is missing; add it, or remove the mask']
+  (tmp_path / 'images' / '1.webp').write_bytes(b'x')
+  (tmp_path / 'masks' / '2.png').rename(tmp_path / 'masks' / '2.npy')
+  assert refused(tmp_path, GREY) == [
+    'images/2.png: the mask masks/2.png is missing (2.npy has another format); add it, or remove the picture',
+    'masks/1.png: the picture images/1.png is missing (1.webp has another format); add it, or remove the mask',
+  ]
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -308,3 +315,20 @@ def test_names_that_are_not_utf8(tmp_path):
     for ending in ('_ct.nii.gz', '_seg.nii.gz'):
       (tmp_path / f'a{ending}').rename(tmp_path / os.fsdecode(name + ending.encode()))
   assert patients(tmp_path) == [r'M\xe4ller', r'M\xfcller', 'Müller']
+
+
+def test_names_of_the_greatest_length(raw_dir, tmp_path):
+  for number, (scan, mask) in enumerate(files(raw_dir)[:2]):
+    for path, ending in ((scan, '_ct.nii.gz'), (mask, '_seg.nii.gz')):
+      shutil.copy(path, tmp_path / f'{number}{"x" * (255 - 1 - len("_seg.nii.gz"))}{ending}')
+  prepared = prepare.prepare(str(tmp_path), str(tmp_path / 'out'), 32)
+  assert [len(patient['patient']) for fold in datasets.folds(prepared) for patient in fold] == [244, 244]
+
+
+def test_studies_of_one_name_are_refused(tmp_path):
+  for severity in ('CT-0', 'CT-3'):
+    save(tmp_path / 'studies' / severity / 'study_1.nii.gz', chest())
+  (tmp_path / 'masks').mkdir()
+  assert refused(tmp_path) == [
+    'studies/CT-3/study_1.nii.gz: same patient as studies/CT-0/study_1.nii.gz; remove one of the two'
+  ]

@@ -94,6 +94,19 @@ def test_patients_of_one_name_at_two_sites_stay_two(tmp_path):
   ]
 
 
+def test_lists_may_name_files_outside_their_folder(tmp_path):
+  for number, site in enumerate(('siteA', 'siteB')):
+    pair(tmp_path / site, 'P1', number)
+  names = [
+    f'{{"image": "{tmp_path}/{site}/P1.nii.gz", "label": "../{site}/P1_mask.nii.gz"}}' for site in ('siteA', 'siteB')
+  ]
+  (tmp_path / 'list').mkdir()
+  (tmp_path / 'list' / 'dataset.json').write_text(f'{{"training": [{", ".join(names)}]}}')
+  assert [case.patient for case in find(tmp_path / 'list')[1]] == ['siteA_P1', 'siteB_P1']
+  (tmp_path / 'list' / 'patients.csv').write_text('scan,patient\nsiteA_P1,x\n../siteB/P1.nii.gz,x\n')
+  assert [case.owner for case in find(tmp_path / 'list')[1]] == ['x', 'x']
+
+
 def test_folders_name_their_scans(tmp_path):
   """As TotalSegmentator, KiTS and many exports: files of equal names in a folder per patient."""
   for number in range(2):
