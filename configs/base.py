@@ -28,6 +28,7 @@ def paper() -> ml_collections.ConfigDict:
   config.data.intensity = 'hu'  # 'hu', or 'grey': 8-bit images (0 to 255), which were windowed before
   # Slices of unknown patients: 'named' leaves them out, 'each_slice' treats each of them as a separate patient.
   config.data.patients = 'named'
+  config.data.coloured = 'refuse'  # pictures in colour (arrows, letters): 'refuse' or 'leave_out'
   config.data.dir = ''  # folder of the prepared dataset; '': a cache folder that depends on the files in raw_dir
   # The fold to test on, 0 or higher. The next fold is for validation, the others are for training. 'all' trains and
   # tests a run for each fold, and pools their results (cross-validation).

@@ -2,8 +2,12 @@
 
 import itertools
 import logging
+import os
 import pathlib
+import re
+from collections import defaultdict
 
+from data import identity
 from data.cohorts import (
   AS_RELEASED,
   Case,
@@ -11,16 +15,21 @@ from data.cohorts import (
   covid19_20,
   decathlon,
   dicom_pairs,
+  entry,
+  folders,
   medseg,
   mosmed,
   nnunet,
   only_folder,
   pairs,
+  refuse,
   slices,
   zenodo_20,
 )
-from fusa_jax.scans import volumes
+from fusa_jax.scans import sources, volumes
+from fusa_jax.scans.archives import in_folder
 from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import printable
 
 # Layouts are tried in this order: the more specific ones first.
 COHORTS = {
@@ -32,70 +41,130 @@ COHORTS = {
   'nnunet': nnunet,
   'dicom_pairs': dicom_pairs,
   'pairs': pairs,
+  'folders': folders,
   'slices': slices,
 }
 PATIENTS = ('named', 'each_slice')
+COLOURED = ('refuse', 'leave_out')
+# Why a slice without a patient is not used (see `Case.unused`).
+_UNKNOWN = 'patients unknown'
 
 
-def find(raw_dir: str | pathlib.Path, options: CohortOptions = AS_RELEASED) -> tuple[str, list[Case]]:
-  """Returns the cohort's name and its cases, with the options applied, sorted by patient.
+def find(
+  raw_dir: str | pathlib.Path, options: CohortOptions = AS_RELEASED, quiet: bool = False
+) -> tuple[str, list[Case]]:
+  """Returns the cohort's name and its cases, with the options applied, sorted by patient. Logs what is left out.
 
   Args:
     raw_dir: the unpacked folder.
     options: the user's options for the cohort.
+    quiet: do not log what is left out.
 
   Raises:
     UserError: `raw_dir` is not a folder; its layout is not in COHORTS; files are missing, one line each; the values
-      have the other intensity; patients are unknown and the options do not allow that.
+      have the other intensity; patients are unknown and the options do not allow that; an option is invalid.
   """
-  folder = pathlib.Path(raw_dir)
-  if options.intensity not in volumes.VALUES:
-    raise UserError(f'data.intensity: {options.intensity!r} is unknown; give one of {", ".join(volumes.VALUES)}')
-  if options.patients not in PATIENTS:
-    raise UserError(f'data.patients: {options.patients!r} is unknown; give one of {", ".join(PATIENTS)}')
+  _check(options)
+  folder = pathlib.Path(raw_dir).expanduser()
   if not folder.is_dir():
     raise UserError(f'data.raw_dir: {folder} is not a folder; give the folder that contains the scans')
   tried = itertools.product(dict.fromkeys((folder, only_folder(folder))), COHORTS.items())
   for place, (name, cohort) in tried:
     if cohort.recognises(place):
-      cases = cohort.find(place)
-      if not cases:
+      found = cohort.find(place)
+      if not found:
         raise UserError(f'{place}: has the layout of {name}, but no scans; unpack it again')
-      cases = _of_known_patients(folder, _of_intensity(folder, cases, options), options)
-      if options.lesion_labels:
-        cases = [case._replace(lesion_labels=tuple(options.lesion_labels)) for case in cases]
+      refuse([f'{path}: {_missing(path)}' for case in found for path in case.files if not path.exists()])
+      found = _of_intensity(folder, identity.identified(found, place, quiet), options)
+      found = _of_known_patients(folder, found, options)
+      if not quiet:
+        _log_left_out(place, found, [entry(place, name) for name in (identity.LIST, getattr(cohort, 'LIST', ''))])
+      cases = [_with_options(case, options) for case in found if not case.unused]
       return name, sorted(cases, key=lambda case: case.patient)
   raise UserError(
     f'{folder}: no known layout of scans and masks (X_ct.nii.gz with X_seg.nii.gz, X.nii.gz or a DICOM folder X with '
-    'X_mask.nii.gz, imagesTr with labelsTr, dataset.json, images with masks, one folder per class, others in '
-    'docs/data.md); give the folder of the scans, or rename the files'
+    'X_mask.nii.gz, X/ct.nii.gz with X/mask.nii.gz, imagesTr with labelsTr, dataset.json, images with masks, one '
+    'folder per class, others in docs/data.md); give the folder of the scans, or rename the files'
   )
 
 
+def _check(options):
+  for name, allowed in (('intensity', volumes.VALUES), ('patients', PATIENTS), ('coloured', COLOURED)):
+    value = getattr(options, name)
+    if value not in allowed:
+      raise UserError(f'data.{name}: {value!r} is unknown; give one of {", ".join(allowed)}')
+  labels = options.lesion_labels
+  if not isinstance(labels, list | tuple) or not all(_is_label(label) for label in labels):
+    numbers = [int(number) for number in re.findall(r'\d+', str(labels)) if int(number)] or [1, 2]
+    typed = f'({numbers[0]},)' if len(numbers) == 1 else f'({",".join(map(str, numbers))})'
+    raise UserError(
+      f'data.lesion_labels: {labels!r} are not mask values (whole numbers other than 0); give the values that are '
+      f'lesion, for example --config.data.lesion_labels="{typed}"'
+    )
+
+
+def _is_label(label):
+  return isinstance(label, int | float) and not isinstance(label, bool) and label == int(label) != 0
+
+
+def _missing(path):
+  if path.is_symlink():
+    return f'a broken link to {os.readlink(path)}; restore what it points to, or remove it'
+  return 'file not found; check the path'
+
+
+def _with_options(case, options):
+  if options.lesion_labels:
+    case = case._replace(lesion_labels=tuple(map(int, options.lesion_labels)))
+  return case._replace(coloured=options.coloured) if isinstance(case.ct, tuple) else case
+
+
+def _log_left_out(place, found, lists):
+  """Logs the number and names of the files that are not used: those of cases by reason, and all others."""
+  named, reasons = set(lists), defaultdict(dict)
+  for case in found:
+    named.update(case.files)
+    if case.unused:
+      reasons[case.unused].update(dict.fromkeys(case.files))
+  for reason, paths in reasons.items():
+    logging.info('left out (%s): %s', reason, _counted(paths))
+  unknown = sum(case.unused == _UNKNOWN for case in found)
+  if unknown:
+    logging.warning(
+      '%s: %d slices without patient IDs are left out; --config.data.patients=each_slice includes them', place, unknown
+    )
+  others = [path for path in in_folder(place) if path not in named and named.isdisjoint(path.parents)]
+  if others:
+    logging.info('left out: %s', _counted(others))
+
+
+def _counted(paths):
+  return sources.counted(printable(path.name) for path in paths)
+
+
 def _of_intensity(folder, cases, options):
-  """The cases of the chosen intensity, marked with it. Cases of the other intensity are left out."""
-  chosen = [case._replace(intensity=options.intensity) for case in cases if case.intensity in (None, options.intensity)]
-  if not chosen:
+  """The cases of the chosen intensity, marked with it. Cases of the other intensity become unused."""
+  other = 'HU, not 8-bit values' if options.intensity == 'grey' else '8-bit values, not HU'
+  cases = [
+    case._replace(intensity=options.intensity)
+    if case.intensity in (None, options.intensity)
+    else case._replace(unused=other)
+    for case in cases
+  ]
+  if all(case.unused == other for case in cases):
     if options.intensity == 'hu':
       raise UserError(f'{folder}: contains 8-bit images, not HU; add --config.data.intensity=grey')
     raise UserError(f'{folder}: contains Hounsfield units, not 8-bit images; leave out --config.data.intensity=grey')
-  return chosen
+  return cases
 
 
 def _of_known_patients(folder, cases, options):
-  """The cases of known patients; all cases if the options allow unknown patients."""
+  """The cases; those of unknown patients become unused, unless the options allow them."""
   if options.patients == 'each_slice':
     return cases
-  named = [case for case in cases if case.named]
-  if not named:
+  if not any(case.named for case in cases):
     raise UserError(
       f'{folder}: slices without patient IDs, so one patient may be in both training and test; add slices.csv '
       '(name,patient), or use --config.data.patients=each_slice (scores will not be patient-level)'
     )
-  if len(named) < len(cases):
-    logging.warning(
-      '%s: %d slices without patient IDs are left out; --config.data.patients=each_slice includes them',
-      folder,
-      len(cases) - len(named),
-    )
-  return named
+  return [case if case.named else case._replace(unused=_UNKNOWN) for case in cases]

@@ -1,13 +1,14 @@
 """Reads the files of a case into slices. From here on, scans and pictures are treated alike."""
 
 import functools
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from data.cohorts import Case
-from fusa_jax.scans import dicom, dicom_seg, pictures, volume_files, volumes
+from fusa_jax.scans import dicom, dicom_files, dicom_seg, pictures, sources, volume_files, volumes
 from fusa_jax.scans.archives import is_archive, unpacking, within
 from fusa_jax.system.errors import UserError
 
@@ -21,6 +22,7 @@ class Slices(NamedTuple):
     lesion_voxels: per slice, the number of lesion voxels; if a case has only labels, the label.
     spacing: mm between slices, rows and columns; NaN for pictures, because it is unknown.
     lesion_ml: volume of the lesions in mL; None for pictures and loose slices.
+    values: the distinct values of each mask file; {} for DICOM SEG, and without masks.
   """
 
   images: Sequence[np.ndarray]
@@ -28,6 +30,7 @@ class Slices(NamedTuple):
   lesion_voxels: tuple[int, ...]
   spacing: tuple[float, float, float]
   lesion_ml: float | None
+  values: Mapping[pathlib.Path, tuple[int, ...]]
 
 
 def volume(case: Case) -> tuple[volumes.Scan, np.ndarray]:
@@ -35,21 +38,58 @@ def volume(case: Case) -> tuple[volumes.Scan, np.ndarray]:
 
   Raises:
     UserError: as `volume_files.read_scan` and `volume_files.read_mask`; for DICOM as `dicom.read_series` and
-      `dicom_seg.read_seg`; the mask is missing; there is not exactly one series.
+      `dicom_seg.read_seg`; the mask is missing; there is not exactly one series. If the scan is refused, the message
+      also says what is wrong with the mask.
   """
+  return _volume(case)[:2]
+
+
+def _volume(case):
+  """The scan, its mask, and the values of the mask file (see `Slices`)."""
   if case.ct.is_dir() or is_archive(case.ct):
     return _volume_of_dicom(case)
-  scan = volume_files.read_scan(case.ct, case.intensity or 'hu', case.windowed)
+  try:
+    scan = volume_files.read_scan(case.ct, case.intensity or 'hu', case.windowed, loose=case.slice is not None)
+  except UserError as error:
+    raise UserError('\n'.join([str(error), *_problems_of_mask(case)])) from None
   if case.mask is None:
-    return scan, np.zeros(scan.values.shape, np.uint8)
-  return scan, volume_files.read_mask(case.mask, scan, case.lesion_labels)
+    return scan, np.zeros(scan.values.shape, np.uint8), {}
+  return _with_mask(scan, case)
+
+
+def _with_mask(scan, case):
+  mask, values = volume_files.read_mask_and_values(case.mask, scan, case.lesion_labels)
+  return scan, mask, {case.mask: values}
+
+
+def _problems_of_mask(case):
+  """What is wrong with the mask file of a scan that is refused: [] or [the error]."""
+  return [] if case.mask in (None, case.ct) else _attempt(volume_files.read_grid, case.mask)[1]
+
+
+def _attempt(function: Callable, *arguments):
+  """The result of a function and [], or None and [the error]."""
+  try:
+    return function(*arguments), []
+  except UserError as error:
+    return None, [str(error)]
 
 
 def _volume_of_dicom(case):
   with unpacking() as unpacked:
     try:
-      paths = [path for path in within(case.ct, unpacked) if dicom.is_dicom(path)]
-      series, left_out = dicom.sort_series(paths)
+      files = list(within(case.ct, unpacked))
+      paths = [path for path in files if dicom.Series.claims(path)]
+      series, refused, left_out = dicom.sort_series(paths)
+      if refused:
+        raise UserError('\n'.join(one.message for one in refused))
+      for one in series:
+        one.check_whole()
+      # Exports may divide a series into folders, so that a folder may hold nothing but damaged slices.
+      lost = dicom_files.lost_slices(set(files) - set(paths), paths)
+      if lost:
+        damaged = sources.counted(path.name for path in lost)
+        raise UserError(f'{damaged}: empty or damaged, so slices may be missing; copy the series again')
       seg = _only_seg(paths) if case.mask == case.ct else None
       if seg:
         uid = dicom_seg.series_uid(seg)
@@ -61,11 +101,11 @@ def _volume_of_dicom(case):
         raise UserError(f'there must be exactly one {needed}, but there is {listed}; add it, or remove the others')
       scan = series[0].read_image(case.intensity or 'hu')
       if seg:
-        return scan, dicom_seg.read_seg(seg, scan, case.lesion_labels)
+        return scan, dicom_seg.read_seg(seg, scan, case.lesion_labels), {}
     except UserError as error:  # it does not name the folder; it names the archive only if that is the case itself
       lines = str(error).removeprefix(f'{case.ct}: ').splitlines()
-      raise UserError('\n'.join(f'{case.ct}: {line}' for line in lines)) from None
-  return scan, volume_files.read_mask(case.mask, scan, case.lesion_labels)
+      raise UserError('\n'.join([f'{case.ct}: {line}' for line in lines] + _problems_of_mask(case))) from None
+  return _with_mask(scan, case)
 
 
 def _only_seg(paths):
@@ -81,31 +121,51 @@ def slices(case: Case) -> Slices:
   """Reads all slices of a case.
 
   Raises:
-    UserError: as `volume`, `pictures.read_picture` and `pictures.read_mask`.
+    UserError: as `volume`, `pictures.read_picture` and `pictures.read_mask`; one line for each bad file.
   """
   if isinstance(case.ct, tuple):
     return _pictures(case)
   if case.slice is not None:
-    scan, mask = _shared_volume(case._replace(patient='', slice=0))
+    scan, mask, values = _shared_volume(case._replace(patient='', slice=0))
     one = slice(case.slice, case.slice + 1)
-    return Slices(scan.values[one], mask[one], (int(mask[one].sum()),), scan.spacing, None)
-  scan, mask = volume(case)
+    return Slices(scan.values[one], mask[one], (int(mask[one].sum()),), scan.spacing, None, values)
+  scan, mask, values = _volume(case)
   voxels = mask.sum(axis=(1, 2), dtype=np.int64)
-  return Slices(scan.values, mask, tuple(map(int, voxels)), scan.spacing, float(voxels.sum() * scan.voxel_ml))
+  lesion_ml = float(voxels.sum() * scan.voxel_ml)
+  return Slices(scan.values, mask, tuple(map(int, voxels)), scan.spacing, lesion_ml, values)
 
 
 # Loose slices of one file are read one after the other: keep the file.
-_shared_volume = functools.lru_cache(maxsize=1)(volume)
+_shared_volume = functools.lru_cache(maxsize=1)(_volume)
+
+
+def coloured(case: Case) -> list[pathlib.Path]:
+  """The pictures of a case that are in colour. A picture that cannot be read is not: `slices` refuses it."""
+  found = []
+  for path in case.ct:
+    try:
+      pictures.read_picture(path)
+    except pictures.ColouredError:
+      found.append(path)
+    except UserError:
+      pass
+  return found
 
 
 def _pictures(case):
-  images = [pictures.read_picture(path) for path in case.ct]
-  if case.mask is None:
-    masks = [np.zeros(image.shape, np.uint8) for image in images]
-    voxels = case.labels or (0,) * len(images)
-  else:
-    masks = [
-      pictures.read_mask(path, image.shape, case.lesion_labels) for path, image in zip(case.mask, images, strict=True)
-    ]
-    voxels = tuple(int(mask.sum()) for mask in masks)
-  return Slices(images, masks, voxels, (float('nan'),) * 3, None)
+  images, masks, values, lines = [], [], {}, []
+  for path, mask_path in zip(case.ct, case.mask or (None,) * len(case.ct), strict=True):
+    image, errors = _attempt(pictures.read_picture, path)
+    shape = None if errors else image.shape
+    lines += errors
+    if mask_path is not None:
+      read, errors = _attempt(pictures.read_mask_and_values, mask_path, shape, case.lesion_labels)
+      lines += errors
+      mask, values[mask_path] = read or (None, ())
+    else:
+      mask = None if shape is None else np.zeros(shape, np.uint8)
+    images.append(image), masks.append(mask)
+  if lines:
+    raise UserError('\n'.join(lines))
+  voxels = tuple(int(mask.sum()) for mask in masks) if case.mask else case.labels or (0,) * len(images)
+  return Slices(images, masks, voxels, (float('nan'),) * 3, None, values)

@@ -2,22 +2,21 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 import pathlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
-from data import read
+from data import digests, read
 from data.cohorts import Case
 from data.workers import pool, silent
-from fusa_jax.scans import volumes
-from fusa_jax.scans.archives import in_folder
+from fusa_jax.scans import sources, volumes
 from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import printable
 
 NUM_FOLDS = 5
 
@@ -46,33 +45,51 @@ class _Measured(NamedTuple):
   """A patient, and features of the images that reveal copies.
 
   Attributes:
-    patient: the patient of the images.
+    patient: the patient of the images; None if all are left out.
     digests: per file, a hash of the values of the scan or picture. Copies have equal hashes. Pictures with only one
       value have none.
     thumbnail: similar for scans of one study (see _thumbnail). Pictures have none, because neighbouring slices are as
       similar as two pictures of one slice.
+    values: the distinct values of each mask file (`read.Slices`).
+    coloured: the pictures that are left out because they are in colour.
   """
 
-  patient: Patient
+  patient: Patient | None
   digests: dict[str, str]
   thumbnail: np.ndarray | None
+  values: Mapping[pathlib.Path, tuple[int, ...]]
+  coloured: Sequence[pathlib.Path] = ()
 
 
 def survey(cases: Sequence[Case], progress: Callable[..., Iterable] = silent) -> list[Patient]:
   """Reads all files of a cohort on all cores. Logs a warning for each pair of scans that look the same.
 
+  Logs how many patients have no lesion, which mask values were taken as background, and the pictures in colour that are
+  left out (`Case.coloured`).
+
   Raises:
     UserError: all problems of all files, one line each. A scan or picture that occurs twice, however it is stored, is
-      a problem: one copy could be in training and the other in the test.
+      a problem: one copy could be in training and the other in the test. So are lesion labels that do not fit the
+      masks, because patients would count as free of lesions.
   """
   measured, errors = [], []
   with pool(len(cases)) as run:
     for result in progress(run(_measure, cases), total=len(cases), desc='Checking scans', unit='scans'):
       (errors if isinstance(result, str) else measured).append(result)
+  coloured = [path for one in measured for path in one.coloured]
+  measured = [one for one in measured if one.patient]
   errors += _copies(measured)
+  values = {path: values for one in measured for path, values in one.values.items()}
+  # A DICOM SEG is checked when it is read; which of the labels it has is not known here.
+  has_seg = any(one.patient.case.mask == one.patient.case.ct for one in measured)
+  # Without the masks that could not be read, a label may seem to be missing.
+  errors = errors or _label_problems(values, cases[0].lesion_labels, has_seg)
   if errors:
     raise UserError('\n'.join(dict.fromkeys(errors)))
   _warn_of_similar(measured)
+  _log_labels([one.patient for one in measured], values)
+  if coloured:
+    logging.info('left out (in colour): %s', sources.counted(printable(path.name) for path in coloured))
   return [one.patient for one in measured]
 
 
@@ -103,16 +120,30 @@ def deal(patients: Sequence[Patient]) -> list[list[Patient]]:
 
 def _measure(case: Case) -> _Measured | str:
   """Measures a case, or returns the error text of its files: the caller reports the errors of all cases."""
+  coloured = read.coloured(case) if case.coloured == 'leave_out' else []
+  if coloured:
+    case = _without(case, coloured)
+    if not case.ct:
+      return _Measured(None, {}, None, {}, coloured)
   try:
     slices = read.slices(case)
   except UserError as error:
     return str(error)
   patient = Patient(case, slices.lesion_voxels, slices.lesion_ml)
   if slices.lesion_ml is not None:
-    return _Measured(patient, {str(case.ct): _digest(slices.images)}, _thumbnail(slices.images, case.intensity))
+    thumbnail = _thumbnail(slices.images, case.intensity)
+    return _Measured(patient, {str(case.ct): _digest(slices.images)}, thumbnail, slices.values)
   names = map(str, case.ct) if isinstance(case.ct, tuple) else [f'{case.ct}, slice {case.slice}']
   images = zip(names, slices.images, strict=True)
-  return _Measured(patient, {name: _digest(image) for name, image in images if np.ptp(image)}, None)
+  hashes = {name: _digest(image) for name, image in images if np.ptp(image)}
+  return _Measured(patient, hashes, None, slices.values, coloured)
+
+
+def _without(case, paths):
+  """A case without some of its pictures."""
+  kept = [number for number, path in enumerate(case.ct) if path not in paths]
+  chosen = lambda values: None if values is None else tuple(values[number] for number in kept)
+  return case._replace(ct=chosen(case.ct), mask=chosen(case.mask), labels=chosen(case.labels))
 
 
 def _digest(values: np.ndarray) -> str:
@@ -163,26 +194,77 @@ def _warn_of_similar(measured: Sequence[_Measured]) -> None:
     )
 
 
+def _label_problems(values, labels, has_seg):
+  """A line for each lesion label that no mask has, or each mask without lesion that seems to use other labels.
+
+  In a cohort with labels of organs, a mask without a lesion label is a patient without lesion. But if it also has a
+  value that no mask with lesion has, its lesions may have that value: 1 in some masks and 255 in others.
+
+  Args:
+    values: the distinct values of each mask.
+    labels: the lesion labels.
+    has_seg: whether some masks are DICOM SEG.
+  """
+  if not labels or not values:
+    return []
+  nonzero = {path: set(each) - {0} for path, each in values.items()}
+  missing = sorted(set(labels) - set().union(*nonzero.values()))
+  if missing and not has_seg:
+    return [
+      f'data.lesion_labels: no mask has the value {", ".join(map(str, missing))}; the masks have '
+      f'{_counted(nonzero.values()) or "only 0"}; give the values that are lesion'
+    ]
+  with_lesion = set().union(*(each for each in nonzero.values() if each & set(labels)))
+  return [
+    f'{path}: the values are {_listed(values[path])}, none of which is a lesion label ({_listed(labels)}), and no mask '
+    f'with lesion has {_listed(each - with_lesion)}; add it to data.lesion_labels if it is lesion, or set it to 0'
+    for path, each in nonzero.items()
+    if not each & set(labels) and each - with_lesion
+  ]
+
+
+def _log_labels(patients, values):
+  if any(patient.case.labels is not None for patient in patients):
+    return
+  without = sum(not any(patient.lesion_voxels) for patient in patients)
+  labels = set(patients[0].case.lesion_labels) if patients else set()
+  background = _counted(set(each) - labels - {0} for each in values.values()) if labels else ''
+  if without or background:
+    text = f'{without} of {len(patients)} patients have no lesion'
+    logging.info('%s', f'{text}; values taken as background: {background}' if background else text)
+
+
+def _counted(sets):
+  """The values of some masks, with the number of masks that have each: `1 (in 2 masks), 255 (in 1 mask)`."""
+  counts = Counter(value for each in sets for value in each)
+  return ', '.join(f'{value} (in {n} mask{"s" if n > 1 else ""})' for value, n in sorted(counts.items()))
+
+
+def _listed(values):
+  return ', '.join(map(str, sorted(values)))
+
+
 def taken(cases: Sequence[Case]) -> dict:
   """How the files of a cohort were read: values of the config.data keys with the same names."""
   return {
     'lesion_labels': list(cases[0].lesion_labels),
     'intensity': cases[0].intensity,
     'patients': 'named' if all(case.named for case in cases) else 'each_slice',
+    'coloured': cases[0].coloured,
   }
 
 
-def fingerprint(cases: Sequence[Case]) -> list[list]:
-  """Identifies the state of a cohort: name, size and modification time of files; patients and labels of cases."""
+def fingerprint(
+  cases: Sequence[Case], cache: pathlib.Path | None = None, progress: Callable[..., Iterable] = silent
+) -> list[list]:
+  """Identifies the state of a cohort by content: patients and labels of cases; name and SHA-256 of files and folders.
+
+  Args:
+    cases: the cases.
+    cache: a file that keeps the digests of files, see `digests.of`; None keeps none.
+    progress: wraps an iterable and shows its progress.
+  """
   paths = dict.fromkeys(path for case in cases for path in case.files)
   described = [[case.patient, case.owner, len(case.files), list(case.labels or ()), case.slice] for case in cases]
-  return described + [_state(path) for path in paths]
-
-
-def _state(path):
-  """Name, size and modification time of a file; for a DICOM folder its name, number of files and a hash of theirs."""
-  if not path.is_dir():
-    return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-  inside = in_folder(path)
-  states = [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in inside]
-  return [path.name, len(inside), hashlib.sha256(json.dumps(states).encode()).hexdigest()]
+  found = digests.of(list(paths), cache, progress)
+  return described + [[printable(path.name), digest] for path, digest in zip(paths, found, strict=True)]

@@ -120,7 +120,7 @@ def affine_of(columns, spacing=(0.7, 0.8, 5.0), turn=0.0, shear=0.0):
 
 
 def find(folder):
-  return dicom.find_series(sorted(path for path in folder.rglob('*') if path.is_file()))
+  return dicom.find_series(sorted(path for path in folder.rglob('*') if path.is_file() and dicom.Series.claims(path)))
 
 
 def all_changed(**elements):

@@ -13,7 +13,9 @@ import time
 import warnings
 import zipfile
 
+import nibabel as nib
 import numpy as np
+import pydicom
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,10 +33,34 @@ def nifti(folder, ending='.nii'):
   return save(folder / f'a{ending}', chest())
 
 
+def pair(folder):
+  """Writes .hdr and .img and returns the header."""
+  nib.save(nib.Nifti1Pair(chest(), affine_of('LPS')), folder / 'a.hdr')
+  return folder / 'a.hdr'
+
+
+def itk(folder, name, compressed=False):
+  """Writes MetaImage or NRRD and returns the header."""
+  import SimpleITK
+
+  image = SimpleITK.GetImageFromArray(np.ascontiguousarray(chest().T))
+  image.SetOrigin((1, 2, 3))
+  SimpleITK.WriteImage(image, str(folder / name), compressed)
+  return folder / name
+
+
 def dicom(folder, syntax):
   """Writes four slices and returns the one to damage."""
   dicom_series.save(folder, dicom_series.slices(chest((17, 16, 4)), affine_of('LPS')), syntax)
   return folder / 'IM000002'
+
+
+def bare_dicom(folder):
+  """As `dicom`, without preamble and file meta."""
+  file = dicom(folder, 'implicit')
+  image = pydicom.dcmread(file)
+  pydicom.dcmwrite(file, pydicom.Dataset(image), implicit_vr=True, little_endian=True, enforce_file_format=False)
+  return file
 
 
 def picture(folder, ending):
@@ -54,9 +80,15 @@ def archive(folder):
 KINDS = {
   'nifti': (nifti, 'hu', (0, 352)),
   'nifti.gz': (lambda folder: nifti(folder, '.nii.gz'), 'hu', (0, None)),
+  'hdr': (pair, 'hu', (0, None)),
+  'mha': (lambda folder: itk(folder, 'a.mha'), 'hu', (0, -420)),
+  'mhd': (lambda folder: itk(folder, 'a.mhd', compressed=True), 'hu', (0, None)),
+  'nrrd': (lambda folder: itk(folder, 'a.nrrd'), 'hu', (0, -420)),
+  'nrrd, gzip': (lambda folder: itk(folder, 'a.nrrd', compressed=True), 'hu', (0, None)),
   'dicom': (lambda folder: dicom(folder, 'uncompressed'), 'hu', (132, -600)),
   'dicom, jpeg lossless': (lambda folder: dicom(folder, 'jpeg lossless'), 'hu', (132, None)),
   'dicom, jpeg 2000': (lambda folder: dicom(folder, 'jpeg 2000'), 'hu', (132, None)),
+  'dicom, no preamble': (bare_dicom, 'hu', (0, -600)),
   'zip': (archive, 'hu', (0, None)),
   'png': (lambda folder: picture(folder, '.png'), 'grey', (0, None)),
   'jpg': (lambda folder: picture(folder, '.jpg'), 'grey', (0, None)),

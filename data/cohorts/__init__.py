@@ -4,11 +4,17 @@ A cohort module only finds files and states what is known about them. Reading (d
 """
 
 import pathlib
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from fusa_jax.scans import volume_files
+from fusa_jax.scans.archives import is_leftover
 from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import printable
+
+# Endings of the names of masks. The first two are those of `--mode=predict` for a scan X_ct.
+MASKS = ('_ct_mask', '_ct_seg', '_mask', '_seg')
 
 
 class Case(NamedTuple):
@@ -27,6 +33,8 @@ class Case(NamedTuple):
     slice: the index of this case in a volume of loose slices of many patients; None is the whole scan.
     windowed: True if HU above a window are known to be lost; other windowed scans are refused.
     owner: the person, if the release has several scans of one; these stay in one fold. '' is the same as `patient`.
+    coloured: what to do with its pictures in colour (`CohortOptions`).
+    unused: why the case is not used, in two or three words for the log; '' if it is used.
   """
 
   patient: str
@@ -39,15 +47,18 @@ class Case(NamedTuple):
   slice: int | None = None
   windowed: bool = False
   owner: str = ''
+  coloured: str = 'refuse'
+  unused: str = ''
 
   @property
   def files(self) -> list[pathlib.Path]:
-    """All files, images before masks."""
+    """All files, images before masks; a header is followed by the files with its values."""
     return [
-      path
+      file
       for paths in (self.ct, self.mask)
       if paths is not None
       for path in (paths if isinstance(paths, tuple) else (paths,))
+      for file in (path, *(volume_files.data_files(path) if volume_files.is_volume(path) else ()))
     ]
 
 
@@ -58,57 +69,122 @@ class CohortOptions(NamedTuple):
     lesion_labels: mask values that are lesion; () keeps those of the cohort module.
     intensity: 'hu', or 'grey' for windowed 8-bit images. The two are never mixed.
     patients: 'named' uses only known patients; 'each_slice' treats each slice of an unknown patient as its own patient.
+    coloured: 'refuse' refuses a cohort with pictures in colour; 'leave_out' leaves these out.
   """
 
   lesion_labels: tuple[int, ...] = ()
   intensity: str = 'hu'
   patients: str = 'named'
+  coloured: str = 'refuse'
 
 
 AS_RELEASED = CohortOptions()
 
 
+def entries(folder: pathlib.Path | None) -> list[pathlib.Path]:
+  """The files and folders in a folder, sorted, without what operating systems leave behind. [] for None."""
+  return sorted(path for path in folder.iterdir() if not is_leftover(path.name)) if folder else []
+
+
 def only_folder(folder: pathlib.Path) -> pathlib.Path:
   """Descends through folders that contain only one folder. Unpacked archives often have these."""
-  while len(inside := [path for path in folder.iterdir() if not path.name.startswith('.')]) == 1 and inside[0].is_dir():
+  while len(inside := entries(folder)) == 1 and inside[0].is_dir():
     folder = inside[0]
   return folder
 
 
-def by_name(folder: pathlib.Path, ending: str = '') -> dict[str, pathlib.Path]:
-  """The NIfTI files of a folder that have this ending, by their names without it."""
-  paths = (
-    path
-    for path in sorted(folder.iterdir())
-    if volume_files.is_volume(path) and volume_files.stem(path).endswith(ending)
-  )
-  return {volume_files.stem(path).removesuffix(ending): path for path in paths}
+def entry(folder: pathlib.Path | None, name: str) -> pathlib.Path | None:
+  """The file or folder with this name, without regard to capitals; None if there is none.
+
+  Raises:
+    UserError: two have the name.
+  """
+  found = [path for path in entries(folder) if path.name.lower() == name.lower()]
+  if len(found) > 1:
+    raise UserError(f'{found[1]}: the same name as {found[0].name}; remove one of the two, or rename it')
+  return found[0] if found else None
+
+
+def subfolder(folder: pathlib.Path | None, name: str) -> pathlib.Path | None:
+  """As `entry`, for a folder."""
+  found = entry(folder, name)
+  return found if found and found.is_dir() else None
+
+
+def name_of(text: str) -> str:
+  """A name as it is compared and stored: one form of ü (some systems write u and the dots apart), and no bare bytes."""
+  return unicodedata.normalize('NFC', printable(text))
+
+
+def with_ending(folder: pathlib.Path | None, *endings: str) -> list[tuple[str, pathlib.Path]]:
+  """The volumes of a folder with one of these endings, with their names without it. Capitals do not matter.
+
+  Args:
+    folder: the folder; None has no volumes.
+    endings: the endings, without that of the format. If a name has several of them, the first counts.
+  """
+  found = []
+  for path in entries(folder):
+    name = name_of(volume_files.stem(path))
+    ending = next((one for one in endings if name.lower().endswith(one)), None)
+    if ending is not None and volume_files.is_volume(path):
+      found.append((name[: len(name) - len(ending)], path))
+  return found
+
+
+def by_name(folder: pathlib.Path | None, *endings: str) -> dict[str, pathlib.Path]:
+  """The volumes of a folder with one of these endings (default: any), by their names without it.
+
+  Raises:
+    UserError: two files have the same name, for example X_seg.nii and X_seg.nii.gz, or X_seg and X_mask.
+  """
+  return unique(with_ending(folder, *endings or ('',)))
+
+
+def unique(named: Iterable[tuple[str, pathlib.Path]]) -> dict[str, pathlib.Path]:
+  """A dictionary of paths by name.
+
+  Raises:
+    UserError: several paths have the same name, one line for each but the first.
+  """
+  paths, lines = {}, []
+  for name, path in named:
+    first = paths.setdefault(name, path)
+    if first != path:
+      shown = first.name if first.parent == path.parent else first
+      lines.append(f'{path}: same patient as {shown}; remove one of the two')
+  refuse(lines)
+  return paths
 
 
 def paired(
   scans: Mapping[str, pathlib.Path],
   masks: Mapping[str, pathlib.Path],
-  mask_name: Callable[[str], object],
+  scan_name: str,
+  mask_name: str,
   lesion_labels: tuple[int, ...] = (),
 ) -> list[Case]:
   """Makes cases of scans and their masks, sorted by patient.
 
   Args:
     scans, masks: paths by patient.
-    mask_name: returns the expected name of a patient's mask, for messages.
+    scan_name, mask_name: the expected names of a patient's scan and mask, with {} for the patient, for messages.
     lesion_labels: the labels of all masks.
 
   Raises:
-    UserError: scans without a mask, one line each.
+    UserError: scans without a mask, and masks without a scan, one line each.
   """
-  refuse_lonely(scans, masks, lambda patient: f'the mask {mask_name(patient)} is missing; add it, or remove the scan')
+  lines = lonely(scans, masks, f'the mask {mask_name} is missing; add it, or remove the scan')
+  refuse(lines + lonely(masks, scans, f'the scan {scan_name} is missing; add it, or remove the mask'))
   return [Case(patient, path, masks[patient], lesion_labels) for patient, path in sorted(scans.items())]
 
 
-def refuse_lonely(
-  paths: Mapping[str, pathlib.Path], partners: Mapping[str, pathlib.Path], problem: Callable[[str], str]
-) -> None:
-  """Raises a UserError if names of `paths` are missing in `partners`: a line for each, with its path and problem."""
-  lonely = [f'{path}: {problem(name)}' for name, path in paths.items() if name not in partners]
-  if lonely:
-    raise UserError('\n'.join(lonely))
+def lonely(paths: Mapping[str, pathlib.Path], partners: Mapping[str, pathlib.Path], problem: str) -> list[str]:
+  """A line for each of `paths` whose name is missing in `partners`, with the problem; {} in it is the name."""
+  return [f'{path}: {problem.replace("{}", name)}' for name, path in paths.items() if name not in partners]
+
+
+def refuse(lines: list[str]) -> None:
+  """Raises a UserError of these lines, if there are any."""
+  if lines:
+    raise UserError('\n'.join(lines))

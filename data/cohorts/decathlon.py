@@ -6,10 +6,12 @@ the folder.
 
 import json
 import pathlib
+import unicodedata
 
-from data.cohorts import Case
+from data.cohorts import Case, entry, name_of, refuse
 from fusa_jax.scans import volume_files
-from fusa_jax.system.errors import UserError
+
+LIST = 'dataset.json'
 
 
 def recognises(folder: pathlib.Path) -> bool:
@@ -22,27 +24,36 @@ def find(folder: pathlib.Path) -> list[Case]:
   Raises:
     UserError: entries without one image and one label, and missing files, one line each.
   """
-  cases, errors = [], []
-  for number, entry in enumerate(_listed(folder)):
-    names = [entry.get(key) for key in ('image', 'label')] if isinstance(entry, dict) else [None]
+  cases, lines = [], []
+  for number, listed in enumerate(_listed(folder)):
+    names = [listed.get(key) for key in ('image', 'label')] if isinstance(listed, dict) else [None]
     if not all(isinstance(name, str) for name in names):
-      errors.append(f'{folder / "dataset.json"}: entry {number} of "training" must have an image and a label; add them')
+      lines.append(f'{folder / LIST}: entry {number} of "training" must have an image and a label; add them')
       continue
-    image, label = (folder / name for name in names)
-    errors += [
+    image, label = (_path(folder, name) for name in names)
+    lines += [
       f'{path}: listed in dataset.json, but missing; add it, or remove it from the list'
       for path in (image, label)
       if not path.is_file()
     ]
-    cases.append(Case(volume_files.stem(image).removesuffix('_0000'), image, label))
-  if errors:
-    raise UserError('\n'.join(errors))
+    cases.append(Case(name_of(volume_files.stem(image)).removesuffix('_0000'), image, label))
+  refuse(lines)
   return sorted(cases)
 
 
+def _path(folder, name):
+  """The file of a listed name: also with the other form of its umlauts, or with nnU-Net's _0000."""
+  path = folder / name
+  stem = volume_files.stem(path)
+  names = [path.name, f'{stem}_0000{path.name[len(stem) :]}']
+  forms = [path.parent / unicodedata.normalize(form, one) for one in names for form in ('NFC', 'NFD')]
+  return next((one for one in (path, *forms) if one.is_file()), path)
+
+
 def _listed(folder):
+  path = entry(folder, LIST)
   try:
-    listed = json.loads((folder / 'dataset.json').read_text())['training']
+    listed = json.loads(path.read_text(encoding='utf-8-sig'))['training'] if path else None
   except (OSError, ValueError, KeyError, TypeError):
     return []
   return listed if isinstance(listed, list) else []

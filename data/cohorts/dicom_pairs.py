@@ -6,20 +6,19 @@ The mask is `X_seg.nii.gz` or `X_mask.nii.gz` beside it, or a DICOM SEG in it th
 
 import pathlib
 
-from data.cohorts import Case, by_name, refuse_lonely
+from data.cohorts import MASKS, Case, by_name, entries, lonely, name_of, refuse, unique, with_ending
 from fusa_jax.scans import archives, dicom, sources
-from fusa_jax.system.errors import UserError
 
 
 def recognises(folder: pathlib.Path) -> bool:
-  patients, (of_seg, of_mask) = _patients(folder), _masks(folder)
-  beside_mask = patients.keys() & (of_seg | of_mask).keys()
+  patients, masks = dict(_patients(folder)), dict(with_ending(folder, *MASKS))
+  beside_mask = patients.keys() & masks.keys()
   # This is a folder of NIfTI pairs, perhaps with the original DICOM beside them, if no mask has only DICOM.
-  in_nifti = of_mask.keys() & by_name(folder).keys()
+  in_nifti = masks.keys() & dict(with_ending(folder, '')).keys()
   if in_nifti and beside_mask <= in_nifti:
     return False
   # A folder that contains only one folder may be an unpacked archive: the patients are then inside that folder.
-  alone = sum(not path.name.startswith('.') for path in folder.iterdir()) == 1
+  alone = len(entries(folder)) == 1
   return bool(beside_mask) or (not alone and any(path.is_dir() and _holds_dicom(path) for path in patients.values()))
 
 
@@ -27,38 +26,27 @@ def find(folder: pathlib.Path) -> list[Case]:
   """One case per archive and per folder with DICOM. Their content is checked later, when they are read.
 
   Raises:
-    UserError: masks without a folder, or two files for the same patient, one line each.
+    UserError: masks without a folder, two files for the same patient, and broken links, one line each.
   """
-  patients, (of_seg, of_mask) = _patients(folder), _masks(folder)
-  twice = sorted(of_seg.keys() & of_mask.keys())
-  if twice:
-    raise UserError(
-      '\n'.join(f'{of_mask[name]}: same patient as {of_seg[name].name}; remove one of the two' for name in twice)
-    )
-  masks = of_seg | of_mask
-  refuse_lonely(masks, patients, lambda name: f'the DICOM folder {name} is missing; add it, or remove the mask')
+  refuse(
+    [
+      f'{path}: a broken link, perhaps to a patient; restore what it points to, or remove it'
+      for path in entries(folder)
+      if not path.exists() and path.suffix.lower() in ('', '.zip')
+    ]
+  )
+  patients, masks = unique(_patients(folder)), by_name(folder, *MASKS)
+  refuse(lonely(masks, patients, 'the DICOM folder {} is missing; add it, or remove the mask'))
   return [Case(name, path, masks.get(name, path), intensity='hu') for name, path in sorted(patients.items())]
 
 
 def _patients(folder):
-  """The archives, and the folders with DICOM or an archive inside, by patient.
-
-  Raises:
-    UserError: a folder and an archive have the same name.
-  """
-  patients = {}
-  for path in sorted(folder.iterdir()):
-    is_archive = archives.is_archive(path)
-    if not path.name.startswith('.') and (is_archive or (path.is_dir() and _may_hold_dicom(path))):
-      name = path.stem if is_archive else path.name
-      if name in patients:
-        raise UserError(f'{path}: same patient as {patients[name].name}; remove one of the two')
-      patients[name] = path
-  return patients
-
-
-def _masks(folder):
-  return [by_name(folder, ending) for ending in ('_seg', '_mask')]
+  """The archives, and the folders with DICOM or an archive inside, with their patients."""
+  return [
+    (name_of(path.stem if archives.is_archive(path) else path.name), path)
+    for path in entries(folder)
+    if archives.is_archive(path) or (path.is_dir() and _may_hold_dicom(path))
+  ]
 
 
 def _may_hold_dicom(folder):

@@ -7,34 +7,31 @@ on the web. They were rescaled to HU by the values of air and fat, and HU above 
 
 import pathlib
 
-from data.cohorts import Case, by_name, paired
+from data.cohorts import Case, by_name, paired, subfolder, with_ending
 from fusa_jax.scans import volume_files
-from fusa_jax.system.errors import UserError
 
 _LESION = (1, 2)
 
 
 def recognises(folder: pathlib.Path) -> bool:
-  return (folder / 'rp_im').is_dir() or 'tr_im' in by_name(folder)
+  return bool(subfolder(folder, 'rp_im') or 'tr_im' in dict(with_ending(folder, '')))
 
 
 def find(folder: pathlib.Path) -> list[Case]:
   """The scans, and one case per loose slice.
 
   Raises:
-    UserError: scans or slices without a mask, one line each; the mask of the slices cannot be read.
+    UserError: scans or slices without a mask, masks without a scan, one line each; the mask of the slices cannot be
+      read.
   """
-  files, cases = by_name(folder), []
-  if (folder / 'rp_im').is_dir():
-    masks = by_name(folder / 'rp_msk') if (folder / 'rp_msk').is_dir() else {}
-    cases = paired(by_name(folder / 'rp_im'), masks, lambda patient: f'rp_msk/{patient}.nii.gz', _LESION)
-    cases = [case._replace(patient=f'rp_{case.patient}', windowed=True) for case in cases]
-  if 'tr_im' in files:
-    if 'tr_mask' not in files:
-      raise UserError(f'{files["tr_im"]}: the mask tr_mask.nii.gz is missing; add it, or remove the slices')
-    count = volume_files.read_grid(files['tr_mask']).shape[0]
+  scans, masks = (by_name(subfolder(folder, name)) for name in ('rp_im', 'rp_msk'))
+  cases = paired(scans, masks, 'rp_im/{}.nii.gz', 'rp_msk/{}.nii.gz', _LESION)
+  cases = [case._replace(patient=f'rp_{case.patient}', windowed=True) for case in cases]
+  files = by_name(folder)
+  images, masks = ({'tr': files[name]} if name in files else {} for name in ('tr_im', 'tr_mask'))
+  for loose in paired(images, masks, '{}_im.nii.gz', '{}_mask.nii.gz', _LESION):
+    count = volume_files.read_grid(loose.mask).shape[0]
     cases += [
-      Case(f'tr_{number:03d}', files['tr_im'], files['tr_mask'], _LESION, named=False, slice=number, windowed=True)
-      for number in range(count)
+      loose._replace(patient=f'tr_{number:03d}', named=False, slice=number, windowed=True) for number in range(count)
     ]
   return cases

@@ -1,27 +1,30 @@
 """MosMedData (Morozov et al. 2020): 1110 studies in `studies/CT-0` to `CT-4`, 50 with `masks/study_NNNN_mask.nii.gz`.
 
 Cases are the studies with a mask, and the studies of CT-0, which have no signs of viral pneumonia according to the
-release. All other studies are ignored, because the positions of their lesions are unknown.
+release. All other studies are left out, because the positions of their lesions are unknown.
 """
 
 import pathlib
 
-from data.cohorts import Case, by_name, refuse_lonely
+from data.cohorts import Case, by_name, entries, lonely, refuse, subfolder, unique, with_ending
 
 
 def recognises(folder: pathlib.Path) -> bool:
-  return (folder / 'studies' / 'CT-0').is_dir() and (folder / 'masks').is_dir()
+  return bool(subfolder(subfolder(folder, 'studies'), 'CT-0') and subfolder(folder, 'masks'))
 
 
 def find(folder: pathlib.Path) -> list[Case]:
-  """The studies with known lesions.
+  """The studies; those of unknown lesions are unused.
 
   Raises:
-    UserError: masks without a study, one line each.
+    UserError: masks without a study, and studies of the same name, one line each.
   """
-  masks, healthy = by_name(folder / 'masks', '_mask'), by_name(folder / 'studies' / 'CT-0')
-  studies = {name: path for severity in (folder / 'studies').glob('CT-*') for name, path in by_name(severity).items()}
-  refuse_lonely(
-    masks, studies, lambda name: f'the study {name} is missing in studies/CT-0 to CT-4; add it, or remove the mask'
-  )
-  return [Case(name, studies[name], masks.get(name)) for name in sorted(masks.keys() | healthy.keys())]
+  masks, studies = by_name(subfolder(folder, 'masks'), '_mask'), subfolder(folder, 'studies')
+  severities = [path for path in entries(studies) if path.is_dir() and path.name.upper().startswith('CT-')]
+  scans = unique(named for severity in severities for named in with_ending(severity, ''))
+  refuse(lonely(masks, scans, 'the study {} is missing in studies/CT-0 to CT-4; add it, or remove the mask'))
+  is_known = lambda name: name in masks or scans[name].parent.name.upper() == 'CT-0'
+  return [
+    Case(name, path, masks.get(name), unused='' if is_known(name) else 'no mask')
+    for name, path in sorted(scans.items())
+  ]

@@ -1,26 +1,43 @@
-"""Raw datasets of nnU-Net: `imagesTr/X_0000.nii.gz` with `labelsTr/X.nii.gz`, one scan per patient, one channel."""
+"""Raw datasets of nnU-Net: `imagesTr/X_0000.nii.gz` with `labelsTr/X.nii.gz`, one scan per patient, one channel.
+
+Scans may also lack the `_0000`, as in the Decathlon. Then all must lack it.
+"""
 
 import pathlib
 
-from data.cohorts import Case, by_name, paired
-from fusa_jax.system.errors import UserError
+from data.cohorts import Case, by_name, paired, refuse, subfolder
+from fusa_jax.scans import volume_files
 
 
 def recognises(folder: pathlib.Path) -> bool:
-  return all((folder / name).is_dir() for name in ('imagesTr', 'labelsTr'))
+  return all(subfolder(folder, name) for name in ('imagesTr', 'labelsTr'))
 
 
 def find(folder: pathlib.Path) -> list[Case]:
   """The training cases.
 
   Raises:
-    UserError: scans without a label, or with more than one channel, one line each.
+    UserError: scans without a label, labels without a scan, scans with more than one channel, or with and without
+      `_0000`, one line each.
   """
-  more = by_name(folder / 'imagesTr', '_0001').values()
-  if more:
-    raise UserError('\n'.join(f'{path}: a second channel, but CT has only X_0000; remove it' for path in more))
-  return paired(
-    by_name(folder / 'imagesTr', '_0000'),
-    by_name(folder / 'labelsTr'),
-    lambda patient: folder / 'labelsTr' / f'{patient}.nii.gz',
-  )
+  scans, labels = (by_name(subfolder(folder, name)) for name in ('imagesTr', 'labelsTr'))
+  # The names of the labels decide: X_0000 may also be the whole name of a patient.
+  bare = {name: path for name, path in scans.items() if name in labels}
+  if not (bare and all(name in bare or not name.endswith('_0000') for name in scans)):
+    refuse([_without_suffix(name, path, scans) for name, path in bare.items()])
+    refuse(
+      [
+        f'{path}: a second channel, but CT has only X_0000; remove it'
+        for name, path in scans.items()
+        if name[-5:-4] == '_' and name[-4:].isdigit() and name[-4:] != '0000' and f'{name[:-4]}0000' in scans
+      ]
+    )
+    scans = {name.removesuffix('_0000'): path for name, path in scans.items()}
+  return paired(scans, labels, 'imagesTr/{}_0000.nii.gz', 'labelsTr/{}.nii.gz')
+
+
+def _without_suffix(name, path, scans):
+  if f'{name}_0000' in scans:
+    return f'{path}: same patient as {scans[f"{name}_0000"].name}; remove one of the two'
+  wanted = f'{name}_0000{path.name[len(volume_files.stem(path)) :]}'
+  return f'{path}: the ending _0000 is missing, which other scans have; rename it to {wanted}'

@@ -5,19 +5,19 @@ slice to its patient. The slices of a patient are sorted by name. Masks have the
 of a class without lesion contains non, no, not, normal, healthy, negative or control, for example CT_NonCOVID.
 """
 
-import csv
 import logging
 import pathlib
 import re
 from collections import defaultdict
 
-from data.cohorts import Case, only_folder, refuse_lonely
+from data.cohorts import Case, entries, entry, lists, name_of, only_folder, refuse
 from fusa_jax.scans import pictures
 from fusa_jax.system.errors import UserError
 
+LIST = 'slices.csv'
+
 _WITHOUT_LESION = re.compile(r'(?<![a-z])(non(?!specific)|not?(?![a-z])|normal|healthy|negative|control)')
 _NO_CLASS = re.compile(r'mask|label|annot|segm')
-_LIST = 'slices.csv'
 
 
 def recognises(folder: pathlib.Path) -> bool:
@@ -28,29 +28,39 @@ def find(folder: pathlib.Path) -> list[Case]:
   """One case per patient in slices.csv; without slices.csv, one case per slice.
 
   Raises:
-    UserError: a picture has no mask or is not in slices.csv, or a name in it has no picture, one line each; all classes
-      are with lesion, or all without.
+    UserError: a picture has no mask or is not in slices.csv, or a mask or a name in slices.csv has no picture, one line
+      each; all classes are with lesion, or all without.
   """
   drawn = _images_and_masks(folder)
   if drawn:
     images, masks = map(_by_stem, drawn)
-    refuse_lonely(
-      images, masks, lambda name: f'the mask {drawn[1].name}/{name}.png is missing; add it, or remove the picture'
-    )
-    entries = [(path, masks[name], None) for name, path in images.items()]
+    lines = _lonely(images, masks, drawn[1], 'mask', 'picture')
+    refuse(lines + _lonely(masks, images, drawn[0], 'picture', 'mask'))
+    found = [(path, masks[name], None) for name, path in images.items()]
   else:
     classes = _classes(folder)
     labels = _labels(folder, classes)
-    entries = [(path, None, labels[name]) for name, inner in classes.items() for path in _by_stem(inner).values()]
-  if not (folder / _LIST).exists():
+    found = [(path, None, labels[name]) for name, inner in classes.items() for path in _by_stem(inner).values()]
+  if not entry(folder, LIST):
     # Slices of two classes may have the same name.
-    name = lambda path: path.stem if drawn else f'{path.parent.name}-{path.stem}'
-    return [_case(name(one[0]), [one], named=False) for one in entries]
-  patients = _patients(folder, [path for path, *_ in entries])
+    name = lambda path: name_of(path.stem if drawn else f'{path.parent.name}-{path.stem}')
+    return [_case(name(one[0]), [one], named=False) for one in found]
+  patients = _patients(folder, [path for path, *_ in found])
   grouped = defaultdict(list)
-  for one in entries:
+  for one in found:
     grouped[patients[one[0]]].append(one)
   return [_case(patient, group, named=True) for patient, group in sorted(grouped.items())]
+
+
+def _lonely(paths, partners, folder, kind, own):
+  """A line for each picture whose partner is missing in a folder, or has a format that cannot be read."""
+  others = {name_of(path.stem): path.name for path in entries(folder)}
+  seen = {name: f' ({others[name]} has another format)' if name in others else '' for name in paths}
+  return [
+    f'{path}: the {kind} {folder.name}/{name}.png is missing{seen[name]}; add it, or remove the {own}'
+    for name, path in paths.items()
+    if name not in partners
+  ]
 
 
 def _case(patient, group, named):
@@ -62,16 +72,25 @@ def _case(patient, group, named):
 
 def _images_and_masks(folder):
   """The folders of images and masks (also image, Masks, ...); None if one is missing or has no images."""
-  by_name = {path.name.lower().removesuffix('s'): path for path in folder.iterdir() if path.is_dir()}
-  if not {'image', 'mask'} <= by_name.keys() or not _by_stem(by_name['image']):
+  folders = [
+    [path for path in entries(folder) if _is_named(path, name) and path.is_dir()] for name in ('image', 'mask')
+  ]
+  if not all(folders) or not any(map(pictures.is_picture_file, entries(folders[0][0]))):
     return None
-  return by_name['image'], by_name['mask']
+  refuse(
+    [f'{path}: the same name as {first.name}; remove one of the two' for first, *others in folders for path in others]
+  )
+  return folders[0][0], folders[1][0]
+
+
+def _is_named(path, name):
+  return path.name.lower() in (name, f'{name}s')
 
 
 def _classes(folder):
   """The folders of pictures by class name; a class may have its pictures in an inner folder. {} if fewer than two."""
-  inner = {path.name: only_folder(path) for path in sorted(folder.iterdir()) if path.is_dir()}
-  classes = {name: path for name, path in inner.items() if _by_stem(path)}
+  inner = {name_of(path.name): only_folder(path) for path in entries(folder) if path.is_dir()}
+  classes = {name: path for name, path in inner.items() if any(map(pictures.is_picture_file, entries(path)))}
   return classes if len(classes) > 1 else {}
 
 
@@ -102,45 +121,41 @@ def _by_stem(folder):
   """The pictures of a folder by their names without .png or .jpg, in natural order (2 before 10).
 
   Raises:
-    UserError: two pictures have the same name.
+    UserError: pictures have the same name, one line each.
   """
-  by_stem = {}
-  natural = lambda path: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', path.name)]
-  for path in sorted(folder.iterdir(), key=natural):
+  by_stem, lines = {}, []
+  natural = lambda path: [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', path.name)]
+  for path in sorted(entries(folder), key=natural):
     if pictures.is_picture_file(path):
-      if path.stem in by_stem:
-        raise UserError(f'{path}: a second picture with the name {path.stem}; remove one, or rename it')
-      by_stem[path.stem] = path
+      name = name_of(path.stem)
+      if name in by_stem:
+        lines.append(f'{path}: a second picture with the name {name}; remove one, or rename it')
+      by_stem[name] = path
+  refuse(lines)
   return by_stem
 
 
 def _patients(folder, paths):
   """The patient of each path, from slices.csv. Its names are file names, with or without ending and class folder."""
-  try:
-    with (folder / _LIST).open(newline='', encoding='utf-8-sig') as file:
-      reader = csv.DictReader(file)
-      if not {'name', 'patient'} <= set(reader.fieldnames or ()):
-        raise UserError(f'{folder / _LIST}: no columns name and patient; use commas, with name,patient as first line')
-      rows = [(str(row['name']).strip(), str(row['patient'] or '').strip()) for row in reader]
-  except (UnicodeDecodeError, csv.Error) as error:
-    raise UserError(f'{folder / _LIST}: not a CSV file in UTF-8 ({error}); save it in UTF-8, with commas') from None
+  rows = lists.read(entry(folder, LIST), ('name', 'patient'))
   known = defaultdict(list)
   for path in paths:
-    for name in {path.name, path.stem, f'{path.parent.name}/{path.name}', f'{path.parent.name}/{path.stem}'}:
-      known[name].append(path)
-  patients, errors = {}, []
-  for line, (name, patient) in enumerate(rows, start=2):
-    where = f'{folder / _LIST}: line {line}: '
+    name, stem, inside = name_of(path.name), name_of(path.stem), name_of(path.parent.name)
+    for listed in {name, stem, f'{inside}/{name}', f'{inside}/{stem}'}:
+      known[listed].append(path)
+  patients, lines = {}, []
+  for line, (name, patient) in rows:
+    name = name.replace('\\', '/')
+    where = f'{folder / LIST}: line {line}: '
     if len(known[name]) != 1:
       count = 'no picture' if not known[name] else f'{len(known[name])} pictures'
-      errors.append(f'{where}{count} with the name {name!r}; correct it, and add the folder if two pictures share it')
+      lines.append(f'{where}{count} with the name {name!r}; correct it, and add the folder if two pictures share it')
     elif not patient:
-      errors.append(f'{where}{name!r} has no patient; add the patient, or remove the picture')
+      lines.append(f'{where}{name!r} has no patient; add the patient, or remove the picture')
     elif patients.setdefault(known[name][0], patient) != patient:
-      errors.append(f'{where}{name!r} has another patient in a line above; correct one of the two')
-  errors += [
-    f'{path}: is not in {_LIST}; add it with its patient, or remove it' for path in paths if path not in patients
-  ]
-  if errors:
-    raise UserError('\n'.join(errors))
+      lines.append(f'{where}{name!r} has another patient in a line above; correct one of the two')
+  refuse(
+    lines
+    + [f'{path}: is not in {LIST}; add it with its patient, or remove it' for path in paths if path not in patients]
+  )
   return patients

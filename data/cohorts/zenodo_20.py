@@ -6,25 +6,25 @@
 
 import pathlib
 
-from data.cohorts import Case, by_name, paired
+from data.cohorts import Case, by_name, paired, subfolder
 
 _SCANS = 'COVID-19-CT-Seg_20cases'
 _MASKS = {'Infection_Mask': (), 'Lung_and_Infection_Mask': (3,)}
 
 
 def recognises(folder: pathlib.Path) -> bool:
-  return (folder / _SCANS).is_dir()
+  return subfolder(folder, _SCANS) is not None
 
 
 def find(folder: pathlib.Path) -> list[Case]:
   """All cases, with the masks of infection if present, otherwise those of lungs and infection.
 
   Raises:
-    UserError: scans without a mask, one line each.
+    UserError: scans without a mask, masks without a scan, and second files of a patient, one line each.
   """
-  of_masks = next((name for name in _MASKS if (folder / name).is_dir()), 'Infection_Mask')
-  masks = by_name(folder / of_masks) if (folder / of_masks).is_dir() else {}
-  cases = paired(by_name(folder / _SCANS), masks, lambda patient: f'{of_masks}/{patient}.nii.gz', _MASKS[of_masks])
+  of_masks = next((name for name in _MASKS if subfolder(folder, name)), 'Infection_Mask')
+  scans, masks = (by_name(subfolder(folder, name)) for name in (_SCANS, of_masks))
+  cases = paired(scans, masks, f'{_SCANS}/{{}}.nii.gz', f'{of_masks}/{{}}.nii.gz', _MASKS[of_masks])
   return [
     # Names are radiopaedia_CASE_STUDY_SERIES: two of the eight cases have two scans.
     case._replace(intensity='grey', owner='_'.join(case.patient.split('_')[:2]))

@@ -51,17 +51,18 @@ class Builder(tfds.core.ShardBasedBuilder):
   The splits are fold0 .. fold4, each a set of patients. A shard has the slices of one patient, or of several with few
   slices, in order. For each fold, the metadata lists the patients in this order with the lesion voxels of each slice.
   This is the index that training samples from, without opening a shard. The metadata also contains how the files were
-  read (`survey.taken`), and whether there are masks or only labels.
+  read (`survey.taken`), their digests, and whether there are masks or only labels.
   """
 
-  VERSION = tfds.core.Version('1.3.0')
+  VERSION = tfds.core.Version('1.4.0')
   BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
     *(Config(name=name, description=module.__doc__) for name, module in COHORTS.items()),
     Config(name='phantom', description='Synthetic chests in HU, in the naming of COVID-19-20.'),
   ]
 
-  # Set these before `download_and_prepare`: the cases to prepare, and the progress bar.
+  # Set these before `download_and_prepare`: the cases to prepare, their fingerprint, and the progress bar.
   cases = ()
+  files = ()
   progress = staticmethod(silent)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -78,7 +79,7 @@ class Builder(tfds.core.ShardBasedBuilder):
   def _shard_iterators_per_split(self, dl_manager):
     folds = survey.deal(survey.survey(self.cases, self.progress))
     self.info.metadata['size'] = self.builder_config.size
-    self.info.metadata['files'] = survey.fingerprint(self.cases)
+    self.info.metadata['files'] = list(self.files)
     self.info.metadata.update(survey.taken(self.cases))
     self.info.metadata['masks'] = all(case.labels is None for case in self.cases)
     self.info.metadata['folds'] = {

@@ -4,6 +4,7 @@ import numpy as np
 from scipy import ndimage
 
 from fusa_jax.measures import statistics, surface
+from fusa_jax.scans.volumes import Grid
 
 # The measures of a volume, in the order of the columns of volumes.csv; scores.json and the report show the definitions.
 DEFINITIONS = {
@@ -43,22 +44,20 @@ LABELS = {
 }
 
 
-def volume(
-  predicted: np.ndarray, truth: np.ndarray, spacing: tuple[float, float, float], voxel_ml: float
-) -> dict[str, float]:
+def volume(predicted: np.ndarray, truth: np.ndarray, grid: Grid) -> dict[str, float]:
   """Computes the measures of one volume (see DEFINITIONS); NaN means undefined.
 
   Args:
     predicted, truth: masks [S, H, W], 0 or False outside the lesions.
-    spacing: mm between slices, rows and columns.
-    voxel_ml: the volume of a voxel in mL.
+    grid: where their voxels lie.
   """
-  diagonal = float(np.linalg.norm(np.multiply(truth.shape, spacing)))
+  signs = np.array([(1, 1, 1), (1, 1, -1), (1, -1, 1), (1, -1, -1)])
+  diagonal = float(np.linalg.norm(signs * truth.shape @ grid.steps, axis=1).max())
   predicted, truth = predicted.astype(bool), truth.astype(bool)
   # Crop to the box around both masks: there is nothing to measure outside.
   box = ndimage.find_objects((predicted | truth).view(np.uint8), max_label=1)[0] or np.s_[:0]
   predicted, truth = predicted[box], truth[box]
-  distances = surface.distances(predicted, truth, spacing, diagonal)
+  distances = surface.distances(predicted, truth, grid.steps, diagonal)
   num_predicted, num_true, num_both = (int(np.count_nonzero(mask)) for mask in (predicted, truth, predicted & truth))
   lesions, lesions_found = _components_in(truth, predicted)
   predicted_lesions, true_positives = _components_in(predicted, truth)
@@ -67,9 +66,9 @@ def volume(
     'hd95_mm': surface.hd95(distances),
     'surface_dice_1mm': surface.surface_dice(distances, 1),
     'surface_dice_2mm': surface.surface_dice(distances, 2),
-    'predicted_ml': num_predicted * voxel_ml,
-    'true_ml': num_true * voxel_ml,
-    'error_ml': (num_predicted - num_true) * voxel_ml,
+    'predicted_ml': num_predicted * grid.voxel_ml,
+    'true_ml': num_true * grid.voxel_ml,
+    'error_ml': (num_predicted - num_true) * grid.voxel_ml,
     'lesions': lesions,
     'lesions_found': lesions_found,
     'lesion_sensitivity': float(statistics.ratio(lesions_found, lesions)),

@@ -3,16 +3,19 @@
 import logging
 import os
 import pathlib
+import unicodedata
 from concurrent import futures
 
 from fusa_jax.measures import masks, statistics
-from fusa_jax.scans import volume_files, volumes
+from fusa_jax.scans import sources, volume_files, volumes
+from fusa_jax.scans.archives import is_leftover
 from fusa_jax.system import progress
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import write_csv, write_json
+from fusa_jax.system.files import printable, write_csv, write_json
 
 _LOGGED = ('dice', 'hd95_mm', 'surface_dice_2mm', 'error_ml', 'lesion_sensitivity', 'false_positives')
-# Endings of names of masks and scans, as COVID-19-20, nnU-Net, MONAI and this project use them. The rest is the case.
+# Endings of names of masks and scans, as COVID-19-20, nnU-Net, MONAI and this project use them, in any capitals. The
+# rest is the case.
 _ENDINGS = ('_mask', '_seg', '_ct', '_pred', '_label', '_gt', '_0000')
 # Threads are enough: nibabel, NumPy and scipy release the lock. Each holds one case, 0.4 GB for 512 x 512 x 291.
 _THREADS = min(os.cpu_count() or 1, 16)
@@ -25,7 +28,7 @@ def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> di
   their intervals, and the definition of each measure.
 
   Args:
-    source: the predictions: a folder of .nii or .nii.gz, or one file.
+    source: the predictions: a folder of masks, or one file. Other files in a folder are counted in the log.
     truth: the reference masks: a folder or file as `source`, or a folder with `Train` inside, as in COVID-19-20.
     output: the folder to write to; created if missing.
 
@@ -49,14 +52,14 @@ def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> di
     if problems:
       return None
     predicted, true = both
-    return {'case': case, **masks.volume(predicted.mask, true.mask, true.spacing, true.voxel_ml)}
+    return {'case': case, **masks.volume(predicted.mask, true.mask, true)}
 
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     measured = pool.map(measure, pairs)
     rows = list(progress.bar(measured, total=len(pairs), desc='Scoring', unit='volumes', show=len(pairs) > 1))
   if problems:
     raise UserError('\n'.join(sorted(problems)))
-  result = {**masks.summary(rows), 'source': str(source), 'truth': str(truth)}
+  result = {**masks.summary(rows), 'source': printable(str(source)), 'truth': printable(str(truth))}
   write_csv(output / 'volumes.csv', rows)
   # Written last: a folder with scores.json is complete.
   write_json(output / 'scores.json', result)
@@ -86,27 +89,47 @@ def _pair(source, truth):
 
 
 def _masks(source, flag):
-  """Returns {case: its masks} for a folder or a single file. Each case should have one mask."""
+  """Returns {case: its masks} for a folder or a single file. Each case should have one mask. Logs what is left out."""
   if source.is_file():
     return {_case(source): [source]}
   if not source.is_dir():
-    raise UserError(f'{flag}: {source} does not exist; give a mask (.nii, .nii.gz), or a folder of masks')
-  folder = source / 'Train' if (source / 'Train').is_dir() else source
-  by_case = {}
+    raise UserError(
+      f'{flag}: {source} does not exist; give a mask ({volume_files.VolumeFile.endings}), or a folder of masks'
+    )
+  folders = [path for path in source.iterdir() if path.name.lower() == 'train' and path.is_dir()]
+  folder = folders[0] if len(folders) == 1 else source
+  by_case, others = {}, []
   for path in sorted(folder.iterdir()):
-    if volume_files.is_volume(path) and '_probability' not in path.name:
+    if is_leftover(path.name):
+      continue
+    if volume_files.is_volume(path) and not volume_files.stem(path).lower().endswith('_probability'):
       by_case.setdefault(_case(path), []).append(path)
+    else:
+      others.append(path)
   if not by_case:
-    raise UserError(f'{flag}: no .nii or .nii.gz mask in {folder}; give a mask, or a folder of masks')
+    seen = f' (but {_counted(others)})' if others else ''
+    raise UserError(
+      f'{flag}: no mask ({volume_files.VolumeFile.endings}) in {folder}{seen}; give a mask, or a folder of masks'
+    )
   # A file that is named like a scan is the mask only if the case has no other file.
-  is_scan = lambda path: volume_files.stem(path).endswith(('_ct', '_0000'))
-  return {case: [path for path in paths if not is_scan(path)] or paths for case, paths in by_case.items()}
+  is_scan = lambda path: volume_files.stem(path).lower().endswith(('_ct', '_0000'))
+  found = {case: [path for path in paths if not is_scan(path)] or paths for case, paths in by_case.items()}
+  others += [path for case, paths in by_case.items() for path in paths if path not in found[case]]
+  of_headers = {file for paths in found.values() for path in paths for file in volume_files.data_files(path)}
+  others = [path for path in others if path not in of_headers]
+  if others:
+    logging.info('left out of %s: %s', flag, _counted(others))
+  return found
+
+
+def _counted(paths):
+  return sources.counted(printable(path.name) for path in paths)
 
 
 def _case(path):
-  """The name of a file's case: the file name without the endings of masks and scans."""
-  name = volume_files.stem(path)
-  while name.endswith(_ENDINGS):
+  """The name of a file's case: the file name without the endings of masks and scans, in one form of ü (NFC)."""
+  name = unicodedata.normalize('NFC', printable(volume_files.stem(path)))
+  while name.lower().endswith(_ENDINGS):
     name = name.rpartition('_')[0]
   return name
 

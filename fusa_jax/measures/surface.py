@@ -2,8 +2,9 @@
 
 The definitions are the defaults of MONAI, as Metrics Reloaded (Maier-Hein, Reinke et al., Nature Methods 2024)
 recommends. A boundary voxel is a mask voxel with at least one of its six neighbours outside the mask or the volume.
-Distances run from voxel centre to voxel centre. scipy computes them: it is needed anyway, while MONAI would require
-PyTorch. The tests compare with MONAI.
+Distances run from voxel centre to voxel centre in the world, also if the axes of a volume have no right angles, as with
+a tilted gantry (MONAI knows right angles only). scipy computes them: it is needed anyway, while MONAI would require
+PyTorch. The tests compare with MONAI, and with all distances written out.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ _TURN = spatial.transform.Rotation.from_euler('xyz', [0.5, 0.6, 0.7]).as_matrix(
 
 
 def distances(
-  first: np.ndarray, second: np.ndarray, spacing: tuple[float, float, float], missed_mm: float
+  first: np.ndarray, second: np.ndarray, steps: np.ndarray, missed_mm: float
 ) -> tuple[np.ndarray, np.ndarray]:
   """Distances in mm from each boundary voxel of one mask to the nearest of the other: for `first`, then for `second`.
 
@@ -23,11 +24,11 @@ def distances(
 
   Args:
     first, second: bool [S, H, W].
-    spacing: mm between slices, rows and columns.
+    steps: [3, 3], mm in the world of one step along slices, rows and columns (volumes.Grid.steps).
     missed_mm: the distance to the boundary of an empty mask, for example the diagonal of the scan. A mean then includes
       patients without any detected lesion. Leaving them out would improve it.
   """
-  points = [np.argwhere(mask & ~ndimage.binary_erosion(mask)) * spacing @ _TURN for mask in (first, second)]
+  points = [np.argwhere(mask & ~ndimage.binary_erosion(mask)) @ (steps @ _TURN) for mask in (first, second)]
   if not all(map(len, points)):
     return tuple(np.full(len(own), missed_mm) for own in points)
   # Headers store spacings in float32, so digits after the fifth decimal are rounding errors: 2 mm must be within 2 mm.

@@ -13,7 +13,7 @@ from fusa_jax.system import home, progress  # noqa: F401 (importing home makes d
 from fusa_jax.system.errors import UserError
 
 # Keys that --mode=evaluate may change.
-_OF_EVALUATION = ('evaluate.', 'data.patients', 'data.lesion_labels')
+_OF_EVALUATION = ('evaluate.', 'data.patients', 'data.lesion_labels', 'data.coloured')
 
 
 def load_preset(path: str | pathlib.Path, preset: str) -> ml_collections.ConfigDict:
@@ -70,7 +70,7 @@ def prepared(config: ml_collections.ConfigDict) -> pathlib.Path:
 
   options = config.data
   if options.dir and not options.raw_dir:
-    return pathlib.Path(options.dir)
+    return pathlib.Path(options.dir).expanduser()
 
   def prepare_data() -> str:
     from data import prepare

@@ -14,6 +14,9 @@ _WRITTEN = ('checkpoints', 'log.jsonl', 'operating_point.json', 'split.json', 't
 # Keys that may change when a run is resumed: they do not change the trained model.
 _RESUMABLE = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.')
 
+# Keys that configs of older runs may lack: the default does what these runs did.
+_ADDED = {'data.coloured'}
+
 
 def save_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   """Writes config.json on process 0, or compares `config` with the config.json that a run already has.
@@ -128,7 +131,8 @@ def get_config(path: str) -> ml_collections.ConfigDict:
   config = base.paper()
   if not isinstance(saved, dict) or not isinstance(saved.get('data'), dict):
     raise UserError(f'{path}: not the config of a run, but perhaps of a bundle; name the folder of a run')
-  differ = _flat(saved).keys() ^ _flat(config.to_dict()).keys()
+  known, stored = _flat(config.to_dict()).keys(), _flat(saved).keys()
+  differ = (known - _ADDED - stored) | (stored - known)
   if differ:
     raise UserError(
       f'{path}: from another version (the keys {", ".join(sorted(differ))} differ); train again with this version'

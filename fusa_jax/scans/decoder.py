@@ -70,7 +70,7 @@ def apart(function: Callable, *arguments):
   _thread_local.worker = None
   result = worker(function, *arguments)
   if result is None:
-    raise UserError('a slice cannot be decoded (the decoder crashed); copy it again from its source')
+    raise UserError('cannot be decoded (the decoder crashed); copy it again from its source')
   _thread_local.worker = worker
   if isinstance(result, UserError):
     raise result

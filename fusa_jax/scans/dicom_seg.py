@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fusa_jax.scans import dicom, formats, volumes
+from fusa_jax.scans import dicom, dicom_files, formats, volumes
 from fusa_jax.system import provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing
@@ -37,12 +37,14 @@ def check_series(sources: Sequence[formats.Source]) -> None:
   Raises:
     UserError: a source is not a DICOM series; highdicom is not installed; no SEG can be made, one line per series.
   """
-  others = [source.name for source in sources if not isinstance(source, dicom.Series)]
+  others = [source.name for source in sources if not isinstance(source, (dicom.Series, formats.Refused))]
   if others:
     raise UserError(f'dicom: {others[0]} is not a DICOM series; give only DICOM series, or leave out --dicom')
   _highdicom()
   problems = []
   for one in sources:
+    if isinstance(one, formats.Refused):
+      continue  # reading it raises its own error
     lacking = [key for key in _REFERRED if not all(header.get(key) for header in one.headers)]
     if lacking:
       problems.append(f'{one}: its slices lack {", ".join(lacking)}, which a SEG needs; leave out --dicom')
@@ -101,19 +103,15 @@ def _without_values(series):
 
 
 def find_segs(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-  """The SEGs among DICOM files. The files must be readable, as those that `dicom.find_series` accepted."""
-  from pydicom import filereader
-
-  of_class = lambda path: str(filereader.read_file_meta_info(path).get('MediaStorageSOPClassUID', ''))
-  return [path for path in paths if of_class(path) in (_SEGMENTATION, _LABELMAP)]
+  """The SEGs among DICOM files that `dicom.sort_series` can read."""
+  header = lambda path: dicom_files.read_dataset(path, stop_before_pixels=True, specific_tags=['SOPClassUID'])
+  return [path for path in paths if dicom_files.sop_class(header(path)) in (_SEGMENTATION, _LABELMAP)]
 
 
 def series_uid(path: pathlib.Path) -> str:
   """The UID of the series that a SEG refers to; '' if it names none or is damaged."""
-  import pydicom
-
   try:
-    header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=['ReferencedSeriesSequence'])
+    header = dicom_files.read_dataset(path, stop_before_pixels=True, specific_tags=['ReferencedSeriesSequence'])
     return str(header.ReferencedSeriesSequence[0].SeriesInstanceUID)
   except Exception:  # pydicom raises errors of many types
     return ''
@@ -131,10 +129,8 @@ def read_seg(path: pathlib.Path, scan: volumes.Scan, lesion_labels: Sequence[int
     UserError: the SEG is damaged or not binary; it has several segments and no labels are given, or none of its
       segments is in the labels; a frame does not match a slice pixel by pixel.
   """
-  import pydicom
-
   try:
-    return _read(pydicom.dcmread(path), path.name, scan, lesion_labels)
+    return _read(dicom_files.read_dataset(path), path.name, scan, lesion_labels)
   except UserError:
     raise
   except Exception as error:  # pydicom raises errors of many types
@@ -188,11 +184,9 @@ def _corners(orientation, spacing, position, size):
 
 def _segmentation(series, frames, about):
   """Makes a highdicom Segmentation of frames [slices, rows, columns], in the order of the series' grid."""
-  import pydicom
-
   highdicom, codes = _highdicom()
   headers, affine = series.grid
-  whole = pydicom.dcmread(headers[0].filename, stop_before_pixels=True)
+  whole = dicom_files.read_dataset(headers[0].filename, stop_before_pixels=True)
   spacing = abs(np.linalg.det(affine[:3, :3])) / np.prod(np.linalg.norm(affine[:3, :2], axis=0))
   thickness = whole.get('SliceThickness') or f'{spacing:.8g}'
   sources = [_source(header, headers[0], frames.shape[1:], thickness, f'{spacing:.8g}') for header in headers]

@@ -13,8 +13,23 @@ from typing import ClassVar, Self
 import numpy as np
 
 from fusa_jax.scans.volumes import Scan
-from fusa_jax.system.errors import UserError
+from fusa_jax.system.errors import UserError, one_line
 from fusa_jax.system.files import printable
+
+
+def check_file(path: pathlib.Path) -> None:
+  """Raises a UserError if a file is missing, may not be read, or is empty."""
+  try:
+    with path.open('rb') as file:
+      if file.read(1):
+        return
+  except FileNotFoundError:
+    raise UserError(f'{path}: file not found; check the path') from None
+  except PermissionError:
+    raise UserError(f'{path}: you have no permission to read the file; change its permissions') from None
+  except OSError as error:
+    raise UserError(f'{path}: unreadable ({one_line(error)}); copy it again from its source') from None
+  raise UserError(f'{path}: the file is empty; copy it again from its source')
 
 
 class Source(abc.ABC):

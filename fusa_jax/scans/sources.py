@@ -66,6 +66,8 @@ def find_sources(path: pathlib.Path, intensity: str | None, unpacked: pathlib.Pa
       raise UserError(f'input: {sources[0]} is an 8-bit picture{advice}')
     others += [source.path for source in sources if source.is_picture]
     sources = scans
+  used = {file for source in sources for file in source.files()}  # with the data files of headers, which none claims
+  others = [file for file in dict.fromkeys(others) if file not in used]
   sources += [
     Refused(printable(str(place_of(archive, path, unpacked))), message, (archive,))
     for archive, message in damaged.items()

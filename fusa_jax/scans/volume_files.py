@@ -1,15 +1,22 @@
 """Reads scans and masks from files of one volume each, in any orientation. `_READERS` lists the formats."""
 
+import logging
 import pathlib
 
+import nibabel as nib
 import numpy as np
 
-from fusa_jax.scans import formats, nifti, volumes
+from fusa_jax.scans import formats, itk, nifti, volumes
 from fusa_jax.scans.volumes import Grid, Mask, Scan
 from fusa_jax.system.errors import UserError
 
-# The reader of each ending. Each returns the values [x, y, z] and a NIfTI header with the affine.
-_READERS = {'.nii': nifti.read, '.nii.gz': nifti.read}
+# The reader of each ending; each returns volumes.Stored.
+_READERS = {
+  **dict.fromkeys(('.nii', '.nii.gz', '.hdr', '.hdr.gz'), nifti.read),
+  **dict.fromkeys(('.mha', '.mhd', '.nrrd', '.nhdr', '.seg.nrrd'), itk.read),
+}
+# The largest distance of a label from its whole number. Scalings, and floats of 16 bits, round by less.
+_ROUNDING = 1e-3
 
 
 def is_volume(path: pathlib.Path) -> bool:
@@ -18,35 +25,48 @@ def is_volume(path: pathlib.Path) -> bool:
 
 
 def stem(path: pathlib.Path) -> str:
-  """The file's name without the ending of its format."""
-  return path.name[: len(path.name) - len(_ending(path) or '')]
+  """The file's name without the ending of its format. 3D Slicer names masks `X.seg.nrrd`, which is `X_seg`."""
+  ending = _ending(path) or ''
+  return path.name[: len(path.name) - len(ending)] + ('_seg' if ending == '.seg.nrrd' else '')
+
+
+def data_files(path: pathlib.Path) -> list[pathlib.Path]:
+  """The files that hold the values of a header, for example .img and .raw; empty if a file holds them itself."""
+  return (itk if _READERS.get(_ending(path)) == itk.read else nifti).data_files(path)
 
 
 class VolumeFile(formats.FileSource):
   """A scan in one file."""
 
-  endings = ', '.join(_READERS)
+  endings = '.nii, .nii.gz, .hdr, .mha, .mhd, .nrrd, .nhdr'
   stem_of = staticmethod(stem)
   claims = staticmethod(is_volume)
+
+  def files(self) -> list[pathlib.Path]:
+    return [self.path, *(file for file in data_files(self.path) if file.is_file())]
 
   def read_image(self, intensity: str) -> Scan:
     return read_scan(self.path, intensity)
 
 
-def read_scan(path: pathlib.Path, intensity: str = 'hu', windowed: bool = False) -> Scan:
-  """Reads a CT scan from .nii or .nii.gz, with any orientation, affine and scaling.
+def read_scan(path: pathlib.Path, intensity: str = 'hu', windowed: bool = False, loose: bool = False) -> Scan:
+  """Reads a CT scan in a format of _READERS, with any orientation, affine and scaling.
 
   Args:
     path: the file.
     intensity: the intensity that the values must have, one of volumes.VALUES.
     windowed: True accepts a scan that lost all HU above a window; otherwise it is refused.
+    loose: True accepts a file without orientation: its slices, along its last axis, do not form one volume.
 
   Raises:
-    UserError: unreadable or truncated; not 3D; fewer than 2 slices; invalid affine; NaN or infinite values; values of
-      another intensity. The message names the file and the reason.
+    UserError: unreadable or truncated; not 3D; fewer than 2 slices; invalid affine, none, or two that differ; NaN or
+      infinite values; values of another intensity. The message names the file and the reason.
   """
   path = pathlib.Path(path)
-  return volumes.to_scan(*_read(path), path, intensity, windowed)
+  stored = _read(path)
+  if not loose:
+    _check_placed(stored, path)
+  return volumes.to_scan(stored, path, intensity, windowed)
 
 
 def read_mask(path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = ()) -> np.ndarray:
@@ -61,13 +81,27 @@ def read_mask(path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = (
     UserError: as `read_scan`; the shape or affine differs from the scan's; with labels, values are not whole numbers;
       without labels, values are not 0 and 1.
   """
+  return read_mask_and_values(path, scan, lesion_labels)[0]
+
+
+def read_mask_and_values(
+  path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = ()
+) -> tuple[np.ndarray, tuple[int, ...]]:
+  """As `read_mask`; also returns the distinct values of the file, in ascending order.
+
+  A cohort compares these with its lesion labels: one mask may lack a lesion, but not all masks of a cohort.
+  """
   values, grid = _read_canonical(pathlib.Path(path))
   volumes.check_same_grid(grid, scan, 'scan')
   if not lesion_labels:
     return _binary(values, grid.path, 'name the lesion labels, for example --config.data.lesion_labels="(3,)"')
-  if values.dtype.kind == 'f' and (values != np.rint(values)).any():
-    raise UserError(f'{path}: labels in a mask must be whole numbers; save it again without interpolation')
-  return np.isin(values, lesion_labels).astype(np.uint8)
+  labels = _whole(values)
+  if labels is None:
+    raise UserError(
+      f'{path}: labels in a mask must be whole numbers, but values are {_shown(values)}; '
+      'save it again without interpolation'
+    )
+  return np.isin(labels, lesion_labels).astype(np.uint8), tuple(map(int, _distinct(labels)))
 
 
 def read_labels(path: pathlib.Path) -> Mask:
@@ -76,8 +110,11 @@ def read_labels(path: pathlib.Path) -> Mask:
   Raises:
     UserError: as `read_scan`, without the checks of HU; values other than 0 and 1.
   """
-  values, grid = _read_canonical(pathlib.Path(path))
-  return Mask(**vars(grid), mask=_binary(values, grid.path, 'save one lesion label as 1'))
+  path = pathlib.Path(path)
+  stored = _read(path)
+  _check_placed(stored, path)
+  values, grid = volumes.canonical(stored, path)
+  return Mask(**vars(grid), mask=_binary(values, grid.path, 'save one lesion label as 1')[0])
 
 
 def read_grid(path: pathlib.Path) -> Grid:
@@ -91,11 +128,30 @@ def read_grid(path: pathlib.Path) -> Grid:
 
 def _read_canonical(path):
   """Reads values [S, H, W] on canonical axes, and their grid."""
-  return volumes.canonical(*_read(path), path)
+  return volumes.canonical(_read(path), path)
 
 
 def _read(path):
   return _READERS[_ending(path) or '.nii'](path)
+
+
+def _check_placed(stored, path):
+  """Refuses a file whose affine is a guess: sides, the order of slices and the volume of a voxel would be guesses."""
+  affine = stored.affine
+  sizes = ' x '.join(map(str, stored.values.shape))
+  if stored.unplaced:
+    raise UserError(
+      f'{path}: the header {stored.unplaced}, so it is unknown which of its axes ({sizes} voxels of '
+      f'{volumes.voxel_text(affine)}) are slices, and which side is left; export it again with its affine'
+    )
+  if not affine[:3, 3].any() and np.count_nonzero(affine[:3, :3]) == 3:
+    logging.warning(
+      '%s: %s voxels of %s, axes %s and origin 0, as programs write if they know no position; check them',
+      path,
+      sizes,
+      volumes.voxel_text(affine),
+      ''.join(nib.aff2axcodes(affine)),
+    )
 
 
 def _ending(path):
@@ -104,10 +160,29 @@ def _ending(path):
 
 
 def _binary(values, path, advice):
-  """Converts a mask of 0 and 1 to uint8; refuses other values."""
-  mask = values != 0
-  if not np.array_equal(mask, values):
-    distinct = np.unique(values)
-    shown = ', '.join(f'{v:g}' for v in distinct[:6]) + (', ...' if distinct.size > 6 else '')
-    raise UserError(f'{path}: mask values must be 0 and 1, but are {shown}; {advice}')
-  return mask.astype(np.uint8)
+  """Converts a mask of 0 and 1 to uint8 and returns it with its distinct values; refuses other values."""
+  labels = _whole(values)
+  distinct = () if labels is None else tuple(map(int, _distinct(labels)))
+  if labels is None or not set(distinct) <= {0, 1}:
+    raise UserError(f'{path}: mask values must be 0 and 1, but are {_shown(values)}; {advice}')
+  return labels.astype(np.uint8), distinct
+
+
+def _whole(values):
+  """The values as whole numbers; None if they are not. A mask that was saved with a scaling may hold 0.99999 for 1."""
+  if values.dtype.kind != 'f':
+    return values
+  labels = np.rint(values)
+  return labels if (np.abs(values - labels) <= _ROUNDING).all() else None
+
+
+def _distinct(values):
+  """The distinct values, sorted. Most voxels of a mask are 0; leaving them out saves most of the sorting."""
+  other = np.unique(values[values != 0])
+  return other if np.all(values) else np.sort(np.append(other, values.dtype.type(0)))
+
+
+def _shown(values):
+  """The first distinct values, for messages."""
+  distinct = _distinct(values)
+  return ', '.join(f'{v:.7g}' for v in distinct[:6]) + (', ...' if distinct.size > 6 else '')

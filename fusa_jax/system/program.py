@@ -1,6 +1,7 @@
 """Runs a main function as a program: prints errors, handles signals, sets exit codes, informs the other processes."""
 
 import logging
+import os
 import pathlib
 import signal
 import sys
@@ -10,12 +11,12 @@ from collections.abc import Callable
 import absl.logging
 from absl import app, flags
 
-from fusa_jax.system import exits
+from fusa_jax.system import exits, home
 from fusa_jax.system.errors import DoesNotFitError, HostLost, PartlyRefused, Terminated, UserError
 
 # Flags with another name than the parameter that they set: {parameter: flag}.
 _FLAGS = {'flips': 'tta'}
-COMPILED = pathlib.Path('~/.cache/fusa_jax/compiled').expanduser()
+COMPILED = home.CACHE / 'compiled'
 
 
 def start(main: Callable, parse_flags: Callable) -> None:
@@ -112,5 +113,15 @@ def use_compilation_cache() -> None:
   """Keeps compiled programs on disk, so that a second run with the same shapes starts in seconds."""
   import jax
 
+  try:
+    COMPILED.mkdir(parents=True, exist_ok=True)
+    is_writable = os.access(COMPILED, os.W_OK)
+  except OSError:
+    is_writable = False
+  if not is_writable:
+    logging.info(
+      '%s: cannot be written, so compiled programs are not kept; set XDG_CACHE_HOME to a folder that can', COMPILED
+    )
+    return
   jax.config.update('jax_compilation_cache_dir', str(COMPILED))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

@@ -182,7 +182,7 @@ def score_volumes(run: predictor.Predictor, scans, patients: list[str]) -> list[
   rows = []
   for patient in progress.bar(patients, desc='Testing volumes', unit='scans'):
     scan, truth = scans[patient]()
-    rows.append({'case': patient, **masks.volume(run(scan).mask, truth, scan.spacing, scan.voxel_ml)})
+    rows.append({'case': patient, **masks.volume(run(scan).mask, truth, scan)})
   return rows
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import nibabel as nib
@@ -121,14 +122,182 @@ def test_a_finished_dataset_is_reused_and_another_cohort_is_refused(raw_dir, tmp
     prepare.prepare(str(other), str(out), SIZE)
 
 
-def test_the_cache_is_keyed_by_the_files(raw_dir, tmp_path, monkeypatch):
+def test_the_cache_is_keyed_by_the_content_of_the_files(raw_dir, tmp_path, monkeypatch):
+  """New times change nothing. A corrected mask counts, even with the size and times of the old one."""
   monkeypatch.setattr(prepare, 'CACHE', tmp_path / 'cache')
-  raw = tmp_path / 'raw'
+  raw, mask = tmp_path / 'raw', 'volume-phantom-A-0001_seg.nii.gz'
   shutil.copytree(raw_dir, raw)
   first = prepare.prepare(str(raw), '', SIZE)
+  os.utime(raw / mask)
   assert prepare.prepare(str(raw), '', SIZE) == first
-  os.utime(raw / 'volume-phantom-A-0001_ct.nii.gz')
-  assert prepare.prepare(str(raw), '', SIZE) != first
+  state, content = (raw / mask).stat(), gzip.decompress((raw / mask).read_bytes())
+  corrected = bytearray(content)
+  corrected[-5] ^= 1
+  for change in (content, bytes(corrected)):  # uncompressed files of equal size, in a new name each
+    (raw / mask).unlink(missing_ok=True)
+    (raw / mask.removesuffix('.gz')).write_bytes(change)
+    os.utime(raw / mask.removesuffix('.gz'), ns=(state.st_atime_ns, state.st_mtime_ns))
+    again = prepare.prepare(str(raw), '', SIZE)
+    assert again != first
+    first = again
+
+
+def test_copies_are_used_and_changes_are_named(raw_dir, tmp_path):
+  raw, copied = tmp_path / 'raw', tmp_path / 'scratch'
+  shutil.copytree(raw_dir, raw)
+  first = prepare.prepare(str(raw), str(tmp_path / 'out'), SIZE)
+  shutil.copytree(raw, copied / 'raw', copy_function=shutil.copyfile)
+  shutil.copytree(tmp_path / 'out', copied / 'out', copy_function=shutil.copyfile)
+  second = prepare.prepare(str(copied / 'raw'), str(copied / 'out'), SIZE)
+  assert second.relative_to(copied) == first.relative_to(tmp_path)
+  changed = copied / 'raw' / 'volume-phantom-A-0005_seg.nii.gz'
+  shutil.copy(raw / 'volume-phantom-A-0001_seg.nii.gz', changed)
+  with pytest.raises(
+    UserError, match=rf'prepared from other files .* contains now \(1 file \({changed.name}\) differ\)'
+  ):
+    prepare.prepare(str(copied / 'raw'), str(copied / 'out'), SIZE)
+  shutil.copy(raw / changed.name, changed)
+  shard = next(second.glob('*fold1*array_record*'))
+  shard.unlink()
+  with pytest.raises(UserError, match=r'is incomplete \(10 of 10 patients, 1 files are missing\); delete it, and run'):
+    prepare.prepare(str(copied / 'raw'), str(copied / 'out'), SIZE)
+  first.rename(first.with_name('1.3.0'))
+  with pytest.raises(UserError, match=r'is of version 1.3.0, but this program writes 1.4.0; delete it, or use another'):
+    prepare.prepare(str(raw), str(tmp_path / 'out'), SIZE)
+  first.with_name('1.3.0').rename(first)
+  (first / 'dataset_info.json').write_text('{"name"')
+  with pytest.raises(UserError, match=r'data.dir: the dataset in .*out is damaged \(.*\); delete it, or use another'):
+    prepare.prepare(str(raw), str(tmp_path / 'out'), SIZE)
+
+
+def test_files_that_change_while_they_are_read(raw_dir, tmp_path, monkeypatch):
+  raw = tmp_path / 'raw'
+  shutil.copytree(raw_dir, raw)
+  image = nib.load(raw / 'volume-phantom-A-0001_seg.nii.gz')
+  nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), None, image.header), tmp_path / 'other.nii.gz')
+  real = survey.deal
+
+  def deal(patients):
+    shutil.copy(tmp_path / 'other.nii.gz', raw / 'volume-phantom-A-0001_seg.nii.gz')
+    return real(patients)
+
+  monkeypatch.setattr(survey, 'deal', deal)
+  with pytest.raises(UserError, match=r'raw: files changed while they were read; run the same command again'):
+    prepare.prepare(str(raw), str(tmp_path / 'out'), SIZE)
+  assert not list((tmp_path / 'out').rglob('*array_record*'))
+
+
+PREPARE_CACHED = """
+import pathlib, sys, time
+from data import prepare, workers
+import concurrent.futures
+workers.ProcessPoolExecutor = lambda *_: concurrent.futures.ThreadPoolExecutor(1)
+prepare.CACHE = pathlib.Path(sys.argv[2])
+print('ready', flush=True)
+sys.stdin.readline()
+if sys.argv[1]:
+  print(prepare.prepare(sys.argv[1], '', 32))
+else:
+  print(prepare.prepare_phantom('', 32, patients=2, slices=16, seed=0))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('is_demo', [False, True])
+def test_several_processes_share_one_cache(raw_dir, tmp_path, is_demo):
+  """One builds, the others wait and use it. All start at the same time."""
+  (tmp_path / 'raw').mkdir()
+  for number in (1, 2):
+    for kind in ('ct', 'seg'):
+      shutil.copy(raw_dir / f'volume-phantom-A-{number:04d}_{kind}.nii.gz', tmp_path / 'raw')
+  source = '' if is_demo else str(tmp_path / 'raw')
+  command = [sys.executable, '-c', PREPARE_CACHED, source, str(tmp_path / 'cache')]
+  pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  processes = [subprocess.Popen(command, cwd=os.getcwd(), **pipes) for _ in range(3)]
+  assert [process.stdout.readline() for process in processes] == ['ready\n'] * 3
+  outputs = []
+  for process in processes:
+    process.stdin.write('\n'), process.stdin.flush()
+  for process in processes:
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    outputs.append(output)
+  assert len(set(outputs)) == 1
+  builder = tfds.builder_from_directory(outputs[0].strip())
+  assert builder.info.splits.total_num_examples == 2 * SLICES
+  assert not list((tmp_path / 'cache').rglob('incomplete*'))
+
+
+def test_the_lock_of_a_killed_process_is_no_lock(raw_dir, tmp_path, caplog):
+  (tmp_path / 'raw').mkdir()
+  for number in (1, 2):
+    for kind in ('ct', 'seg'):
+      shutil.copy(raw_dir / f'volume-phantom-A-{number:04d}_{kind}.nii.gz', tmp_path / 'raw')
+  out = tmp_path / 'out'
+  left = out / 'covid_ct' / f'covid19_20_{SIZE}' / 'incomplete.ABCDEF_1.4.0'
+  left.mkdir(parents=True)
+  code = f"""
+import filelock, time
+lock = filelock.FileLock({str(out / '.dataset.lock')!r})
+lock.acquire()
+print(flush=True)
+time.sleep(60)
+"""
+  process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
+  process.stdout.readline()
+  threading.Timer(0.5, process.kill).start()
+  caplog.set_level('INFO')
+  prepare.prepare(str(tmp_path / 'raw'), str(out), SIZE)
+  assert process.wait() == -signal.SIGKILL
+  assert f'{out}: another process prepares its dataset; waiting' in caplog.messages
+  assert not left.exists()
+
+
+def test_incomplete_phantoms_are_drawn_again(tmp_path, monkeypatch):
+  monkeypatch.setattr(prepare, 'CACHE', tmp_path)
+  folder = prepare.draw_phantoms(32, 2, 16, 0)
+  mask = folder / 'volume-phantom-A-0002_seg.nii.gz'
+  content, drawn = mask.read_bytes(), (folder / 'volume-phantom-A-0001_ct.nii.gz').stat().st_mtime_ns
+  assert prepare.draw_phantoms(32, 2, 16, 0) == folder
+  assert (folder / 'volume-phantom-A-0001_ct.nii.gz').stat().st_mtime_ns == drawn
+  mask.unlink()
+  assert prepare.draw_phantoms(32, 2, 16, 0) == folder
+  assert mask.read_bytes() == content
+
+
+def test_folders_that_cannot_be_written(raw_dir, tmp_path, monkeypatch):
+  """A file in place of a folder: root may write to read-only folders."""
+  (tmp_path / 'file').write_bytes(b'')
+  out = tmp_path / 'file' / 'out'
+  with pytest.raises(UserError, match=rf'^data.dir: {out}: cannot be written \(Not a directory\); use another folder$'):
+    prepare.prepare(str(raw_dir), str(out), SIZE)
+  monkeypatch.setattr(prepare, 'CACHE', out)
+  advice = 'set XDG_CACHE_HOME to a folder that you may write to'
+  for start in (
+    lambda: prepare.prepare(str(raw_dir), '', SIZE),
+    lambda: prepare.prepare_phantom(str(tmp_path / 'data'), 32, 2, 16, 0),
+  ):
+    with pytest.raises(UserError, match=rf'^{out}.*: cannot be written \(Not a directory\); {advice}$'):
+      start()
+  # With a folder for the dataset, none is needed for the cache.
+  assert prepare.prepare(str(raw_dir), str(tmp_path / 'data'), SIZE).is_dir()
+
+
+def test_names_that_are_not_utf8_are_prepared(raw_dir, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  raw = tmp_path / 'raw'
+  raw.mkdir()
+  for number, name in enumerate((b'M\xfcller', b'Jos\xe9'), start=1):
+    for kind in ('ct', 'seg'):
+      target = raw / os.fsdecode(name + f'_{kind}.nii.gz'.encode())
+      shutil.copy(raw_dir / f'volume-phantom-A-{number:04d}_{kind}.nii.gz', target)
+  prepared = prepare.prepare('~/raw', '~/out', SIZE)
+  assert prepared.is_relative_to(tmp_path / 'out')
+  assert sorted(prepare.scans('~/raw')) == [r'Jos\xe9', r'M\xfcller']
+  builder = tfds.builder_from_directory(prepared)
+  stored = {builder.as_data_source(split=f'fold{k}')[0]['patient'].decode() for k in (0, 1)}
+  assert stored == {r'Jos\xe9', r'M\xfcller'}
+  assert prepare.prepare('~/raw', '~/out', SIZE) == prepared
 
 
 def test_all_bad_files_are_listed_and_nothing_is_written(raw_dir, tmp_path):
@@ -146,6 +315,20 @@ def test_all_bad_files_are_listed_and_nothing_is_written(raw_dir, tmp_path):
   assert 'truncated' in lines[0] and 'must be 0 and 1' in lines[1] and 'not a NIfTI file' in lines[2]
   assert not list((tmp_path / 'out').rglob('*array_record*'))
   assert not list((tmp_path / 'out').rglob('dataset_info.json'))
+
+
+def test_scan_and_mask_of_a_patient_are_both_listed(raw_dir, tmp_path):
+  for number in (1, 2):
+    for kind in ('ct', 'seg'):
+      shutil.copy(raw_dir / f'volume-phantom-A-{number:04d}_{kind}.nii.gz', tmp_path)
+      if number == 1:
+        (tmp_path / f'volume-phantom-A-0001_{kind}.nii.gz').write_bytes(b'nothing')
+  with pytest.raises(UserError) as caught:
+    survey.survey(find(tmp_path)[1])
+  lines = str(caught.value).splitlines()
+  assert [line.split(': ')[0] for line in lines] == [
+    str(tmp_path / f'volume-phantom-A-0001_{kind}.nii.gz') for kind in ('ct', 'seg')
+  ]
 
 
 def test_scans_without_masks_are_listed(raw_dir, tmp_path):

@@ -6,10 +6,13 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+from nifti_files import chest, save
+from PIL import Image
 from scipy import ndimage
 
 from data import prepare, survey
-from data.cohorts import covid19_20, phantom
+from data.cohorts import CohortOptions, covid19_20, phantom
+from data.find import find
 from fusa_jax.scans import volume_files
 from fusa_jax.system.errors import UserError
 
@@ -89,3 +92,115 @@ def test_smoothing_changes_a_thumbnail_less_than_another_patient():
   correlations = one @ other.T
   assert np.diag(correlations).min() > survey._ALIKE
   assert np.max(correlations - 2 * np.eye(8)) < survey._ALIKE - 0.05
+
+
+def labelled(folder, masks):
+  """Writes a scan per mask; a mask is given by its values, each in a quarter of the voxels."""
+  for number, values in enumerate(masks):
+    save(folder / f'P{number}.nii.gz', chest(seed=number))
+    mask = np.zeros((7, 6, 5), np.uint8)
+    mask.flat[: 50 * len(values)] = np.repeat(values, 50)
+    save(folder / f'P{number}_mask.nii.gz', mask)
+  return folder
+
+
+def surveyed(folder, *labels):
+  return survey.survey(find(folder, CohortOptions(lesion_labels=labels))[1])
+
+
+@pytest.mark.parametrize(
+  ('masks', 'labels', 'missing'),
+  [
+    ([[1], [1], [255], [255]], (3,), '3; the masks have 1 (in 2 masks), 255 (in 2 masks)'),
+    ([[1, 2], [1]], (2, 3), '3; the masks have 1 (in 2 masks), 2 (in 1 mask)'),
+    ([[], []], (1,), '1; the masks have only 0'),
+  ],
+)
+def test_labels_of_no_mask_are_refused(tmp_path, masks, labels, missing):
+  with pytest.raises(UserError) as caught:
+    surveyed(labelled(tmp_path, masks), *labels)
+  assert str(caught.value) == (f'data.lesion_labels: no mask has the value {missing}; give the values that are lesion')
+
+
+@pytest.mark.parametrize(
+  ('masks', 'labels', 'refused'),
+  [
+    ([[1], [1], [255], [255]], (1,), {2: 255, 3: 255}),  # two annotators
+    ([[1], [1], [255], [255]], (255,), {0: 1, 1: 1}),
+    ([[1, 2], [1, 2], [1], [1, 3]], (2,), {3: 3}),  # the organ is 1, and of one patient the lesion is 3
+    ([[7], [1, 2]], (2,), {0: 7}),
+  ],
+)
+def test_masks_with_labels_of_their_own_are_refused(tmp_path, masks, labels, refused):
+  """Their patients would count as free of lesions."""
+  with pytest.raises(UserError) as caught:
+    surveyed(labelled(tmp_path, masks), *labels)
+  lines = str(caught.value).splitlines()
+  assert [line.split(': ')[0] for line in lines] == [str(tmp_path / f'P{number}_mask.nii.gz') for number in refused]
+  for line, value in zip(lines, refused.values(), strict=True):
+    assert f'no mask with lesion has {value}; add it to data.lesion_labels if it is lesion, or set it to 0' in line
+
+
+def test_labels_of_organs_are_background_and_said(tmp_path, caplog):
+  caplog.set_level(logging.INFO)
+  patients = surveyed(labelled(tmp_path, [[1, 2], [1, 2, 4], [1], [1, 4], []]), 2)
+  assert [sum(patient.lesion_voxels) for patient in patients] == [50, 50, 0, 0, 0]
+  said = '3 of 5 patients have no lesion; values taken as background: 1 (in 4 masks), 4 (in 2 masks)'
+  assert said in caplog.messages
+  caplog.clear()
+  surveyed(labelled(tmp_path / 'both', [[1], [255], [1], []]), 1, 255)
+  assert '1 of 4 patients have no lesion' in caplog.messages
+
+
+def test_labels_of_pictures(tmp_path):
+  """Each mask of a slice is checked, because one patient may have masks of two annotators."""
+  for folder in ('images', 'masks'):
+    (tmp_path / folder).mkdir()
+  rng = np.random.default_rng(0)
+  for number, value in enumerate((1, 1, 255, 255, 0)):
+    Image.fromarray(rng.integers(0, 256, (8, 8)).astype(np.uint8)).save(tmp_path / 'images' / f'{number}.png')
+    Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / 'masks' / f'{number}.png')
+  (tmp_path / 'slices.csv').write_text('name,patient\n' + ''.join(f'{n},P{n % 2}\n' for n in range(5)))
+  cases = find(tmp_path, CohortOptions((255,), intensity='grey'))[1]
+  with pytest.raises(UserError) as caught:
+    survey.survey(cases)
+  lines = str(caught.value).splitlines()
+  assert sorted(line.split(': ')[0][-5:] for line in lines) == ['0.png', '1.png']
+  patients = survey.survey(find(tmp_path, CohortOptions((1, 255), intensity='grey'))[1])
+  assert [patient.lesion_voxels for patient in patients] == [(64, 64, 0), (64, 64)]
+
+
+def test_pictures_in_colour_are_left_out_by_a_key(tmp_path, caplog):
+  caplog.set_level(logging.INFO)
+  for folder in ('images', 'masks'):
+    (tmp_path / folder).mkdir()
+  rng, lines = np.random.default_rng(0), ['name,patient']
+  for number in range(9):
+    patient = number // 3
+    image = np.repeat(rng.integers(0, 200, (8, 8, 1)), 3, axis=2).astype(np.uint8)
+    if number == 1 or patient == 2:
+      image[:2, :2, 0] = 255  # an arrow
+      image[:2, :2, 1] = 0
+    Image.fromarray(image).save(tmp_path / 'images' / f'{number}.png')
+    Image.fromarray(np.full((8, 8), 255 * (number % 2), np.uint8)).save(tmp_path / 'masks' / f'{number}.png')
+    lines.append(f'{number},P{patient}')
+  (tmp_path / 'slices.csv').write_text('\n'.join(lines))
+  grey = CohortOptions(intensity='grey')
+  with pytest.raises(UserError) as caught:
+    survey.survey(find(tmp_path, grey)[1])
+  assert [line.split(': ')[0][-5:] for line in str(caught.value).splitlines()] == [f'{n}.png' for n in (1, 6, 7, 8)]
+  options = grey._replace(coloured='leave_out')
+  patients = survey.survey(find(tmp_path, options)[1])
+  assert [[path.stem for path in one.case.ct] for one in patients] == [['0', '2'], ['3', '4', '5']]
+  assert [[path.stem for path in one.case.mask] for one in patients] == [['0', '2'], ['3', '4', '5']]
+  assert [one.lesion_voxels for one in patients] == [(0, 0), (64, 0, 64)]
+  assert 'left out (in colour): 4 files (1.png, 6.png, 7.png, 8.png)' in caplog.messages
+  out = tmp_path / 'out'
+  prepared = prepare.prepare(str(tmp_path), str(out), 8, options=options)
+  assert prepare.prepare(str(tmp_path), str(out), 8, options=options) == prepared
+  with pytest.raises(
+    UserError, match=r'was prepared with data.coloured=leave_out, now it is refuse; use another folder'
+  ):
+    prepare.prepare(str(tmp_path), str(out), 8, options=grey)
+  with pytest.raises(UserError, match=r"data.coloured: 'drop' is unknown; give one of refuse, leave_out"):
+    find(tmp_path, grey._replace(coloured='drop'))

@@ -12,10 +12,13 @@ from scipy import ndimage
 from sklearn.metrics import f1_score
 
 from fusa_jax.measures import masks, score, statistics, surface
+from fusa_jax.scans import volume_files
+from fusa_jax.scans.volumes import Grid
 from fusa_jax.system.errors import UserError
 
-SPACING = (5.0, 0.8, 0.7)
 AFFINE = np.array([[-0.7, 0, 0, 12.5], [0, -0.8, 0, -40.25], [0, 0, 5, 300], [0, 0, 0, 1]])
+SCANS = volume_files.VolumeFile.endings
+GRID = Grid((4, 10, 10), AFFINE, 'a mask')
 REAL = pathlib.Path(__file__).parents[3] / 'shared' / 'ct' / 'Train' / 'volume-lung2_seg.nii.gz'
 
 
@@ -54,14 +57,14 @@ def refusal(*arguments) -> list[str]:
 @pytest.mark.parametrize('seed', range(3))
 def test_numbers_of_a_volume(seed):
   predicted, true = blobs(seed)
-  row = masks.volume(predicted.astype(np.uint8), true, SPACING, 0.0028)
+  row = masks.volume(predicted.astype(np.uint8), true, GRID)
   assert list(row) == list(masks.DEFINITIONS)
   assert row['dice'] == pytest.approx(f1_score(true.ravel(), predicted.ravel()), abs=1e-12)
   assert row['predicted_ml'] == pytest.approx(predicted.sum() * 0.0028)
   assert row['true_ml'] == pytest.approx(true.sum() * 0.0028)
   assert row['error_ml'] == pytest.approx(row['predicted_ml'] - row['true_ml'])
   # Computed on the whole volume, not a crop. test_surface.py compares these distances with MONAI.
-  distances = surface.distances(predicted, true, SPACING, np.inf)
+  distances = surface.distances(predicted, true, GRID.steps, np.inf)
   assert row['hd95_mm'] == surface.hd95(distances)
   for tolerance in (1, 2):
     assert row[f'surface_dice_{tolerance}mm'] == surface.surface_dice(distances, tolerance)
@@ -75,7 +78,7 @@ def test_lesions_by_hand():
   true[3, 10, 10] = True
   predicted[1, 2, 2:6] = predicted[1, 2:6, 5] = True
   predicted[4, 0, 0] = predicted[4, 0, 2] = True
-  row = masks.volume(predicted, true, SPACING, 1.0)
+  row = masks.volume(predicted, true, GRID)
   assert row['lesions'] == 3 and row['lesions_found'] == 2
   assert row['lesion_sensitivity'] == pytest.approx(2 / 3)
   assert row['predicted_lesions'] == 3 and row['false_positives'] == 2
@@ -86,14 +89,41 @@ def test_healthy_and_missed_patients():
   some[1, 2:5, 2:5] = True
   measured = dict.fromkeys(masks.DEFINITIONS, 0)
   undefined = dict.fromkeys(('dice', 'hd95_mm', 'surface_dice_1mm', 'surface_dice_2mm', 'lesion_sensitivity'), np.nan)
-  diagonal = pytest.approx(np.sqrt(20**2 + 8**2 + 7**2))
-  assert masks.volume(empty, empty, SPACING, 1.0) == pytest.approx(measured | undefined, nan_ok=True)
-  marked = {'hd95_mm': diagonal, 'predicted_ml': 9, 'error_ml': 9, 'predicted_lesions': 1, 'false_positives': 1}
-  row = masks.volume(some, empty, SPACING, 1.0)
+  diagonal, volume = pytest.approx(np.sqrt(20**2 + 8**2 + 7**2)), 9 * GRID.voxel_ml
+  assert masks.volume(empty, empty, GRID) == pytest.approx(measured | undefined, nan_ok=True)
+  marked = {
+    'hd95_mm': diagonal,
+    'predicted_ml': volume,
+    'error_ml': volume,
+    'predicted_lesions': 1,
+    'false_positives': 1,
+  }
+  row = masks.volume(some, empty, GRID)
   assert np.isnan(row.pop('lesion_sensitivity'))
   assert row == {name: (measured | marked)[name] for name in row}
-  missed = {'hd95_mm': diagonal, 'true_ml': 9, 'error_ml': -9, 'lesions': 1}
-  assert masks.volume(empty, some, SPACING, 1.0) == measured | missed
+  missed = {'hd95_mm': diagonal, 'true_ml': volume, 'error_ml': -volume, 'lesions': 1}
+  assert masks.volume(empty, some, GRID) == measured | missed
+
+
+@pytest.mark.parametrize(('shear', 'expected'), [(0, np.hypot(40, 4)), (0.625, 40), (-4.0625, 50), (5.3125, 50)])
+def test_distances_with_a_tilted_gantry(tmp_path, shear, expected):
+  """Two voxels, eight slices of 5 mm and minus five rows of 0.8 mm apart; each slice lies `shear` rows further on."""
+  masks_of = np.zeros((2, 9, 6, 5))
+  masks_of[0, 0, 5, 2] = masks_of[1, 8, 0, 2] = 1
+  affine = AFFINE @ nib.affines.from_matvec([[1, 0, 0], [0, 1, shear], [0, 0, 1]])
+  paths = [save(tmp_path / str(n) / 'p.nii.gz', mask, affine) for n, mask in enumerate(masks_of)]
+  score.score(*paths, tmp_path / 'out')
+  with (tmp_path / 'out' / 'volumes.csv').open() as file:
+    (row,) = csv.DictReader(file)
+  assert float(row['hd95_mm']) == pytest.approx(expected, abs=1e-4)
+  assert float(row['true_ml']) == pytest.approx(0.0028)  # a shear keeps volumes
+  # A missed lesion: the longest diagonal of the sheared box.
+  save(tmp_path / '0' / 'p.nii.gz', masks_of[0] * 0, affine)
+  score.score(*paths, tmp_path / 'missed')
+  with (tmp_path / 'missed' / 'volumes.csv').open() as file:
+    (row,) = csv.DictReader(file)
+  ends = np.array([affine[:3, :3] @ (x, y, 9) for x in (-5, 5) for y in (-6, 6)])
+  assert float(row['hd95_mm']) == pytest.approx(np.linalg.norm(ends, axis=1).max(), abs=1e-4)
 
 
 def test_written_files(folders, tmp_path):
@@ -169,6 +199,60 @@ def test_matching_file_names(tmp_path, predicted, true):
   assert result['num_volumes'] == 1 and result['measures']['dice']['mean'] == 1
 
 
+@pytest.mark.parametrize(
+  ('predicted', 'true'),
+  [
+    ('A_CT_MASK.NII.GZ', 'A_Seg.nii.gz'),
+    ('M\xfcller_mask.nii.gz', 'Mu\u0308ller_seg.nii.gz'),  # a Mac writes u and dots
+    ('M\udcfcller.nii.gz', 'M\udcfcller_gt.nii'),  # Latin-1 bytes, as unzip leaves those of Windows
+  ],
+)
+def test_other_forms_of_a_name(tmp_path, predicted, true):
+  for folder, name in (('predicted', predicted), ('TRAIN', true)):
+    (tmp_path / folder).mkdir()
+    save(tmp_path / 'new.nii.gz' if name.lower().endswith('gz') else tmp_path / 'new.nii', blobs(0)[0]).rename(
+      tmp_path / folder / name
+    )
+    (tmp_path / folder / f'._{name}').write_bytes(b'resource fork')
+    (tmp_path / folder / 'Thumbs.db').write_bytes(b'x')
+  result = score.score(tmp_path / 'predicted', tmp_path, tmp_path / 'out')
+  assert result['num_volumes'] == 1 and result['measures']['dice']['mean'] == 1
+  with (tmp_path / 'out' / 'volumes.csv').open(encoding='utf-8') as file:
+    (row,) = csv.DictReader(file)
+  assert row['case'] in ('A', 'M\xfcller', r'M\xfcller')
+
+
+def test_other_files_are_counted_and_named(folders, tmp_path, caplog):
+  caplog.set_level('INFO')
+  score.score(*folders, tmp_path / 'out')
+  assert not [message for message in caplog.messages if 'left out' in message]
+  for name in ('p0.json', 'p9.png', 'more'):
+    (folders[0] / name).mkdir() if name == 'more' else (folders[0] / name).write_bytes(b'x')
+  save(folders[0] / 'p0_ct_probability.nii.gz', blobs(0)[0])
+  save(folders[1] / 'p0_ct.nii.gz', blobs(0)[0])
+  score.score(*folders, tmp_path / 'again')
+  assert [message for message in caplog.messages if 'left out' in message] == [
+    'left out of input: 4 files (more, p0.json, p0_ct_probability.nii.gz, p9.png)',
+    'left out of truth: 1 file (p0_ct.nii.gz)',
+  ]
+
+
+def test_links_and_second_masks(folders, tmp_path):
+  source, truth = folders
+  (source / 'p0_ct_mask.nii.gz').rename(tmp_path / 'stored.nii.gz')
+  (source / 'p0_ct_mask.nii.gz').symlink_to(tmp_path / 'stored.nii.gz')
+  assert score.score(source, truth, tmp_path / 'first')['num_volumes'] == 5
+  (tmp_path / 'stored.nii.gz').unlink()
+  save(truth / 'p1_seg.nii', blobs(1)[1])
+  save(truth / 'p2_mask.nii.gz', blobs(2)[1])
+  lines = refusal(source, truth, tmp_path / 'out')
+  assert lines[0].startswith(f'{source}/p0_ct_mask.nii.gz: ')
+  assert lines[1:] == [
+    f'{truth}/p1_seg.nii.gz: same case as p1_seg.nii (p1); keep one of the two',
+    f'{truth}/p2_seg.nii.gz: same case as p2_mask.nii.gz (p2); keep one of the two',
+  ]
+
+
 def test_all_problems_are_reported_at_once(folders, tmp_path):
   source, truth = folders
   mask = blobs(0)[0]
@@ -203,11 +287,9 @@ def test_nothing_to_score(folders, tmp_path):
   out, empty = tmp_path / 'out', tmp_path / 'empty'
   empty.mkdir()
   assert refusal(tmp_path / 'no', truth, out) == [
-    f'input: {tmp_path}/no does not exist; give a mask (.nii, .nii.gz), or a folder of masks'
+    f'input: {tmp_path}/no does not exist; give a mask ({SCANS}), or a folder of masks'
   ]
-  assert refusal(source, empty, out) == [
-    f'truth: no .nii or .nii.gz mask in {empty}; give a mask, or a folder of masks'
-  ]
+  assert refusal(source, empty, out) == [f'truth: no mask ({SCANS}) in {empty}; give a mask, or a folder of masks']
   assert refusal(source / 'p0_ct_mask.nii.gz', save(tmp_path / 'q' / 'q.nii', blobs(0)[0]).parent, out) == [
     f'{source}/p0_ct_mask.nii.gz: no reference mask for case p0 in {tmp_path}/q; add it, or remove the prediction'
   ]

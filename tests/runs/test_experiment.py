@@ -58,6 +58,16 @@ def test_files_of_no_run_are_refused(damage, reason, tmp_path):
     run_config.load_config(tmp_path)
 
 
+def test_configs_of_older_runs_lack_keys_that_were_added(tmp_path):
+  """The default of an added key does what older runs did."""
+  run_config.save_config(tmp_path, seg.get_config('demo'))
+  saved = json.loads((tmp_path / 'config.json').read_text())
+  del saved['data']['coloured']
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  assert run_config.load_config(tmp_path).data.coloured == 'refuse'
+  run_config.save_config(tmp_path, seg.get_config('demo'))  # resumed: not refused
+
+
 def test_without_data_the_demo_is_used():
   for preset, expected in (
     ('paper', 'seg-demo'),

@@ -16,7 +16,7 @@ from nifti_files import chest
 from pydicom import uid
 from pydicom.sr.codedict import codes
 
-from fusa_jax.scans import dicom, dicom_seg, nifti, volumes
+from fusa_jax.scans import dicom, dicom_seg, formats, nifti, volumes
 from fusa_jax.system.errors import UserError
 
 ABOUT = {'model': 'fusa_resunet', 'step': 2400, 'threshold': 0.43}
@@ -128,6 +128,21 @@ def test_options_of_the_mask_are_in_the_headers(tmp_path, series):
   parameters = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters
   for setting in ('temperature=(1.25, 0.8)', 'flips=True', 'lungs=True', 'smallest_ml=0.05'):
     assert setting in parameters
+
+
+def test_slices_without_preamble_have_segs(tmp_path, series):
+  for path in (tmp_path / 'in').iterdir():
+    image = pydicom.Dataset(pydicom.dcmread(path))
+    pydicom.dcmwrite(path, image, implicit_vr=True, little_endian=True, enforce_file_format=False)
+  scan = read(tmp_path / 'in')
+  seg = saved(tmp_path / 'in' / 'a.dcm', scan, series[1])
+  assert seg.PatientID == dicom_series.PERSONAL['PatientID']
+  assert dicom_seg.find_segs(sorted((tmp_path / 'in').iterdir())) == [tmp_path / 'in' / 'a.dcm']
+  np.testing.assert_array_equal(dicom_seg.read_seg(tmp_path / 'in' / 'a.dcm', scan), series[1])
+
+
+def test_refused_sources_keep_their_own_error(series):
+  dicom_seg.check_series([series[0].path, formats.Refused('IM9', 'IM9: damaged')])
 
 
 def test_no_lesion_gives_empty_frames(tmp_path, series):

@@ -188,7 +188,7 @@ def bad(kind, path):
 REFUSALS = {
   'absent': 'file not found',
   'text': 'not a NIfTI file',
-  'empty': 'not a NIfTI file',
+  'empty': 'the file is empty',
   'truncated gzip': 'truncated or unreadable',
   'flipped byte': 'truncated or unreadable',
   'no gzip trailer': 'truncated or unreadable',
@@ -242,6 +242,68 @@ def test_bad_masks_are_refused(tmp_path, change, reason):
   with pytest.raises(UserError, match=reason) as caught:
     volume_files.read_mask(tmp_path / 'a_seg.nii.gz', scan)
   assert str(caught.value).startswith(f'{tmp_path / "a_seg.nii.gz"}: ')
+
+
+@pytest.mark.parametrize(
+  ('stored', 'scaling'),
+  [
+    (lambda labels: labels * np.float32(0.9999), None),
+    (lambda labels: labels * 0.99999 - 4e-4, None),
+    (lambda labels: (labels * 30583).astype(np.uint16), (1 / 30583.3, 0)),
+    (lambda labels: (labels * 100 - 100).astype(np.int16), (0.01, 1)),
+  ],
+)
+def test_labels_that_a_scaling_rounded_are_whole_numbers(tmp_path, stored, scaling):
+  scan = volume_files.read_scan(save(tmp_path / 'a_ct.nii.gz', chest()))
+  for values in ((0, 1), (0, 1, 2)):
+    labels = np.random.default_rng(0).choice(values, SHAPE)
+    image = nib.Nifti1Image(stored(labels), nib.load(tmp_path / 'a_ct.nii.gz').affine)
+    if scaling:
+      image.header.set_slope_inter(*scaling)
+    path = tmp_path / f'{len(values)}.nii'
+    nib.save(image, path)
+    if scaling:  # nibabel stores integers without a scaling
+      raw = bytearray(path.read_bytes())
+      raw[112:120] = np.array(scaling, '<f4').tobytes()
+      path.write_bytes(raw)
+    read = nib.load(path).get_fdata()
+    assert not np.array_equal(read, labels) and np.abs(read - labels).max() <= 1e-3
+    mask, distinct = volume_files.read_mask_and_values(path, scan, (1,))
+    np.testing.assert_array_equal(mask, (labels == 1).transpose(2, 1, 0))
+    assert mask.dtype == np.uint8 and distinct == values
+    np.testing.assert_array_equal(volume_files.read_mask(path, scan, (1,)), mask)
+  path = tmp_path / '2.nii'
+  mask = volume_files.read_labels(path).mask
+  np.testing.assert_array_equal(volume_files.read_mask_and_values(path, scan)[0], mask)
+  assert volume_files.read_mask_and_values(path, scan)[1] == (0, 1) and set(np.unique(mask)) == {0, 1}
+
+
+@pytest.mark.parametrize(('value', 'shown'), [(0.5, '0.5'), (0.998, '0.998'), (1.0011, '1.0011'), (-0.002, '-0.002')])
+def test_labels_that_are_not_whole_numbers_are_refused(tmp_path, value, shown):
+  scan = volume_files.read_scan(save(tmp_path / 'a_ct.nii.gz', chest()))
+  mask = np.zeros(SHAPE)
+  mask[1, 2, 3] = value
+  path = save(tmp_path / 'a_seg.nii', mask)
+  for function, refusal in (
+    (lambda: volume_files.read_mask(path, scan, (1,)), 'labels in a mask must be whole numbers, but values are'),
+    (lambda: volume_files.read_mask(path, scan), 'mask values must be 0 and 1, but are'),
+    (lambda: volume_files.read_labels(path), 'mask values must be 0 and 1, but are'),
+  ):
+    listed = ', '.join(sorted(['0', shown], key=float))
+    with pytest.raises(UserError, match=f'^{path}: {refusal} {listed};'):
+      function()
+
+
+def test_distinct_values_of_a_mask(tmp_path):
+  """A cohort compares them with its lesion labels, so they must be those of the file, not of the lesions."""
+  scan = volume_files.read_scan(save(tmp_path / 'a_ct.nii.gz', chest()))
+  for dtype in (np.int16, np.float64):
+    for values in ((0,), (0, 255), (-1, 0, 3, 7), (1, 2)):
+      labels = np.random.default_rng(0).choice(values, SHAPE).astype(dtype)
+      path = save(tmp_path / 'a_seg.nii', labels)
+      mask, distinct = volume_files.read_mask_and_values(path, scan, (3,))
+      assert distinct == tuple(np.unique(labels)) == values and all(type(value) is int for value in distinct)
+      assert mask.sum() == np.count_nonzero(labels == 3)
 
 
 def test_affines_that_differ_by_float32_are_the_same_grid(tmp_path):

@@ -15,6 +15,8 @@ from fusa_jax.inference import predict, viewer
 from fusa_jax.scans import dicom, formats, pictures, sources, volume_files, volumes
 from fusa_jax.system.errors import UserError
 
+SCANS, PICTURES = volume_files.VolumeFile.endings, pictures.PictureFile.endings
+
 
 class ArrayFile(formats.FileSource):
   """An example format: an array [x, y, z] of HU as .npy, with voxels of 2 x 2 x 5 mm."""
@@ -143,15 +145,23 @@ def test_a_named_file_is_read_or_refused_for_any_name(mixture, tmp_path):
     (
       'nowhere',
       'hu',
-      'input: {} does not exist; give a scan (.nii, .nii.gz; for 8-bit images also .png, .jpg), or a folder or .zip of '
+      f'input: {{}} does not exist; give a scan ({SCANS}; for 8-bit images also {PICTURES}), or a folder or .zip of '
       'scans or DICOM series',
     ),
-    ('', 'hu', 'input: no scan (.nii, .nii.gz, DICOM) in {}; give a scan, or a folder of scans'),
-    ('', None, 'input: no scan (.nii, .nii.gz, DICOM) in {}; give a scan, or a folder of scans'),
+    (
+      '',
+      'hu',
+      f'input: no scan ({SCANS}, DICOM) in {{}}; give a scan, or a folder of scans',
+    ),
+    (
+      '',
+      None,
+      f'input: no scan ({SCANS}, DICOM) in {{}}; give a scan, or a folder of scans',
+    ),
     (
       '',
       'grey',
-      'input: no scan (.nii, .nii.gz) or picture (.png, .jpg) in {}; give a scan, or a folder of scans',
+      f'input: no scan ({SCANS}) or picture ({PICTURES}) in {{}}; give a scan, or a folder of scans',
     ),
   ],
 )
@@ -169,7 +179,7 @@ def test_a_format_in_the_list_is_found_named_and_read(with_arrays, mixture, tmp_
   scan = of_all[0].read_image('hu')
   assert scan.values.shape == chest().shape[::-1] and scan.path.name == 'n.npy'
   (tmp_path / 'empty').mkdir()
-  with pytest.raises(UserError, match=r'no scan \(\.npy, \.nii, \.nii\.gz, DICOM\) in'):
+  with pytest.raises(UserError, match=r'no scan \(\.npy, \.nii, \.nii\.gz, .*, DICOM\) in'):
     found(tmp_path / 'empty', 'hu', tmp_path)
   (mixture / 'a.npy').touch()
   for source in [one for one in found(mixture, 'hu', tmp_path) if one.place in ('a.nii', 'a.npy')]:

@@ -122,12 +122,69 @@ def test_problems_are_named(laid, raw_dir, tmp_path):
     '05: there must be exactly one CT series that SEG refers to, but there is none; add it, or remove the others'
   )
   assert lines[5] == '06: the mask is missing; add NAME_seg.nii.gz beside it or a DICOM SEG in it, or remove it'
-  assert lines[6] == '07: IM000002: damaged DICOM file (it ends before the image); copy it again'
+  assert lines[6] == (
+    f'07: {series(7)}: 1 file beside its slices is empty or damaged (IM000002), so slices may be missing; copy the '
+    'series again'
+  )
   assert lines[7] == (
     '08: there must be exactly one CT series that the mask was drawn on, but there is none (skipped: '
     f'{image.shape[2]} MR objects); add it, or remove the others'
   )
   assert lines[8] == '10: 2 DICOM SEGs (SEG, corrected); remove all but one'
+
+
+def emptied(paths):
+  for path in paths[-3:]:
+    path.write_bytes(b'')
+
+
+def all_emptied(paths):
+  for path in paths:
+    path.write_bytes(b'')
+
+
+def second_folder_emptied(paths):
+  folder = paths[0].parent / 'second'
+  folder.mkdir()
+  for path in paths[10:]:
+    path.unlink()
+    (folder / path.name).write_bytes(b'')
+
+
+def cut(paths):
+  paths[-1].write_bytes(paths[-1].read_bytes()[:-10])
+
+
+def preamble_cut(paths):
+  paths[0].write_bytes(bytes(64))
+
+
+@pytest.mark.parametrize(
+  ('damage', 'reason'),
+  [
+    (
+      emptied,
+      r'series\w+ \(Chest 5.0\): 3 files beside its slices are empty or damaged \(IM000013, IM000014, IM000015\)',
+    ),
+    (
+      preamble_cut,
+      r'series\w+ \(Chest 5.0\): 1 file beside its slices is empty or damaged \(IM000000\), so slices may',
+    ),
+    (cut, r'series\w+ \(Chest 5.0\): IM000015: cannot be decoded \('),
+    (
+      all_emptied,
+      r'16 files \(IM000000, .* and 10 more\): empty or damaged, so slices may be missing; copy the series',
+    ),
+    (second_folder_emptied, r'6 files \(IM000010, IM000011, .*\): empty or damaged, so slices may be missing'),
+  ],
+)
+def test_a_series_with_a_seg_is_never_shortened(laid, tmp_path, damage, reason):
+  folder, name = tmp_path / 'raw', 'volume-phantom-A-0005'
+  shutil.copytree(laid / name, folder / name)
+  damage(sorted((folder / name).rglob('IM*')))
+  with pytest.raises(UserError, match=rf'^{folder / name}: {reason}') as caught:
+    read.volume(cohort.find(folder)[0])
+  assert 'arker' not in str(caught.value)
 
 
 def test_doubled_and_missing_names_are_reported(laid, tmp_path):
@@ -141,7 +198,7 @@ def test_doubled_and_missing_names_are_reported(laid, tmp_path):
 
   mask = 'volume-phantom-A-0002_seg.nii.gz'
   assert broken(lambda f: copy(f / mask, f / mask.replace('_seg', '_mask'))) == (
-    '02_mask.nii.gz: same patient as volume-phantom-A-0002_seg.nii.gz; remove one of the two'
+    '02_seg.nii.gz: same patient as volume-phantom-A-0002_mask.nii.gz; remove one of the two'
   )
   assert broken(lambda f: shutil.rmtree(f / 'volume-phantom-A-0002')) == (
     '02_seg.nii.gz: the DICOM folder volume-phantom-A-0002 is missing; add it, or remove the mask'

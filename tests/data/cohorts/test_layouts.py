@@ -77,12 +77,15 @@ def _lesion_pixels(split):
 def test_unknown_labels_are_refused(raw_dir, tmp_path):
   for scan, mask in files(raw_dir):
     copy(scan, tmp_path / 'raw' / scan.name)
-    relabel(mask, tmp_path / 'raw' / mask.name, lambda values: values * 3)
+    relabel(
+      mask, tmp_path / 'raw' / mask.name, lambda values: values * np.where(np.arange(SIZE)[:, None, None] % 2, 3, 2)
+    )
   with pytest.raises(UserError) as caught:
     prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE)
   line = str(caught.value).splitlines()[0]
   assert line.endswith(
-    'mask values must be 0 and 1, but are 0, 3; name the lesion labels, for example --config.data.lesion_labels="(3,)"'
+    'mask values must be 0 and 1, but are 0, 2, 3; name the lesion labels, for example '
+    '--config.data.lesion_labels="(3,)"'
   )
   prepared = prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE, options=CohortOptions((2, 3)))
   assert datasets.load_dataset(prepared, 0, SIZE).train.label.any()

@@ -107,7 +107,7 @@ def test_problems_of_pictures_are_named(laid, tmp_path):
     "X/slices.csv: line 5: '0002' has no patient; add the patient, or remove the picture",
     *(f'X/images/000{number}.jpg: is not in slices.csv; add it with its patient, or remove it' for number in (1, 2, 3)),
   ]
-  for text in ('file,id\n0000,1\n', 'name;patient\n0000;1\n'):
+  for text in ('file,id\n0000,1\n', 'name patient\n0000 1\n', ''):
     assert refused('slices', grey, lambda f, text=text: (f / 'slices.csv').write_text(text)) == (
       'X/slices.csv: no columns name and patient; use commas, with name,patient as first line'
     )
@@ -136,6 +136,7 @@ def test_problems_of_pictures_are_named(laid, tmp_path):
     'values), or name the lesion labels, for example --config.data.lesion_labels="(3,)"'
   )
   assert [line.split(' (')[0].split(';')[0] for line in lines[1:]] == [
+    'X/masks/0001.png: the mask has',
     'X/images/0016.jpg: the picture cannot be read',
     'X/images/0032.jpg: the picture is in colour',
     'X/images/0048.png: more than 8 bits per pixel',
