@@ -96,21 +96,22 @@ def _masks(source, flag):
   folder = source / 'Train' if (source / 'Train').is_dir() else source
   by_case = {}
   for path in sorted(folder.iterdir()):
-    if volume_files.is_volume(path) and '_probability' not in path.name:
+    name = path.name.lower()
+    if volume_files.is_volume(path) and '_probability' not in name and not name.startswith('.'):
       by_case.setdefault(_case(path), []).append(path)
   if not by_case:
     raise UserError(
       f'{flag}: no mask ({volume_files.VolumeFile.endings}) in {folder}; give a mask, or a folder of masks'
     )
   # A file that is named like a scan is the mask only if the case has no other file.
-  is_scan = lambda path: volume_files.stem(path).endswith(('_ct', '_0000'))
+  is_scan = lambda path: volume_files.stem(path).lower().endswith(('_ct', '_0000'))
   return {case: [path for path in paths if not is_scan(path)] or paths for case, paths in by_case.items()}
 
 
 def _case(path):
-  """The name of a file's case: the file name without the endings of masks and scans."""
+  """The name of a file's case: the file name without the endings of masks and scans, in capitals or not."""
   name = volume_files.stem(path)
-  while name.endswith(_ENDINGS):
+  while name.lower().endswith(_ENDINGS):
     name = name.rpartition('_')[0]
   return name
 
