@@ -43,12 +43,18 @@ def test_units_are_applied_and_kept(tmp_path, units, millimetres):
   np.testing.assert_allclose(scan.spacing, (5, 0.8, 0.7), rtol=1e-5)
   assert scan.voxel_ml == pytest.approx(0.7 * 0.8 * 5 / 1000, rel=1e-5)
   np.testing.assert_allclose(affines.apply_affine(scan.affine, [0, 0, 0]), [12.5, -40.25, 300], rtol=1e-5)
+  # ITK applies units, too.
+  simpleitk = pytest.importorskip('SimpleITK')
+  np.testing.assert_allclose(simpleitk.ReadImage(str(path)).GetSpacing(), scan.spacing[::-1], rtol=1e-5)
   # The mask lies on the scan for programs that apply the unit, and for those that do not, as nibabel.
   nifti.write_volume(tmp_path / 'mask.nii', MASK.transpose(2, 1, 0), scan)
   stored, mask = nib.load(path), nib.load(tmp_path / 'mask.nii')
   np.testing.assert_array_equal(mask.affine, stored.affine)
   assert mask.header.get_xyzt_units() == stored.header.get_xyzt_units()
   np.testing.assert_array_equal(mask.header['pixdim'], stored.header['pixdim'])
+  theirs, own = (simpleitk.ReadImage(str(one)) for one in (tmp_path / 'mask.nii', path))
+  for get in ('GetSpacing', 'GetOrigin', 'GetDirection'):
+    np.testing.assert_allclose(getattr(theirs, get)(), getattr(own, get)(), rtol=1e-6)
   # A mask in millimetres is on the same grid as a scan in metres.
   other = write(tmp_path / 'other.nii', MASK)
   for one in (tmp_path / 'mask.nii', other):
