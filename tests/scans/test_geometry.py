@@ -195,9 +195,21 @@ def test_a_position_that_nobody_set_is_said(tmp_path, caplog, diagonal, shown):
   assert f'{path}: 7 x 6 x 5 voxels of {shown}' in caplog.text
 
 
-def test_impossible_quaternions_beside_an_sform(tmp_path):
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize(
+  ('start', 'values'),
+  [
+    (256, [1, 1, 1]),
+    (256, [np.nan] * 3),
+    (268, [np.nan] * 3),
+    (80, [np.nan] * 3),
+    (80, [-np.inf] * 3),
+  ],
+  ids=['quaternion', 'no quaternion', 'no offset', 'no pixdim', 'infinite pixdim'],
+)
+def test_impossible_values_beside_an_sform_are_no_reading(tmp_path, start, values):
   path = write(tmp_path / 'a.nii')
   raw = bytearray(path.read_bytes())
-  raw[256:268] = np.array([1, 1, 1], '<f4').tobytes()  # quatern_b, c, d
+  raw[start : start + 12] = np.array(values, '<f4').tobytes()
   path.write_bytes(raw)
   np.testing.assert_allclose(volume_files.read_scan(path).spacing, (5, 0.8, 0.7), rtol=1e-6)
