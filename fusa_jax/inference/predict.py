@@ -104,7 +104,7 @@ def predict(
       if not tasks.type_of(run.model.task).has_masks:
         raise UserError('dicom: applies to masks only, and this model gives none; leave it out')
       dicom_seg.check_series(sources)
-    job = _Job(run, output, probabilities, as_dicom, (source if source.is_dir() else source.parent).resolve())
+    job = _Job(run, output, probabilities, as_dicom, source if source.is_dir() else source.parent)
     with manifest.locked(output) if hosts.is_main() else contextlib.nullcontext():
       return _predict(job, sources, overwrite, strict)
 
@@ -137,7 +137,7 @@ def _predict(job, sources, overwrite, strict):
     raise HostLost(f'{len(sources) - sum(counts)} inputs are left, because of lost processes ({names}); run it again')
   if not counts.predicted and len(sources) == 1:
     rows.remove_if_new()
-    raise UserError(reasons[0])
+    raise UserError(job.with_path(sources[0], reasons[0]))
   if not counts.predicted:
     raise UserError(f'input: all {len(sources)} inputs were refused or failed; see {output / manifest.NAME}')
   return counts
@@ -240,7 +240,12 @@ class _Job:
       raise UserError('\n'.join(lines))
 
   def _path_sha256(self, source):
-    return sha256(os.fsencode(self._folder / source.place))
+    return sha256(os.fsencode(self._folder.resolve() / source.place))
+
+  def with_path(self, source: Source, reason: str) -> str:
+    """A reason with the path of a file, as the user gave it, in place of its place in the input."""
+    is_file = isinstance(source, FileSource) and source.path == self._folder / source.place
+    return reason.replace(source.place, str(source), 1) if is_file else reason
 
   def read(self, sources: list[Source]) -> list[_Input]:
     """Reads the inputs that have no complete result yet."""

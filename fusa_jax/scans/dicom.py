@@ -205,7 +205,9 @@ class Series(formats.Source):
       values = [header.get(key) for header in self.headers]
       lacking = values.count(None)
       if lacking and any(value not in (None, default) for value in values):
-        raise UserError(f'{self}: {lacking} of {len(values)} slices lack {key}, but not all; export it again')
+        raise UserError(
+          f'{self}: {lacking} of {len(values)} slices lack {key}, which the others have; export them again'
+        )
 
   def _step(self, positions, normal):
     """The step between slices in millimetres [3], from sorted positions. Refuses positions without a constant step."""
@@ -267,36 +269,14 @@ def sort_series(paths: Iterable[pathlib.Path]) -> tuple[list[Series], list[forma
   Raises:
     UserError: pydicom is not installed.
   """
-  dicom_files.load_pydicom()
-  headers, skipped, damaged, slices = (
-    collections.defaultdict(list),
-    collections.Counter(),
-    [],
-    collections.defaultdict(set),
-  )
-  paths = {os.path.realpath(path): path for path in reversed([*paths])}
-  for path in reversed(paths.values()):
-    header = None
-    try:
-      header = dicom_files.read_dataset(path, stop_before_pixels=True, specific_tags=dicom_headers.ELEMENTS)
-      collections.deque(header, 0)  # pydicom decodes values when they are read: damaged values raise here
-      if header.file_meta.get('MediaStorageSOPClassUID') == _DIRECTORY:
-        continue  # a DICOMDIR: the files that it lists are read themselves
-      _check_header(header)
-      left_out = dicom_headers.left_out(header)
-      if left_out:
-        skipped[left_out] += 1
-      else:
-        headers[str(header.get('SeriesInstanceUID', ''))].append(header)
-      if header.get('Modality') == 'CT':
-        slices[path.parent].add(path)
-    except Exception as error:  # pydicom raises errors of many types
-      message = f'{path.name}: damaged DICOM file ({one_line(error)}); copy it again'
-      damaged.append((path, _uid_of_damaged(header), message))
-  read = set(paths.values())
-  for folder, of_folder in slices.items():
-    for path in dicom_files.lost_slices(set(folder.iterdir()) - read, of_folder):
-      damaged.append((path, '', f'{path.name}: empty or damaged file beside DICOM images; copy it again'))
+  read, damaged = _read_headers(paths)
+  headers, skipped = collections.defaultdict(list), collections.Counter()
+  for header in read:
+    left_out = dicom_headers.left_out(header)
+    if left_out:
+      skipped[left_out] += 1
+    else:
+      headers[str(header.get('SeriesInstanceUID', ''))].append(header)
   if len(headers) > 1:  # among slices with a UID, those without one may belong to any series
     for header in headers.pop('', ()):
       path = pathlib.Path(header.filename)
@@ -311,6 +291,32 @@ def sort_series(paths: Iterable[pathlib.Path]) -> tuple[list[Series], list[forma
     refused,
     ', '.join(f'{count} {description}' for description, count in sorted(skipped.items())),
   )
+
+
+def _read_headers(paths):
+  """The headers of DICOM files, and the damaged files, also those beside CT images: (path, series UID or '', error)."""
+  dicom_files.load_pydicom()
+  headers, damaged, images = [], [], collections.defaultdict(set)
+  paths = {os.path.realpath(path): path for path in reversed([*paths])}  # of several links, the first remains
+  for path in reversed(paths.values()):
+    header = None
+    try:
+      header = dicom_files.read_dataset(path, stop_before_pixels=True, specific_tags=dicom_headers.ELEMENTS)
+      collections.deque(header, 0)  # pydicom decodes values when they are read: damaged values raise here
+      if header.file_meta.get('MediaStorageSOPClassUID') == _DIRECTORY:
+        continue  # a DICOMDIR: the files that it lists are read themselves
+      _check_header(header)
+      headers.append(header)
+      if header.get('Modality') == 'CT':
+        images[path.parent].add(path)
+    except Exception as error:  # pydicom raises errors of many types
+      message = f'{path.name}: damaged DICOM file ({one_line(error)}); copy it again'
+      damaged.append((path, _uid_of_damaged(header), message))
+  read = set(paths.values())
+  for folder, of_folder in images.items():
+    for path in dicom_files.lost_slices(set(folder.iterdir()) - read, of_folder):
+      damaged.append((path, '', f'{path.name}: empty or damaged file beside DICOM images; copy it again'))
+  return headers, damaged
 
 
 def _check_header(header):

@@ -150,7 +150,7 @@ def test_strict_names_all_refused_scans_before_anything_is_written(predictors, r
   ('source', 'workdir', 'reason'),
   [
     ('nowhere.nii.gz', None, r'input: .*nowhere.nii.gz does not exist'),
-    ('', None, r'no scan \(.nii, .nii.gz, DICOM\) in'),
+    ('', None, r'no scan \(.nii, .nii.gz, .*, DICOM\) in'),
     ('', 'nowhere', r'no run in it \(config.json is missing\)'),
   ],
 )
