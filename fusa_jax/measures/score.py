@@ -102,7 +102,7 @@ def _masks(source, flag):
   for path in sorted(folder.iterdir()):
     if is_leftover(path.name):
       continue
-    if volume_files.is_volume(path) and not volume_files.stem(path).lower().endswith('_probability'):
+    if volume_files.is_volume(path) and '_probability' not in path.name.lower():
       by_case.setdefault(_case(path), []).append(path)
     else:
       others.append(path)

@@ -52,7 +52,8 @@ def read(path: pathlib.Path) -> volumes.Stored:
   affine = to_mm @ header.get_best_affine()
   volumes.check_affine(affine, path)
   if header['sform_code'] > 0:
-    _check_readings(affine, *_other_reading(header, to_mm), values.shape, path)
+    with np.errstate(all='ignore'):  # the other reading may hold anything, as NaN
+      _check_readings(affine, *_other_reading(header, to_mm), values.shape, path)
   unplaced = ''
   if header['sform_code'] <= 0 and header['qform_code'] <= 0:
     unplaced = 'has no orientation (the codes of sform and qform are 0)'

@@ -86,11 +86,11 @@ def test_masks_of_missing_pictures_are_refused(tmp_path):
     picture(tmp_path / 'images' / f'{number}.png', number), picture(tmp_path / 'masks' / f'{number}.png')
   (tmp_path / 'images' / '1.png').unlink()
   assert refused(tmp_path, GREY) == ['masks/1.png: the picture images/1.png is missing; add it, or remove the mask']
-  (tmp_path / 'images' / '1.webp').write_bytes(b'x')
+  (tmp_path / 'images' / '1.heic').write_bytes(b'x')
   (tmp_path / 'masks' / '2.png').rename(tmp_path / 'masks' / '2.npy')
   assert refused(tmp_path, GREY) == [
     'images/2.png: the mask masks/2.png is missing (2.npy has another format); add it, or remove the picture',
-    'masks/1.png: the picture images/1.png is missing (1.webp has another format); add it, or remove the mask',
+    'masks/1.png: the picture images/1.png is missing (1.heic has another format); add it, or remove the mask',
   ]
 
 
@@ -174,8 +174,8 @@ def test_lists_and_dicom_files_are_not_left_out(tmp_path, left_out):
   for number in range(2):
     picture(tmp_path / 'a' / 'images' / f'{number}.png', number), picture(tmp_path / 'a' / 'masks' / f'{number}.png')
   (tmp_path / 'a' / 'slices.csv').write_text('name,patient\n0,p0\n1,p1\n')
-  (tmp_path / 'a' / 'images' / '2.webp').write_bytes(b'x')
-  assert left_out(tmp_path / 'a', GREY) == ['left out: 1 file (2.webp)']
+  (tmp_path / 'a' / 'images' / '2.heic').write_bytes(b'x')
+  assert left_out(tmp_path / 'a', GREY) == ['left out: 1 file (2.heic)']
   for number in range(2):
     (tmp_path / 'b' / f'P{number}').mkdir(parents=True)
     (tmp_path / 'b' / f'P{number}' / 'IM1').write_bytes(bytes(128) + b'DICM')

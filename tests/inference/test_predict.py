@@ -145,7 +145,7 @@ def test_all_refused_scans_are_named_before_anything_is_written(predictors, raw_
   ('source', 'workdir', 'reason'),
   [
     ('nowhere.nii.gz', None, r'input: .*nowhere.nii.gz does not exist'),
-    ('', None, r'no scan \(.nii, .nii.gz, DICOM\) in'),
+    ('', None, r'no scan \(.nii, .nii.gz, .*, DICOM\) in'),
     ('', 'nowhere', r'no run in it \(config.json is missing\)'),
   ],
 )

@@ -181,6 +181,8 @@ def test_prediction_in_any_orientation(tmp_path, codes):
     (['A_ct_mask.nii.gz'], ['Train/A_ct.nii.gz', 'Train/A_seg.nii.gz']),
     (['A.nii.gz'], ['A.nii.gz', 'A_0000.nii.gz']),  # nnU-Net
     (['A_0000_pred.nii'], ['A_label.nii.gz']),
+    (['A_CT_Mask.NII.GZ', 'A_CT_Probability.nii.gz'], ['A_CT.nii', 'A_SEG.nii']),
+    (['A_mask.nii', '._A_mask.nii'], ['A_seg.nii']),  # macOS leaves ._ files
     (['A_ct.nii.gz'], ['A_gt.nii']),  # no other file can be the mask
     (['A/A_mask.nii.gz'], ['A/B_seg.nii.gz']),  # one file against one file
     (['A/A_mask.nii.gz'], ['A_seg.nii.gz', 'B_seg.nii.gz']),  # one file against a folder
@@ -192,7 +194,8 @@ def test_matching_file_names(tmp_path, predicted, true):
   arguments = []
   for folder, names in (('predicted', predicted), ('true', true)):
     for name in names:
-      is_mask = not name.endswith(('probability.nii.gz', 'A_0000.nii.gz')) and (len(names) == 1 or '_ct.' not in name)
+      is_mask = not name.endswith(('robability.nii.gz', 'A_0000.nii.gz')) and name[0] != '.'
+      is_mask = is_mask and (len(names) == 1 or '_ct.' not in name.lower())
       save(tmp_path / folder / name, blobs(0)[0] if is_mask else np.ones((3, 3, 3)))
     arguments.append(tmp_path / folder / names[0] if names[0].startswith('A/') else tmp_path / folder)
   result = score.score(*arguments, tmp_path / 'out')

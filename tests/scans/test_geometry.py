@@ -43,12 +43,18 @@ def test_units_are_applied_and_kept(tmp_path, units, millimetres):
   np.testing.assert_allclose(scan.spacing, (5, 0.8, 0.7), rtol=1e-5)
   assert scan.voxel_ml == pytest.approx(0.7 * 0.8 * 5 / 1000, rel=1e-5)
   np.testing.assert_allclose(affines.apply_affine(scan.affine, [0, 0, 0]), [12.5, -40.25, 300], rtol=1e-5)
+  # ITK applies units, too.
+  simpleitk = pytest.importorskip('SimpleITK')
+  np.testing.assert_allclose(simpleitk.ReadImage(str(path)).GetSpacing(), scan.spacing[::-1], rtol=1e-5)
   # The mask lies on the scan for programs that apply the unit, and for those that do not, as nibabel.
   nifti.write_volume(tmp_path / 'mask.nii', MASK.transpose(2, 1, 0), scan)
   stored, mask = nib.load(path), nib.load(tmp_path / 'mask.nii')
   np.testing.assert_array_equal(mask.affine, stored.affine)
   assert mask.header.get_xyzt_units() == stored.header.get_xyzt_units()
   np.testing.assert_array_equal(mask.header['pixdim'], stored.header['pixdim'])
+  theirs, own = (simpleitk.ReadImage(str(one)) for one in (tmp_path / 'mask.nii', path))
+  for get in ('GetSpacing', 'GetOrigin', 'GetDirection'):
+    np.testing.assert_allclose(getattr(theirs, get)(), getattr(own, get)(), rtol=1e-6)
   # A mask in millimetres is on the same grid as a scan in metres.
   other = write(tmp_path / 'other.nii', MASK)
   for one in (tmp_path / 'mask.nii', other):
@@ -189,9 +195,21 @@ def test_a_position_that_nobody_set_is_said(tmp_path, caplog, diagonal, shown):
   assert f'{path}: 7 x 6 x 5 voxels of {shown}' in caplog.text
 
 
-def test_impossible_quaternions_beside_an_sform(tmp_path):
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize(
+  ('start', 'values'),
+  [
+    (256, [1, 1, 1]),
+    (256, [np.nan] * 3),
+    (268, [np.nan] * 3),
+    (80, [np.nan] * 3),
+    (80, [-np.inf] * 3),
+  ],
+  ids=['quaternion', 'no quaternion', 'no offset', 'no pixdim', 'infinite pixdim'],
+)
+def test_impossible_values_beside_an_sform_are_no_reading(tmp_path, start, values):
   path = write(tmp_path / 'a.nii')
   raw = bytearray(path.read_bytes())
-  raw[256:268] = np.array([1, 1, 1], '<f4').tobytes()  # quatern_b, c, d
+  raw[start : start + 12] = np.array(values, '<f4').tobytes()
   path.write_bytes(raw)
   np.testing.assert_allclose(volume_files.read_scan(path).spacing, (5, 0.8, 0.7), rtol=1e-6)

@@ -349,3 +349,20 @@ def test_pairs_of_a_cohort(tmp_path):
     write(tmp_path / f'p{number}.mha'), write(tmp_path / f'p{number}_mask.mha', MASK)
   found = [(case.patient, case.ct.name, case.mask.name) for case in pairs.find(tmp_path)]
   assert found == [('p0', 'p0.mha', 'p0_mask.mha'), ('p1', 'p1.mha', 'p1_mask.mha')]
+
+
+@pytest.mark.parametrize(
+  ('name', 'old', 'new'),
+  [
+    ('a.nrrd', b'(0,0,5)', b'(0,1.5,5)'),
+    ('a.mha', b'1 0 0 0 1 0 0 0 1\n', b'1 0 0 0 1 0 0 0.287347886 0.957826285\n'),  # 1.5 and 5 of 5.22
+  ],
+)
+def test_a_tilted_gantry_keeps_its_shear(tmp_path, name, old, new):
+  spacing = (0.7, 0.8, 5.0 if name == 'a.nrrd' else np.hypot(1.5, 5))
+  path = change(write(tmp_path / name, affine=np.diag([-spacing[0], -spacing[1], spacing[2], 1])), old, new)
+  scan = volume_files.read_scan(path)
+  np.testing.assert_allclose(scan.steps, [[0, -1.5, 5], [0, -0.8, 0], [-0.7, 0, 0]], atol=1e-6)
+  assert scan.voxel_ml == pytest.approx(0.7 * 0.8 * 5 / 1000, rel=1e-6)
+  nifti.write_volume(tmp_path / 'mask.nii', (scan.values > 100).astype(np.uint8), scan)
+  np.testing.assert_allclose(nib.load(tmp_path / 'mask.nii').affine, scan.affine, atol=1e-6)

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import pathlib
 import shutil
+import struct
+import zlib
 
 import nibabel as nib
 import numpy as np
@@ -195,3 +198,200 @@ def test_pictures_are_read_as_shown(tmp_path):
   assert pictures.read_mask_and_values(tmp_path / 'inverted.png', (16, 16))[1] == (0, 255)
   pictures.write_picture(tmp_path / 'out' / 'mask.png', found * 255)
   np.testing.assert_array_equal(pictures.read_mask(tmp_path / 'out' / 'mask.png', (16, 16)), found)
+
+
+RAMP = np.arange(16 * 24, dtype=np.uint16).reshape(16, 24) * 2 // 3
+
+
+def grey_ramp():
+  return Image.fromarray(RAMP.astype(np.uint8))
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg', 'a.tif', 'a.webp'])
+def test_orientation_in_exif_data_is_applied(tmp_path, name, orientation):
+  """Images and masks alike, once: as Pillow's exif_transpose of the pixels shows them."""
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  lossless = {'lossless': True} if name == 'a.webp' else {}
+  half = Image.fromarray(np.where(RAMP < 100, 0, 255).astype(np.uint8))
+  upright = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+  }
+  for image, read in (
+    (grey_ramp(), pictures.read_picture),
+    (half, lambda path: pictures.read_mask(path, (16, 24) if orientation < 5 else (24, 16)) * 255),
+  ):
+    image.save(tmp_path / name, exif=exif, **lossless)
+    image.save(tmp_path / f'plain{name}', **lossless)
+    expected = Image.open(tmp_path / f'plain{name}').convert('L')
+    expected = np.asarray(expected.transpose(upright[orientation]) if orientation > 1 else expected)
+    if name == 'a.jpg' and image is half:
+      expected = np.where(expected > 127, 255, 0)
+      with pytest.raises(UserError, match='mask values must be 0 and 255, or 0 and 1'):
+        read(tmp_path / name)
+    else:
+      np.testing.assert_array_equal(read(tmp_path / name), expected)
+
+
+@pytest.mark.parametrize('name', ['a.tif', 'a.TIFF', 'a.bmp', 'a.gif', 'a.webp', 'a.jp2', 'a.png'])
+def test_formats_without_loss(tmp_path, name):
+  options = {'.webp': {'lossless': True}, '.tif': {'compression': 'tiff_lzw'}}.get(pathlib.Path(name).suffix, {})
+  mask = np.where(RAMP < 100, 0, 255).astype(np.uint8)
+  for values, mode in ((RAMP.astype(np.uint8), 'L'), (mask, 'L'), (mask, '1')):
+    if mode == '1' and name.endswith('jp2'):
+      continue
+    Image.fromarray(values).convert(mode).save(tmp_path / name, **options)
+    assert pictures.is_picture_file(tmp_path / name)
+    np.testing.assert_array_equal(pictures.read_picture(tmp_path / name), values)
+  np.testing.assert_array_equal(pictures.read_mask(tmp_path / name, (16, 24)), mask > 0)
+
+
+def test_white_is_zero_in_some_tiffs(tmp_path):
+  grey_ramp().save(tmp_path / 'a.tif')
+  raw, entry = (tmp_path / 'a.tif').read_bytes(), struct.pack('<HHI', 262, 3, 1)  # PhotometricInterpretation
+  assert raw.count(entry + b'\1') == 1
+  (tmp_path / 'a.tif').write_bytes(raw.replace(entry + b'\1', entry + b'\0'))
+  np.testing.assert_array_equal(pictures.read_picture(tmp_path / 'a.tif'), 255 - RAMP)
+
+
+@pytest.mark.parametrize(
+  ('name', 'write', 'reason'),
+  [
+    ('a.png', lambda path: Image.fromarray(RAMP * 100).save(path), 'more than 8 bits per pixel'),
+    ('a.tif', lambda path: Image.fromarray(RAMP * 100).save(path), 'more than 8 bits per pixel'),
+    ('a.tif', lambda path: Image.fromarray(RAMP.astype(np.float32)).save(path), 'more than 8 bits per pixel'),
+    ('a.jp2', lambda path: Image.fromarray(RAMP * 100).save(path), 'more than 8 bits per pixel'),
+    ('a.png', lambda path: path.write_bytes(deep_png()), 'more than 8 bits per pixel'),
+    ('a.tif', lambda path: several(path), '3 pages or frames; save each slice as a picture'),
+    ('a.gif', lambda path: several(path), '3 pages or frames'),
+    ('a.webp', lambda path: several(path), '3 pages or frames'),
+    ('a.png', lambda path: several(path), '3 pages or frames'),
+    ('a.png', lambda path: path.write_bytes(b''), 'the file is empty'),
+    ('a.tif', lambda path: path.write_bytes(b'II*\0'), 'cannot be read'),
+    ('a.png', lambda path: transparent((128, 255)).save(path), '25.0% of the pixels are transparent'),
+    ('a.png', lambda path: transparent((0, 255)).convert('LA').save(path), '25.0% of the pixels are transparent'),
+    ('a.gif', lambda path: grey_ramp().save(path, transparency=9), r'0\.\d% of the pixels are transparent'),
+  ],
+)
+def test_what_a_viewer_would_show_otherwise_is_refused(tmp_path, name, write, reason):
+  path = tmp_path / name
+  write(path)
+  for read in (pictures.read_picture, lambda path: pictures.read_mask(path, (16, 24))):
+    if 'transparent' in reason and read is not pictures.read_picture:
+      reason = 'the mask has transparent pixels, but the others are not of one opaque colour'
+    with pytest.raises(UserError, match=f'^{path}: .*{reason}') as caught:
+      read(path)
+    assert '\n' not in str(caught.value)
+
+
+def several(path):
+  frames = [grey_ramp(), grey_ramp().transpose(Image.Transpose.FLIP_LEFT_RIGHT), grey_ramp().point(lambda v: 255 - v)]
+  frames[0].save(
+    path, save_all=True, append_images=frames[1:], **({'lossless': True} if path.suffix == '.webp' else {})
+  )
+
+
+def transparent(opacities):
+  """The ramp with other opacities in its first quarter of rows than below."""
+  image = grey_ramp().convert('RGBA')
+  image.putalpha(
+    Image.fromarray(np.repeat([opacities[0]] * 4 + [opacities[1]] * 12, 24).reshape(16, 24).astype(np.uint8))
+  )
+  return image
+
+
+def deep_png():
+  """A PNG with 16 bits in each of three channels, which Pillow would reduce to 8."""
+  rows = b''.join(b'\0' + np.repeat(row * 100, 3).astype('>u2').tobytes() for row in RAMP)
+  chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+  header = struct.pack('>IIBBBBB', 24, 16, 16, 2, 0, 0, 0)
+  return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+
+
+def on_transparent(colour, hidden=(0, 0, 0)):
+  """A mask drawn in one colour; transparent elsewhere."""
+  rgba = np.zeros((16, 24, 4), np.uint8)
+  rgba[..., :3] = hidden
+  rgba[SQUARE > 0] = (*colour, 255)
+  return Image.fromarray(rgba)
+
+
+SQUARE = np.zeros((16, 24), np.uint8)
+SQUARE[3:9, 5:20] = 1
+
+
+@pytest.mark.parametrize(
+  'image',
+  [
+    on_transparent((255, 255, 255)),
+    on_transparent((0, 0, 0)),
+    on_transparent((255, 0, 0)),
+    on_transparent((255, 255, 255), hidden=(255, 255, 255)),
+    on_transparent((255, 255, 255)).convert('LA'),
+  ],
+)
+def test_masks_drawn_on_a_transparent_ground(tmp_path, image):
+  image.save(tmp_path / 'a.png')
+  mask, values = pictures.read_mask_and_values(tmp_path / 'a.png', (16, 24))
+  np.testing.assert_array_equal(mask, SQUARE)
+  assert len(values) == 2
+  # Nothing is drawn: no lesion.
+  Image.new('RGBA', (24, 16)).save(tmp_path / 'b.png')
+  assert not pictures.read_mask(tmp_path / 'b.png', (16, 24)).any()
+
+
+def test_labels_drawn_on_a_transparent_ground(tmp_path):
+  on_transparent((3, 3, 3)).save(tmp_path / 'a.png')
+  mask, values = pictures.read_mask_and_values(tmp_path / 'a.png', (16, 24), (3,))
+  np.testing.assert_array_equal(mask, SQUARE)
+  assert values == (0, 3)
+  # Indices of a palette stay the labels if one of them is transparent.
+  labels = Image.fromarray(SQUARE * 2).convert('P')
+  labels.putdata(list((SQUARE * 2).ravel()))
+  labels.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+  labels.save(tmp_path / 'b.png', transparency=0)
+  assert pictures.read_mask_and_values(tmp_path / 'b.png', (16, 24), (2,))[1] == (0, 2)
+
+
+def slice_of(size=128):
+  """A smooth slice with noise, float [H, W]."""
+  y, x = np.mgrid[:size, :size] / size
+  return 120 + 90 * np.sin(7 * x) * np.cos(5 * y) + np.random.default_rng(0).normal(0, 6, (size, size))
+
+
+@pytest.mark.parametrize('tint', [(1, 1, 1), (1, 0.93, 0.86), (0.87, 0.95, 1), (1.05, 1, 0.92)])
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg'])
+def test_a_tint_is_grey(tmp_path, tint, name):
+  """The grey value is that of Pillow: of the luminance."""
+  image = Image.fromarray(np.clip(slice_of()[..., None] * tint, 0, 255).astype(np.uint8))
+  image.save(tmp_path / name)
+  np.testing.assert_array_equal(
+    pictures.read_picture(tmp_path / name), np.asarray(Image.open(tmp_path / name).convert('L'))
+  )
+
+
+@pytest.mark.parametrize('colour', [(255, 0, 0), (255, 255, 0), (0, 255, 0), (90, 160, 255)])
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg'])
+@pytest.mark.parametrize(
+  'drawn', [np.s_[60:64, 20:50], np.s_[30:40, 90:92], np.s_[3:7, 3:7]], ids=['arrow', 'letter', 'dot']
+)
+def test_coloured_annotations_are_refused(tmp_path, drawn, name, colour):
+  rgb = np.repeat(np.clip(slice_of()[..., None], 0, 255).astype(np.uint8), 3, -1)
+  rgb[drawn] = colour
+  Image.fromarray(rgb).save(tmp_path / name, quality=85)
+  with pytest.raises(UserError, match=r'a\.(png|jpg): the picture is in colour \(\d+\.\d+% of the pixels\)'):
+    pictures.read_picture(tmp_path / name)
+
+
+def test_a_strong_tint_is_a_colour(tmp_path):
+  """No film has it; the colours may be a map of values."""
+  Image.fromarray((np.clip(slice_of()[..., None], 0, 255) * (1, 0.6, 0.3)).astype(np.uint8)).save(tmp_path / 'a.png')
+  with pytest.raises(UserError, match='the picture is in colour'):
+    pictures.read_picture(tmp_path / 'a.png')
