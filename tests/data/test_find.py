@@ -86,11 +86,11 @@ def test_masks_of_missing_pictures_are_refused(tmp_path):
     picture(tmp_path / 'images' / f'{number}.png', number), picture(tmp_path / 'masks' / f'{number}.png')
   (tmp_path / 'images' / '1.png').unlink()
   assert refused(tmp_path, GREY) == ['masks/1.png: the picture images/1.png is missing; add it, or remove the mask']
-  (tmp_path / 'images' / '1.dcm').write_bytes(b'x')
+  (tmp_path / 'images' / '1.heic').write_bytes(b'x')
   (tmp_path / 'masks' / '2.png').rename(tmp_path / 'masks' / '2.npy')
   assert refused(tmp_path, GREY) == [
     'images/2.png: the mask masks/2.png is missing (2.npy has another format); add it, or remove the picture',
-    'masks/1.png: the picture images/1.png is missing (1.dcm has another format); add it, or remove the mask',
+    'masks/1.png: the picture images/1.png is missing (1.heic has another format); add it, or remove the mask',
   ]
 
 

@@ -155,13 +155,15 @@ def test_grey_and_hu_are_never_mixed(folder, run, runs, raw_dir, tmp_path):
       'original Hounsfield units, neither windowed nor rescaled; or train and predict on 8-bit images with '
       '--config.data.intensity=grey'
     )
-  # In a folder of both, a grey run refuses the HU scan; equal names are refused as well.
+  # In a folder of both, a grey run refuses the HU scan; two inputs of one name are refused as well.
   shutil.copy(scan, tmp_path / 'grey' / 'b.nii.gz')
-  with pytest.raises(UserError, match=r'b.nii.gz: values .* are Hounsfield units or similar'):
-    predict.predict(predictor.load_predictor(run), tmp_path / 'grey', tmp_path / 'out')
+  function = predictor.load_predictor(run)
+  assert predict.predict(function, tmp_path / 'grey', tmp_path / 'out') == (1, 1, 0)
+  assert 'b.nii.gz: values -1024 to 472 are Hounsfield units or' in (tmp_path / 'out' / 'predictions.csv').read_text()
   shutil.copy(folder / 'images' / '0001_00.png', tmp_path / 'grey' / 'b.png')
-  with pytest.raises(UserError, match=r'b.png: its results would have the same name as those of b.nii.gz; rename one'):
-    predict.predict(predictor.load_predictor(run), tmp_path / 'grey', tmp_path / 'out')
+  assert predict.predict(function, tmp_path / 'grey', tmp_path / 'out') == (1, 2, 0)
+  table = (tmp_path / 'out' / 'predictions.csv').read_text()
+  assert 'b.png: its results would have the same name as those of b.nii.gz; rename one' in table
 
 
 def test_pictures_are_read_as_shown(tmp_path):
