@@ -117,7 +117,7 @@ def view() -> None:
 def score() -> None:
   from fusa_jax.measures import score
 
-  score.score(pathlib.Path(FLAGS.input), pathlib.Path(FLAGS.truth), pathlib.Path(FLAGS.output))
+  score.score(pathlib.Path(FLAGS.input), pathlib.Path(FLAGS.truth), pathlib.Path(FLAGS.output), FLAGS.overwrite)
 
 
 def compare() -> None:
@@ -174,7 +174,7 @@ MODES = {
     export, 'writes a model bundle that runs without this package', ('workdir', 'output'), (*arguments.POINT, 'license')
   ),
   'view': Mode(view, 'writes a web page per scan with its predicted mask', ('input', 'output'), ('overwrite',)),
-  'score': Mode(score, 'scores masks against reference masks', ('input', 'truth', 'output')),
+  'score': Mode(score, 'scores masks against reference masks', ('input', 'truth', 'output'), ('overwrite',)),
   'compare': Mode(
     compare, 'compares two runs patient by patient', ('workdir', 'against'), ('output', 'overlays', 'overwrite')
   ),

@@ -32,7 +32,7 @@ from fusa_jax.scans.formats import FileSource, Source
 from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import hosts, own_files, progress
 from fusa_jax.system.errors import HostLost, UserError, one_line
-from fusa_jax.system.files import printable, replacing, sha256
+from fusa_jax.system.files import printable, sha256
 
 # Number of pictures that are predicted together.
 _TOGETHER = 64
@@ -352,37 +352,26 @@ class _Job:
     one.settle(status, self.sha256, reason=reason)
 
   def _write(self, one, prediction: Prediction):
-    """Writes the files of a result. At any moment the JSON file either fits the other files, or some are missing.
-
-    A killed prediction therefore leaves nothing that looks complete, and only files that the next one knows as its own.
-    """
+    """Writes the files of a result."""
     source, (path, others) = one.source, self.paths(one.source)
     earlier = own_files.read_record(path)
-    with contextlib.ExitStack() as renaming:
-      digests = {}
-      for other in others:
-        partial = renaming.enter_context(replacing(other))
-        self._write_file(other, partial, source, one.image, prediction)
-        digests[other.name] = own_files.digest_of(partial)
-      for name in {*digests, *(earlier['files'] if earlier else ())}:
-        if name.startswith(f'{source.stem}_'):
-          (self.output / name).unlink(missing_ok=True)
-      kind = 'picture' if source.is_picture else 'scan'
-      numbers = {kind: printable(source.name), **prediction.numbers, 'made_of': self._made_of(one)}
-      own_files.write_record(path, numbers, digests)
+    kind = 'picture' if source.is_picture else 'scan'
+    numbers = {kind: printable(source.name), **prediction.numbers, 'made_of': self._made_of(one)}
+    write = {other: functools.partial(self._write_file, other, one, prediction) for other in others}
+    remove = [name for name in (earlier or {}).get('files', ()) if name.startswith(f'{source.stem}_')]
+    own_files.write_together(path, numbers, write, remove)
     logging.info('%s: %s%s', source.title, _one_line(numbers), '; replaces an earlier result' if earlier else '')
 
-  def _write_file(self, path, partial, source, image, prediction):
+  def _write_file(self, path, one, prediction, partial):
     if path.suffix == '.dcm':
-      about = {key: prediction.numbers[key] for key in _ABOUT}
-      dicom_seg.write_seg(partial, prediction.mask, image, about)
+      dicom_seg.write_seg(partial, prediction.mask, one.image, {key: prediction.numbers[key] for key in _ABOUT})
       return
-    values = prediction.mask if path.name.startswith(f'{source.stem}_mask') else prediction.probability
-    if source.is_picture:
+    values = prediction.mask if path.name.startswith(f'{one.source.stem}_mask') else prediction.probability
+    if one.source.is_picture:
       pictures.write_picture(partial, np.rint(values * 255).astype(np.uint8))
     else:
       with partial.open('wb') as file:
-        nifti.write_volume_to(file, values, image, compressed=True)
+        nifti.write_volume_to(file, values, one.image, compressed=True)
 
 
 def _check(sources, values):

@@ -9,9 +9,9 @@ from concurrent import futures
 from fusa_jax.measures import masks, statistics
 from fusa_jax.scans import sources, volume_files, volumes
 from fusa_jax.scans.archives import is_leftover
-from fusa_jax.system import progress
+from fusa_jax.system import own_files, progress
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import printable, write_csv, write_json
+from fusa_jax.system.files import printable, write_csv
 
 _LOGGED = ('dice', 'hd95_mm', 'surface_dice_2mm', 'error_ml', 'lesion_sensitivity', 'false_positives')
 # Endings of names of masks and scans, as COVID-19-20, nnU-Net, MONAI and this project use them, in any capitals. The
@@ -21,7 +21,7 @@ _ENDINGS = ('_mask', '_seg', '_ct', '_pred', '_label', '_gt', '_0000')
 _THREADS = min(os.cpu_count() or 1, 16)
 
 
-def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> dict:
+def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path, overwrite: bool = False) -> dict:
   """Scores predicted masks against reference masks, case by case; returns the contents of scores.json.
 
   Writes `volumes.csv`, one row per case; an empty cell is undefined. Writes `scores.json`: averages over the cases with
@@ -31,11 +31,16 @@ def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> di
     source: the predictions: a folder of masks, or one file. Other files in a folder are counted in the log.
     truth: the reference masks: a folder or file as `source`, or a folder with `Train` inside, as in COVID-19-20.
     output: the folder to write to; created if missing.
+    overwrite: replace files that this program did not write, or that were changed since.
 
   Raises:
     UserError: no masks; a case has only one of its two masks, or too many; a mask is refused; a mask is not on the grid
-      of its reference mask. All problems are reported, one line each, before anything is written.
+      of its reference mask; files of others would be replaced. All problems are reported, one line each, before
+      anything is written.
   """
+  table, record = output / 'volumes.csv', output / 'scores.json'
+  if not overwrite:
+    own_files.refuse(own_files.changed(record, [table]))
   pairs, problems = _pair(source, truth)
 
   def collect_error(function, *arguments):
@@ -60,9 +65,7 @@ def score(source: pathlib.Path, truth: pathlib.Path, output: pathlib.Path) -> di
   if problems:
     raise UserError('\n'.join(sorted(problems)))
   result = {**masks.summary(rows), 'source': printable(str(source)), 'truth': printable(str(truth))}
-  write_csv(output / 'volumes.csv', rows)
-  # Written last: a folder with scores.json is complete.
-  write_json(output / 'scores.json', result)
+  own_files.write_together(record, result, {table: lambda partial: write_csv(partial, rows)}, ())
   logging.info('%d volumes, means: %s', len(rows), _one_line(result['measures']))
   return result
 

@@ -24,6 +24,8 @@ def check_file(path: pathlib.Path) -> None:
       if file.read(1):
         return
   except FileNotFoundError:
+    if path.is_symlink():
+      raise UserError(f'{path}: a link to a file that is missing; restore that file, or remove the link') from None
     raise UserError(f'{path}: file not found; check the path') from None
   except PermissionError:
     raise UserError(f'{path}: you have no permission to read the file; change its permissions') from None

@@ -4,11 +4,12 @@ A JSON file of this program, a record, states the digest of its own content and 
 states the digest of its own text.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fusa_jax.system.errors import UserError
@@ -32,6 +33,34 @@ def write_record(path: pathlib.Path, value: dict, files: Mapping[str, str]) -> N
   value = json.loads(json.dumps({**value, 'files': dict(files)}))
   with replacing(path) as partial:
     partial.write_text(json.dumps({**value, _KEY: _digest(value)}, indent=2) + '\n')
+
+
+def write_together(
+  record: pathlib.Path, value: dict, files: Mapping[pathlib.Path, Callable[[pathlib.Path], None]], remove: Iterable[str]
+) -> None:
+  """Writes a record and the files that belong to it.
+
+  At any moment the record either fits its files, or some of them are missing. A killed process therefore leaves nothing
+  that looks complete, and only files that the next one knows as its own.
+
+  Args:
+    record: the JSON file.
+    value: the object to write.
+    files: for each file, a function that writes it to a temporary path.
+    remove: names of files of an earlier record.
+
+  Raises:
+    UserError: a file cannot be written.
+  """
+  with contextlib.ExitStack() as renaming:
+    digests = {}
+    for path, write in files.items():
+      partial = renaming.enter_context(replacing(path))
+      write(partial)
+      digests[path.name] = digest_of(partial)
+    for name in {*digests, *remove}:
+      (record.parent / name).unlink(missing_ok=True)
+    write_record(record, value, digests)
 
 
 def read_record(path: pathlib.Path) -> dict[str, Any] | None:

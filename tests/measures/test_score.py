@@ -1,7 +1,6 @@
 """--mode=score: numbers compared with scikit-learn, MONAI and hand counts; names, grids and errors."""
 
 import csv
-import json
 import pathlib
 
 import nibabel as nib
@@ -14,6 +13,7 @@ from sklearn.metrics import f1_score
 from fusa_jax.measures import masks, score, statistics, surface
 from fusa_jax.scans import volume_files
 from fusa_jax.scans.volumes import Grid
+from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
 
 AFFINE = np.array([[-0.7, 0, 0, 12.5], [0, -0.8, 0, -40.25], [0, 0, 5, 300], [0, 0, 0, 1]])
@@ -129,7 +129,9 @@ def test_distances_with_a_tilted_gantry(tmp_path, shear, expected):
 def test_written_files(folders, tmp_path):
   result = score.score(*folders, tmp_path / 'out')
   assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['scores.json', 'volumes.csv']
-  assert json.loads((tmp_path / 'out' / 'scores.json').read_text()) == result
+  written = own_files.read_record(tmp_path / 'out' / 'scores.json')
+  assert written.pop('files') == {'volumes.csv': own_files.digest_of(tmp_path / 'out' / 'volumes.csv')}
+  assert written == result
   assert (result['source'], result['truth']) == tuple(map(str, folders))
   assert result['definitions'] == masks.DEFINITIONS and result['intervals'] == statistics.method()
   with (tmp_path / 'out' / 'volumes.csv').open() as file:
@@ -333,3 +335,20 @@ def test_a_real_mask(tmp_path, change):
   ml = np.prod(spacing) / 1000
   assert ours['true_ml'] == pytest.approx(true.sum() * ml, rel=1e-5)
   assert ours['predicted_ml'] == pytest.approx(predicted[change].sum() * ml, rel=1e-5)
+
+
+@pytest.mark.parametrize('file', ['volumes.csv', 'scores.json'])
+def test_tables_of_others_are_not_replaced(tmp_path, file):
+  """Its own table is; one that was edited, or written by another program, is not."""
+  save(tmp_path / 'masks' / 'a.nii.gz', np.eye(8, dtype=np.uint8)[..., None].repeat(3, 2))
+  run = lambda **options: score.score(tmp_path / 'masks', tmp_path / 'masks', tmp_path / 'out', **options)
+  run()
+  run()
+  with (tmp_path / 'out' / file).open('a') as table:
+    table.write('a note')
+  noted = (tmp_path / 'out' / file).read_bytes()
+  with pytest.raises(UserError, match=rf'{file}: exists, and this program did not write it, or it was changed since'):
+    run()
+  assert (tmp_path / 'out' / file).read_bytes() == noted
+  run(overwrite=True)
+  assert b'a note' not in (tmp_path / 'out' / file).read_bytes()

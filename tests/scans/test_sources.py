@@ -126,7 +126,7 @@ def test_links_are_followed_and_left_out_files_are_named(tmp_path, caplog):
   (folder / 'c_MASK.nii').touch()
   all_found = found(folder, 'hu', tmp_path)
   assert [source.place for source in all_found] == ['broken.nii', 'd.nii', 'linked/c.nii', 'linked/deep/b.nii.gz']
-  with pytest.raises(UserError, match=r'broken\.nii: '):
+  with pytest.raises(UserError, match=r'broken\.nii: a link to a file that is missing; '):
     all_found[0].read_image('hu')
   assert 'left out: 3 files (broken, notes.txt, c_MASK.nii)' in caplog.text
 
