@@ -105,6 +105,7 @@ def predict(
         raise UserError('dicom: applies to masks only, and this model gives none; leave it out')
       dicom_seg.check_series(sources)
     job = _Job(run, output, probabilities, as_dicom, source if source.is_dir() else source.parent)
+    job.has_one_input = len(sources) == 1
     with manifest.locked(output) if hosts.is_main() else contextlib.nullcontext():
       return _predict(job, sources, overwrite, strict)
 
@@ -211,6 +212,7 @@ class _Job:
   def __init__(self, run: Predictor, output: pathlib.Path, probabilities: bool, as_dicom: bool, folder: pathlib.Path):
     self.run, self.output, self._probabilities, self._as_dicom = run, output, probabilities, as_dicom
     self._folder = folder  # of the inputs
+    self.has_one_input = False
     self._has_masks = tasks.type_of(run.model.task).has_masks
 
   @functools.cached_property
@@ -348,7 +350,8 @@ class _Job:
     reason = printable(reason.replace(str(source), source.place) if isinstance(source, FileSource) else reason)
     if (path := self.paths(source)[0]).exists():
       reason += f' (an earlier result remains, {path.name})'
-    logging.warning('%s: %s', status, reason, exc_info=details)
+    # The error of a single input is the error of the command.
+    logging.log(logging.DEBUG if self.has_one_input else logging.WARNING, '%s: %s', status, reason, exc_info=details)
     one.settle(status, self.sha256, reason=reason)
 
   def _write(self, one, prediction: Prediction):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 
 from fusa_jax import tasks
@@ -58,6 +59,10 @@ _WINDOW = _Domain(
   'two numbers in HU, the lower one first',
 )
 _ABOVE_0 = _Domain(lambda value: _is_number(value) and value > 0, 'above 0')
+_DTYPE = _Domain(
+  lambda name: name in ('auto', 'float32', 'bfloat16') or (name == 'float64' and jax.config.jax_enable_x64),
+  "'auto', 'float32' or 'bfloat16' ('float64' needs JAX_ENABLE_X64=1)",
+)
 _SHARE = _range(0, 1, low_too=True, high_too=True)
 
 _DOMAINS = {
@@ -65,7 +70,7 @@ _DOMAINS = {
   'model.width': _at_least(1),
   'model.multiples': _WHOLE,
   'model.stage_sizes': _WHOLE,
-  'model.dtype': _Domain(lambda name: name in ('auto', 'float32', 'bfloat16'), "'auto', 'float32' or 'bfloat16'"),
+  'model.dtype': _DTYPE,
   'data.fold': _Domain(lambda fold: fold == 'all' or (_is_whole(fold) and fold >= 0), "a fold, from 0, or 'all'"),
   'data.image_size': _at_least(1),
   'data.window': _WINDOW,

@@ -24,6 +24,8 @@ _DONE, _FAILED, _ENDED = 'fusa_jax/done/', 'fusa_jax/failed/', 'fusa_jax/ended/'
 _DEALT, _ALIVE, _FACTS = 'fusa_jax/dealt/', 'fusa_jax/alive/', 'fusa_jax/facts/'
 _turns = itertools.count()
 _leaving = threading.Event()
+# Seconds that processes need to disconnect.
+_GRACE = 3
 # Seconds after which a silent process counts as lost; set by `connect`.
 _patience = [100]
 _watcher = threading.Thread(target=lambda: _watch(), name='watch', daemon=True)
@@ -102,6 +104,11 @@ def disconnect() -> None:
   """Waits until every process has called this function, then disconnects; ends the process if another one fails."""
   if _client() is not None:
     on_main(lambda: None)  # wait for process 0, which writes the results, and still react to its failure
+    # Process 0 holds the store, and JAX aborts processes that lose it. If they survive each other, JAX itself does not
+    # wait for them.
+    wait_for_others()
+    if is_main() and jax.config.jax_enable_recoverability:
+      time.sleep(_GRACE)
     _leaving.set()
     _watcher.join()
     jax.distributed.shutdown()
