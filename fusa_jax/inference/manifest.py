@@ -77,7 +77,7 @@ class Manifest:
       self._file.write('\n')
       csv.DictWriter(self._file, COLUMNS, lineterminator='\n').writerow(row)
       self._file.flush()
-    self.rows[row['input']] = self.new_rows[row['input']] = row
+    self.new_rows[row['input']] = row
     if self._is_main and time.monotonic() - self._joined_at > _JOIN_EVERY:
       self.join()
 
@@ -88,7 +88,11 @@ class Manifest:
     parts = sorted(self._folder.glob(_PARTS)) if self._folder.is_dir() else []
     for part in parts:
       self.new_rows |= self._read(part)
-    self.rows |= self.new_rows
+    for name, row in self.new_rows.items():
+      # A result that was complete already keeps the time that it took.
+      earlier = self.rows.get(name, row)
+      same = all(row[key] == earlier[key] for key in ('input_sha256', 'run_sha256'))
+      self.rows[name] = row | {'seconds': row['seconds'] or (earlier['seconds'] if same else '')}
     if parts:
       files.write_csv(self._folder / NAME, [self.rows[name] for name in sorted(self.rows)])
     self.close()

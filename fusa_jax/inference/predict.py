@@ -262,6 +262,7 @@ class _Job:
         source.read_image(self.run.model.values)  # raises an error with the reason
         raise
       if record := self._done(one):
+        one.seconds = 0.0
         one.settle(manifest.PREDICTED, self.sha256, lesion_ml=record.get('lesion_ml'))
         return one
       image = source.read_image(self.run.model.values)
