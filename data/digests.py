@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -13,7 +12,7 @@ from concurrent import futures
 from data.workers import silent
 from fusa_jax.scans.archives import in_folder
 from fusa_jax.system.errors import UserError, one_line
-from fusa_jax.system.files import replacing
+from fusa_jax.system.files import replacing, sha256, sha256_of
 
 # hashlib and reading release the lock.
 _THREADS = min(os.cpu_count() or 1, 16)
@@ -74,16 +73,13 @@ def _state(path):
   stats = [(file.relative_to(path).as_posix(), file.stat()) for file in _files(path)]
   described = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats]
   latest = max((max(s.st_mtime_ns, s.st_ctime_ns) for _, s in stats), default=0)
-  return hashlib.sha256(json.dumps(described).encode()).hexdigest(), latest
+  return sha256(json.dumps(described).encode()), latest
 
 
 @_readable
 def _digest(path):
-  found = []
-  for file in _files(path):
-    with file.open('rb') as stream:
-      found.append(hashlib.file_digest(stream, 'sha256').hexdigest())
-  return hashlib.sha256(''.join(sorted(found)).encode()).hexdigest() if path.is_dir() else found[0]
+  digests = [sha256_of(file) for file in _files(path)]
+  return sha256(''.join(sorted(digests)).encode()) if path.is_dir() else digests[0]
 
 
 def _files(path):

@@ -29,7 +29,6 @@ from data.cohorts import (
 from fusa_jax.scans import sources, volumes
 from fusa_jax.scans.archives import in_folder
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import printable
 
 # Layouts are tried in this order: the more specific ones first.
 COHORTS = {
@@ -127,7 +126,7 @@ def _log_left_out(place, found, lists):
     if case.unused:
       reasons[case.unused].update(dict.fromkeys(case.files))
   for reason, paths in reasons.items():
-    logging.info('left out (%s): %s', reason, _counted(paths))
+    logging.info('left out (%s): %s', reason, sources.counted(path.name for path in paths))
   unknown = sum(case.unused == _UNKNOWN for case in found)
   if unknown:
     logging.warning(
@@ -135,11 +134,7 @@ def _log_left_out(place, found, lists):
     )
   others = [path for path in in_folder(place) if path not in named and named.isdisjoint(path.parents)]
   if others:
-    logging.info('left out: %s', _counted(others))
-
-
-def _counted(paths):
-  return sources.counted(printable(path.name) for path in paths)
+    logging.info('left out: %s', sources.counted(path.name for path in others))
 
 
 def _of_intensity(folder, cases, options):

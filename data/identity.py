@@ -18,8 +18,8 @@ def identified(cases: Sequence[Case], folder: pathlib.Path, quiet: bool = False)
   """The cases with names of their own, and with the owners that keep the scans of one person in one fold.
 
   Scans of the same name get the part of their paths that differs as well. `patients.csv` (scan,patient) in the folder
-  names the owner of each scan. Patients whose names differ only in capitals, leading zeros, blanks or the form of
-  letters (P1, p1, P01) are perhaps one: they get the same owner, and a warning.
+  names the owner of each scan. Names that differ only in capitals, leading zeros, blanks or the form of letters (P1,
+  p1, P01) may belong to one patient. Their scans get the same owner, and a warning.
 
   Args:
     cases: the cases that a cohort module found.

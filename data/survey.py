@@ -89,7 +89,7 @@ def survey(cases: Sequence[Case], progress: Callable[..., Iterable] = silent) ->
   _warn_of_similar(measured)
   _log_labels([one.patient for one in measured], values)
   if coloured:
-    logging.info('left out (in colour): %s', sources.counted(printable(path.name) for path in coloured))
+    logging.info('left out (in colour): %s', sources.counted(path.name for path in coloured))
   return [one.patient for one in measured]
 
 

@@ -180,7 +180,7 @@ def paired(
 
 
 def lonely(paths: Mapping[str, pathlib.Path], partners: Mapping[str, pathlib.Path], problem: str) -> list[str]:
-  """A line for each of `paths` whose name is missing in `partners`, with the problem; {} in it is the name."""
+  """A line with the problem for each name of `paths` that `partners` lacks. {} in the problem stands for the name."""
   return [f'{path}: {problem.replace("{}", name)}' for name, path in paths.items() if name not in partners]
 
 

@@ -1,8 +1,8 @@
 """Folders at any depth with a scan and its mask: `s0001/ct.nii.gz` with `s0001/mask.nii.gz`, `siteA/P1_ct.nii.gz` ...
 
-Names say what a file is: a scan ends in ct, image, imaging, scan or volume; a mask in mask, seg, segmentation, label,
-lesion or infection, or lies in a folder of such a name (`s0001/segmentations/lesion.nii.gz`). What remains of the name
-is the patient. If nothing remains, the folder is.
+Names say what a file is. The name of a scan ends in ct, image, imaging, scan or volume. The name of a mask, or of its
+folder, ends in mask, seg, segmentation, label, lesion or infection (`s0001/segmentations/lesion.nii.gz`). The rest of
+the name is the patient. If nothing is left, the patient has the name of the folder.
 """
 
 import pathlib

@@ -53,7 +53,7 @@ def find(folder: pathlib.Path) -> list[Case]:
 
 
 def _lonely(paths, partners, folder, kind, own):
-  """A line for each picture whose partner is missing in a folder, or has a format that cannot be read."""
+  """A line for each picture without a partner in a folder. It names a partner of a format that cannot be read."""
   others = {name_of(path.stem): path.name for path in entries(folder)}
   seen = {name: f' ({others[name]} has another format)' if name in others else '' for name in paths}
   return [

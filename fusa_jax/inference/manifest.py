@@ -37,9 +37,6 @@ class Manifest:
     Args:
       folder: the output folder.
       process: the number of this process; process 0 reads the existing rows and joins.
-
-    Raises:
-      UserError: predictions.csv exists, but this program did not write it.
     """
     self._folder, self._is_main = folder, process == 0
     self._part = folder / _PARTS.replace('*', str(process))

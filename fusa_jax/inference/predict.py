@@ -53,7 +53,7 @@ class Counts(NamedTuple):
 
   def __str__(self) -> str:
     words = [f'{count} {name}' for name, count in self._asdict().items() if count or name == 'predicted']
-    return f'{", ".join(words)}'
+    return ', '.join(words)
 
 
 def predict(

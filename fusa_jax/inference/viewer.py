@@ -20,6 +20,7 @@ from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.sources import counted, find_sources
 from fusa_jax.system import own_files, pages, progress
 from fusa_jax.system.errors import PartlyRefused, UserError, one_line
+from fusa_jax.system.files import sha256_of
 
 # The page that links to all others if there are several.
 _INDEX = 'view.html'
@@ -144,7 +145,8 @@ def _write_page(masks, source, result) -> dict[str, Any]:
     labels = volume_files.read_labels(_mask(masks, name))
     volumes.check_same_grid(labels, scan, 'scan')
     mask = labels.mask
-    if result.get('files', {}).get(labels.path.name, digest := own_files.digest_of(labels.path)) != digest:
+    stated = result.get('files', {}).get(labels.path.name)
+    if stated and stated != sha256_of(labels.path):
       logging.warning('%s: changed since the prediction; the page shows its own volume', labels.path)
       volume = {'lesion_ml': float(mask.sum(dtype=np.int64) * labels.voxel_ml)}
       result = result | volume | {'positive_slices': np.flatnonzero(mask.any(axis=(1, 2))).tolist()}

@@ -110,7 +110,7 @@ def _masks(source, flag):
     else:
       others.append(path)
   if not by_case:
-    seen = f' (but {_counted(others)})' if others else ''
+    seen = f' (but {sources.counted(path.name for path in others)})' if others else ''
     raise UserError(
       f'{flag}: no mask ({volume_files.VolumeFile.endings}) in {folder}{seen}; give a mask, or a folder of masks'
     )
@@ -121,12 +121,8 @@ def _masks(source, flag):
   of_headers = {file for paths in found.values() for path in paths for file in volume_files.data_files(path)}
   others = [path for path in others if path not in of_headers]
   if others:
-    logging.info('left out of %s: %s', flag, _counted(others))
+    logging.info('left out of %s: %s', flag, sources.counted(path.name for path in others))
   return found
-
-
-def _counted(paths):
-  return sources.counted(printable(path.name) for path in paths)
 
 
 def _case(path):

@@ -9,7 +9,6 @@ each of its files. A checkpoint that does not match its digests is damaged: it i
 `damaged/` when training continues.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import sha256_of
 
 _DIGESTS = 'sha256.json'
 _METRICS = pathlib.Path('metrics', 'metrics')  # where Orbax's manager saves the scores
@@ -194,7 +194,7 @@ def _damage(checkpoint: pathlib.Path) -> str | None:
     return f'{_DIGESTS} is not readable'
   for name, digest in expected.items():
     try:
-      if _digest(checkpoint / name) != digest:
+      if sha256_of(checkpoint / name) != digest:
         return f'{name} has changed since it was saved'
     except FileNotFoundError:
       return f'{name} is missing'
@@ -210,16 +210,11 @@ def _write_digests(folder: pathlib.Path) -> None:
   (partial,) = folder.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}*')
   # Outside the items' folders are only Orbax's notes about the save. They still change, and are never read.
   files = sorted(path for item in partial.iterdir() if item.is_dir() for path in item.rglob('*') if path.is_file())
-  text = json.dumps({path.relative_to(partial).as_posix(): _digest(path) for path in files}, indent=1)
+  text = json.dumps({path.relative_to(partial).as_posix(): sha256_of(path) for path in files}, indent=1)
   with (partial / _DIGESTS).open('w') as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _digest(path):
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 class Preemption:

@@ -27,18 +27,6 @@ _DIRECTORY = '1.2.840.10008.1.3.10'
 _CT = '1.2.840.10008.5.1.4.1.1.2'
 # How many file names a message shows.
 _NAMES = 6
-# Elements that are equal in all slices of one acquisition.
-_ACQUISITION = (
-  'AcquisitionNumber',
-  'AcquisitionDate',
-  'TemporalPositionIdentifier',
-  'NominalPercentageOfCardiacPhase',
-  'ContrastBolusAgent',
-  'ConvolutionKernel',
-  'KVP',
-  'SliceThickness',
-  'ImageType',
-)
 # Values of RescaleType and Units that say HU, or nothing.
 _HU_TYPES = ('', 'HU', 'US', 'UNSPECIFIED')
 # Tolerance of positions in millimetres: exporters round them to 0.1 mm.
@@ -180,7 +168,7 @@ class Series(formats.Source):
 
   def _check_one_acquisition(self, headers):
     """Refuses sorted slices that alternate between two acquisitions. Acquisitions may lie one above the other."""
-    groups = {key: [dicom_headers.comparable(header, key) for header in headers] for key in _ACQUISITION}
+    groups = {key: [dicom_headers.comparable(header, key) for header in headers] for key in dicom_headers.ACQUISITION}
     for key, values in {**groups, 'AcquisitionTime': dicom_headers.acquisitions(headers)}.items():
       if sum(1 for _ in itertools.groupby(values)) > len(set(values)):
         raise UserError(

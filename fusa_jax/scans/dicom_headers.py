@@ -7,11 +7,22 @@ from typing import Any
 import numpy as np
 
 _SECONDARY_CAPTURE = '1.2.840.10008.5.1.4.1.1.7'
+# Elements that are equal in all slices of one acquisition.
+ACQUISITION = (
+  'AcquisitionNumber',
+  'AcquisitionDate',
+  'TemporalPositionIdentifier',
+  'NominalPercentageOfCardiacPhase',
+  'ContrastBolusAgent',
+  'ConvolutionKernel',
+  'KVP',
+  'SliceThickness',
+  'ImageType',
+)
 ELEMENTS = [
   'SpecificCharacterSet',
   'SOPClassUID',
   'SOPInstanceUID',
-  'ImageType',
   'Modality',
   'StudyInstanceUID',
   'SeriesInstanceUID',
@@ -29,15 +40,8 @@ ELEMENTS = [
   'RescaleIntercept',
   'RescaleType',
   'Units',
-  'AcquisitionNumber',
-  'AcquisitionDate',
+  *ACQUISITION,
   'AcquisitionTime',
-  'TemporalPositionIdentifier',
-  'NominalPercentageOfCardiacPhase',
-  'ContrastBolusAgent',
-  'ConvolutionKernel',
-  'KVP',
-  'SliceThickness',
   'PatientName',
   'PatientID',
   'PatientBirthDate',

@@ -5,7 +5,6 @@ Results do not have the format of their source: scans give NIfTI, pictures give 
 
 import abc
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
@@ -14,7 +13,7 @@ import numpy as np
 
 from fusa_jax.scans.volumes import Scan
 from fusa_jax.system.errors import UserError, one_line
-from fusa_jax.system.files import printable
+from fusa_jax.system.files import printable, sha256, sha256_of
 
 
 def check_file(path: pathlib.Path) -> None:
@@ -84,11 +83,8 @@ class Source(abc.ABC):
     Raises:
       OSError: a file cannot be read.
     """
-    digests = []
-    for path in self.files():
-      with path.open('rb') as file:
-        digests.append(hashlib.file_digest(file, 'sha256').hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256(''.join(sorted(digests)).encode()).hexdigest()
+    digests = [sha256_of(path) for path in self.files()]
+    return digests[0] if len(digests) == 1 else sha256(''.join(sorted(digests)).encode())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,7 +142,7 @@ def _joined(parts):
 
 def counted(names: Iterable[str]) -> str:
   """Counts files and lists the first names: `3 files (a, b, c)`."""
-  names = list(names)
+  names = list(map(printable, names))
   listed = ', '.join(names[:_LISTED]) + (f' and {len(names) - _LISTED} more' if len(names) > _LISTED else '')
   return f'{len(names)} {"file" if len(names) == 1 else "files"} ({listed})'
 

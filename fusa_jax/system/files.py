@@ -103,6 +103,12 @@ def sha256(content: bytes) -> str:
   return hashlib.sha256(content).hexdigest()
 
 
+def sha256_of(path: pathlib.Path) -> str:
+  """The SHA-256 of a file. Raises OSError if it cannot be read."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
 def read_json(path: pathlib.Path, advice: str) -> Any:
   """Reads a JSON file.
 

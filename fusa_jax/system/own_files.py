@@ -5,7 +5,6 @@ states the digest of its own text.
 """
 
 import contextlib
-import hashlib
 import json
 import pathlib
 import re
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import replacing, sha256
+from fusa_jax.system.files import replacing, sha256, sha256_of
 
 _KEY = 'sha256_of_this_record'
 _SEAL = re.compile(rb'<!-- fusa_jax sha256 ([0-9a-f]{64}) -->\n\Z')
@@ -57,7 +56,7 @@ def write_together(
     for path, write in files.items():
       partial = renaming.enter_context(replacing(path))
       write(partial)
-      digests[path.name] = digest_of(partial)
+      digests[path.name] = sha256_of(partial)
     for name in {*digests, *remove}:
       (record.parent / name).unlink(missing_ok=True)
     write_record(record, value, digests)
@@ -88,7 +87,7 @@ def has_changed(path: pathlib.Path, record: dict | None) -> bool:
     return False
   try:
     if record and path.name in record['files']:
-      return digest_of(path) != record['files'][path.name]
+      return sha256_of(path) != record['files'][path.name]
     content = path.read_bytes() if path.suffix == '.html' else b''
   except OSError:
     return True
@@ -123,12 +122,6 @@ def refuse(paths: Iterable[pathlib.Path]) -> None:
   ]
   if lines:
     raise UserError('\n'.join(lines))
-
-
-def digest_of(path: pathlib.Path) -> str:
-  """The SHA-256 of a file."""
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _digest(value):

@@ -19,7 +19,7 @@ import several_hosts
 
 from fusa_jax.inference import manifest, predict, predictor, viewer
 from fusa_jax.scans import nifti, volume_files
-from fusa_jax.system import own_files
+from fusa_jax.system import files, own_files
 from fusa_jax.system.errors import UserError
 
 
@@ -62,7 +62,7 @@ def test_bad_inputs_are_named_and_the_others_predicted(predictors, scan, tmp_pat
     assert bool(row['reason']) == (name in bad) and (name.partition('.')[0] in row['reason'] or name not in bad)
   result = json.loads((out / 'a.json').read_text())
   assert float(of_all['a.nii.gz']['lesion_ml']) == result['lesion_ml']
-  assert of_all['a.nii.gz']['input_sha256'] == own_files.digest_of(scan) == result['made_of']['input_sha256']
+  assert of_all['a.nii.gz']['input_sha256'] == files.sha256_of(scan) == result['made_of']['input_sha256']
   assert len({row['run_sha256'] for row in of_all.values()}) == 1
   assert sorted(path.name for path in out.iterdir()) == sorted(
     [*(f'{name}{kind}' for name in 'ab' for kind in ('.json', '_mask.nii.gz')), 'predictions.csv', '.predictions.lock']
@@ -370,7 +370,7 @@ def test_a_lost_process_costs_only_the_inputs_at_hand(runs, many, tmp_path):
     two.processes[1].kill()
     assert two.processes[0].wait(120) == 1, two.log(0)
   assert 'inputs are left, because of lost processes (1); run it again' in two.log(0)
-  # Three are read ahead, one is computed and one written.
+  # Two are read ahead, one is computed, one is written, and the row of one may be missing.
   assert len(names) - 5 <= len(rows(out)) < len(names)
   with several_hosts.Hosts(1, 1, command, tmp_path / 'second') as one:
     assert one.wait() == [4], one.log(0)

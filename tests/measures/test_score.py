@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score
 from fusa_jax.measures import masks, score, statistics, surface
 from fusa_jax.scans import volume_files
 from fusa_jax.scans.volumes import Grid
-from fusa_jax.system import own_files
+from fusa_jax.system import files, own_files
 from fusa_jax.system.errors import UserError
 
 AFFINE = np.array([[-0.7, 0, 0, 12.5], [0, -0.8, 0, -40.25], [0, 0, 5, 300], [0, 0, 0, 1]])
@@ -130,7 +130,7 @@ def test_written_files(folders, tmp_path):
   result = score.score(*folders, tmp_path / 'out')
   assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['scores.json', 'volumes.csv']
   written = own_files.read_record(tmp_path / 'out' / 'scores.json')
-  assert written.pop('files') == {'volumes.csv': own_files.digest_of(tmp_path / 'out' / 'volumes.csv')}
+  assert written.pop('files') == {'volumes.csv': files.sha256_of(tmp_path / 'out' / 'volumes.csv')}
   assert written == result
   assert (result['source'], result['truth']) == tuple(map(str, folders))
   assert result['definitions'] == masks.DEFINITIONS and result['intervals'] == statistics.method()
