@@ -29,11 +29,27 @@ _ALIKE = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Patient:
-  """The survey's result for one case: lesion voxels per slice, and their volume in mL (see `read.Slices`)."""
+  """The survey's result for one case.
+
+  Attributes:
+    case: the case.
+    lesion_voxels: lesion voxels per slice (see `read.Slices`).
+    lesion_ml: the volume of the lesions in mL, or None (see `read.Slices`).
+    images: the SHA-256 of the values of the scan; of pictures, one for each, and '' for a picture with only one value.
+      They do not depend on names and formats.
+    truth: the SHA-256 of the lesion mask, or of the labels.
+  """
 
   case: Case
   lesion_voxels: tuple[int, ...]
   lesion_ml: float | None
+  images: tuple[str, ...] = ()
+  truth: str = ''
+
+  @property
+  def owner(self) -> str:
+    """The person: several scans can have the same."""
+    return self.case.owner or self.case.patient
 
   @property
   def burden(self) -> float:
@@ -46,8 +62,7 @@ class _Measured(NamedTuple):
 
   Attributes:
     patient: the patient of the images; None if all are left out.
-    digests: per file, a hash of the values of the scan or picture. Copies have equal hashes. Pictures with only one
-      value have none.
+    names: the names of its images, one for each of `Patient.images`.
     thumbnail: similar for scans of one study (see _thumbnail). Pictures have none, because neighbouring slices are as
       similar as two pictures of one slice.
     values: the distinct values of each mask file (`read.Slices`).
@@ -55,7 +70,7 @@ class _Measured(NamedTuple):
   """
 
   patient: Patient | None
-  digests: dict[str, str]
+  names: Sequence[str]
   thumbnail: np.ndarray | None
   values: Mapping[pathlib.Path, tuple[int, ...]]
   coloured: Sequence[pathlib.Path] = ()
@@ -105,7 +120,7 @@ def deal(patients: Sequence[Patient]) -> list[list[Patient]]:
   """
   owned = defaultdict(list)
   for patient in patients:
-    owned[patient.case.owner or patient.case.patient].append(patient)
+    owned[patient.owner].append(patient)
   if len(owned) < 2:
     raise UserError(f'{len(owned)} patient in the cohort; at least 2 are needed, one to train on and one to test on')
   ordered = sorted(owned, key=lambda name: (-sum(patient.burden for patient in owned[name]), name))
@@ -124,19 +139,19 @@ def _measure(case: Case) -> _Measured | str:
   if coloured:
     case = _without(case, coloured)
     if not case.ct:
-      return _Measured(None, {}, None, {}, coloured)
+      return _Measured(None, (), None, {}, coloured)
   try:
     slices = read.slices(case)
   except UserError as error:
     return str(error)
-  patient = Patient(case, slices.lesion_voxels, slices.lesion_ml)
+  truth = slices.lesion_voxels if case.labels else slices.masks
+  patient = lambda images: Patient(case, slices.lesion_voxels, slices.lesion_ml, images, _digest(*truth))
   if slices.lesion_ml is not None:
     thumbnail = _thumbnail(slices.images, case.intensity)
-    return _Measured(patient, {str(case.ct): _digest(slices.images)}, thumbnail, slices.values)
-  names = map(str, case.ct) if isinstance(case.ct, tuple) else [f'{case.ct}, slice {case.slice}']
-  images = zip(names, slices.images, strict=True)
-  hashes = {name: _digest(image) for name, image in images if np.ptp(image)}
-  return _Measured(patient, hashes, None, slices.values, coloured)
+    return _Measured(patient((_digest(*slices.images),)), [str(case.ct)], thumbnail, slices.values)
+  names = [*map(str, case.ct)] if isinstance(case.ct, tuple) else [f'{case.ct}, slice {case.slice}']
+  images = tuple(_digest(image) if np.ptp(image) else '' for image in slices.images)
+  return _Measured(patient(images), names, None, slices.values, coloured)
 
 
 def _without(case, paths):
@@ -146,8 +161,12 @@ def _without(case, paths):
   return case._replace(ct=chosen(case.ct), mask=chosen(case.mask), labels=chosen(case.labels))
 
 
-def _digest(values: np.ndarray) -> str:
-  return hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()
+def _digest(*slices: np.ndarray) -> str:
+  """The SHA-256 of the values of some slices, with their shapes and types."""
+  digest = hashlib.sha256()
+  for values in map(np.asarray, slices):
+    digest.update(repr((values.shape, values.dtype.str)).encode() + values.tobytes())
+  return digest.hexdigest()
 
 
 def _thumbnail(values: np.ndarray, intensity: str) -> np.ndarray:
@@ -168,7 +187,10 @@ def _thumbnail(values: np.ndarray, intensity: str) -> np.ndarray:
 def _copies(measured: Sequence[_Measured]) -> list[str]:
   """A line for each scan or picture with the same values as an earlier one of another patient."""
   first, lines = {}, []
-  for patient, name, digest in ((one.patient, *item) for one in measured for item in one.digests.items()):
+  images = ((one.patient, *item) for one in measured for item in zip(one.names, one.patient.images, strict=True))
+  for patient, name, digest in images:
+    if not digest:
+      continue
     first_patient, first_name = first.setdefault(digest, (patient, name))
     if first_patient is not patient:
       lines.append(

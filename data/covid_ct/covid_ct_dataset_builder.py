@@ -50,11 +50,12 @@ class Builder(tfds.core.ShardBasedBuilder):
 
   The splits are fold0 .. fold4, each a set of patients. A shard has the slices of one patient, or of several with few
   slices, in order. For each fold, the metadata lists the patients in this order with the lesion voxels of each slice.
-  This is the index that training samples from, without opening a shard. The metadata also contains how the files were
-  read (`survey.taken`), their digests, and whether there are masks or only labels.
+  This is the index that training samples from, without opening a shard. With each patient are the digests of images and
+  truth (`survey.Patient`). The metadata also contains how the files were read (`survey.taken`), their digests, and
+  whether there are masks or only labels.
   """
 
-  VERSION = tfds.core.Version('1.4.0')
+  VERSION = tfds.core.Version('1.5.0')
   BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
     *(Config(name=name, description=module.__doc__) for name, module in COHORTS.items()),
     Config(name='phantom', description='Synthetic chests in HU, in the naming of COVID-19-20.'),
@@ -84,7 +85,15 @@ class Builder(tfds.core.ShardBasedBuilder):
     self.info.metadata['masks'] = all(case.labels is None for case in self.cases)
     self.info.metadata['folds'] = {
       f'fold{k}': [
-        {'patient': p.case.patient, 'lesion_voxels': p.lesion_voxels, 'lesion_ml': p.lesion_ml} for p in fold
+        {
+          'patient': p.case.patient,
+          'owner': p.owner,
+          'lesion_voxels': p.lesion_voxels,
+          'lesion_ml': p.lesion_ml,
+          'images': p.images,
+          'truth': p.truth,
+        }
+        for p in fold
       ]
       for k, fold in enumerate(folds)
     }

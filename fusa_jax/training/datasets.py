@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import ml_collections
 import numpy as np
@@ -14,6 +15,18 @@ from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import sha256
 
 
+class Digests(NamedTuple):
+  """What a patient's data are, whatever the names of the files.
+
+  Attributes:
+    images: the SHA-256 of the values of the scan, or of each picture; '' for a picture with only one value.
+    truth: the SHA-256 of the lesion mask, or of the labels of the slices.
+  """
+
+  images: list[str]
+  truth: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
   """The slices of some folds of a prepared dataset. All attributes except `source` come from its metadata.
@@ -21,14 +34,18 @@ class Split:
   Attributes:
     source: reads slices by index, each {'image': int16, 'mask': uint8, 'label', 'patient', 'slice', 'spacing'}.
     label: bool [N], whether each slice has a lesion.
-    patient: str [N], the patient of each slice.
+    patient: str [N], the scan or patient of each slice.
+    owner: str [N], the person of each slice; several scans can have the same.
     slice: int [N], the position of each slice in its scan; 0 is the most inferior slice.
+    digests: digests by patient.
   """
 
   source: Sequence[dict]
   label: np.ndarray
   patient: np.ndarray
+  owner: np.ndarray
   slice: np.ndarray
+  digests: dict[str, Digests]
 
   def __len__(self) -> int:
     return len(self.label)
@@ -39,7 +56,7 @@ class Dataset:
   """A prepared dataset with its folds divided into training, validation and test.
 
   Attributes:
-    name: its name in TFDS, with config and version.
+    name: its name in TFDS, with config and version, and the start of its digest.
     image_size: the side of its square slices, in pixels.
     intensity: 'hu' or 'grey'.
     by_patient: whether patients are divided into folds; False if the patients of some slices are unknown.
@@ -116,13 +133,14 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
       f"data.fold: {fold!r} is not a fold of {data_dir}; give 0 to {len(folds) - 1}, or 'all' for cross-validation"
     )
   split = {part: _split(builder, folds, chosen) if chosen else None for part, chosen in parts(fold, len(folds)).items()}
+  digest = sha256(json.dumps([builder.info.full_name, metadata], sort_keys=True).encode())
   return Dataset(
-    name=builder.info.full_name,
+    name=f'{builder.info.full_name}-{digest[:12]}',
     image_size=size,
     intensity=metadata['intensity'],
     by_patient=metadata['patients'] == 'named',
     masks=metadata['masks'],
-    sha256=sha256(json.dumps([builder.info.full_name, metadata], sort_keys=True).encode()),
+    sha256=digest,
     **split,
   )
 
@@ -135,7 +153,7 @@ def parts(fold: int, num_folds: int) -> dict[str, list[int]]:
 
 
 def folds(data_dir: str | pathlib.Path) -> list[list[dict]]:
-  """Returns the patients of each fold: {'patient', 'lesion_voxels' (one number per slice), 'lesion_ml' or None}.
+  """Returns the patients of each fold, as the builder of data/covid_ct describes them.
 
   Raises:
     UserError: the folder holds no prepared dataset, or more than one.
@@ -199,5 +217,7 @@ def _split(builder, folds, chosen):
     source=builder.as_data_source(split='+'.join(f'fold{k}' for k in chosen)),
     label=np.concatenate([np.asarray(entry['lesion_voxels']) > 0 for entry in entries]),
     patient=np.repeat([entry['patient'] for entry in entries], slices),
+    owner=np.repeat([entry['owner'] for entry in entries], slices),
+    digests={entry['patient']: Digests(entry['images'], entry['truth']) for entry in entries},
     slice=np.concatenate([np.arange(n) for n in slices]),
   )

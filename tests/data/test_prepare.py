@@ -162,7 +162,7 @@ def test_copies_are_used_and_changes_are_named(raw_dir, tmp_path):
   with pytest.raises(UserError, match=r'is incomplete \(10 of 10 patients, 1 files are missing\); delete it, and run'):
     prepare.prepare(str(copied / 'raw'), str(copied / 'out'), SIZE)
   first.rename(first.with_name('1.3.0'))
-  with pytest.raises(UserError, match=r'is of version 1.3.0, but this program writes 1.4.0; delete it, or use another'):
+  with pytest.raises(UserError, match=r'is of version 1.3.0, but this program writes 1.5.0; delete it, or use another'):
     prepare.prepare(str(raw), str(tmp_path / 'out'), SIZE)
   first.with_name('1.3.0').rename(first)
   (first / 'dataset_info.json').write_text('{"name"')
@@ -234,7 +234,7 @@ def test_the_lock_of_a_killed_process_is_no_lock(raw_dir, tmp_path, caplog):
     for kind in ('ct', 'seg'):
       shutil.copy(raw_dir / f'volume-phantom-A-{number:04d}_{kind}.nii.gz', tmp_path / 'raw')
   out = tmp_path / 'out'
-  left = out / 'covid_ct' / f'covid19_20_{SIZE}' / 'incomplete.ABCDEF_1.4.0'
+  left = out / 'covid_ct' / f'covid19_20_{SIZE}' / 'incomplete.ABCDEF_1.5.0'
   left.mkdir(parents=True)
   code = f"""
 import filelock, time

@@ -1,6 +1,7 @@
 """Batches: which slices they hold, for which seed, step and devices; and how the folds are split."""
 
 import contextlib
+import dataclasses
 
 import grain
 import jax
@@ -108,7 +109,7 @@ def test_a_host_reads_only_its_rows(dataset, monkeypatch):
       reads.append(index)
       return dataset.train.source[index]
 
-  split = datasets.Split(Counted(), dataset.train.label, dataset.train.patient, dataset.train.slice)
+  split = dataclasses.replace(dataset.train, source=Counted())
   monkeypatch.setattr(meshes, 'local_rows', lambda *_: np.array([2, 3, 6, 7]))
   monkeypatch.setattr(meshes, 'to_devices', lambda mesh, size, rows, local: local)
   mesh = meshes.create_mesh()
