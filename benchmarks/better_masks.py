@@ -18,7 +18,7 @@ from absl import flags
 from data import prepare
 from fusa_jax.inference import predictor
 from fusa_jax.measures import statistics
-from fusa_jax.runs import arguments, experiment, results, run_config
+from fusa_jax.runs import arguments, experiment, results, run_config, split
 from fusa_jax.system import program, provenance
 from fusa_jax.system.files import replacing
 from fusa_jax.training import cross_validation, evaluate
@@ -94,7 +94,7 @@ def evaluated(run: pathlib.Path, config, folder: pathlib.Path, options, data_dir
   for key in ('flips', 'lungs', 'fit_smallest'):
     config.evaluate[key] = key in options
   config.evaluate.num_overlays = 0
-  if not results.is_complete(copy):
+  if not results.is_complete(copy / split.TEST):
     run_config.save_config(copy, config)
     if not (copy / 'checkpoints').exists():
       (copy / 'checkpoints').symlink_to((run / 'checkpoints').resolve())

@@ -31,7 +31,7 @@ from fusa_jax.runs import arguments, results, run_config
 from fusa_jax.scans import nifti, volume_files
 from fusa_jax.system import exits, program
 from fusa_jax.system.files import replacing
-from fusa_jax.training import evaluate, train
+from fusa_jax.training import cross_validation
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder for the four runs; default: runs/leakage-seedN')
 _SEED = flags.DEFINE_integer('seed', 0, 'seed of the shuffled labels, initialisation and sampling')
@@ -82,16 +82,13 @@ def finish(config: ml_collections.ConfigDict, workdir: pathlib.Path, name: str) 
   """
   run = workdir / name
   run_config.save_config(run, config)
-  if (run / 'test' / 'metrics.json').exists():
-    return
   labels, unit = ROWS[name]
   logging.info('%s labels, split by %s', labels, unit)
   raw_dir = workdir / 'cohorts' / name
   if not raw_dir.exists():
     write_cohort(config, raw_dir, shuffled=labels == 'shuffled', by_slice=unit == 'slice')
   data_dir = prepare.prepare(str(raw_dir), str(workdir / 'prepared' / name), config.data.image_size, tqdm.tqdm)
-  train.train(config, run, data_dir)
-  evaluate.evaluate(config, run, data_dir)
+  cross_validation.train_and_test(config, run, data_dir)
 
 
 def write_cohort(config: ml_collections.ConfigDict, raw_dir: pathlib.Path, *, shuffled: bool, by_slice: bool) -> None:

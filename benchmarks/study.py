@@ -25,9 +25,10 @@ from benchmarks import jobs, study_table
 from fusa_jax import tasks
 from fusa_jax.measures import statistics
 from fusa_jax.runs import arguments, experiment, report, results, run_config
+from fusa_jax.runs.split import TEST
 from fusa_jax.system import program
 from fusa_jax.system.errors import UserError
-from fusa_jax.training import cross_validation, datasets
+from fusa_jax.training import cross_validation, datasets, evaluate
 
 
 def define_flags() -> None:
@@ -151,13 +152,11 @@ def make(
     for name in names:
       whole = Job(study_table.row_config(config, name, seed), study_table.folder(workdir, name, seed), data_dir)
       parts = _parts(whole)
-      begin = [job for job in parts if not _is_finished(job)]
+      begin = [job for job in parts if not _is_finished(job, machine)]
       if len(parts) > 1:
         run_config.save_config(whole.run, whole.config)  # refuses a folder that holds a run of one fold
-        if not begin and not results.is_complete(whole.run):
+        if not begin and not results.is_complete(whole.run / TEST):
           begin = [whole]
-      if begin and (whole.run / 'test').exists():
-        results.clear_test(whole.run / 'test')  # results that are about to change must not stay in a table
       todo.extend(begin)
       total += len(parts)
       left[whole] = len(begin)
@@ -165,15 +164,23 @@ def make(
   done = total - sum(not run_config.is_cross_validation(job.config) for job in todo)
   if done:
     logging.info('%d of %d runs are finished', done, total)
-  write = lambda: study_table.write(config, names, seeds, workdir, machine, max(1, len(shares)))
+
+  def write():
+    # Results that are about to change do not belong in the table.
+    pending = {(whole.config.model.name, whole.config.seed) for whole, count in left.items() if count}
+    return study_table.write(config, names, seeds, workdir, machine, max(1, len(shares)), pending)
+
   for job, score, seconds in jobs.run(todo, shares):
     done += not run_config.is_cross_validation(job.config)
     logging.info('[%d/%d] %s: %s, %.0f s', done, total, job, statistics.shown(score), seconds)
     whole = wholes[job]
-    left[whole] -= 1
     if job is whole:
+      left[whole] = 0
       write()
-    elif not left[whole]:
+      continue
+    left[whole] -= 1
+    if not left[whole]:
+      left[whole] = 1  # until the folds are pooled
       todo.appendleft(whole)
   return write()
 
@@ -186,9 +193,9 @@ def _parts(whole):
   return [dataclasses.replace(whole, config=one, run=run) for run, one in runs.items()]
 
 
-def _is_finished(job):
-  """Returns whether a run has been tested as config.evaluate says; raises UserError if its protocol differs."""
-  if not cross_validation.is_finished(job.run, job.config):
+def _is_finished(job, machine):
+  """Returns whether a run has been trained and tested as its config says; raises UserError if its protocol differs."""
+  if not evaluate.is_finished(job.config, job.run, job.data_dir, platform=machine.platform):
     return False
   run_config.save_config(job.run, job.config)
   return True

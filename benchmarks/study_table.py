@@ -13,6 +13,7 @@ from benchmarks import model_table
 from benchmarks.jobs import Machine
 from fusa_jax import models, tasks
 from fusa_jax.runs import compare, results, run_config
+from fusa_jax.runs.split import TEST
 from fusa_jax.system.files import replacing, write_csv, write_json
 
 # The paper's rows, in its order and spelling, with the names of our models.
@@ -65,6 +66,7 @@ def write(
   workdir: pathlib.Path,
   machine: Machine,
   jobs: int,
+  pending: set[tuple[str, int]] = frozenset(),
 ) -> str:
   """Writes table.csv, table.md and differences.json from the finished runs; returns the text of table.md.
 
@@ -75,8 +77,10 @@ def write(
     workdir: the folder of the study.
     machine: the machine that ran the study.
     jobs: the number of runs that shared the machine at a time.
+    pending: model and seed of runs whose results are about to change; they are left out.
   """
-  finished = {name: [seed for seed in seeds if results.is_complete(folder(workdir, name, seed))] for name in names}
+  is_complete = lambda name, seed: results.is_complete(folder(workdir, name, seed) / TEST)
+  finished = {name: [s for s in seeds if (name, s) not in pending and is_complete(name, s)] for name in names}
   records = [_record(config, name, workdir, done) for name, done in finished.items() if done]
   write_csv(workdir / 'table.csv', records)
   differences = list(_differences(config, workdir, finished))

@@ -47,9 +47,9 @@ def train() -> None:
   cross_validation.check_config(config)
   data_dir = experiment.prepared(config)
   workdir, scans = pathlib.Path(FLAGS.workdir or f'runs/{name}'), experiment.scans_at_hand(config)
-  cross_validation.train_and_test(config, workdir, data_dir, scans)
-  cross_validation.write_reports(config, workdir, data_dir)
-  next_steps.after_test(workdir, experiment.demo_scan(config, workdir) if is_demo else None)
+  cross_validation.train_and_test(config, workdir, data_dir, scans, FLAGS.overwrite)
+  test = cross_validation.write_reports(config, workdir, data_dir)
+  next_steps.after_test(workdir, test, experiment.demo_scan(config, workdir) if is_demo else None)
 
 
 def evaluate() -> None:
@@ -59,9 +59,8 @@ def evaluate() -> None:
   workdir = pathlib.Path(FLAGS.workdir)
   config = experiment.to_evaluate(run_config.load_config(workdir), arguments.named_config() if FLAGS.config else None)
   data_dir = experiment.prepared(config)
-  cross_validation.evaluate_again(config, workdir, data_dir, experiment.scans_at_hand(config))
-  cross_validation.write_reports(config, workdir, data_dir)
-  next_steps.after_test(workdir)
+  cross_validation.evaluate_again(config, workdir, data_dir, experiment.scans_at_hand(config), FLAGS.overwrite)
+  next_steps.after_test(workdir, cross_validation.write_reports(config, workdir, data_dir))
 
 
 def predict() -> None:
@@ -122,14 +121,22 @@ def score() -> None:
 
 def compare() -> None:
   from fusa_jax.runs import compare, run_config
+  from fusa_jax.system import own_files
   from fusa_jax.training import side_by_side
 
   workdir, against = (pathlib.Path(folder) for folder in (FLAGS.workdir, FLAGS.against))
   output = pathlib.Path(FLAGS.output) if FLAGS.output else compare.default_output(workdir, against)
-  compare.compare(workdir, against, output, FLAGS.overwrite)
+  if not FLAGS.overwrite:
+    own_files.refuse(own_files.changed(output, ()))
+  result, pictures = compare.compare(workdir, against), {}
   if FLAGS.overlays:
     data_dir = experiment.prepared(run_config.load_config(workdir))
-    side_by_side.draw(workdir, against, data_dir, output.with_suffix(''), FLAGS.overlays)
+    pictures = side_by_side.pictures(workdir, against, data_dir, FLAGS.overlays)
+    logging.info('side by side: %s', output.with_suffix(''))
+  files = {output.with_suffix('') / name: write for name, write in pictures.items()}
+  if not FLAGS.overwrite:
+    own_files.refuse(own_files.changed(output, files))
+  own_files.write_together(output, result, files, (own_files.read_record(output) or {'files': ()})['files'])
 
 
 def compile_ahead() -> None:
@@ -158,9 +165,13 @@ def doctor() -> None:
 
 MODES = {
   'train': Mode(
-    train, 'prepares the data, trains or resumes, then evaluates', ('config',), ('workdir', 'verbose'), True
+    train,
+    'prepares the data, trains or resumes, then evaluates',
+    ('config',),
+    ('workdir', 'verbose', 'overwrite'),
+    True,
   ),
-  'evaluate': Mode(evaluate, 'evaluates a trained run again', ('workdir',), ('config',), True),
+  'evaluate': Mode(evaluate, 'evaluates a trained run again', ('workdir',), ('config', 'overwrite'), True),
   'predict': Mode(
     predict,
     'marks lesions in new scans',

@@ -21,7 +21,7 @@ from jax import export as jax_export
 from fusa_jax import tasks
 from fusa_jax.inference import bundle, trained
 from fusa_jax.measures import statistics
-from fusa_jax.runs import results, run_config
+from fusa_jax.runs import results, split
 from fusa_jax.scans import volumes
 from fusa_jax.system import meshes, pages, provenance
 from fusa_jax.system.errors import UserError
@@ -184,8 +184,8 @@ def _card(about, workdirs, networks):
   for workdir in workdirs:
     first, runs = len(patients), trained.runs(workdir)
     for run in runs:
-      split = run_config.load_split(run) or {}
-      patients.append({part: len(split[part]) if split else 'not known' for part in ('train', 'validation', 'test')})
+      data = split.load_split(run) or {}
+      patients.append({part: len(data[part]) if data else 'not known' for part in split.PARTS})
     last, pooled = len(patients) - 1, runs != [workdir]
     steps = [network.step for network in networks[first : last + 1]]
     of = f'{first} to {last}, each patient by the network that had not seen it' if pooled else str(first)
@@ -206,7 +206,7 @@ def _card(about, workdirs, networks):
 
 def _test(workdir, step):
   """Test results of a run's checkpoint at `step`, or of a cross-validation's at its steps; {} if not tested."""
-  if not results.is_complete(workdir) or results.read_numbers(workdir)['step'] != step:
+  if not results.is_complete(workdir / split.TEST) or results.read_numbers(workdir)['step'] != step:
     return {}
   result = results.read_numbers(workdir)
   point = result['operating_point']

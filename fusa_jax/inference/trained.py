@@ -15,6 +15,7 @@ import numpy as np
 
 from fusa_jax import tasks
 from fusa_jax.runs import checkpoint, operating_point, results, run_config
+from fusa_jax.runs.split import TEST
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 
@@ -55,6 +56,14 @@ class Network(NamedTuple):
   temperature: float
 
 
+class Checkpoint(NamedTuple):
+  """A checkpoint of a run: its step, the SHA-256 of its variables, and {'params', 'batch_stats'}."""
+
+  step: int
+  sha256: str
+  variables: dict
+
+
 def load_model(
   workdirs: Sequence[pathlib.Path], mesh, flips: bool | None = None, lungs: bool | None = None
 ) -> tuple[Model, operating_point.OperatingPoint]:
@@ -90,7 +99,7 @@ def load_networks(
   _check_alike(folders, configs)
   networks, points = [], []
   for folder, config in zip(folders, configs, strict=True):
-    step, variables = load_variables(config, tasks.create(config), folder, mesh)
+    step, _, variables = load_best(config, tasks.create(config), folder, mesh)
     point = operating_point.load_point(folder)
     if point.step != step:
       point = operating_point.OperatingPoint()
@@ -112,7 +121,7 @@ def runs(workdir: pathlib.Path) -> list[pathlib.Path]:
   """Returns [workdir] for a run, and the folders of the folds for a cross-validation."""
   if not run_config.is_cross_validation(run_config.load_config(workdir)):
     return [workdir]
-  if not results.is_complete(workdir):
+  if not results.is_complete(workdir / TEST):
     raise UserError(
       f'workdir: {workdir} is a cross-validation that is not complete; rerun its command to resume, or give the '
       f'folder of one fold, {workdir / "fold0"}'
@@ -134,8 +143,8 @@ def _check_alike(folders, configs):
         )
 
 
-def load_variables(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tuple[int, dict]:
-  """Loads the best checkpoint; returns its step and its variables, on all devices of the mesh.
+def load_best(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> Checkpoint:
+  """Loads the best checkpoint of a run, on all devices of the mesh.
 
   Raises:
     UserError: the run has no checkpoint.
@@ -143,7 +152,8 @@ def load_variables(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tup
   shapes = meshes.replicated_shapes(lambda: task.init(jax.random.key(0), config.data.image_size), mesh)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     step = checkpoints.best()
-    return step, checkpoints.restore(step, variables=shapes)['variables']
+    variables = checkpoints.restore(step, variables=shapes)['variables']
+    return Checkpoint(step, checkpoints.digest(step), variables)
 
 
 def create(networks: Sequence[Network], flips: bool, sha256: str = '') -> Model:

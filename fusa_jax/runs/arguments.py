@@ -77,7 +77,7 @@ def define_flags(modes: list[str]) -> None:
   yes_or_no('probabilities', False, 'also write the probabilities as volumes')
   yes_or_no('verbose', False, 'print details, such as the shape of every parameter')
   yes_or_no('dicom', False, 'also write the masks of DICOM series as DICOM SEG')
-  yes_or_no('overwrite', False, 'replace files in --output that this program did not write, or that were changed since')
+  yes_or_no('overwrite', False, 'replace result files that this program did not write, or that were changed since')
   yes_or_no('strict', False, 'predict nothing if one input is refused')
   text('topology', 'v5e:4x4', 'the TPU slice to compile for')
   number('slices', 1, 'number of TPU slices')

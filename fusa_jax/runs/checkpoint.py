@@ -26,7 +26,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import sha256_of
+from fusa_jax.system.files import sha256, sha256_of
 
 _DIGESTS = 'sha256.json'
 _METRICS = pathlib.Path('metrics', 'metrics')  # where Orbax's manager saves the scores
@@ -79,6 +79,11 @@ class Checkpoints:
       raise UserError(f'{self._folder}: no checkpoint in it; train first, or name the folder of a trained run')
     scored = {step: score for step, score in self._scores.items() if score is not None}
     return max(scored, key=lambda step: (scored[step], step)) if scored else max(self._scores)
+
+  def digest(self, step: int) -> str:
+    """Returns the SHA-256 of the names and digests of the files with the variables of a step."""
+    digests = json.loads((self._folder / str(step) / _DIGESTS).read_text())
+    return sha256(json.dumps(sorted(item for item in digests.items() if item[0].startswith('variables/'))).encode())
 
   def restore(self, step: int, **shapes: Any) -> dict[str, Any]:
     """Reads items of a checkpoint.

@@ -9,7 +9,6 @@ import numpy as np
 from fusa_jax import tasks
 from fusa_jax.measures import metrics, statistics
 from fusa_jax.runs import results, run_config
-from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
 
 
@@ -18,27 +17,19 @@ def default_output(workdir: pathlib.Path, against: pathlib.Path) -> pathlib.Path
   return workdir / 'test' / f'against-{"-".join(against.resolve().parts[-2:])}.json'
 
 
-def compare(
-  workdir: pathlib.Path, against: pathlib.Path, output: pathlib.Path | None = None, overwrite: bool = False
-) -> dict:
-  """Computes the differences between two runs, with intervals, and writes them as JSON.
+def compare(workdir: pathlib.Path, against: pathlib.Path) -> dict:
+  """Computes the differences between two runs, with intervals.
 
   Args:
     workdir: the folder of an evaluated run or cross-validation.
     against: the folder of another one, which is subtracted.
-    output: the JSON file; None takes `default_output`.
-    overwrite: replace the file even if this program did not write it, or it was changed since.
 
   Returns:
-    The content of the JSON file.
+    The content of the JSON file of the comparison.
 
   Raises:
-    UserError: one of the folders holds no evaluated run, or the runs differ in task, test patients, slices or lesions;
-      or the JSON file exists and this program did not write it.
+    UserError: one of the folders holds no evaluated run, or the runs differ in task, test patients, slices or lesions.
   """
-  output = output or default_output(workdir, against)
-  if not overwrite:
-    own_files.refuse(own_files.changed(output, ()))
   configs = [run_config.load_config(folder) for folder in (workdir, against)]
   if configs[0].task != configs[1].task:
     raise UserError(
@@ -49,9 +40,18 @@ def compare(
     differences = paired(tasks.type_of(configs[0].task), *([table] for table in tables))
   except UserError as error:
     raise UserError(f'against: {workdir} and {against}: {error}') from None
-  split = results.read_numbers(workdir)['split']
-  result = {'run': str(workdir), 'against': str(against), 'split': split, **differences}
-  own_files.write_record(output, result, {})
+  tests = [results.read_numbers(folder) for folder in (workdir, against)]
+  if len({test['made_of']['data']['truth_sha256'] for test in tests}) > 1:
+    raise UserError(
+      f'against: {workdir} and {against} were tested with other lesion masks; evaluate both on the same data'
+    )
+  result = {
+    'run': str(workdir),
+    'against': str(against),
+    'split': tests[0]['split'],
+    'made_of': dict(zip(('run', 'against'), (test['made_of'] for test in tests), strict=True)),
+    **differences,
+  }
   logging.info('%s', report(result))
   return result
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import ml_collections
 
-from fusa_jax.runs import run_config
+from fusa_jax.runs import split
 from fusa_jax.system import home, progress  # noqa: F401 (importing home makes data/ importable)
 from fusa_jax.system.errors import UserError
 
@@ -111,7 +111,7 @@ def demo_scan(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathl
 
   if config.data.dir:
     return None
-  tested = run_config.load_split(workdir) if config.data.fold != 'all' else None
+  tested = split.load_split(workdir) if config.data.fold != 'all' else None
   patient = tested['test'][0] if tested else '*-0001'
   folder = prepare.draw_phantoms(config.data.image_size, **config.data.phantom)
   return next(folder.glob(f'{patient}_ct.nii.gz'), None)

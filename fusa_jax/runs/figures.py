@@ -3,10 +3,11 @@
 Each chart is a matplotlib figure. It is a PNG file in test/figures/ and an SVG element in the report.
 """
 
+import functools
 import io
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -47,11 +48,12 @@ def charts(table: dict[str, np.ndarray], result: dict) -> dict[str, Figure]:
   return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def write_charts(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict) -> None:
-  """Writes each of `charts` as NAME.png."""
-  for name, figure in charts(table, result).items():
-    with replacing(folder / f'{name}.png') as partial:
-      figure.savefig(partial, dpi=120, facecolor='white')
+def chart_writers(table: dict[str, np.ndarray], result: dict) -> dict[str, Callable[[pathlib.Path], None]]:
+  """Returns a function for each of `charts`, by the name of its file, that writes it to a path."""
+  return {
+    f'{name}.png': functools.partial(figure.savefig, dpi=120, facecolor='white')
+    for name, figure in charts(table, result).items()
+  }
 
 
 def svg(figure: Figure, label: str) -> str:

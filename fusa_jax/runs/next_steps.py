@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from fusa_jax.system import hosts, program
 
 
-def after_test(workdir: pathlib.Path, scan: pathlib.Path | None = None) -> None:
+def after_test(workdir: pathlib.Path, test: pathlib.Path, scan: pathlib.Path | None = None) -> None:
   """After an evaluation: the report, a picture, and how to predict.
 
   Args:
     workdir: folder of the run.
+    test: folder of the test.
     scan: a scan to predict as an example; None prints a placeholder.
   """
-  test, masks = workdir / 'test', workdir / 'masks'
+  masks = workdir / 'masks'
   source = str(scan) if scan else 'SCAN_OR_FOLDER'
   _log(
     [

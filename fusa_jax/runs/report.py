@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import io
 import json
+import logging
 import pathlib
 import shlex
 
@@ -16,7 +17,8 @@ from PIL import Image
 from fusa_jax import tasks
 from fusa_jax.measures import masks, metrics
 from fusa_jax.runs import figures, operating_point, results, run_config
-from fusa_jax.system import pages
+from fusa_jax.runs.split import TEST
+from fusa_jax.system import own_files, pages
 from fusa_jax.tasks import window
 
 _OVERLAYS = 6
@@ -30,29 +32,35 @@ _ALT = {
 _LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'scipy')
 
 
-def write_report(workdir: pathlib.Path, data_card: dict) -> pathlib.Path:
-  """Writes test/report.html of an evaluated run or cross-validation and returns its path.
+def write_report(workdir: pathlib.Path, data_card: dict, test: str = TEST) -> pathlib.Path:
+  """Writes report.html of an evaluated run or cross-validation and returns its path.
+
+  It keeps a report that was changed by others.
 
   Args:
     workdir: folder of the run.
     data_card: `datasets.card` of the test data.
+    test: name of the folder of the test.
 
   Raises:
     UserError: the run was not evaluated.
   """
   config = run_config.load_config(workdir)
-  table = results.read_table(workdir)
-  result = results.read_numbers(workdir)
+  table = results.read_table(workdir, test)
+  result = results.read_numbers(workdir, test)
   task_type = tasks.type_of(config.task)
   runs = sorted(workdir.glob('fold*/')) if run_config.is_cross_validation(config) else [workdir]
-  volumes = {row['case']: row for row in results.read_volumes(workdir)}
+  volumes = {row['case']: row for row in results.read_volumes(workdir, test)}
   charts = {name: figures.svg(figure, _ALT[name]) for name, figure in figures.charts(table, result).items()}
   curves = figures.learning_curves({run.name: _log(run) for run in runs}, task_type.selection)
   points = {run.name: operating_point.load_point(run) for run in runs}
-  path = workdir / 'test' / 'report.html'
+  path = workdir / test / results.REPORT
+  if own_files.has_changed(path, None):
+    logging.warning('%s: was changed by others, so no new report is written', path)
+    return path
   pages.write_page(
     path,
-    'report.html',
+    results.REPORT,
     config=config,
     result=result,
     task_type=task_type,
@@ -73,7 +81,7 @@ def write_report(workdir: pathlib.Path, data_card: dict) -> pathlib.Path:
     caveat=results.caveat(result),
     low_high=window.black_and_white(config.data.intensity, config.data.window),
     validated=data_card['validated'],
-    overlays=list(_overlays(task_type, table, runs, volumes)),
+    overlays=list(_overlays(task_type, table, [run / test for run in runs], volumes)),
     healthy=healthy(table, volumes),
     is_phantom='phantom' in result['dataset'],
     libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -109,11 +117,11 @@ def healthy(table: dict[str, np.ndarray], volumes: dict[str, dict]) -> dict:
   }
 
 
-def _overlays(task_type, table, runs, volumes):
+def _overlays(task_type, table, tests, volumes):
   """Yields the pictures that the evaluation drew of the worst and the best patients, as data URLs."""
   for row in figures.telling_slices(table, _OVERLAYS):
     name = results.overlay_name(table, row)
-    for path in (run / 'test' / 'figures' / name for run in runs):
+    for path in (folder / 'figures' / name for folder in tests):
       if path.exists():
         out = io.BytesIO()
         Image.open(path).convert('RGB').save(out, 'WEBP', quality=90)

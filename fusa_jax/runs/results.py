@@ -2,21 +2,23 @@
 
 import csv
 import pathlib
-import shutil
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from fusa_jax.measures import metrics, statistics
 from fusa_jax.runs import figures
+from fusa_jax.runs.split import TEST
+from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import read_json, replacing, write_csv, write_json, writing
+from fusa_jax.system.files import remove_partials, write_csv
 from fusa_jax.tasks import TaskType
 
 COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS)
-TABLE = 'table.npz'
-_FILES = (TABLE, 'slices.csv', 'patients.csv', 'volumes.csv', 'report.html')
+TABLE, NUMBERS, REPORT = 'table.npz', 'metrics.json', 'report.html'
+_FILES = (TABLE, 'slices.csv', 'patients.csv', 'volumes.csv')
 # The texts that describe the split of a test.
 BY_PATIENT, BY_SLICE = 'by patient', 'by slice, not by patient: the patients of the slices are unknown'
 # Numbers that do not depend on the threshold.
@@ -86,64 +88,111 @@ def caveat(result: dict) -> str:
   return '' if split == BY_PATIENT else f' (split {split})'
 
 
-def clear_test(folder: pathlib.Path) -> None:
-  """Removes the files of a test before a new one, so that an interrupted test leaves no outdated files."""
-  with writing(folder):
-    # metrics.json first: it marks a test as complete.
-    for path in (folder / 'metrics.json', *(folder / name for name in _FILES), *folder.glob('against-*.json')):
-      path.unlink(missing_ok=True)
-  for path in (folder / 'figures', *folder.glob('against-*')):
-    shutil.rmtree(path, ignore_errors=True)
+def check_own(folder: pathlib.Path) -> None:
+  """Checks that a new test would only replace files of an earlier one, which are unchanged since.
+
+  Raises:
+    UserError: other files would be replaced, one line each.
+  """
+  others = [folder / name for name in (*_FILES, REPORT)]
+  own_files.refuse(own_files.changed(folder / NUMBERS, others))
 
 
-def write_test(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict, volumes: list[dict] | None) -> None:
-  """Writes the files of test/. metrics.json is the last one and marks the folder as complete."""
+def write_test(
+  folder: pathlib.Path,
+  table: dict[str, np.ndarray],
+  result: dict,
+  volumes: list[dict] | None,
+  pictures: Mapping[str, Callable[[pathlib.Path], None]],
+) -> None:
+  """Writes the files of a test in place of those of an earlier one; metrics.json states the digest of each.
+
+  Args:
+    folder: the folder of the test.
+    table: the table of slices.
+    result: the content of metrics.json.
+    volumes: the rows of volumes.csv; None or [] writes none.
+    pictures: functions that write pictures to a temporary path, by name.
+  """
+  for each in (folder, folder / 'figures'):
+    remove_partials(each)
   slices = zip(*(table[key] for key in COLUMNS), strict=True)
-  write_csv(folder / 'slices.csv', (dict(zip(COLUMNS, row, strict=True)) for row in slices))
   half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
   rows = metrics.patient_rows(half)
   for row, other in zip(rows, metrics.patient_rows(chosen), strict=True):
     row['dice_at_operating_point'] = other['dice']
-  write_csv(folder / 'patients.csv', rows)
+  writers = {
+    'slices.csv': lambda path: write_csv(path, (dict(zip(COLUMNS, row, strict=True)) for row in slices)),
+    'patients.csv': lambda path: write_csv(path, rows),
+    TABLE: lambda path: np.savez_compressed(path, **table),
+  }
   if volumes:
-    write_csv(folder / 'volumes.csv', volumes)
-  with replacing(folder / TABLE) as partial:
-    np.savez_compressed(partial, **table)
-  figures.write_charts(folder / 'figures', table, result)
-  write_json(folder / 'metrics.json', result)
+    writers['volumes.csv'] = lambda path: write_csv(path, volumes)
+  pictures = {**pictures, **figures.chart_writers(table, result)}
+  writers |= {f'figures/{name}': write for name, write in pictures.items()}
+  files = {folder / name: write for name, write in writers.items()}
+  own_files.write_together(folder / NUMBERS, result, files, _old_files(folder))
+  for path in folder.glob('against-*/'):
+    if not any(path.iterdir()):
+      path.rmdir()
 
 
-def is_complete(workdir: pathlib.Path) -> bool:
-  """Whether test/ of a run holds the files that comparison, pooling and tables read."""
-  return all((workdir / 'test' / name).exists() for name in (TABLE, 'metrics.json'))
+def _old_files(folder):
+  """The files of an earlier test, and of the comparisons of it, which would be outdated: paths from the folder."""
+  names = [*_FILES, REPORT, *(own_files.read_record(folder / NUMBERS) or {'files': ()})['files']]
+  for path in folder.glob('against-*.json'):
+    record = own_files.read_record(path)
+    if record and not own_files.changed(path, ()):
+      names += [*record['files'], path.name]
+  return names
 
 
-def check_complete(workdir: pathlib.Path) -> None:
+def made_of(folder: pathlib.Path) -> dict | None:
+  """Returns what the test in a folder was made of, as metrics.json states; None if the test is not complete."""
+  return own_files.read_record(folder / NUMBERS).get('made_of') if is_complete(folder) else None
+
+
+def is_complete(folder: pathlib.Path) -> bool:
+  """Whether the folder of a test has all of its files, and the table of slices is the one that metrics.json states."""
+  record = own_files.read_record(folder / NUMBERS)
+  return (
+    record is not None
+    and TABLE in record['files']
+    and all((folder / name).is_file() for name in record['files'])
+    and not own_files.has_changed(folder / TABLE, record['files'][TABLE])
+  )
+
+
+def check_complete(workdir: pathlib.Path, test: str = TEST) -> None:
   """Checks that the last evaluation of a run is complete.
 
+  Args:
+    workdir: the folder of the run.
+    test: the name of the folder of the test in it.
+
   Raises:
-    UserError: the run was not evaluated, or its last evaluation was interrupted.
+    UserError: the run was not evaluated, or its last evaluation was interrupted, or its files were changed.
   """
-  if not is_complete(workdir):
+  if not is_complete(workdir / test):
     raise UserError(
-      f'{workdir / "test"}: the run was not evaluated, or its evaluation was interrupted ({TABLE} or metrics.json is '
-      f'missing); evaluate the run with --mode=evaluate --workdir={workdir}'
+      f'{workdir / test}: the run was not evaluated, or its evaluation was interrupted, or {TABLE} or {NUMBERS} was '
+      f'changed or written by another version; evaluate the run with --mode=evaluate --workdir={workdir}'
     )
 
 
-def read_numbers(workdir: pathlib.Path) -> dict:
+def read_numbers(workdir: pathlib.Path, test: str = TEST) -> dict:
   """Returns metrics.json of an evaluated run.
 
   Raises:
-    UserError: as `check_complete`, or the file is damaged.
+    UserError: as `check_complete`.
   """
-  check_complete(workdir)
-  return read_json(workdir / 'test' / 'metrics.json', f'evaluate the run with --mode=evaluate --workdir={workdir}')
+  check_complete(workdir, test)
+  return own_files.read_record(workdir / test / NUMBERS)
 
 
-def read_volumes(workdir: pathlib.Path) -> list[dict]:
-  """Returns the rows of test/volumes.csv; an empty list if the evaluation had no scans and wrote none."""
-  path = workdir / 'test' / 'volumes.csv'
+def read_volumes(workdir: pathlib.Path, test: str = TEST) -> list[dict]:
+  """Returns the rows of volumes.csv of a test; an empty list if the evaluation had no scans and wrote none."""
+  path = workdir / test / 'volumes.csv'
   if not path.exists():
     return []
   with path.open(newline='') as file:
@@ -152,14 +201,14 @@ def read_volumes(workdir: pathlib.Path) -> list[dict]:
   return [{key: value if key == 'case' else number(value) for key, value in row.items()} for row in rows]
 
 
-def read_table(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """Returns the table of slices that the evaluation of a run saved in test/.
+def read_table(workdir: pathlib.Path, test: str = TEST) -> dict[str, np.ndarray]:
+  """Returns the table of slices that the evaluation of a run saved.
 
   Raises:
-    UserError: the run was not evaluated, or the file is damaged.
+    UserError: as `check_complete`, or the file is from another version.
   """
-  check_complete(workdir)
-  path = workdir / 'test' / TABLE
+  check_complete(workdir, test)
+  path = workdir / test / TABLE
   try:
     with np.load(path, allow_pickle=False) as archive:
       table = dict(archive)

@@ -1,4 +1,4 @@
-"""Saves the resolved config and the patients of a run in its workdir, for resuming, evaluation and prediction."""
+"""Saves the resolved config of a run in its workdir, for resuming, evaluation and prediction."""
 
 import json
 import pathlib
@@ -70,41 +70,6 @@ def facts(config: ml_collections.ConfigDict) -> dict:
     for key, value in _flat(plain(config).to_dict()).items()
     if key not in ('data.raw_dir', 'data.dir', 'model.init_from')
   }
-
-
-def save_split(workdir: pathlib.Path, split: dict[str, list[str]]) -> None:
-  """Writes split.json on process 0, or compares `split` with the split.json that a run already has.
-
-  Args:
-    workdir: the folder of the run.
-    split: the patients of each part, {'train', 'validation', 'test'}.
-
-  Raises:
-    UserError: the run was started with other patients. Files were added to the cohort or removed, which changes the
-      folds.
-  """
-  hosts.on_main(lambda: _save_split(workdir, split))
-
-
-def _save_split(workdir, split):
-  before = load_split(workdir)
-  if before is None:
-    write_json(workdir / 'split.json', split)
-  elif before != split:
-    raise UserError(
-      f'{workdir}: the run was started with other patients in its folds (files were added to the cohort or removed); '
-      'restore the old files, or train in another --workdir'
-    )
-
-
-def load_split(workdir: pathlib.Path) -> dict[str, list[str]] | None:
-  """Returns the patients of each part of a run, as `save_split` wrote them; None if the run has no split.json.
-
-  Raises:
-    UserError: the file is damaged.
-  """
-  path = workdir / 'split.json'
-  return read_json(path, 'restore it, or train again in another --workdir') if path.exists() else None
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:

@@ -82,8 +82,8 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _partial(path):
   """A temporary name beside `path`, with its ending. It is short, because `path` may have the longest allowed name."""
-  endings = ''.join(path.suffixes[-2:])
-  return path.with_name(f'.{os.getpid()}.{sha256(os.fsencode(path.name))[:16]}{endings if len(endings) < 20 else ""}')
+  endings = next((each for each in (''.join(path.suffixes[-2:]), path.suffix) if len(each) < 20), '')
+  return path.with_name(f'.{os.getpid()}.{sha256(os.fsencode(path.name))[:16]}{endings}')
 
 
 def remove_partials(folder: pathlib.Path) -> None:

@@ -24,7 +24,7 @@ def write_record(path: pathlib.Path, value: dict, files: Mapping[str, str]) -> N
   Args:
     path: the JSON file.
     value: the object.
-    files: the SHA-256 of each file that belongs to it, by its name in the same folder.
+    files: the SHA-256 of each file that belongs to it, by its path from the folder of the record.
 
   Raises:
     UserError: the file cannot be written.
@@ -45,8 +45,8 @@ def write_together(
   Args:
     record: the JSON file.
     value: the object to write.
-    files: for each file, a function that writes it to a temporary path.
-    remove: names of files of an earlier record.
+    files: for each file, in the folder of the record or below, a function that writes it to a temporary path.
+    remove: files of an earlier record, by their paths from that folder, in the order in which they are removed.
 
   Raises:
     UserError: a file cannot be written.
@@ -56,8 +56,8 @@ def write_together(
     for path, write in files.items():
       partial = renaming.enter_context(replacing(path))
       write(partial)
-      digests[path.name] = sha256_of(partial)
-    for name in {*digests, *remove}:
+      digests[path.relative_to(record.parent).as_posix()] = sha256_of(partial)
+    for name in dict.fromkeys([*digests, *remove]):
       (record.parent / name).unlink(missing_ok=True)
     write_record(record, value, digests)
 
@@ -68,11 +68,15 @@ def read_record(path: pathlib.Path) -> dict[str, Any] | None:
     value = json.loads(path.read_text())
     stated = value.pop(_KEY)
     names = value['files'].keys()
-    # A record only speaks of files beside it.
-    is_own = stated == _digest(value) and all(pathlib.PurePath(name).name == name for name in names)
-    return value if is_own else None
+    return value if stated == _digest(value) and all(map(_is_below, names)) else None
   except (OSError, ValueError, AttributeError, KeyError, TypeError):
     return None
+
+
+def _is_below(name):
+  """Whether a path stays in its folder: a record only speaks of files beside it and below."""
+  path = pathlib.PurePosixPath(name)
+  return not path.is_absolute() and '..' not in path.parts and name not in ('', '.')
 
 
 def sealed(page: str) -> str:
@@ -81,13 +85,13 @@ def sealed(page: str) -> str:
   return f'{page}<!-- fusa_jax sha256 {sha256(page.encode())} -->\n'
 
 
-def has_changed(path: pathlib.Path, record: dict | None) -> bool:
-  """Whether a file exists that is neither in the record as it is now, nor a page with a true seal."""
+def has_changed(path: pathlib.Path, digest: str | None) -> bool:
+  """Whether a file exists that has neither this SHA-256 nor, if the digest is None, a true seal of a page."""
   if not path.exists() and not path.is_symlink():
     return False
   try:
-    if record and path.name in record['files']:
-      return sha256_of(path) != record['files'][path.name]
+    if digest is not None:
+      return sha256_of(path) != digest
     content = path.read_bytes() if path.suffix == '.html' else b''
   except OSError:
     return True
@@ -97,7 +101,9 @@ def has_changed(path: pathlib.Path, record: dict | None) -> bool:
 
 def is_complete(folder: pathlib.Path, record: dict) -> bool:
   """Whether all files of a record exist, unchanged."""
-  return all((folder / name).is_file() and not has_changed(folder / name, record) for name in record['files'])
+  return all(
+    (folder / name).is_file() and not has_changed(folder / name, digest) for name, digest in record['files'].items()
+  )
 
 
 def changed(path: pathlib.Path, others: Iterable[pathlib.Path]) -> list[pathlib.Path]:
@@ -109,8 +115,8 @@ def changed(path: pathlib.Path, others: Iterable[pathlib.Path]) -> list[pathlib.
   """
   record = read_record(path)
   foreign = [path] if record is None and (path.exists() or path.is_symlink()) else []
-  every = dict.fromkeys([*others, *(path.parent / name for name in (record or {}).get('files', ()))])
-  return foreign + [other for other in every if has_changed(other, record)]
+  digests = {path.parent / name: digest for name, digest in (record or {}).get('files', {}).items()}
+  return foreign + [other for other in dict.fromkeys([*others, *digests]) if has_changed(other, digests.get(other))]
 
 
 def refuse(paths: Iterable[pathlib.Path]) -> None:

@@ -26,10 +26,10 @@ def commit() -> str | None:
   return head.stdout.strip()
 
 
-def versions() -> dict[str, str | None]:
-  """What decides the numbers of a training beside its config and data: the code of this package, and libraries."""
+def code() -> dict:
+  """What decides the numbers of a run beside its config and data: {'sha256': of the package, 'libraries': versions}."""
   libraries = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'grain')
-  return {'the code of fusa_jax (SHA-256)': code_sha256()} | {name: version(name) for name in libraries}
+  return {'sha256': code_sha256(), 'libraries': {name: version(name) for name in libraries}}
 
 
 def code_sha256() -> str:

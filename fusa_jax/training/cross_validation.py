@@ -3,6 +3,7 @@
 Every patient is tested once, by a model that was not trained on this patient.
 """
 
+import json
 import logging
 import pathlib
 import statistics as python_statistics
@@ -16,6 +17,7 @@ from fusa_jax.measures import masks
 from fusa_jax.runs import config_checks, operating_point, report, results, run_config
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import sha256
 from fusa_jax.training import datasets, evaluate, optimizers, train
 
 
@@ -24,13 +26,23 @@ def train_and_test(
   workdir: pathlib.Path,
   data_dir: pathlib.Path,
   scans: Mapping[str, Callable] | None = None,
+  overwrite: bool = False,
 ) -> dict:
   """Trains and tests one run, or one run per fold if data.fold is 'all'. Arguments and errors: `evaluate.evaluate`."""
   evaluate.check_scans(config, scans)
   if run_config.is_cross_validation(config):
-    return cross_validate(config, workdir, data_dir, scans)
+    return cross_validate(config, workdir, data_dir, scans, overwrite)
+  return _train_and_test_one(config, workdir, data_dir, scans, overwrite)
+
+
+def _train_and_test_one(config, workdir, data_dir, scans, overwrite):
+  """Trains and tests one run, unless it is finished; returns the contents of metrics.json."""
+  if evaluate.is_finished(config, workdir, data_dir, scans):
+    run_config.save_config(workdir, config)  # refuses a run with another config
+    logging.info('%s: is finished, and its test is of these data, options and code', workdir)
+    return results.read_numbers(workdir)
   train.train(config, workdir, data_dir)
-  return evaluate.evaluate(config, workdir, data_dir, scans)
+  return evaluate.evaluate(config, workdir, data_dir, scans, overwrite)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -44,22 +56,22 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   optimizers.make_optimizer(config)
 
 
-def evaluate_again(config, workdir, data_dir, scans=None) -> dict:
+def evaluate_again(config, workdir, data_dir, scans=None, overwrite=False) -> dict:
   """Tests a trained run again; with data.fold 'all', each fold's run, and pools. Arguments: `train_and_test`."""
   if not run_config.is_cross_validation(config):
-    return evaluate.evaluate(config, workdir, data_dir, scans)
+    return evaluate.evaluate(config, workdir, data_dir, scans, overwrite)
   for run, one in runs(config, workdir, data_dir).items():
-    evaluate.evaluate(one, run, data_dir, scans)
-  return pool(config, workdir, data_dir)
+    evaluate.evaluate(one, run, data_dir, scans, overwrite)
+  return pool(config, workdir, data_dir, overwrite)
 
 
-def write_reports(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
-  """Writes the report of a tested run, and the reports of its folds, on process 0."""
-  if not hosts.is_main():
-    return
+def write_reports(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> pathlib.Path:
+  """Writes the report of a tested run, and the reports of its folds, on process 0. Returns the folder of the test."""
   folds = runs(config, workdir, data_dir) if run_config.is_cross_validation(config) else {}
-  for run, one in (folds | {workdir: config}).items():
-    report.write_report(run, datasets.card(data_dir, one.data.fold))
+  test = evaluate.test_name(*[*folds.items(), (workdir, config)][0], data_dir)
+  for run, one in (folds | {workdir: config}).items() if hosts.is_main() else ():
+    report.write_report(run, datasets.card(data_dir, one.data.fold), test)
+  return workdir / test
 
 
 def cross_validate(
@@ -67,6 +79,7 @@ def cross_validate(
   workdir: pathlib.Path,
   data_dir: pathlib.Path,
   scans: Mapping[str, Callable] | None = None,
+  overwrite: bool = False,
 ) -> dict:
   """Trains and tests the folds that are not finished, in fold0, fold1, ... of `workdir`; then pools all folds.
 
@@ -77,23 +90,9 @@ def cross_validate(
   """
   run_config.save_config(workdir, config)
   for run, one in runs(config, workdir, data_dir).items():
-    if hosts.on_main(lambda run=run, one=one: is_finished(run, one)):
-      run_config.save_config(run, one)  # rejects a run with another config
-      continue
     logging.info('fold %d', one.data.fold)
-    # Remove an earlier test of this fold, which may have had other options.
-    hosts.on_main(lambda run=run: results.clear_test(run / 'test'))
-    train.train(one, run, data_dir)
-    evaluate.evaluate(one, run, data_dir, scans)
-  return pool(config, workdir, data_dir)
-
-
-def is_finished(run: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
-  """Whether the run of a fold was tested with the options in config.evaluate."""
-  if not results.is_complete(run):
-    return False
-  tested_as, expected = (run_config.plain(one).evaluate.to_dict() for one in (run_config.load_config(run), config))
-  return tested_as == expected
+    _train_and_test_one(one, run, data_dir, scans, overwrite)
+  return pool(config, workdir, data_dir, overwrite)
 
 
 def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
@@ -106,7 +105,9 @@ def runs(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pat
   return configs
 
 
-def pool(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> dict:
+def pool(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path, overwrite: bool = False
+) -> dict:
   """Pools the tables of slices of all folds as one test, and writes it to `workdir`/test on process 0.
 
   Counts at the operating point use each fold's own operating point. AUC ranks the scores of different models together.
@@ -116,15 +117,25 @@ def pool(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pat
     The content of metrics.json.
 
   Raises:
-    UserError: a fold is not evaluated, or the folds do not test each patient once because the cohort has changed.
+    UserError: a fold is not evaluated, or the folds do not test each patient once because the cohort has changed. The
+      folds were evaluated with different options, data or code. Files of others would be replaced.
   """
-  return hosts.on_main(lambda: _pool(config, workdir, data_dir))
+  return hosts.on_main(lambda: _pool(config, workdir, data_dir, overwrite))
 
 
-def _pool(config, workdir, data_dir):
+def _pool(config, workdir, data_dir, overwrite):
   task_type = tasks.type_of(config.task)
-  folders = list(runs(config, workdir, data_dir))
-  tables = [results.read_table(run) for run in folders]
+  configs = runs(config, workdir, data_dir)
+  folders = list(configs)
+  test = evaluate.test_name(*next(iter(configs.items())), data_dir)
+  if not overwrite:
+    results.check_own(workdir / test)
+  tests = [results.read_numbers(run, test) for run in folders]
+  made_of = _common_making(folders, tests)
+  volumes = [results.read_volumes(run, test) for run in folders]
+  if results.made_of(workdir / test) == made_of and bool(results.read_volumes(workdir, test)) == all(volumes):
+    return results.read_numbers(workdir, test)
+  tables = [results.read_table(run, test) for run in folders]
   tested = [patient for one in tables for patient in np.unique(one['patient']).tolist()]
   expected = [patient['patient'] for fold in datasets.folds(data_dir) for patient in fold]
   if sorted(tested) != sorted(expected):
@@ -133,8 +144,6 @@ def _pool(config, workdir, data_dir):
       'removed; restore the old files, or start again in another --workdir'
     )
   table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
-  tests = [results.read_numbers(run) for run in folders]
-  volumes = [results.read_volumes(run) for run in folders]
   # Only if every fold has volumes: a part of them could be mistaken for all patients.
   volumes = [row for rows in volumes for row in rows] if all(volumes) else []
   result = results.numbers(task_type, table, config.evaluate.prevalences)
@@ -156,16 +165,39 @@ def _pool(config, workdir, data_dir):
     'step': [one['step'] for one in tests],
     'parameters': tests[0]['parameters'],
     **{name: tests[0][name] for name in ('dataset', 'values', 'split', 'commit')},
+    'made_of': made_of,
   }
   if volumes:
     result['volumes'] = masks.summary(volumes)
-  results.clear_test(workdir / 'test')
-  results.write_test(workdir / 'test', table, result, volumes)
+  results.write_test(workdir / test, table, result, volumes, {})
   logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(task_type, result))
   for name, spread in result['over_folds'].items():
     if spread:
       logging.info('%s of single folds: %.4f to %.4f, mean %.4f, sd %.4f', name, *spread.values())
   return result
+
+
+def _common_making(folders, tests):
+  """Returns what the folds were made of (`made_of` in metrics.json); checkpoints and truths are listed by fold.
+
+  Raises:
+    UserError: the folds differ in data, options or code.
+  """
+  made_of = [json.loads(json.dumps(test['made_of'])) for test in tests]
+  truths = [one['data'].pop('truth_sha256') for one in made_of]
+  folds = [one['options'].pop('fold') for one in made_of]
+  checkpoints = [one.pop('checkpoint') for one in made_of]
+  for folder, one in zip(folders, made_of, strict=True):
+    differ = [key for key in one if one[key] != made_of[0][key]]
+    if differ:
+      raise UserError(
+        f'{folder}: was tested with another {" and ".join(differ)} than {folders[0]}; rerun the command that trained '
+        'the folds, or --mode=evaluate, for all of them'
+      )
+  common = made_of[0]
+  common['data']['truth_sha256'] = sha256(json.dumps(truths).encode())
+  common['options']['fold'] = folds
+  return common | {'checkpoint': checkpoints}
 
 
 def _spread(values):

@@ -11,18 +11,24 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from fusa_jax import tasks
+from fusa_jax.runs.split import PARTS
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import sha256
 
+# The metadata that decide about the slices, beside the folds.
+_OF_CONTENT = ('size', 'intensity', 'patients', 'masks')
 
-class Digests(NamedTuple):
+
+class Identity(NamedTuple):
   """What a patient's data are, whatever the names of the files.
 
   Attributes:
+    owner: the person.
     images: the SHA-256 of the values of the scan, or of each picture; '' for a picture with only one value.
     truth: the SHA-256 of the lesion mask, or of the labels of the slices.
   """
 
+  owner: str
   images: list[str]
   truth: str
 
@@ -35,17 +41,17 @@ class Split:
     source: reads slices by index, each {'image': int16, 'mask': uint8, 'label', 'patient', 'slice', 'spacing'}.
     label: bool [N], whether each slice has a lesion.
     patient: str [N], the scan or patient of each slice.
-    owner: str [N], the person of each slice; several scans can have the same.
     slice: int [N], the position of each slice in its scan; 0 is the most inferior slice.
-    digests: digests by patient.
+    owner: str [N], the person of each slice; several scans can have the same.
+    patients: the identity of each patient, by name.
   """
 
   source: Sequence[dict]
   label: np.ndarray
   patient: np.ndarray
-  owner: np.ndarray
   slice: np.ndarray
-  digests: dict[str, Digests]
+  owner: np.ndarray
+  patients: dict[str, Identity]
 
   def __len__(self) -> int:
     return len(self.label)
@@ -61,7 +67,7 @@ class Dataset:
     intensity: 'hu' or 'grey'.
     by_patient: whether patients are divided into folds; False if the patients of some slices are unknown.
     masks: whether it has masks; False if it has only a label per slice.
-    sha256: the digest of its metadata: the cohort's files, how they were read, the folds and the lesions.
+    sha256: the digest of its content: size, intensity, and the folds with the scans and lesion masks of their patients.
     train: the training folds.
     validation: the validation fold, or None.
     test: the test fold.
@@ -77,10 +83,13 @@ class Dataset:
   validation: Split | None
   test: Split
 
-  def patients(self) -> dict[str, list[str]]:
-    """Returns the sorted patients of each part."""
+  def description(self) -> dict:
+    """Describes the data for split.json (see `fusa_jax.runs.split`)."""
     parts = {'train': self.train, 'validation': self.validation, 'test': self.test}
-    return {name: [] if part is None else np.unique(part.patient).tolist() for name, part in parts.items()}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    names = {name: sorted(part.patients) for name, part in parts.items()}
+    patients = {name: one._asdict() for part in parts.values() for name, one in part.patients.items()}
+    return {'dataset': self.name, 'sha256': self.sha256, **{part: [] for part in PARTS}, **names, 'patients': patients}
 
 
 def load_dataset_for(config: ml_collections.ConfigDict, data_dir: str | pathlib.Path) -> Dataset:
@@ -119,7 +128,9 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
   """
   builder = _open(pathlib.Path(data_dir))
   metadata = builder.info.metadata
-  missing = {'folds', 'size', 'intensity', 'patients', 'masks'} - metadata.keys()
+  missing = {'folds', *_OF_CONTENT} - metadata.keys()
+  if not missing:
+    missing = set(Identity._fields) - metadata['folds']['fold0'][0].keys()
   if missing:
     raise UserError(
       f'data.dir: {data_dir} was prepared by another version (the metadata lack {", ".join(sorted(missing))}); prepare '
@@ -133,7 +144,9 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
       f"data.fold: {fold!r} is not a fold of {data_dir}; give 0 to {len(folds) - 1}, or 'all' for cross-validation"
     )
   split = {part: _split(builder, folds, chosen) if chosen else None for part, chosen in parts(fold, len(folds)).items()}
-  digest = sha256(json.dumps([builder.info.full_name, metadata], sort_keys=True).encode())
+  # Without the digests of the files: their names and formats do not change the slices.
+  content = [builder.info.full_name, folds, *(metadata[key] for key in _OF_CONTENT)]
+  digest = sha256(json.dumps(content, sort_keys=True).encode())
   return Dataset(
     name=f'{builder.info.full_name}-{digest[:12]}',
     image_size=size,
@@ -143,6 +156,11 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
     sha256=digest,
     **split,
   )
+
+
+def truth_sha256(part: Split) -> str:
+  """Returns a digest of the lesion masks, or labels, of the patients of a split."""
+  return sha256(json.dumps(sorted((name, one.truth) for name, one in part.patients.items())).encode())
 
 
 def parts(fold: int, num_folds: int) -> dict[str, list[int]]:
@@ -217,7 +235,7 @@ def _split(builder, folds, chosen):
     source=builder.as_data_source(split='+'.join(f'fold{k}' for k in chosen)),
     label=np.concatenate([np.asarray(entry['lesion_voxels']) > 0 for entry in entries]),
     patient=np.repeat([entry['patient'] for entry in entries], slices),
-    owner=np.repeat([entry['owner'] for entry in entries], slices),
-    digests={entry['patient']: Digests(entry['images'], entry['truth']) for entry in entries},
     slice=np.concatenate([np.arange(n) for n in slices]),
+    owner=np.repeat([entry['owner'] for entry in entries], slices),
+    patients={entry['patient']: Identity(*(entry[key] for key in Identity._fields)) for entry in entries},
   )

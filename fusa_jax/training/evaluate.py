@@ -13,7 +13,7 @@ import numpy as np
 from fusa_jax import tasks
 from fusa_jax.inference import postprocessing, predictor, trained
 from fusa_jax.measures import histogram, masks
-from fusa_jax.runs import config_checks, figures, operating_point, results, run_config
+from fusa_jax.runs import checkpoint, config_checks, figures, operating_point, results, run_config, split, starts
 from fusa_jax.scans import volumes
 from fusa_jax.system import hosts, meshes, progress, provenance
 from fusa_jax.system.errors import UserError
@@ -21,17 +21,21 @@ from fusa_jax.tasks import window
 from fusa_jax.training import datasets
 from fusa_jax.training.scorer import Scorer
 
+# The options that choose the operating point.
+_OF_POINT = ('target_sensitivity', 'fit_temperature', 'flips', 'lungs', 'fit_smallest')
+
 
 def evaluate(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   data_dir: pathlib.Path,
   scans: Mapping[str, Callable[[], tuple[volumes.Scan, np.ndarray]]] | None = None,
+  overwrite: bool = False,
 ) -> dict:
   """Tests a run's best checkpoint on its test fold and returns the contents of metrics.json; process 0 writes test/.
 
   It first chooses the operating point on the validation fold and saves it; only then does it read the test fold. On
-  data with other validation patients than the run's, it keeps the run's operating point.
+  other data than the run's own it keeps the run's operating point, and writes to another folder (`split.test_name`).
 
   Args:
     config: config of the run.
@@ -39,19 +43,30 @@ def evaluate(
     data_dir: folder of the prepared dataset.
     scans: functions by patient that read the released scan and its reference mask. With them, the masks of a
       segmentation model are also compared as volumes on each scan's own grid. Only for a run of one process.
+    overwrite: replace files of an earlier test that were changed since, or that this program did not write.
 
   Raises:
     UserError: the config does not fit the data or the devices. Every checkpoint is missing or damaged. The run was
-      trained or validated on a test patient. A logit is not finite.
+      trained or validated on a test patient. Other data are given with options that choose the operating point. A
+      logit is not finite. Files of others would be replaced.
   """
   config_checks.check(config)
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
   batch_size = meshes.fitting_batch(mesh, config.train.batch_size)
   meshes.check_divides(mesh, batch_size, config.data.image_size)
   dataset = datasets.load_dataset_for(config, data_dir)
+  data = dataset.description()
+  split.check_unseen(workdir, data)
+  name = split.test_name(workdir, data, _source(config, data_dir))
+  if name != split.TEST:
+    _check_point_is_kept(config, workdir, name)
+  if not overwrite:
+    hosts.on_main(lambda: results.check_own(workdir / name))
   task = tasks.create(config)
-  step, variables = trained.load_variables(config, task, workdir, mesh)
-  test = _Test(config, workdir, dataset, task, mesh, step, variables, scans or {})
+  step, sha256, variables = trained.load_best(config, task, workdir, mesh)
+  made_of = _made_of(config, dataset, step, sha256, is_own=name == split.TEST)
+  _say_what_differs(workdir, name, made_of)
+  test = _Test(config, workdir, workdir / name, dataset, task, mesh, step, variables, scans or {}, made_of)
   point, scorer = _choose_point(test)
   table, volumes_of_scans = _score(test, point, scorer)
   result = _numbers(test, point, table, volumes_of_scans)
@@ -61,40 +76,129 @@ def evaluate(
   return result
 
 
+def test_name(workdir: pathlib.Path, config: ml_collections.ConfigDict, data_dir: pathlib.Path) -> str:
+  """Returns the name of the folder that `evaluate` writes to, for the same arguments."""
+  data = datasets.load_dataset_for(config, data_dir).description()
+  return split.test_name(workdir, data, _source(config, data_dir))
+
+
+def _source(config, data_dir):
+  """The name of the folder of the data."""
+  return pathlib.Path(config.data.raw_dir or config.data.dir or data_dir).expanduser().resolve().name
+
+
+def is_finished(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  data_dir: pathlib.Path,
+  scans: Collection[str] | None = None,
+  platform: str | None = None,
+) -> bool:
+  """Whether a run has finished training, and test/ holds what `evaluate` would write. All processes must call it.
+
+  Args:
+    config, workdir, data_dir, scans: as in `evaluate`.
+    platform: the devices that would compute it; None: those of this process.
+  """
+  made_of = hosts.on_main(lambda: results.made_of(workdir / split.TEST))
+  if made_of is None:
+    return False
+  dataset = datasets.load_dataset_for(config, data_dir)
+  if split.test_name(workdir, dataset.description(), '') != split.TEST:
+    return False
+  with checkpoint.Checkpoints(workdir) as checkpoints:
+    if checkpoints.latest() != config.train.steps:
+      return False
+    step = checkpoints.best()
+    expected = _made_of(config, dataset, step, checkpoints.digest(step), platform=platform)
+  wants_volumes = tasks.type_of(config.task).has_masks and not set(dataset.test.patients).isdisjoint(scans or ())
+  return hosts.on_main(lambda: made_of == expected and (not wants_volumes or bool(results.read_volumes(workdir))))
+
+
+def _made_of(config, dataset, step, sha256, is_own=True, platform=None):
+  """Returns what a test is made of, for metrics.json.
+
+  Args:
+    config: the config of the test.
+    dataset: its data.
+    step: the step of the checkpoint.
+    sha256: the digest of its variables.
+    is_own: whether the data are those of the run; else no option chooses the operating point.
+    platform: the devices that compute it; None: those of this process.
+  """
+  options = {key: value for key, value in run_config.plain(config).evaluate.items() if is_own or key not in _OF_POINT}
+  return {
+    'data': {'name': dataset.name, 'sha256': dataset.sha256, 'truth_sha256': datasets.truth_sha256(dataset.test)},
+    'checkpoint': {'step': step, 'sha256': sha256},
+    'options': {'fold': config.data.fold, 'dtype': tasks.resolved_dtype(config, platform), **options},
+    'code': provenance.code(),
+  }
+
+
+def _check_point_is_kept(config, workdir, name):
+  """Raises a UserError if an option asks to choose the operating point on data that are not the run's own."""
+  own = run_config.load_config(workdir).evaluate
+  for key in _OF_POINT:
+    if config.evaluate[key] != own[key]:
+      raise UserError(
+        f'evaluate.{key}: the operating point is chosen on the validation patients of the run, but these are other '
+        f'data ({name}); leave it out, or evaluate on the data of the run with it first'
+      )
+
+
+def _say_what_differs(workdir, name, made_of):
+  """Logs that a test replaces one of another making, or computes in another dtype than the training."""
+  if name != split.TEST:
+    logging.info('%s: not the data that the run was trained for, so the test is in %s', workdir, workdir / name)
+  earlier = results.made_of(workdir / name) if hosts.is_main() else None
+  changed = [key for key in made_of if earlier and earlier.get(key) != made_of[key]]
+  if changed:
+    logging.info('%s: replaces a test with another %s', workdir / name, ', '.join(changed))
+  trained_in = [start['dtype'] for start in starts.load_starts(workdir)][-1:]
+  if trained_in and trained_in != [made_of['options']['dtype']]:
+    logging.warning('%s: trained in %s, tested in %s', workdir, *trained_in, made_of['options']['dtype'])
+
+
 class _Test(NamedTuple):
-  """The run, its data and its devices."""
+  """The run, its data and its devices; the folder to write to; and what the test is made of."""
 
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
+  folder: pathlib.Path
   dataset: datasets.Dataset
   task: tasks.Task
   mesh: jax.sharding.Mesh
   step: int
   variables: dict
   scans: Mapping[str, Callable]
+  made_of: dict
+
+  @property
+  def is_own(self) -> bool:
+    """Whether the data are those that the run was trained for."""
+    return self.folder.name == split.TEST
 
   def predictor(self, point: operating_point.OperatingPoint) -> predictor.Predictor:
     network = trained.Network(self.config, self.step, self.variables, point.temperature)
     return predictor.Predictor(trained.create([network], point.flips), point, self.mesh)
 
-  def scanned(self, split: datasets.Split) -> list[str]:
+  def scanned(self, part: datasets.Split) -> list[str]:
     """Returns the patients of a split that have a scan, in its order. Pictures and single slices are not scans."""
-    return [patient for patient in dict.fromkeys(split.patient.tolist()) if patient in self.scans]
+    return [patient for patient in dict.fromkeys(part.patient.tolist()) if patient in self.scans]
 
 
 def _choose_point(test):
   """Chooses the operating point on the validation fold and saves it; returns it with the scorer of slices.
 
-  With other validation patients than the run's own, it returns the run's operating point.
+  On other data than the run's own, it returns the run's operating point.
   """
   config, workdir, dataset = test.config, test.workdir, test.dataset
-  split, point = check_unseen(workdir, dataset), operating_point.load_point(workdir)
+  point = operating_point.load_point(workdir)
   if point.step != test.step:
     point = operating_point.OperatingPoint(step=test.step)
-  own = split is None or split['validation'] == dataset.patients()['validation']
-  flips, lungs = (config.evaluate[key] if own else getattr(point, key) for key in ('flips', 'lungs'))
+  flips, lungs = (config.evaluate[key] if test.is_own else getattr(point, key) for key in ('flips', 'lungs'))
   scorer = Scorer(test.task, test.mesh, config.train.batch_size, flips)
-  if not own:
+  if not test.is_own:
     return point, scorer
   if dataset.validation is not None:
     point = operating_point.choose(
@@ -137,6 +241,7 @@ def _numbers(test, point, table, volumes_of_scans):
     'values': test.dataset.intensity,
     'split': results.BY_PATIENT if test.dataset.by_patient else results.BY_SLICE,
     'commit': provenance.commit(),
+    'made_of': test.made_of,
   }
   if volumes_of_scans:
     result['volumes'] = masks.summary(volumes_of_scans)
@@ -144,11 +249,9 @@ def _numbers(test, point, table, volumes_of_scans):
 
 
 def _write(test, point, table, volumes_of_scans, result):
-  """Writes the files of test/."""
-  folder = test.workdir / 'test'
-  results.clear_test(folder)
-  _draw(test, table, point, volumes_of_scans, folder / 'figures')
-  results.write_test(folder, table, result, volumes_of_scans)
+  """Writes the files of the test."""
+  pictures = _pictures(test, table, point, volumes_of_scans)
+  results.write_test(test.folder, table, result, volumes_of_scans, pictures)
 
 
 def check_scans(config: ml_collections.ConfigDict, scans: Collection[str] | None) -> None:
@@ -158,23 +261,6 @@ def check_scans(config: ml_collections.ConfigDict, scans: Collection[str] | None
       'evaluate.fit_smallest: needs the released scans and masks as volumes, on one host; give data.raw_dir, or leave '
       'evaluate.fit_smallest out'
     )
-
-
-def check_unseen(workdir: pathlib.Path, dataset: datasets.Dataset) -> dict[str, list[str]] | None:
-  """Compares the test patients with split.json of the run. Returns that file, or None if the run has none.
-
-  Raises:
-    UserError: the run was trained or validated on a test patient, because the files of the cohort changed.
-  """
-  split = run_config.load_split(workdir)
-  seen = sorted(set(dataset.patients()['test']) & {*split['train'], *split['validation']}) if split else []
-  if seen:
-    raise UserError(
-      f'{workdir}: the run was trained or validated on {len(seen)} of the test patients (for example {seen[0]}), '
-      'because files were added to the cohort or removed; restore the files, or train again (if this is another cohort '
-      'with the same names, rename its files)'
-    )
-  return split
 
 
 def score_volumes(run: predictor.Predictor, scans, patients: list[str]) -> list[dict]:
@@ -191,8 +277,11 @@ def _true_volumes(run, read):
   return postprocessing.true_volumes(run(scan).mask, truth, scan.voxel_ml)
 
 
-def _draw(test, table, point, volumes_of_scans, folder):
-  """Draws some slices, computed on one device of this process alone: the other processes do not read them."""
+def _pictures(test, table, point, volumes_of_scans):
+  """Returns functions that draw some slices to a path, by the names of the files.
+
+  They compute on one device of this process alone: the other processes do not read them.
+  """
   config, task, dataset = test.config, test.task, test.dataset
   variables = jax.tree.map(lambda x: x.addressable_data(0), test.variables)
   options = point.temperature, point.flips
@@ -208,13 +297,15 @@ def _draw(test, table, point, volumes_of_scans, folder):
       predictions['run'] = np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)
     return example['image'], example['mask'] if dataset.masks else None, predictions
 
-  rows = figures.telling_slices(table, config.evaluate.num_overlays)
-  for row in progress.bar(rows, desc='Drawing pictures', unit='pictures'):
+  def overlay(row, path):
     values, mask, predictions = slice_and_predictions(row)
     title = f'{results.overlay_title(task.type, table, row, volumes)}, threshold {point.threshold:.3f}'
-    path = folder / results.overlay_name(table, row)
     figures.write_overlay(path, values, mask, predictions, shown, config.data.intensity, title)
-  typical = figures.typical_slices(table)
-  if typical:
+
+  def overview(path):
     panels = [(title, *slice_and_predictions(row)) for title, row in typical.items()]
-    figures.write_overview(folder / 'overview.png', panels, shown)
+    figures.write_overview(path, panels, shown)
+
+  rows, typical = figures.telling_slices(table, config.evaluate.num_overlays), figures.typical_slices(table)
+  pictures = {results.overlay_name(table, row): functools.partial(overlay, row) for row in rows}
+  return pictures | ({'overview.png': overview} if typical else {})

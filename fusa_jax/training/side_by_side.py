@@ -1,7 +1,8 @@
 """Draws the masks of two segmentation runs side by side, as in the paper's Fig. 4."""
 
-import logging
+import functools
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,14 +16,15 @@ from fusa_jax.tasks import window
 from fusa_jax.training import datasets
 
 
-def draw(workdir: pathlib.Path, against: pathlib.Path, data_dir: pathlib.Path, folder: pathlib.Path, most: int) -> None:
-  """Writes PNG files of the slices on which two runs differ most, one slice per patient.
+def pictures(
+  workdir: pathlib.Path, against: pathlib.Path, data_dir: pathlib.Path, most: int
+) -> dict[str, Callable[[pathlib.Path], None]]:
+  """Returns functions that draw the slices on which two runs differ most, one slice per patient, as PNG files, by name.
 
   Args:
     workdir: the folder of a run or cross-validation.
     against: the folder of another one, which `compare.compare` can compare with the first.
     data_dir: the folder of the prepared dataset that both were tested on.
-    folder: the folder for the pictures.
     most: the largest number of slices.
 
   Raises:
@@ -37,6 +39,7 @@ def draw(workdir: pathlib.Path, against: pathlib.Path, data_dir: pathlib.Path, f
   chosen = slices_that_differ(*(results.read_table(one) for one in (workdir, against)), most)
   names = [f'{number} {one.resolve().name}' for number, one in enumerate((workdir, against), 1)]
   shown = window.black_and_white(config.data.intensity, config.data.window)
+  writers = {}
   folds = zip(*map(trained.runs, (workdir, against)), strict=True)
   for runs in folds:
     fold = run_config.load_config(runs[0]).data.fold
@@ -50,9 +53,16 @@ def draw(workdir: pathlib.Path, against: pathlib.Path, data_dir: pathlib.Path, f
     for k, (row, example) in enumerate(zip(rows, examples, strict=True)):
       patient, number = split.patient[row], split.slice[row]
       predictions = {name: mask[k] for name, mask in zip(names, masks, strict=True)}
-      path, title = folder / f'{patient}_{number:03d}.png', f'patient {patient}, slice {number}'
-      figures.write_overlay(path, example['image'], example['mask'], predictions, shown, config.data.intensity, title)
-  logging.info('side by side: %s', folder)
+      writers[f'{patient}_{number:03d}.png'] = functools.partial(
+        figures.write_overlay,
+        values=example['image'],
+        mask=example['mask'],
+        predictions=predictions,
+        black_and_white=shown,
+        intensity=config.data.intensity,
+        title=f'patient {patient}, slice {number}',
+      )
+  return writers
 
 
 def slices_that_differ(one: dict[str, np.ndarray], other: dict[str, np.ndarray], most: int) -> set[tuple[str, int]]:

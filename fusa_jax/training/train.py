@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from fusa_jax import tasks, torch_weights
-from fusa_jax.runs import checkpoint, config_checks, results, run_config
+from fusa_jax.runs import checkpoint, config_checks, results, run_config, split, starts
 from fusa_jax.runs.metric_log import MetricLog
 from fusa_jax.system import hosts, meshes, progress, provenance
 from fusa_jax.system.errors import Terminated, UserError
@@ -58,7 +58,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   dataset = datasets.load_dataset_for(config, data_dir)
   task = tasks.create(config)
   optimizer, learning_rate = optimizers.make_optimizer(config)
-  hosts.check_equal(run_config.facts(config) | {'data': dataset.sha256, **provenance.versions()})
+  code = provenance.code()
+  facts = {'code (SHA-256)': code['sha256'], **code['libraries'], 'dtype': tasks.resolved_dtype(config)}
+  hosts.check_equal(run_config.facts(config) | facts | {'data (SHA-256)': dataset.sha256})
   # ---- shapes before arrays
   shapes = state_shapes(task, optimizer, config, mesh)
   pretrained = None
@@ -66,7 +68,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
     pretrained, notes = torch_weights.initial(config.model.init_from, config.model.name, shapes.variables)
   # All checks of the config are done, so a refused config leaves no workdir behind.
   run_config.save_config(workdir, config)
-  run_config.save_split(workdir, dataset.patients())
+  split.save_split(workdir, dataset.description())
   report_parameters(shapes.variables)
 
   with contextlib.ExitStack() as stack:
@@ -87,6 +89,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
         logging.info('\n'.join([f'weights from {config.model.init_from}', *(f'- {note}' for note in notes)]))
     if first_step >= config.train.steps:
       return
+    starts.record_start(workdir, first_step, facts | {'devices': f'{mesh.size} x {mesh.devices.flat[0].device_kind}'})
 
     # ---- the step: compiled before the first batch is read
     step_function = compile_step(task, optimizer, config, mesh, shapes)

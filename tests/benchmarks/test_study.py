@@ -16,6 +16,7 @@ from benchmarks import jobs, study, study_table
 from configs import seg
 from fusa_jax.measures import metrics
 from fusa_jax.runs import compare, results
+from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import SEGMENTATION
 from fusa_jax.training import cross_validation, train
@@ -132,7 +133,8 @@ def test_a_split_by_slice_is_reported(made, tmp_path):
   shutil.copytree(made, workdir)
   for split, caption in (('by patient', ', fold 0: 32'), ('by slice', ', fold 0 (split by slice): 32')):
     for path in workdir.glob('*/test/metrics.json'):
-      path.write_text(json.dumps(json.loads(path.read_text()) | {'split': split}))
+      record = own_files.read_record(path)
+      own_files.write_record(path, record | {'split': split}, record['files'])
     assert caption in study_table.write(protocol(), PAIR, SEEDS, workdir, jobs.machine(), 1)
 
 
@@ -172,12 +174,12 @@ def test_unfinished_folds_are_resumed(all_folds, data_dir, tmp_path, monkeypatch
   (run / 'fold2' / 'test' / 'metrics.json').unlink()
 
   def note(config, *rest):
-    done.append((config.data.fold, results.is_complete(run)))
+    done.append((config.data.fold, results.is_complete(run / 'test')))
     original(config, *rest)
 
   monkeypatch.setattr(train, 'train', note)
   make(workdir, data_dir, ['resunet'], [3], **{'data.fold': 'all'})
-  assert done == [(2, False)]
+  assert done == [(2, True)]  # the old pooled results stay until the new ones
   without_commit = lambda folder: {key: value for key, value in numbers(folder).items() if key != 'commit'}
   assert without_commit(run) == without_commit(all_folds / 'resunet-seed3')
   with pytest.raises(UserError, match=r'resunet-seed3 holds a run with another config: data.fold \(all -> 1\)'):
@@ -261,7 +263,7 @@ def test_two_jobs_at_a_time_from_the_command_line(data_dir, tmp_path):
     run = tmp_path / f'{name}-seed0'
     tables.append(results.read_table(run))
     assert len(metrics.by_patient(tables[-1])) == PATIENTS
-    assert all(results.is_complete(run / f'fold{k}') for k in range(5))
+    assert all(results.is_complete(run / f'fold{k}' / 'test') for k in range(5))
   (found,) = json.loads((tmp_path / 'differences.json').read_text())
   expected = compare.paired(SEGMENTATION, *([table] for table in tables))
   assert found == {'run': 'fusa_resunet', 'against': 'resunet', 'fold': 'all', 'seeds': [0], **expected}

@@ -16,7 +16,7 @@ from conftest import SIZE, SLICES, tiny
 from configs import cls, seg
 from fusa_jax import models, tasks
 from fusa_jax.inference import bundle, export, predict, predictor, trained
-from fusa_jax.runs import checkpoint, run_config
+from fusa_jax.runs import checkpoint, run_config, split
 from fusa_jax.scans import volumes
 from fusa_jax.system import meshes, provenance
 from fusa_jax.system.errors import UserError
@@ -122,7 +122,7 @@ def test_every_model_can_be_exported(name):
 
 
 def test_bundles_contain_no_names_of_patients_or_paths(bundles, runs, raw_dir, data_dir):
-  patients = [patient for part in run_config.load_split(runs['seg']).values() for patient in part]
+  patients = list(split.load_split(runs['seg'])['patients'])
   root = pathlib.Path(__file__).parents[2]
   names = [*patients, 'a_patients_name', *map(str, (*runs.values(), bundles['other'].parent, raw_dir, data_dir, root))]
   for folder in (bundles['seg'], bundles['cls'], bundles['both']):

@@ -178,17 +178,16 @@ def other_run(runs, tmp_path):
 
 
 def change(run, **columns):
-  table = results.read_table(run)
-  np.savez_compressed(run / 'test' / results.TABLE, **(table | columns))
+  """Writes the test of a run with another table."""
+  result = results.read_numbers(run)
+  results.write_test(run / 'test', results.read_table(run) | columns, result, results.read_volumes(run), {})
 
 
 def test_two_runs_from_their_folders(runs, other_run, caplog):
   caplog.set_level('INFO')
   result = compare.compare(runs['seg'], other_run)
-  written = own_files.read_record(runs['seg'] / 'test' / f'against-{other_run.parent.name}-other.json')
-  assert written == {**result, 'files': {}}
+  assert result['made_of']['run'] == results.read_numbers(runs['seg'])['made_of']
   assert 'per patient, Dice: 0.0000 [+0.0000, +0.0000], sign-flip p 1.0000' in caplog.text
-  (runs['seg'] / 'test' / f'against-{other_run.parent.name}-other.json').unlink()
 
 
 def test_other_test_sets_are_refused(runs, other_run):
@@ -203,7 +202,6 @@ def test_other_test_sets_are_refused(runs, other_run):
   change(other_run, slice=table['slice'], tp=table['tp'] + 1)
   with refused('not the same lesions'):
     compare.compare(runs['seg'], other_run)
-  assert not list((runs['seg'] / 'test').glob('against-*'))
 
 
 def test_other_tasks_and_missing_runs_are_refused(runs, tmp_path):
@@ -215,7 +213,7 @@ def test_other_tasks_and_missing_runs_are_refused(runs, tmp_path):
     compare.compare(runs['seg'], tmp_path / 'nowhere')
   run_config.save_config(tmp_path / 'new', tiny())
   with pytest.raises(
-    UserError, match=r'new/test: the run was not evaluated, or .* missing\); evaluate the run with --mode=evaluate'
+    UserError, match=r'new/test: the run was not evaluated, or .*; evaluate the run with --mode=evaluate'
   ):
     compare.compare(runs['seg'], tmp_path / 'new')
 
@@ -229,9 +227,13 @@ def test_an_interrupted_evaluation_is_refused_on_either_side(runs, tmp_path, mis
       compare.compare(*pair)
 
 
-def test_results_are_cleared_before_the_next_evaluation(runs, tmp_path):
-  shutil.copytree(runs['seg'] / 'test', tmp_path / 'test')
-  (tmp_path / 'test' / 'against-a.json').write_text('{}')
-  (tmp_path / 'test' / 'against-a').mkdir()
-  results.clear_test(tmp_path / 'test')
-  assert list((tmp_path / 'test').iterdir()) == []
+def test_runs_that_were_tested_with_other_masks_are_refused(runs, other_run):
+  """The lesions moved, but have as many pixels in each slice as before."""
+  path = other_run / 'test' / 'metrics.json'
+  record = own_files.read_record(path)
+  record['made_of']['data']['truth_sha256'] = 'other'
+  own_files.write_record(path, record, record['files'])
+  with pytest.raises(
+    UserError, match='against: .* were tested with other lesion masks; evaluate both on the same data'
+  ):
+    compare.compare(runs['seg'], other_run)

@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-import io
+import errno
 import json
 import shutil
 
@@ -19,9 +19,9 @@ from data import prepare
 from fusa_jax import tasks
 from fusa_jax.inference import predict, predictor, trained
 from fusa_jax.measures import statistics
-from fusa_jax.runs import figures, operating_point, results, run_config
+from fusa_jax.runs import figures, operating_point, results, run_config, split
 from fusa_jax.scans import lungs, volume_files
-from fusa_jax.system import meshes
+from fusa_jax.system import files, meshes, own_files, provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, evaluate, scorer, train
 
@@ -52,7 +52,7 @@ def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
   """Recomputes the numbers with scikit-learn from the probabilities of one slice at a time."""
   config = tiny()
   task = tasks.create(config)
-  _, variables = trained.load_variables(config, task, runs['seg'], meshes.create_mesh())
+  _, _, variables = trained.load_best(config, task, runs['seg'], meshes.create_mesh())
   test = datasets.load_dataset(data_dir, 0, SIZE).test
   run = jax.jit(task.probabilities)
   examples = [test.source[i] for i in range(len(test))]
@@ -86,7 +86,7 @@ def test_table_does_not_depend_on_batch_size_or_devices(runs, data_dir, batch_si
   config = tiny(cls)
   task = tasks.create(config)
   mesh = meshes.create_mesh(data, space, jax.devices()[: data * space])
-  _, variables = trained.load_variables(config, task, runs['cls'], mesh)
+  _, _, variables = trained.load_best(config, task, runs['cls'], mesh)
   split = datasets.load_dataset(data_dir, 0, SIZE).test
   table = scorer.Scorer(task, mesh, batch_size).table(variables, split)
   rows, _ = read(runs['cls'])
@@ -129,7 +129,7 @@ def test_numbers_at_the_operating_point_use_its_threshold(runs, data_dir):
   """Recomputes the numbers with scikit-learn from probabilities and the threshold in metrics.json."""
   config, (_, result) = tiny(), read(runs['seg'])
   task = tasks.create(config)
-  _, variables = trained.load_variables(config, task, runs['seg'], meshes.create_mesh())
+  _, _, variables = trained.load_best(config, task, runs['seg'], meshes.create_mesh())
   test = datasets.load_dataset(data_dir, 0, SIZE).test
   examples = [test.source[i] for i in range(len(test))]
   probability = np.asarray(jax.jit(task.probabilities)(variables, np.stack([e['image'] for e in examples])))
@@ -155,12 +155,19 @@ class Untouchable:
   def __len__(self):
     raise AssertionError('the test fold was looked at')
 
+  def __getitem__(self, index):
+    raise AssertionError('the test fold was looked at')
+
 
 def test_the_test_fold_is_not_read_before_the_threshold_is_saved(runs, data_dir, tmp_path, monkeypatch):
   """With an unreadable test fold, evaluation still chooses and saves the operating point, and then fails."""
   shutil.copytree(runs['seg'] / 'checkpoints', tmp_path / 'checkpoints')
   original = datasets.load_dataset
-  hidden = lambda *args: dataclasses.replace(original(*args), test=Untouchable())
+
+  def hidden(*args):
+    dataset = original(*args)
+    return dataclasses.replace(dataset, test=dataclasses.replace(dataset.test, source=Untouchable()))
+
   monkeypatch.setattr(datasets, 'load_dataset', hidden)
   with pytest.raises(AssertionError, match='the test fold was looked at'):
     evaluate.evaluate(tiny(), tmp_path, data_dir)
@@ -177,13 +184,11 @@ def copy_of(run, folder):
 def test_training_patients_in_the_test_set_are_refused(runs, data_dir, tmp_path):
   """Added files change the folds of a cohort; patients of the training set can then be in the test set."""
   workdir = copy_of(runs['seg'], tmp_path / 'run')
-  split = json.loads((workdir / 'split.json').read_text())
-  dataset = datasets.load_dataset(data_dir, 0, SIZE)
-  assert split == dataset.patients()
-  moved = split | {'train': split['train'] + split['test'][:1], 'test': split['test'][1:]}
-  (workdir / 'split.json').write_text(json.dumps(moved))
+  data = split.load_split(workdir)
+  assert data == json.loads(json.dumps(datasets.load_dataset(data_dir, 0, SIZE).description()))
+  changed_split(workdir, train=data['train'] + data['test'][:1], test=data['test'][1:])
   with pytest.raises(
-    UserError, match=rf'validated on 1 of the test patients \(for example {split["test"][0]}\), because files were'
+    UserError, match=rf'validated on 1 of the test patients \(for example {data["test"][0]}\), because files were'
   ):
     evaluate.evaluate(tiny(), workdir, data_dir)
   assert not (workdir / 'test').exists()
@@ -191,12 +196,28 @@ def test_training_patients_in_the_test_set_are_refused(runs, data_dir, tmp_path)
     train.train(tiny(), workdir, data_dir)
 
 
-def test_on_another_cohort_the_run_keeps_its_own_operating_point(runs, data_dir, tmp_path):
+def changed_split(workdir, **changes):
+  """Changes split.json of a run, as if the run had been made with other data; returns it."""
+  data = json.loads((workdir / 'split.json').read_text()) | changes
+  (workdir / 'split.json').write_text(json.dumps(data))
+  return data
+
+
+def renamed(data):
+  """A description of data with other names, scans and masks."""
+  parts = {part: [f'other-{name}' for name in data[part]] for part in split.PARTS}
+  patients = {
+    f'other-{name}': {'owner': f'other-{name}', 'images': ['other'], 'truth': 'other'} for name in data['patients']
+  }
+  return {**parts, 'patients': patients, 'sha256': 'other'}
+
+
+def test_on_another_cohort_the_run_keeps_its_own_operating_point_and_test(runs, data_dir, tmp_path):
   """The same slices count as another cohort. The saved operating point is used; the validation fold is not read."""
-  workdir = copy_of(runs['seg'], tmp_path / 'run')
-  split = json.loads((workdir / 'split.json').read_text())
-  other = {part: [f'other-{name}' for name in names] for part, names in split.items()}
-  (workdir / 'split.json').write_text(json.dumps(other))
+  workdir = tmp_path / 'run'
+  shutil.copytree(runs['seg'], workdir)
+  changed_split(workdir, **renamed(split.load_split(workdir)))
+  own = {path: path.read_bytes() for path in (workdir / 'test').rglob('*') if path.is_file()}
   before = operating_point.load_point(workdir)
   (workdir / 'operating_point.json').write_text(
     json.dumps(dataclasses.asdict(before) | {'threshold': 0.75, 'bin': 273, 'flips': True})
@@ -206,6 +227,103 @@ def test_on_another_cohort_the_run_keeps_its_own_operating_point(runs, data_dir,
   assert result['operating_point']['threshold'] == kept.threshold == 0.75
   assert result['operating_point']['flips'] and kept.flips
   assert result['brier'] != read(runs['seg'])[1]['brier']  # with flips
+  (folder,) = workdir.glob('test-*')
+  assert folder.name.startswith(f'test-{data_dir.name}-')
+  assert results.read_numbers(workdir, folder.name)['brier'] == result['brier']
+  assert {path: path.read_bytes() for path in own} == own
+  with pytest.raises(UserError, match='evaluate.target_sensitivity: the operating point is chosen on the validation'):
+    evaluate.evaluate(tiny(**{'evaluate.target_sensitivity': 0.9}), workdir, data_dir)
+
+
+def test_corrected_masks_are_noticed(runs, data_dir, tmp_path):
+  """The masks of one test patient changed after the training: no training goes on, and a test gets its own folder."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(runs['cls'], workdir)
+  data = split.load_split(workdir)
+  name = data['test'][0]
+  patients = data['patients'] | {name: data['patients'][name] | {'truth': 'before the correction'}}
+  changed_split(workdir, patients=patients, sha256='before the correction')
+  with pytest.raises(UserError, match=f'since the run was started, the lesion masks or labels of {name} changed; rest'):
+    train.train(tiny(cls), workdir, data_dir)
+  assert not evaluate.is_finished(tiny(cls), workdir, data_dir)
+  before = (workdir / 'test' / 'metrics.json').read_bytes()
+  evaluate.evaluate(tiny(cls), workdir, data_dir)
+  assert (workdir / 'test' / 'metrics.json').read_bytes() == before
+  assert len(list(workdir.glob('test-*/metrics.json'))) == 1
+
+
+@pytest.mark.parametrize(
+  ('key', 'words'), [('images', 'has the same images as'), ('owner', 'is of the same person as')]
+)
+def test_renamed_training_scans_and_other_scans_of_a_training_patient_are_refused(runs, data_dir, tmp_path, key, words):
+  workdir = copy_of(runs['cls'], tmp_path / 'run')
+  data = split.load_split(workdir)
+  other, tested = renamed(data), data['test'][1]
+  seen = other['train'][2]
+  other['patients'][seen][key] = data['patients'][tested][key]
+  changed_split(workdir, **other)
+  with pytest.raises(UserError, match=f'test patient {tested} {words} {seen}, which the run was trained or validated'):
+    evaluate.evaluate(tiny(cls), workdir, data_dir)
+  assert not list(workdir.glob('test*'))
+
+
+def test_finished_means_made_of_what_is_asked(runs, data_dir, tmp_path, monkeypatch):
+  """Other options, another checkpoint, another code or a changed table: the run is not finished."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(runs['cls'], workdir)
+  config = tiny(cls)
+  finished = lambda config=config: evaluate.is_finished(config, workdir, data_dir)
+  made_of = read(workdir)[1]['made_of']
+  assert finished()
+  assert made_of['options'] | {'fold': 0, 'dtype': 'float32', 'flips': False} == made_of['options']
+  assert made_of['checkpoint']['step'] == read(workdir)[1]['step']
+  for key, value in (('flips', True), ('target_sensitivity', 0.95), ('fit_temperature', True)):
+    assert not finished(tiny(cls, **{f'evaluate.{key}': value}))
+  evaluate.evaluate(tiny(cls, **{'evaluate.flips': True}), workdir, data_dir)
+  assert not finished() and finished(tiny(cls, **{'evaluate.flips': True}))
+  evaluate.evaluate(config, workdir, data_dir)
+  assert finished()
+  with monkeypatch.context() as patch:
+    patch.setattr(provenance, 'code_sha256', lambda: 'another code')
+    assert not finished()
+  (workdir / 'test' / 'table.npz').write_bytes(b'changed')
+  assert not finished()
+
+
+def test_a_test_replaces_only_its_own_files(runs, data_dir, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(runs['cls'], workdir)
+  notes, edited = workdir / 'test' / 'notes.txt', workdir / 'test' / 'patients.csv'
+  notes.write_text('mine')
+  with edited.open('a') as file:
+    file.write('mine\n')
+  with pytest.raises(UserError, match='patients.csv: exists, and this program did not write it, or it was'):
+    evaluate.evaluate(tiny(cls), workdir, data_dir)
+  assert edited.read_text().endswith('mine\n')
+  evaluate.evaluate(tiny(cls), workdir, data_dir, overwrite=True)
+  assert not edited.read_text().endswith('mine\n') and notes.read_text() == 'mine'
+  assert own_files.is_complete(workdir / 'test', own_files.read_record(workdir / 'test' / 'metrics.json'))
+
+
+def test_an_interrupted_test_is_written_again(runs, data_dir, tmp_path, monkeypatch):
+  """The disk is full at the last file: no result looks complete, and the next evaluation needs no --overwrite."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(runs['cls'], workdir)
+  original = files.os.replace
+
+  def full(source, target):
+    if target.name == 'table.npz':
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    original(source, target)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(files.os, 'replace', full)
+    with pytest.raises(UserError, match='cannot be written'):
+      evaluate.evaluate(tiny(cls), workdir, data_dir)
+  assert not results.is_complete(workdir / 'test')
+  evaluate.evaluate(tiny(cls), workdir, data_dir)
+  assert results.is_complete(workdir / 'test')
+  assert not list((workdir / 'test').rglob('.*'))
 
 
 def test_a_run_without_split_and_point_is_evaluated_and_resumed(runs, data_dir, tmp_path):
@@ -220,7 +338,7 @@ def test_a_run_without_split_and_point_is_evaluated_and_resumed(runs, data_dir, 
 def test_logits_that_are_not_finite_are_an_error(runs, data_dir):
   config = tiny(cls)
   task, mesh = tasks.create(config), meshes.create_mesh()
-  _, variables = trained.load_variables(config, task, runs['cls'], mesh)
+  _, _, variables = trained.load_best(config, task, runs['cls'], mesh)
   broken = jax.tree.map(lambda x: x * np.nan, variables)
   split = datasets.load_dataset(data_dir, 0, SIZE).test
   with pytest.raises(UserError, match='the model gives 32 of 32 slices a logit that is not finite'):
@@ -270,7 +388,7 @@ def test_flips_lungs_and_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
   assert result['operating_point']['smallest_ml'] == point.smallest_ml
 
   task = tasks.create(config)
-  _, variables = trained.load_variables(config, task, runs['seg'], meshes.create_mesh())
+  _, _, variables = trained.load_best(config, task, runs['seg'], meshes.create_mesh())
   test, probabilities = datasets.load_dataset(data_dir, 0, SIZE).test, jax.jit(task.probabilities)
   images = np.stack([test.source[i]['image'] for i in range(len(test))])
   both = [probabilities(variables, images), probabilities(variables, images[:, :, ::-1])[:, :, ::-1]]
@@ -368,30 +486,37 @@ def test_telling_slices_take_the_worst_and_the_best_patients_in_turn():
 
 
 def test_files_of_an_earlier_evaluation_are_removed(runs, data_dir, tmp_path):
-  """Old pictures and volumes beside new numbers would be misleading."""
+  """Old pictures, volumes and comparisons beside new numbers would be misleading."""
+  test = tmp_path / 'test'
   shutil.copytree(runs['cls'] / 'checkpoints', tmp_path / 'checkpoints')
-  old = [
-    tmp_path / 'test' / name for name in ('figures/other_003.png', 'volumes.csv', 'report.html', 'against-a-b.json')
-  ]
-  old[0].parent.mkdir(parents=True)
-  for path in old:
-    path.write_text('old')
+  old = {test / name: lambda path: path.write_text('old') for name in ('figures/other_003.png', 'volumes.csv')}
+  own_files.write_together(test / 'metrics.json', {}, old, ())
+  own_files.write_together(
+    test / 'against-a-b.json', {}, {test / 'against-a-b' / 'p_001.png': old[test / 'volumes.csv']}, ()
+  )
+  (test / 'report.html').write_text(own_files.sealed('old'))
+  (test / 'against-other.json').write_text('not ours')
   evaluate.evaluate(tiny(cls), tmp_path, data_dir)
-  assert not any(path.exists() for path in old)
-  assert (tmp_path / 'test' / 'metrics.json').exists()
+  kept = {path.name for path in test.rglob('*')}
+  assert kept.isdisjoint(
+    {'other_003.png', 'volumes.csv', 'against-a-b.json', 'against-a-b', 'p_001.png', 'report.html'}
+  )
+  assert kept >= {'metrics.json', 'against-other.json'}
 
 
 def test_a_missing_or_damaged_table_is_one_line(runs, tmp_path):
-  with pytest.raises(UserError, match=r'test: the run was not evaluated, .*; evaluate the run with --mode=evaluate'):
-    results.read_table(tmp_path)
-  (tmp_path / 'test').mkdir()
-  (tmp_path / 'test' / 'metrics.json').write_text('{')
-  whole = (runs['cls'] / 'test' / results.TABLE).read_bytes()
-  other = io.BytesIO()
-  np.savez(other, patient=np.array(['a']))
-  for content in (b'', whole[:200], whole[: len(whole) // 2], b'no archive', other.getvalue()):
+  expected = r'test: the run was not evaluated, .*; evaluate the run with --mode=evaluate'
+  for read_part in (results.read_table, results.read_numbers):
+    with pytest.raises(UserError, match=expected):
+      read_part(tmp_path)
+  shutil.copytree(runs['cls'] / 'test', tmp_path / 'test')
+  whole = (tmp_path / 'test' / results.TABLE).read_bytes()
+  for content in (b'', whole[:200], whole[: len(whole) // 2], b'no archive'):
     (tmp_path / 'test' / results.TABLE).write_bytes(content)
-    with pytest.raises(UserError, match=r'table.npz: damaged, or from another version .* write it again'):
+    with pytest.raises(UserError, match=expected):
       results.read_table(tmp_path)
-  with pytest.raises(UserError, match=r'metrics.json: damaged \(.*\); evaluate the run with --mode=evaluate'):
+  (tmp_path / 'test' / results.TABLE).write_bytes(whole)
+  results.read_table(tmp_path)
+  (tmp_path / 'test' / 'metrics.json').write_text('{')
+  with pytest.raises(UserError, match=expected):
     results.read_numbers(tmp_path)

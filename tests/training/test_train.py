@@ -84,6 +84,7 @@ def test_workdir_has_the_documented_files(runs):
       'checkpoints',
       'operating_point.json',
       'split.json',
+      'starts.json',
       'test',
     }
     entries = log_of(workdir)

@@ -1,0 +1,40 @@
+"""Records each start of a training in starts.json: the dtype, devices, code and libraries from that step on."""
+
+import logging
+import pathlib
+
+from fusa_jax.system import hosts
+from fusa_jax.system.files import read_json, write_json
+
+_FILE = 'starts.json'
+
+
+def record_start(workdir: pathlib.Path, step: int, facts: dict) -> None:
+  """Adds a start to starts.json, on process 0. Logs what differs from the start before.
+
+  Args:
+    workdir: the folder of the run.
+    step: the step that training starts or resumes at.
+    facts: what decides about numbers beside the config and the data, by name; values that JSON can store.
+
+  Raises:
+    UserError: starts.json is damaged or cannot be written.
+  """
+  if hosts.is_main():
+    before = load_starts(workdir)
+    for key in sorted(facts):
+      if before and before[-1].get(key) != facts[key]:
+        logging.warning(
+          '%s: from step %d on with another %s (%s, before %s)', workdir, step, key, facts[key], before[-1].get(key)
+        )
+    write_json(workdir / _FILE, [*before, {'step': step, **facts}])
+
+
+def load_starts(workdir: pathlib.Path) -> list[dict]:
+  """Returns the starts of a run, the oldest first; [] if an earlier version trained it.
+
+  Raises:
+    UserError: starts.json is damaged.
+  """
+  path = workdir / _FILE
+  return read_json(path, 'delete it; it only serves to notice changes') if path.exists() else []
