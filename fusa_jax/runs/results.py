@@ -91,10 +91,12 @@ def caveat(result: dict) -> str:
 def check_own(folder: pathlib.Path) -> None:
   """Checks that a new test would only replace files of an earlier one, which are unchanged since.
 
+  Without metrics.json the earlier test was not complete, or somebody deleted it to test again: its files are replaced.
+
   Raises:
     UserError: other files would be replaced, one line each.
   """
-  others = [folder / name for name in (*_FILES, REPORT)]
+  others = [folder / name for name in (*_FILES, REPORT)] if (folder / NUMBERS).exists() else []
   own_files.refuse(own_files.changed(folder / NUMBERS, others))
 
 

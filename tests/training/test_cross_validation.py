@@ -83,9 +83,8 @@ def test_resumes_unfinished_folds(made, raw_dir, data_dir, tmp_path, monkeypatch
   workdir = tmp_path / 'folds'
   shutil.copytree(made, workdir)
   (workdir / 'fold3' / 'test' / 'metrics.json').unlink()
-  config = json.loads((workdir / 'fold1' / 'config.json').read_text())
-  config['evaluate']['target_sensitivity'] = 0.9
-  (workdir / 'fold1' / 'config.json').write_text(json.dumps(config))
+  other = protocol(**{'data.fold': 1, 'evaluate.target_sensitivity': 0.9})
+  evaluate.evaluate(other, workdir / 'fold1', data_dir, prepare.scans(raw_dir))
   done, original = [], evaluate.evaluate
   monkeypatch.setattr(
     evaluate, 'evaluate', lambda config, *rest: (done.append(config.data.fold), original(config, *rest))
@@ -101,7 +100,9 @@ def test_a_cohort_that_changed_between_folds_is_refused(made, data_dir, tmp_path
   """Two folds tested the same patients and none tested the others, as after files were added."""
   workdir = tmp_path / 'folds'
   shutil.copytree(made, workdir)
-  shutil.copy(workdir / 'fold0' / 'test' / results.TABLE, workdir / 'fold1' / 'test' / results.TABLE)
+  table, result = results.read_table(workdir / 'fold0'), results.read_numbers(workdir / 'fold1')
+  results.write_test(workdir / 'fold1' / 'test', table, result, None, {})
+  (workdir / 'test' / 'metrics.json').unlink()
   with pytest.raises(UserError, match='the folds do not test each patient of .* once, because files were added'):
     cross_validation.cross_validate(protocol(), workdir, data_dir)
 
