@@ -85,6 +85,32 @@ def test_errors_are_one_line_and_exit_code_2(arguments, reason):
   assert reason in line
 
 
+@pytest.mark.parametrize(
+  ('flag', 'arguments'),
+  [
+    ('--workdir', ['--config=configs/seg.py', '--workdir=gs://bucket/run']),
+    ('--workdir', ['--mode=predict', '--workdir=run,gs://bucket/run', '--input=x', '--output=y']),
+    ('--input', ['--mode=predict', '--workdir=x', '--input=gs://bucket/run', '--output=y']),
+    ('--output', ['--mode=export', '--workdir=x', '--output=gs://bucket/run']),
+    ('--truth', ['--mode=score', '--input=x', '--truth=gs://bucket/run', '--output=y']),
+    ('--against', ['--mode=compare', '--workdir=x', '--against=gs://bucket/run']),
+    ('--config', ['--config=gs://bucket/run']),
+    ('--config.data.raw_dir', ['--config=configs/seg.py', '--config.data.raw_dir=gs://bucket/run']),
+    ('--config.data.dir', ['--config=configs/seg.py', '--config.data.dir', 'gs://bucket/run']),
+    ('--config.model.init_from', ['--config=configs/seg.py', '--config.model.init_from=gs://bucket/run']),
+  ],
+)
+def test_addresses_are_refused_and_nothing_is_written(flag, arguments, tmp_path):
+  """pathlib would turn `gs://bucket/run` into the local folder `gs:/bucket/run`."""
+  result = launch(*arguments, folder=tmp_path, home=tmp_path)
+  assert result.returncode == 2, result.stderr
+  assert result.stderr == (
+    f'error: {flag}: gs://bucket/run is an address, not a path on this machine; mount the bucket as a folder '
+    '(docs/pods.md), or copy the files here, and give that path\n'
+  )
+  assert result.stdout == '' and not any(tmp_path.iterdir())
+
+
 def test_configs_are_found_from_any_folder(tmp_path):
   """The configs beside launch.py are used unless the current folder has its own."""
   for own, reason in ((False, "configs/seg.py has no preset 'huge'"), (True, 'of my own')):

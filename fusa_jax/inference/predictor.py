@@ -15,7 +15,7 @@ from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import sha256
+from fusa_jax.system.files import check_local, sha256
 
 # Signs of the canonical axes (column, row, slice) in NIfTI's world coordinates: they run to the left, back and head.
 _CANONICAL = (-1, -1, 1)
@@ -42,11 +42,13 @@ def load_predictor(
     smallest_ml: leave out lesions of a scan below this volume in mL.
 
   Raises:
-    UserError: as `trained.load_model`, `bundle.load_bundle` and `OperatingPoint.for_model`; several folders of which
-      one is a bundle; or a mesh that cannot split the run's images.
+    UserError: as `check_local`, `trained.load_model`, `bundle.load_bundle` and `OperatingPoint.for_model`; several
+      folders of which one is a bundle; or a mesh that cannot split the run's images.
   """
   mesh = mesh or meshes.create_mesh(devices=jax.local_devices())
   folders = [workdir] if isinstance(workdir, (str, pathlib.Path)) else workdir
+  for folder in folders:
+    check_local('workdir', folder)
   folders = [pathlib.Path(folder) for folder in folders]
   bundles = [folder for folder in folders if bundle.is_bundle(folder)]
   if bundles and len(folders) > 1:
@@ -100,10 +102,12 @@ class Predictor:
       spacing: for an array [S, H, W]: mm between slices, rows and columns. Without it a voxel counts as 1 mm³.
 
     Raises:
-      UserError: as `find_sources`, `Source.read_image` and `volumes.from_volume`; the source holds several scans; the
-        array has other dimensions; or the operating point uses lungs or lesion volumes and the array has no spacing.
+      UserError: as `check_local`, `find_sources`, `Source.read_image` and `volumes.from_volume`; the source holds
+        several scans; the array has other dimensions; or the operating point uses lungs or lesion volumes and the array
+        has no spacing.
     """
     if isinstance(image, (str, pathlib.Path)):
+      check_local('image', image)
       image = self._read(pathlib.Path(image))
     elif isinstance(image, np.ndarray):
       image = self._from_array(image, spacing)

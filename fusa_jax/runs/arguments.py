@@ -14,12 +14,15 @@ from ml_collections import config_flags
 from fusa_jax.runs import experiment, run_config
 from fusa_jax.system import exits, home, memory, program
 from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import check_local
 
 FLAGS = flags.FLAGS
 # Flags of the operating point.
 POINT = ('threshold', 'tta', 'lungs', 'smallest_ml')
-# Flags that hold a path.
-_PATHS = ('workdir', 'input', 'output', 'truth', 'against')
+# Flags that hold a path, or several with commas; the last three are of benchmarks.
+_PATHS = ('workdir', 'input', 'output', 'truth', 'against', 'out', 'json', 'data_dir')
+# Keys of a config that hold a path.
+_PATH_KEYS = (('data', 'raw_dir'), ('data', 'dir'), ('model', 'init_from'))
 # This file stands for a config file when --config names a run's config.json.
 _OF_RUN = run_config.__file__
 
@@ -153,12 +156,17 @@ def parse_flags(argv: list[str]) -> list[str]:
       raise ValueError(f'arguments: {rest[1]!r} is not a flag')
     for name in _PATHS:
       if name in FLAGS and FLAGS[name].present and FLAGS[name].value:
+        for path in FLAGS[name].value.split(','):
+          check_local(f'--{name}', path)
         # The shell expands ~ only at the start of a word.
         FLAGS[name].value = ','.join(os.path.expanduser(path) for path in FLAGS[name].value.split(','))
     # ml_collections reports a config file that cannot be loaded at the first access.
     if 'config' in FLAGS and FLAGS.config is not None:
-      FLAGS.config.items()
+      for section, key in _PATH_KEYS:
+        check_local(f'--config.{section}.{key}', FLAGS.config[section][key])
     return rest
+  except UserError as error:
+    exits.fail(error)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
     exits.fail(UserError(f'{_one_line(error)}; see --help'))
 
@@ -189,6 +197,7 @@ def _with_config_paths(argv):
 
 def _config_path(value):
   """Finds the project's own `configs/seg.py` if the current folder has no such file; reads JSON by run_config."""
+  check_local('--config', value)
   path, _, _ = value.partition(':')
   if re.fullmatch(r'configs/\w+\.py', path) and not pathlib.Path(path).exists() and (home.HOME / path).exists():
     return f'{home.HOME}/{value}'

@@ -6,7 +6,7 @@ and the one with the best validation score.
 
 A checkpoint is written under a temporary name and renamed once it is complete. It includes `sha256.json`, a digest of
 each of its files. A checkpoint that does not match its digests is damaged: it is logged, not used, and moved to
-`damaged/` when training continues.
+`damaged/` when training continues. Only files that will be read are compared with their digests: checkpoints are large.
 """
 
 import json
@@ -17,6 +17,8 @@ import re
 import shutil
 import signal
 import threading
+from collections.abc import Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -30,6 +32,11 @@ from fusa_jax.system.files import sha256, sha256_of
 
 _DIGESTS = 'sha256.json'
 _METRICS = pathlib.Path('metrics', 'metrics')  # where Orbax's manager saves the scores
+# The folders of a checkpoint.
+_ARRAYS = ('variables', 'optimizer')
+_ITEMS = (*_ARRAYS, 'metrics')
+# hashlib and reading release the lock.
+_THREADS = min(os.cpu_count() or 1, 16)
 
 
 class Checkpoints:
@@ -39,24 +46,15 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: pathlib.Path):
-    """Checks the existing checkpoints and logs a warning for each damaged one.
-
-    Raises:
-      UserError: there are checkpoints, but all of them are damaged.
-    """
+    """Reads the scores of the existing checkpoints; no arrays."""
     self._folder = (pathlib.Path(workdir) / 'checkpoints').absolute()
+    self._scores, self._damaged, self._intact, self._manager = {}, {}, set(), None
     # Only process 0 checks, so that all processes continue from the same step.
-    survey = hosts.on_main(lambda: _survey(self._folder))
-    self._scores = {int(step): score for step, score in survey['intact'].items()}
-    self._damaged = {int(step): reason for step, reason in survey['damaged'].items()}
-    self._manager = None
-    for step, reason in self._damaged.items():
-      logging.warning('%s is damaged and not used: %s', self._folder / str(step), reason)
-    if self._damaged and not self._scores:
-      raise UserError(
-        f'{self._folder}: all checkpoints are damaged ({"; ".join(self._damaged.values())}); restore one from a '
-        'copy, or delete them to start over'
-      )
+    for step, (reason, score) in hosts.on_main(lambda: _survey(self._folder)):
+      if reason:
+        self._reject(step, reason)
+      else:
+        self._scores[step] = score
 
   def __enter__(self):
     return self
@@ -66,19 +64,56 @@ class Checkpoints:
       self._with_disk_errors(self._manager.close)
 
   def latest(self) -> int | None:
-    """Returns the latest step, or None without a checkpoint."""
-    return max(self._scores, default=None)
+    """Returns the latest step of which all files are intact; None without a checkpoint.
 
-  def best(self) -> int:
-    """Returns the step with the highest validation score, or the latest step if none has a score.
+    All processes must call it together; so for `best`.
 
     Raises:
-      UserError: the run has no checkpoint.
+      UserError: there are checkpoints, but all of them are damaged.
     """
-    if not self._scores:
+    return self._first_intact(max, _ARRAYS)
+
+  def best(self) -> int:
+    """Returns the step with the highest validation score of which the variables are intact; without scores, the latest.
+
+    Raises:
+      UserError: the run has no checkpoint, or all of them are damaged.
+    """
+    step = self._first_intact(_best, ('variables',))
+    if step is None:
       raise UserError(f'{self._folder}: no checkpoint in it; train first, or name the folder of a trained run')
-    scored = {step: score for step, score in self._scores.items() if score is not None}
-    return max(scored, key=lambda step: (scored[step], step)) if scored else max(self._scores)
+    return step
+
+  def digest(self, step: int) -> str:
+    """Returns the SHA-256 of the names and digests of the files of the variables, as recorded when they were saved.
+
+    It reads no arrays. Two saves of equal arrays have different digests, because Orbax gives its files random names.
+    """
+    recorded = _recorded(self._folder / str(step))
+    lines = sorted([name, digest] for name, digest in recorded.items() if name.startswith('variables/'))
+    return sha256(json.dumps(lines).encode())
+
+  def _first_intact(self, choose, items):
+    """Returns the first step that `choose` takes from the scores and that is intact; None without a checkpoint."""
+    while self._scores:
+      step = choose(self._scores)
+      new = [item for item in items if (step, item) not in self._intact]
+      reason = hosts.on_main(lambda step=step, new=new: _damage(self._folder / str(step), new)) if new else None
+      if not reason:
+        self._intact |= {(step, item) for item in new}
+        return step
+      self._reject(step, reason)
+    if self._damaged:
+      raise UserError(
+        f'{self._folder}: all checkpoints are damaged ({"; ".join(self._damaged.values())}); restore one from a '
+        'copy, or delete them to start over'
+      )
+    return None
+
+  def _reject(self, step, reason):
+    self._scores.pop(step, None)
+    self._damaged[step] = reason
+    logging.warning('%s is damaged and not used: %s', self._folder / str(step), reason)
 
   def digest(self, step: int) -> str:
     """Returns the SHA-256 of the names and digests of the files with the variables of a step."""
@@ -118,6 +153,7 @@ class Checkpoints:
     metrics = None if score is None else {'score': score}
     self._with_disk_errors(lambda: self._manager.save(step, args=items, metrics=metrics))
     self._scores[step] = score
+    self._intact |= {(step, item) for item in _ARRAYS}
 
   def check(self) -> None:
     """Raises the UserError of a failed save; does not wait for a save in progress."""
@@ -127,6 +163,8 @@ class Checkpoints:
 
   def _open(self):
     """Creates Orbax's manager, after moving away the damaged checkpoints, which it must not find."""
+    if self._scores:
+      self.best()  # a damaged one must not be kept in place of a good one
     hosts.on_main(self._set_aside)
     best = BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
     # Every host holds the whole state. Process 0 writes all of it, like every other file; hosts do not share the work.
@@ -175,37 +213,49 @@ class Checkpoints:
       ) from error
 
 
-def _survey(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """Checks the checkpoints in a folder. Returns {'intact': {step: score}, 'damaged': {step: reason}}."""
-  survey = {'intact': {}, 'damaged': {}}
+def _survey(folder: pathlib.Path) -> list[tuple[int, tuple[str | None, float | None]]]:
+  """Returns [(step, (damage, score))] of the checkpoints in a folder, in order. It reads only their small files."""
+  found = []
   for step in sorted(int(path.name) for path in folder.glob('*') if path.name.isdigit()):
-    reason = _damage(folder / str(step))
-    if reason:
-      survey['damaged'][str(step)] = reason
-    else:
-      metrics = folder / str(step) / _METRICS
-      survey['intact'][str(step)] = _score(json.loads(metrics.read_text())) if metrics.exists() else None
-  return survey
+    reason, metrics = _damage(folder / str(step), ('metrics',)), folder / str(step) / _METRICS
+    scored = not reason and metrics.exists()
+    found.append((step, (reason, _score(json.loads(metrics.read_text())) if scored else None)))
+  return found
 
 
-def _damage(checkpoint: pathlib.Path) -> str | None:
-  """Returns the first problem in the files of a checkpoint; None if they are unchanged since they were saved."""
+def _damage(checkpoint: pathlib.Path, items: Sequence[str] = _ITEMS) -> str | None:
+  """Returns the first problem in the files of some items of a checkpoint; None if they are as they were saved."""
   try:
-    digests = json.loads((checkpoint / _DIGESTS).read_text())
-    expected = {str(name): str(digest) for name, digest in digests.items()}
+    recorded = _recorded(checkpoint)
   except FileNotFoundError:
     return f'{_DIGESTS} is missing'
   except (ValueError, AttributeError):
     return f'{_DIGESTS} is not readable'
-  for name, digest in expected.items():
+
+  def problem(name):
     try:
-      if sha256_of(checkpoint / name) != digest:
-        return f'{name} has changed since it was saved'
+      return None if sha256_of(checkpoint / name) == recorded[name] else f'{name} has changed since it was saved'
     except FileNotFoundError:
       return f'{name} is missing'
     except OSError as error:
       return f'{name} cannot be read ({error.strerror})'
-  return None
+
+  names = [name for name in recorded if name.partition('/')[0] in items]
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    return next(filter(None, pool.map(problem, names)), None)
+
+
+def _recorded(checkpoint: pathlib.Path) -> dict[str, str]:
+  """Returns the digests of a checkpoint's files by their names.
+
+  Raises:
+    FileNotFoundError, ValueError, AttributeError: the file of digests is missing or damaged.
+  """
+  recorded = json.loads((checkpoint / _DIGESTS).read_text())
+  recorded = {str(name): str(digest) for name, digest in recorded.items()}
+  if not set(_ARRAYS) <= {name.partition('/')[0] for name in recorded} <= set(_ITEMS):
+    raise ValueError('not the items of a checkpoint')
+  return recorded
 
 
 def _write_digests(folder: pathlib.Path) -> None:
@@ -252,3 +302,9 @@ def exists(workdir: pathlib.Path) -> bool:
 
 def _score(metrics):
   return metrics['score']
+
+
+def _best(scores):
+  """The step with the highest score; the later one of equal scores; without scores, the latest."""
+  scored = {step: score for step, score in scores.items() if score is not None}
+  return max(scored, key=lambda step: (scored[step], step)) if scored else max(scores)

@@ -93,6 +93,23 @@ def remove_partials(folder: pathlib.Path) -> None:
       path.unlink(missing_ok=True)
 
 
+def check_local(name: str, path: str | os.PathLike) -> None:
+  """Refuses an address such as `gs://BUCKET/RUN`. pathlib would turn it into a local folder named `gs:`.
+
+  Args:
+    name: the parameter or key that holds the path; the message begins with it.
+    path: the path.
+
+  Raises:
+    UserError: the path is an address.
+  """
+  if '://' in os.fspath(path):
+    raise UserError(
+      f'{name}: {os.fspath(path)} is an address, not a path on this machine; mount the bucket as a folder '
+      '(docs/pods.md), or copy the files here, and give that path'
+    )
+
+
 def printable(text: str) -> str:
   """A file name on one line that UTF-8 can store: other bytes and control characters become escapes such as `\\xfc`."""
   text = os.fsencode(text).decode('utf-8', 'backslashreplace')

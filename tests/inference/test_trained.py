@@ -6,6 +6,7 @@ import pytest
 from conftest import SIZE, tiny
 from scipy import special
 
+import fusa_jax
 from configs import seg
 from fusa_jax import tasks
 from fusa_jax.inference import trained
@@ -57,3 +58,8 @@ def test_incompatible_runs_are_refused(tmp_path, other, reason):
     run_config.save_config(tmp_path / name, config)
   with pytest.raises(UserError, match=reason):
     trained.load_model([tmp_path / 'a', tmp_path / 'b'], None)
+
+
+def test_an_address_is_refused_in_python():
+  with pytest.raises(UserError, match='^workdir: gs://bucket/run is an address, not a path .*; mount the bucket'):
+    fusa_jax.load(['runs/mine', 'gs://bucket/run'])

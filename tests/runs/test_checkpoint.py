@@ -1,6 +1,7 @@
 """Which checkpoints are kept, how damage is found, and the errors of a failed save."""
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -143,8 +144,67 @@ def test_no_undamaged_checkpoint_is_an_error(tmp_path):
   with pytest.raises(
     UserError, match=r'all checkpoints are damaged \(variables/manifest.ocdbt is missing; .*restore one'
   ):
-    checkpoint.Checkpoints(tmp_path)
+    checkpoint.Checkpoints(tmp_path).best()
+  with pytest.raises(UserError, match='all checkpoints are damaged'):
+    checkpoint.Checkpoints(tmp_path).latest()
   assert saved(tmp_path) == [1, 2]
+
+
+def test_only_the_files_that_will_be_read_are_hashed(tmp_path, monkeypatch):
+  """The best checkpoint is step 2. Evaluation reads its variables, and resuming reads all of step 4."""
+  save(tmp_path, [0.1, 0.7, 0.3, 0.2])
+  read = []
+  of = checkpoint.sha256_of
+  monkeypatch.setattr(checkpoint, 'sha256_of', lambda path: read.append(path) or of(path))
+
+  def arrays_read():
+    names = [path.relative_to(tmp_path / 'checkpoints').as_posix() for path in read]
+    read.clear()
+    return sorted(name for name in names if '/metrics/' not in name)
+
+  def arrays_of(*items):
+    folder = tmp_path / 'checkpoints'
+    return sorted(path.relative_to(folder).as_posix() for item in items for path in files_of(folder / item))
+
+  assert saved(tmp_path) == [2, 3, 4]
+  assert checkpoint.Checkpoints(tmp_path).best() == 2
+  assert arrays_read() == arrays_of('2/variables')
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  assert arrays_read() == []
+  assert checkpoints.latest() == checkpoints.latest() == 4
+  assert arrays_read() == arrays_of('4/variables', '4/optimizer')
+
+
+def test_damage_to_the_optimizer_does_not_matter_for_evaluation(tmp_path):
+  save(tmp_path, [0.1, 0.7])
+  flip(tmp_path / 'checkpoints' / '2' / 'optimizer' / 'manifest.ocdbt')
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  assert (checkpoints.best(), checkpoints.latest(), checkpoints.best()) == (2, 1, 1)
+
+
+def test_a_damaged_best_checkpoint_is_replaced_by_the_next_best(tmp_path):
+  """When training continues, Orbax must not keep the damaged one in place of the next best."""
+  save(tmp_path, [0.7, 0.6, 0.1])
+  flip(tmp_path / 'checkpoints' / '1' / 'variables' / 'manifest.ocdbt')
+  assert checkpoint.Checkpoints(tmp_path).best() == 2
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest() == 3
+    for step in (4, 5):
+      checkpoints.save(step, VARIABLES, OPTIMIZER, 0.2)
+  assert saved(tmp_path) == [2, 4, 5]
+  assert checkpoint.Checkpoints(tmp_path).best() == 2
+
+
+def test_the_digest_is_that_of_the_files_of_the_variables(tmp_path):
+  save(tmp_path, [0.1, 0.2])
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  folder = tmp_path / 'checkpoints' / '1'
+  lines = [
+    [str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()]
+    for path in files_of(folder / 'variables')
+  ]
+  assert checkpoints.digest(1) == hashlib.sha256(json.dumps(sorted(lines)).encode()).hexdigest()
+  assert checkpoints.digest(1) != checkpoints.digest(2)
 
 
 BIG = {'w': jnp.asarray(np.random.default_rng(0).standard_normal(1_000_000), jnp.float32)}
