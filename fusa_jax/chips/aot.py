@@ -43,8 +43,7 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
     DoesNotFitError: the step needs more memory than the chip has.
   """
   config = config.copy_and_resolve_references()
-  if config.model.dtype == 'auto':
-    config.model.dtype = 'bfloat16'  # the value that 'auto' has on the chip
+  config.model.dtype = tasks.resolved_dtype(config, 'tpu')  # not that of this process, which has no TPU
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space, topology.devices())
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
   task = tasks.create(config)

@@ -88,6 +88,18 @@ def type_of(name: str) -> TaskType:
   return look_up(TASKS, name, 'task')
 
 
+def resolved_dtype(config: ml_collections.ConfigDict, platform: str | None = None) -> str:
+  """Returns the dtype of the activations, 'float32', 'bfloat16' or 'float64': model.dtype, or what 'auto' means.
+
+  Args:
+    config: the config of a run.
+    platform: the devices that the model runs on: 'cpu', 'gpu' or 'tpu'. None: those of this process.
+  """
+  if config.model.dtype != 'auto':
+    return config.model.dtype
+  return 'float32' if (platform or jax.default_backend()) == 'cpu' else 'bfloat16'
+
+
 def create(config: ml_collections.ConfigDict) -> Task:
   """Creates the task of a config.
 
@@ -103,12 +115,9 @@ def create(config: ml_collections.ConfigDict) -> Task:
     raise UserError(f'data.intensity: {config.data.intensity!r} is unknown; give one of {", ".join(volumes.VALUES)}')
   of_hu = functools.partial(network_input, window=tuple(config.data.window))
   inputs = grey_input if config.data.intensity == 'grey' else of_hu
-  dtype = config.model.dtype
-  if dtype == 'auto':
-    dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   options = {key: config.model.get(key) for key in ('width', 'encoder', *_DEPTHS)}
   options = {key: value for key, value in options.items() if value is not None}
   for key in _DEPTHS & options.keys():
     options[key] = tuple(options[key])  # a run's config.json holds a list
-  model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(dtype), **options)
+  model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(resolved_dtype(config)), **options)
   return Task(task_type, model, inputs, loss)

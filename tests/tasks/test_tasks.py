@@ -1,8 +1,11 @@
 """Each type of task is complete and lists its metrics and models."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import seg
 from fusa_jax import models, tasks
 from fusa_jax.measures import metrics
 from fusa_jax.system.errors import UserError
@@ -38,3 +41,17 @@ def test_the_result_of_a_slice_in_words():
   slices = {name: np.array(values) for name, values in one.items()}
   results = [tasks.TASKS['classification'].slice_result(slices, row) for row in (0, 1)]
   assert results == ['score 0.875, true positive', 'score 0.250, false negative']
+
+
+def test_the_dtype_that_auto_means_depends_on_the_devices(monkeypatch):
+  config = seg.get_config('demo')
+  assert [tasks.resolved_dtype(config, platform) for platform in ('cpu', 'gpu', 'tpu')] == [
+    'float32',
+    'bfloat16',
+    'bfloat16',
+  ]
+  for backend, dtype in (('cpu', 'float32'), ('gpu', 'bfloat16')):
+    monkeypatch.setattr(jax, 'default_backend', lambda backend=backend: backend)
+    assert tasks.resolved_dtype(config) == dtype and tasks.create(config).model.dtype == jnp.dtype(dtype)
+  config.model.dtype = 'float32'
+  assert tasks.resolved_dtype(config, 'tpu') == tasks.resolved_dtype(config) == 'float32'
