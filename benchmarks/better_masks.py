@@ -18,6 +18,7 @@ from absl import flags
 from data import prepare
 from fusa_jax.inference import predictor
 from fusa_jax.measures import statistics
+from fusa_jax.measures.masks import SUPPORT
 from fusa_jax.runs import arguments, experiment, results, run_config, split
 from fusa_jax.system import program, provenance
 from fusa_jax.system.files import replacing
@@ -116,18 +117,16 @@ def table(rows_of: dict[str, list[dict]]) -> str:
     for key, digits, is_counted in MEASURES.values():
       kept = [number for number, row in enumerate(base) if is_counted(row)]
       values = np.array([rows[k][key] - (0 if rows is base else base[k][key]) for k in kept], float)
-      cells.append(shown(values, digits, signed=rows is not base))
+      cells.append(shown(values, digits, SUPPORT[key] if rows is base else (-np.inf, np.inf)))
     lines.append(f'| {name} | {" | ".join(cells)} |')
   return '\n'.join(lines)
 
 
-def shown(values: np.ndarray, digits: int, signed: bool) -> str:
-  """Returns the mean of values [patients] and its interval as text."""
-  statistic = lambda weights: {'mean': statistics.mean(values, weights)}
-  (mean,) = statistics.estimates(statistic, len(values)).values()
-  (interval,) = statistics.intervals(statistic, len(values)).values()
-  number = f'{{:{"+" if signed else ""}.{digits}f}}'.format
-  return f'{number(mean)} [{number(interval[0])}, {number(interval[1])}]'
+def shown(values: np.ndarray, digits: int, support: tuple[float, float]) -> str:
+  """Returns the mean of values [patients] and its interval as text; differences, which have no support, with a sign."""
+  low, high = statistics.mean_interval(values, support)
+  number = f'{{:{"" if np.isfinite(support).any() else "+"}.{digits}f}}'.format
+  return f'{number(np.nanmean(values))} [{number(low)}, {number(high)}]'
 
 
 if __name__ == '__main__':

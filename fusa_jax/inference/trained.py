@@ -57,11 +57,11 @@ class Network(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-  """A checkpoint of a run: its step, the SHA-256 of its variables, and {'params', 'batch_stats'}."""
+  """A checkpoint of a run: its step, {'params', 'batch_stats'}, and `Checkpoints.digest_of_files`."""
 
   step: int
-  sha256: str
   variables: dict
+  sha256_of_files: str
 
 
 def load_model(
@@ -99,7 +99,7 @@ def load_networks(
   _check_alike(folders, configs)
   networks, points = [], []
   for folder, config in zip(folders, configs, strict=True):
-    step, _, variables = load_best(config, tasks.create(config), folder, mesh)
+    step, variables, _ = load_best(config, tasks.create(config), folder, mesh)
     point = operating_point.load_point(folder)
     if point.step != step:
       point = operating_point.OperatingPoint()
@@ -153,7 +153,7 @@ def load_best(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> Checkpoi
   with checkpoint.Checkpoints(workdir) as checkpoints:
     step = checkpoints.best()
     variables = checkpoints.restore(step, variables=shapes)['variables']
-    return Checkpoint(step, checkpoints.digest(step), variables)
+    return Checkpoint(step, variables, checkpoints.digest_of_files(step))
 
 
 def create(networks: Sequence[Network], flips: bool, sha256: str = '') -> Model:
@@ -193,8 +193,15 @@ def _digest(networks, flips):
   digest = hashlib.sha256(json.dumps(flips).encode())
   for network in networks:
     digest.update(json.dumps([_program(network.config), float(network.temperature)]).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(network.variables):
-      digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    digest.update(sha256_of_variables(network.variables).encode())
+  return digest.hexdigest()
+
+
+def sha256_of_variables(variables: dict) -> str:
+  """Returns a digest of the names and values of {'params', 'batch_stats'}."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
   return digest.hexdigest()
 
 

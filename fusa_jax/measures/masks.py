@@ -1,5 +1,7 @@
 """Compares predicted and reference masks: overlap, distances, volumes and lesions of a scan, averages over scans."""
 
+import math
+
 import numpy as np
 from scipy import ndimage
 
@@ -43,6 +45,13 @@ LABELS = {
   'false_positives': 'False positive lesions',
 }
 
+# The lowest and the highest value that each measure can have. It decides how the interval of a mean is computed.
+SUPPORT = {
+  **dict.fromkeys(DEFINITIONS, (0, math.inf)),
+  **dict.fromkeys(('dice', 'surface_dice_1mm', 'surface_dice_2mm', 'lesion_sensitivity'), (0, 1)),
+  'error_ml': (-math.inf, math.inf),
+}
+
 
 def volume(predicted: np.ndarray, truth: np.ndarray, grid: Grid) -> dict[str, float]:
   """Computes the measures of one volume (see DEFINITIONS); NaN means undefined.
@@ -84,12 +93,19 @@ def summary(rows: list[dict[str, float]]) -> dict:
   method of the intervals; definitions. None means undefined.
   """
   values = {name: np.array([row[name] for row in rows], np.float64) for name in DEFINITIONS}
-  measures = {name: {'defined': int(np.isfinite(column).sum())} for name, column in values.items()}
-  for average_name, average in (('mean', statistics.mean), ('median', statistics.median)):
-    averages = lambda weights, average=average: {name: average(values[name], weights) for name in values}
-    estimates, intervals = (f(averages, len(rows)) for f in (statistics.estimates, statistics.intervals))
-    for name, measure in measures.items():
-      measure.update({average_name: estimates[name], f'{average_name}_interval': intervals[name]})
+  of_each = lambda average: lambda weights: {name: average(column, weights) for name, column in values.items()}
+  means, medians = (statistics.estimates(of_each(f), len(rows)) for f in (statistics.mean, statistics.median))
+  median_intervals = statistics.intervals(of_each(statistics.median), len(rows))
+  measures = {
+    name: {
+      'defined': int(np.isfinite(column).sum()),
+      'mean': means[name],
+      'mean_interval': statistics.mean_interval(column, SUPPORT[name]),
+      'median': medians[name],
+      'median_interval': median_intervals[name],
+    }
+    for name, column in values.items()
+  }
   return {
     'num_volumes': len(rows),
     'measures': measures,

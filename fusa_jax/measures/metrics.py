@@ -14,6 +14,8 @@ from fusa_jax.measures import statistics
 from fusa_jax.measures.statistics import ratio
 
 COUNTS = ('tp', 'fp', 'fn', 'tn')
+# Means of one score per patient, from 0 to 1: the sums that hold the scores, and where they are defined.
+MEANS = {'dice_per_patient': ('patient_dice', 'patient_dice_defined')}
 
 # The definition of each metric, which the report shows. TP, FP, FN and TN count slices or pixels, as the report states.
 DEFINITIONS = {
@@ -84,6 +86,14 @@ class Patients:
       return definition(totals | {'wins': np.sum((weights @ self.wins) * weights, axis=1)})
 
     return weighted
+
+  def intervals(self, definition: Callable[[dict], dict]) -> dict[str, list[float] | None]:
+    """The 95% interval of each value of a definition below."""
+    bounds = statistics.intervals(self.statistic(definition), len(self))
+    for name in MEANS.keys() & bounds.keys():
+      scores, is_defined = (self.sums[key] for key in MEANS[name])
+      bounds[name] = statistics.mean_interval(scores[is_defined > 0], (0, 1))
+    return bounds
 
 
 def by_patient(table: dict[str, np.ndarray], suffix: str = '') -> Patients:

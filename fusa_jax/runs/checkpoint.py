@@ -84,7 +84,7 @@ class Checkpoints:
       raise UserError(f'{self._folder}: no checkpoint in it; train first, or name the folder of a trained run')
     return step
 
-  def digest(self, step: int) -> str:
+  def digest_of_files(self, step: int) -> str:
     """Returns the SHA-256 of the names and digests of the files of the variables, as recorded when they were saved.
 
     It reads no arrays. Two saves of equal arrays have different digests, because Orbax gives its files random names.
@@ -114,11 +114,6 @@ class Checkpoints:
     self._scores.pop(step, None)
     self._damaged[step] = reason
     logging.warning('%s is damaged and not used: %s', self._folder / str(step), reason)
-
-  def digest(self, step: int) -> str:
-    """Returns the SHA-256 of the names and digests of the files with the variables of a step."""
-    digests = json.loads((self._folder / str(step) / _DIGESTS).read_text())
-    return sha256(json.dumps(sorted(item for item in digests.items() if item[0].startswith('variables/'))).encode())
 
   def restore(self, step: int, **shapes: Any) -> dict[str, Any]:
     """Reads items of a checkpoint.

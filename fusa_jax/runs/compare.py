@@ -120,7 +120,7 @@ def paired(
       'better': int((gains > 0).sum()),
       'worse': int((gains < 0).sum()),
       **statistics.estimates(mean, len(gains)),
-      'interval': statistics.intervals(mean, len(gains))['difference'],
+      'interval': statistics.mean_interval(gains, (-np.inf, np.inf)),
       'p': statistics.sign_flip_p(gains),
     },
     'intervals': statistics.method(),

@@ -63,11 +63,8 @@ def numbers(task_type: TaskType, table: dict[str, np.ndarray], prevalences=()) -
 
 
 def _with_intervals(patients, definition):
-  statistic = patients.statistic(definition)
-  return {
-    **statistics.estimates(statistic, len(patients)),
-    'intervals': statistics.intervals(statistic, len(patients)),
-  }
+  estimates = statistics.estimates(patients.statistic(definition), len(patients))
+  return {**estimates, 'intervals': patients.intervals(definition)}
 
 
 def _counts(patients):

@@ -63,8 +63,9 @@ def evaluate(
   if not overwrite:
     hosts.on_main(lambda: results.check_own(workdir / name))
   task = tasks.create(config)
-  step, sha256, variables = trained.load_best(config, task, workdir, mesh)
-  made_of = _made_of(config, dataset, step, sha256, is_own=name == split.TEST)
+  step, variables, sha256_of_files = trained.load_best(config, task, workdir, mesh)
+  weights = {'step': step, 'sha256_of_files': sha256_of_files, 'sha256': trained.sha256_of_variables(variables)}
+  made_of = _made_of(config, dataset, weights, is_own=name == split.TEST)
   _say_what_differs(workdir, name, made_of)
   test = _Test(config, workdir, workdir / name, dataset, task, mesh, step, variables, scans or {}, made_of)
   point, scorer = _choose_point(test)
@@ -110,26 +111,28 @@ def is_finished(
     if checkpoints.latest() != config.train.steps:
       return False
     step = checkpoints.best()
-    expected = _made_of(config, dataset, step, checkpoints.digest(step), platform=platform)
+    # Without the digest of the arrays, which would have to be read.
+    weights = {'step': step, 'sha256_of_files': checkpoints.digest_of_files(step)}
+  made_of['checkpoint'].pop('sha256')
+  expected = _made_of(config, dataset, weights, platform=platform)
   wants_volumes = tasks.type_of(config.task).has_masks and not set(dataset.test.patients).isdisjoint(scans or ())
   return hosts.on_main(lambda: made_of == expected and (not wants_volumes or bool(results.read_volumes(workdir))))
 
 
-def _made_of(config, dataset, step, sha256, is_own=True, platform=None):
+def _made_of(config, dataset, weights, is_own=True, platform=None):
   """Returns what a test is made of, for metrics.json.
 
   Args:
     config: the config of the test.
     dataset: its data.
-    step: the step of the checkpoint.
-    sha256: the digest of its variables.
+    weights: the step of the checkpoint, and digests of its variables.
     is_own: whether the data are those of the run; else no option chooses the operating point.
     platform: the devices that compute it; None: those of this process.
   """
   options = {key: value for key, value in run_config.plain(config).evaluate.items() if is_own or key not in _OF_POINT}
   return {
     'data': {'name': dataset.name, 'sha256': dataset.sha256, 'truth_sha256': datasets.truth_sha256(dataset.test)},
-    'checkpoint': {'step': step, 'sha256': sha256},
+    'checkpoint': weights,
     'options': {'fold': config.data.fold, 'dtype': tasks.resolved_dtype(config, platform), **options},
     'code': provenance.code(),
   }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fusa_jax.measures import metrics, statistics
+from fusa_jax.measures import masks, metrics, statistics
 
 
 def mean_of(values):
@@ -81,6 +81,75 @@ def test_a_difference_uses_the_same_draws_for_both():
   assert statistics.intervals(both, 20)['mean'] == pytest.approx([1, 1])
 
 
+@pytest.mark.parametrize(('ones', 'patients'), [(8, 8), (7, 8), (15, 20), (0, 5), (60, 200)])
+def test_interval_of_a_proportion_is_jeffreys(ones, patients):
+  """Brown, Cai and DasGupta 2001: quantiles of Beta(x + 1/2, n - x + 1/2), up to 0 or 1 if all patients agree."""
+  values = (np.arange(patients) < ones).astype(float)
+  low, high = statistics.mean_interval(values, (0, 1))
+  below, above = stats.beta(ones + 0.5, patients - ones + 0.5).cdf([low, high])
+  assert low == 0 if ones == 0 else below == pytest.approx(0.025, abs=0.01)
+  assert high == 1 if ones == patients else above == pytest.approx(0.975, abs=0.01)
+  shifted = statistics.mean_interval(2 * values - 1, (-1, 1))  # another range
+  assert shifted == pytest.approx([2 * low - 1, 2 * high - 1])
+
+
+def test_interval_of_differences_is_students():
+  values = np.random.default_rng(0).normal(size=9)
+  expected = stats.ttest_1samp(values, 0).confidence_interval()
+  for each in (values, np.append(values, np.nan)):
+    assert statistics.mean_interval(each, (-np.inf, np.inf)) == pytest.approx(list(expected))
+  assert statistics.mean_interval(np.array([0.5, np.nan]), (-np.inf, np.inf)) is None
+  assert statistics.mean_interval(np.full(4, 0.25), (-np.inf, np.inf)) == [0.25, 0.25]
+
+
+def test_interval_of_skewed_volumes_is_the_wider_of_two():
+  """Compares with scipy's standard errors of other draws, and with Student's t."""
+  rng = np.random.default_rng(0)
+  values = rng.lognormal(0, 1, 15)
+  student = stats.ttest_1samp(values, 0).confidence_interval()
+  drawn = rng.choice(values, (20_000, 15))
+  errors = np.maximum(stats.sem(drawn, axis=1), 0.3 * stats.sem(values))
+  ratios = (drawn.mean(axis=1) - values.mean()) / errors
+  high = values.mean() - np.quantile(ratios, 0.025) * stats.sem(values)
+  assert high > student.high + 0.1 * (student.high - student.low)
+  got = statistics.mean_interval(values, (0, np.inf))
+  assert got == pytest.approx([student.low, high], abs=0.1 * (high - student.low))
+  # No interval goes below 0, which Student's t would.
+  assert statistics.mean_interval(np.array([0, 0, 0, 5.0]), (0, np.inf))[0] == 0
+
+
+@pytest.mark.parametrize(
+  ('patients', 'zeros', 'a', 'b', 'least'),
+  [(8, 0.15, 9, 3, 0.95), (12, 0.15, 9, 3, 0.93), (20, 0.3, 9, 3, 0.92), (8, 0, 9, 3, 0.95), (12, 0.05, 30, 1.5, 0.95)],
+)
+def test_coverage_of_the_mean_of_scores(patients, zeros, a, b, least):
+  """The intervals contain the true mean also if a test can lack the zeros that 5 to 30% of all patients have.
+
+  Percentiles contain it in 0.5 (12 patients, 5% zeros) or 0.83 (8 patients, 15% zeros) of these cohorts.
+  """
+  rng = np.random.default_rng(0)
+  values = np.where(rng.random((500, patients)) < zeros, 0, rng.beta(a, b, (500, patients)))
+  low, high = np.transpose([statistics.mean_interval(each, (0, 1)) for each in values])
+  truth = (1 - zeros) * a / (a + b)
+  assert least <= np.mean((low <= truth) & (truth <= high))
+
+
+def test_means_of_patients_use_the_range_of_their_scores():
+  """The mean Dice of patients and the means of volumes, which can be 1 for all patients of a small test."""
+  rng = np.random.default_rng(0)
+  one = cohort(rng, 8)
+  patients = metrics.by_patient(one)
+  scores = [row['dice'] for row in metrics.patient_rows(patients)]
+  intervals = patients.intervals(metrics.segmentation)
+  assert intervals['dice_per_patient'] == statistics.mean_interval(np.array(scores), (0, 1))
+  assert intervals['dice'] == statistics.intervals(patients.statistic(metrics.segmentation), 8)['dice']
+  rows = [dict.fromkeys(masks.DEFINITIONS, 1.0) | {'error_ml': error} for error in (-1.0, 0.0, 4.0)]
+  measures = masks.summary(rows)['measures']
+  assert measures['dice']['mean_interval'][0] < 0.7 and measures['dice']['mean_interval'][1] == 1
+  assert measures['error_ml']['mean_interval'] == pytest.approx(stats.t.interval(0.95, 2, 1, stats.sem([-1, 0, 4])))
+  assert masks.SUPPORT.keys() == masks.DEFINITIONS.keys()
+
+
 def cohort(rng, patients, slices=6):
   """Simulates counts and scores of slices with skewed lesion volumes and patients of different difficulty."""
   patient = np.repeat(np.arange(patients), slices)
@@ -114,7 +183,10 @@ def covered_metrics(totals):
 @pytest.mark.slow
 @pytest.mark.parametrize('patients', [8, 20, 40])
 def test_coverage(patients, monkeypatch):
-  """The intervals of 90 to 98% of 1000 simulated cohorts contain the value of a much larger cohort."""
+  """The intervals of 90 to 98% of 1000 simulated cohorts contain the value of a much larger cohort.
+
+  Those of the mean Dice allow for patients of 0, of which this simulation has none, and contain it in up to 99.5%.
+  """
   monkeypatch.setattr(statistics, 'RESAMPLES', 1000)
   rng = np.random.default_rng(patients)
   truth = {name: [] for name in ('dice', 'dice_per_patient', 'recall', 'auc')}
@@ -126,7 +198,8 @@ def test_coverage(patients, monkeypatch):
   inside = dict.fromkeys(truth, 0)
   for _ in range(1000):
     few = metrics.by_patient(cohort(rng, patients))
-    for name, (low, high) in statistics.intervals(few.statistic(covered_metrics), patients).items():
+    for name, (low, high) in few.intervals(covered_metrics).items():
       inside[name] += low <= truth[name] <= high
   print(patients, {name: float(count) / 1000 for name, count in inside.items()})
+  assert 0.94 <= inside.pop('dice_per_patient') / 1000 <= 0.995
   assert all(0.90 <= count / 1000 <= 0.98 for count in inside.values()), inside

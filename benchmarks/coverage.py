@@ -1,0 +1,129 @@
+"""Prints how often intervals of a mean contain the true mean, and how wide they are (docs/evaluation.md).
+
+  python -m benchmarks.coverage
+
+Each shape of the values is drawn `--cohorts` times for each number of patients. A cell is the share of intervals with
+the true mean, which should be 0.95, and their mean width. `ours` is statistics.mean_interval. The other methods are
+those that it was chosen from.
+"""
+
+import datetime
+import functools
+
+import numpy as np
+from absl import app, flags
+from scipy import stats
+
+from fusa_jax.measures import statistics
+from fusa_jax.system import provenance
+
+_COHORTS = flags.DEFINE_integer('cohorts', 1000, 'number of simulated cohorts per cell')
+_PATIENTS = flags.DEFINE_list('patients', ['5', '8', '12', '20', '40'], 'numbers of patients')
+
+SCORE, AMOUNT, DIFFERENCE = (0, 1), (0, np.inf), (-np.inf, np.inf)
+
+
+def _or_zero(share, draw):
+  """`draw`, with a share of zeros: patients of whom the model finds nothing."""
+  return lambda rng, shape: np.where(rng.random(shape) < share, 0, draw(rng, shape))
+
+
+def _or(share, other, draw):
+  """`draw`, of which a share is larger by `other`."""
+  return lambda rng, shape: np.where(rng.random(shape) < share, other, 0.0) + draw(rng, shape)
+
+
+_dice = lambda rng, shape: rng.beta(9, 3, shape)
+# Title: (range of the values, function that draws them).
+SHAPES = {
+  'Dice around 0.75': (SCORE, _dice),
+  'the same, 15% are 0': (SCORE, _or_zero(0.15, _dice)),
+  'the same, 30% are 0': (SCORE, _or_zero(0.30, _dice)),
+  'around 0.95': (SCORE, lambda rng, shape: rng.beta(30, 1.5, shape)),
+  'the same, 5% are 0': (SCORE, _or_zero(0.05, lambda rng, shape: rng.beta(30, 1.5, shape))),
+  '1 or, for 10%, 0': (SCORE, lambda rng, shape: (rng.random(shape) >= 0.1).astype(float)),
+  'volumes, sd of log 0.8': (AMOUNT, lambda rng, shape: rng.lognormal(0, 0.8, shape)),
+  'volumes, sd of log 1.2': (AMOUNT, lambda rng, shape: rng.lognormal(0, 1.2, shape)),
+  'counts around 2': (AMOUNT, lambda rng, shape: rng.poisson(2, shape).astype(float)),
+  'distances, 10% are 500': (AMOUNT, _or(0.1, 500, lambda rng, shape: rng.lognormal(3, 0.6, shape))),
+  'differences, sd 0.1': (DIFFERENCE, lambda rng, shape: rng.normal(0.02, 0.1, shape)),
+  'the same, Laplace': (DIFFERENCE, lambda rng, shape: rng.laplace(0.02, 0.07, shape)),
+  'sd 0.03, 10% gain 0.7': (DIFFERENCE, _or(0.1, 0.7, lambda rng, shape: rng.normal(0, 0.03, shape))),
+}
+
+
+def expanded(values, _):
+  """Expanded percentiles, as for ratios (statistics.intervals)."""
+  return statistics.intervals(lambda weights: {'mean': statistics.mean(values, weights)}, len(values))['mean']
+
+
+def student(values, _):
+  reach = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+  return values.mean() - reach, values.mean() + reach
+
+
+def bootstrap_t(values, _):
+  """The bootstrap-t alone, with the floor of statistics.mean_interval."""
+  error = stats.sem(values)
+  if not error:
+    return values.mean(), values.mean()
+  drawn = np.quantile(statistics.studentised(values, error, np.random.default_rng(0)), [0.025, 0.975])
+  return values.mean() - drawn[1] * error, values.mean() - drawn[0] * error
+
+
+def gaffke(values, support):
+  """Gaffke's bounds: the Bayesian bootstrap with a whole patient at the end of the range, a bound for each side."""
+  weights = np.random.default_rng(0).dirichlet(np.ones(len(values) + 1), 1000)
+  return [
+    np.quantile(weights @ np.append(values, end), tail) for end, tail in zip(support, (0.025, 0.975), strict=True)
+  ]
+
+
+def anderson(values, support):
+  """Anderson's bounds (1969): the band of Kolmogorov and Smirnov around the distribution function."""
+  beyond = stats.ksone.ppf(0.975, len(values))
+  steps = np.minimum(np.arange(len(values) + 1) / len(values) + beyond, 1)
+  weights, low, high = np.append(steps[0], np.diff(steps)), np.sort(values), np.sort(values)[::-1]
+  return weights @ np.append(support[0], low), weights @ np.append(support[1], high)
+
+
+OF_ANY = {'expanded percentiles': expanded, "Student's t": student, 'bootstrap-t': bootstrap_t}
+OF_SCORES = {"Gaffke's bounds": gaffke, "Anderson's bounds": anderson}
+
+
+def coverage(title: str, method, patients: int, cohorts: int) -> tuple[float, float]:
+  """Returns the share of intervals that contain the true mean of a shape, and the mean width of the intervals."""
+  support, draw = SHAPES[title]
+  values = draw(np.random.default_rng(patients), (cohorts, patients))
+  low, high = np.transpose([method(one, support) for one in values])
+  return float(np.mean((low <= true_mean(title)) & (true_mean(title) <= high))), float(np.mean(high - low))
+
+
+@functools.cache
+def true_mean(title: str) -> float:
+  _, draw = SHAPES[title]
+  rng = np.random.default_rng(0)
+  return float(np.mean([draw(rng, 1_000_000).mean() for _ in range(10)]))
+
+
+def table(cohorts: int, patients: list[int]) -> str:
+  """Returns the coverage and the widths as a Markdown table."""
+  lines = [
+    f'| values | method | {" | ".join(f"n = {n}" for n in patients)} |',
+    f'| --- | --- |{" ---: |" * len(patients)}',
+  ]
+  for title, (support, _) in SHAPES.items():
+    methods = OF_ANY | (OF_SCORES if support == SCORE else {}) | {'ours': statistics.mean_interval}
+    for name, method in methods.items():
+      found = [coverage(title, method, n, cohorts) for n in patients]
+      lines.append(f'| {title} | {name} | {" | ".join(f"{share:.3f}, {width:.3g}" for share, width in found)} |')
+  return '\n'.join(lines)
+
+
+def main(_):
+  print(table(_COHORTS.value, [int(n) for n in _PATIENTS.value]))
+  print(f'\n{_COHORTS.value} cohorts, {datetime.date.today()}, commit {provenance.commit()}')
+
+
+if __name__ == '__main__':
+  app.run(main)
