@@ -1,5 +1,7 @@
 """Compares predicted and reference masks: overlap, distances, volumes and lesions of a scan, averages over scans."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import ndimage
 
@@ -77,17 +79,25 @@ def volume(predicted: np.ndarray, truth: np.ndarray, grid: Grid) -> dict[str, fl
   }
 
 
-def summary(rows: list[dict[str, float]]) -> dict:
-  """Averages the measures over volumes, each of a different patient. Undefined values are left out.
+def summary(rows: list[dict[str, float]], owners: Sequence[str] | None = None) -> dict:
+  """Averages the measures over volumes. Undefined values are left out.
+
+  Every volume counts once in a mean, because distances of several scans cannot be pooled as their voxels can. The
+  intervals draw persons, each with all scans: scans of one person resemble each other.
+
+  Args:
+    rows: the measures of each volume.
+    owners: the person of each volume; None if each is of a different person.
 
   Returns num_volumes; measures, each with mean, median, their intervals and the number of volumes that define it; the
   method of the intervals; definitions. None means undefined.
   """
   values = {name: np.array([row[name] for row in rows], np.float64) for name in DEFINITIONS}
+  persons = np.arange(len(rows)) if owners is None else np.unique(np.asarray(owners), return_inverse=True)[1]
   measures = {name: {'defined': int(np.isfinite(column).sum())} for name, column in values.items()}
   for average_name, average in (('mean', statistics.mean), ('median', statistics.median)):
-    averages = lambda weights, average=average: {name: average(values[name], weights) for name in values}
-    estimates, intervals = (f(averages, len(rows)) for f in (statistics.estimates, statistics.intervals))
+    averages = lambda weights, average=average: {name: average(values[name], weights[:, persons]) for name in values}
+    estimates, intervals = (f(averages, persons.max() + 1) for f in (statistics.estimates, statistics.intervals))
     for name, measure in measures.items():
       measure.update({average_name: estimates[name], f'{average_name}_interval': intervals[name]})
   return {

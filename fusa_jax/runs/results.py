@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import zipfile
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import read_json, replacing, write_csv, write_json, writing
 from fusa_jax.tasks import TaskType
 
-COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS)
+COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS, 'owner')
 TABLE = 'table.npz'
 _FILES = (TABLE, 'slices.csv', 'patients.csv', 'volumes.csv', 'report.html')
 # The texts that describe the split of a test.
@@ -55,6 +56,7 @@ def numbers(task_type: TaskType, table: dict[str, np.ndarray], prevalences=()) -
     'threshold': 0.5,
     'num_slices': len(table['label']),
     'num_patients': len(half),
+    'num_scans': int(half.num_scans.sum()),
     'intervals': {**statistics.method(), **at_half['intervals']},
     'operating_point': {**at_chosen, **_counts(chosen), 'slices': detection},
   }
@@ -102,8 +104,8 @@ def write_test(folder: pathlib.Path, table: dict[str, np.ndarray], result: dict,
   write_csv(folder / 'slices.csv', (dict(zip(COLUMNS, row, strict=True)) for row in slices))
   half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
   rows = metrics.patient_rows(half)
-  for row, other in zip(rows, metrics.patient_rows(chosen), strict=True):
-    row['dice_at_operating_point'] = other['dice']
+  for row, other, num_scans in zip(rows, metrics.patient_rows(chosen), half.num_scans.tolist(), strict=True):
+    row |= {'dice_at_operating_point': other['dice'], 'num_scans': num_scans}
   write_csv(folder / 'patients.csv', rows)
   if volumes:
     write_csv(folder / 'volumes.csv', volumes)
@@ -177,6 +179,12 @@ def read_table(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     raise UserError(
       f'{path}: damaged, or from another version ({error}); write it again with --mode=evaluate --workdir={workdir}'
     ) from None
+
+
+def owners_of(table: dict[str, np.ndarray], scans: Sequence[str]) -> list[str]:
+  """Returns the person of each of these scans of a table of slices."""
+  owners = dict(zip(table['patient'].tolist(), table['owner'].tolist(), strict=True))
+  return [owners[scan] for scan in scans]
 
 
 def overlay_title(task_type: TaskType, table: dict[str, np.ndarray], row: int, volumes: dict[str, dict]) -> str:

@@ -158,7 +158,7 @@ def _pool(config, workdir, data_dir):
     **{name: tests[0][name] for name in ('dataset', 'values', 'split', 'commit')},
   }
   if volumes:
-    result['volumes'] = masks.summary(volumes)
+    result['volumes'] = masks.summary(volumes, results.owners_of(table, [row['case'] for row in volumes]))
   results.clear_test(workdir / 'test')
   results.write_test(workdir / 'test', table, result, volumes)
   logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(task_type, result))
