@@ -1,5 +1,6 @@
 """Makes sure that a name means one patient, and that one patient is in one fold."""
 
+import hashlib
 import logging
 import os
 import pathlib
@@ -7,19 +8,44 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent import futures
 
 from data.cohorts import Case, entry, lists, name_of, refuse
-from fusa_jax.scans import volume_files
+from fusa_jax.scans import dicom_files, volume_files
+from fusa_jax.scans.archives import is_archive
 
 LIST = 'patients.csv'
+
+# A public constant, so that all machines agree. It makes prepared tables of hashes useless, but hides no ID from
+# somebody who can try all possible IDs (docs/data.md).
+_SALT = b'fusa_jax: owner of a scan'
+# What anonymisers write instead of a PatientID, after `_simplified`.
+_PLACEHOLDER = re.compile(
+  r'\W*|0|(.)\1{3,}|anon(ym(ous|i[sz]ed)?)?|(no|un)-?(name|known|id|patient-?id)|none|null|nil|n/?a|nan|empty|removed|'
+  r'redacted|hidden|de-?identified|(patient|subject|case)[-_]?(id|name|identifier)?|id|test'
+)
+# More folders than these with one PatientID, and more than half of all, are not several scans of one person.
+_MANY = 10
+# A point in time after a stem. Bare numbers are none: case_1 and case_2 are two patients. So is a date after a stem
+# without a number: scan_20200401 and scan_20200402.
+_FOLLOW_UP = re.compile(
+  r'(?P<stem>.*[^\W_].*?)[-_. ]('
+  r'(t|tp|time|timepoint|visit|ses|session|day|week|month|year|fu|follow[-_]?up)[-_. ]?\d{1,3}|'
+  r'baseline|base|bl|initial|follow[-_]?up|fu|pre|post|prior|current|before|after|'
+  r'(?P<date>(19|20)\d\d[-_]?(0[1-9]|1[0-2])[-_]?([0-2]\d|3[01])))',
+  re.IGNORECASE,
+)
+_LISTED = 6
+_THREADS = min(os.cpu_count() or 1, 16)
 
 
 def identified(cases: Sequence[Case], folder: pathlib.Path, quiet: bool = False) -> list[Case]:
   """The cases with names of their own, and with the owners that keep the scans of one person in one fold.
 
   Scans of the same name get the part of their paths that differs as well. `patients.csv` (scan,patient) in the folder
-  names the owner of each scan. Names that differ only in capitals, leading zeros, blanks or the form of letters (P1,
-  p1, P01) may belong to one patient. Their scans get the same owner, and a warning.
+  names the owner of each scan. Without it, the owner of DICOM is a hash of its PatientID, and a warning lists names
+  that look like several scans of one person. Names that differ only in capitals, leading zeros, blanks or the form of
+  letters (P1, p1, P01) may belong to one patient. Their scans get the same owner, and a warning.
 
   Args:
     cases: the cases that a cohort module found.
@@ -28,10 +54,16 @@ def identified(cases: Sequence[Case], folder: pathlib.Path, quiet: bool = False)
 
   Raises:
     UserError: two scans cannot be told apart; patients.csv cannot be read, or does not fit the scans. One line each.
+      pydicom is not installed, but there is DICOM.
   """
   cases = _with_own_names(cases, folder)
   listed = entry(folder, LIST)
-  return _with_twins(_with_owners(cases, folder, listed) if listed else cases, quiet)
+  if listed:
+    return _with_twins(_with_owners(cases, folder, listed), quiet)
+  cases = _with_patient_ids(cases, folder, quiet)
+  if not quiet:
+    _warn_of_follow_ups(cases, folder)
+  return _with_twins(cases, quiet)
 
 
 def _with_own_names(cases, folder):
@@ -100,6 +132,75 @@ def _names(case, folder):
     for one in (path, path.with_name(volume_files.stem(path))):
       names |= {name_of(one.name), name_of(one.as_posix())}
   return names
+
+
+def _with_patient_ids(cases, folder, quiet):
+  """The cases of DICOM with owners by PatientID; those without one, or with one that says nothing, keep their names."""
+  is_dicom = [not isinstance(case.ct, tuple) and (case.ct.is_dir() or is_archive(case.ct)) for case in cases]
+  if not any(is_dicom):
+    return cases
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    read = lambda pair: _simplified(dicom_files.patient_id(pair[0].ct)[0]) if pair[1] else ''
+    ids = list(pool.map(read, zip(cases, is_dicom, strict=True)))
+  scans = defaultdict(list)
+  for case, one in zip(cases, ids, strict=True):
+    scans[one].append(case.patient)
+  folders = sum(is_dicom)
+  shared = lambda names: len(names) > 1 and (len(names) == folders or len(names) > max(_MANY, folders / 2))
+  unknown = {one for one, names in scans.items() if _PLACEHOLDER.fullmatch(one) or shared(names)}
+  if not quiet:
+    _log_patient_ids(folder, folders, scans, unknown)
+  owner = {one: _owner(one) for one in scans if one not in unknown}
+  return [case._replace(owner=owner.get(one, case.owner)) for case, one in zip(cases, ids, strict=True)]
+
+
+def _log_patient_ids(folder, folders, scans, unknown):
+  nameless = sum(len(scans[one]) for one in unknown)
+  if nameless:
+    logging.warning(
+      '%s: PatientID is empty, a placeholder, or the same for most in %d of %d folders, so each of these counts as one '
+      'patient; if some show the same patient, list all in %s (scan,patient)',
+      folder,
+      nameless,
+      folders,
+      LIST,
+    )
+  several = [' + '.join(names) for one, names in scans.items() if one not in unknown and len(names) > 1]
+  if several:
+    logging.info(
+      '%s: patients with several folders, by PatientID: %s; %s (scan,patient) overrides this',
+      folder,
+      _listed(several),
+      LIST,
+    )
+
+
+def _owner(patient_id):
+  """A hash of a PatientID that is the same on all machines. It takes 3 ms, so that guessing IDs takes long."""
+  return 'id-' + hashlib.scrypt(patient_id.encode(), salt=_SALT, n=1024, r=8, p=1, dklen=8).hex()
+
+
+def _warn_of_follow_ups(cases, folder):
+  """Warns of names of one stem with different points in time: P1_t0 and P1_t1, or P1_baseline and P1_followup."""
+  scans = defaultdict(list)
+  for case in cases:
+    match = _FOLLOW_UP.fullmatch(case.patient)
+    if match and case.named and not case.owner and (not match['date'] or re.search(r'\d', match['stem'])):
+      scans[_simplified(match['stem'])].append(case.patient)
+  groups = [' + '.join(names) for names in scans.values() if len(names) > 1]
+  if groups:
+    logging.warning(
+      '%s: perhaps several scans of one patient, but each counts as one patient: %s; list all scans in %s '
+      '(scan,patient) if so',
+      folder,
+      _listed(groups),
+      LIST,
+    )
+
+
+def _listed(groups):
+  more = len(groups) - _LISTED
+  return ', '.join(groups[:_LISTED]) + (f' and {more} more' if more > 0 else '')
 
 
 def _with_twins(cases, quiet):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.cohorts import Case
-from fusa_jax.scans import dicom, dicom_files, dicom_seg, pictures, sources, volume_files, volumes
+from fusa_jax.scans import dicom, dicom_files, dicom_headers, dicom_seg, pictures, sources, volume_files, volumes
 from fusa_jax.scans.archives import is_archive, unpacking, within
 from fusa_jax.system.errors import UserError
 
@@ -90,6 +90,7 @@ def _volume_of_dicom(case):
       if lost:
         damaged = sources.counted(path.name for path in lost)
         raise UserError(f'{damaged}: empty or damaged, so slices may be missing; copy the series again')
+      _check_one_patient(case, series)
       seg = _only_seg(paths) if case.mask == case.ct else None
       if seg:
         uid = dicom_seg.series_uid(seg)
@@ -106,6 +107,22 @@ def _volume_of_dicom(case):
       lines = str(error).removeprefix(f'{case.ct}: ').splitlines()
       raise UserError('\n'.join([f'{case.ct}: {line}' for line in lines] + _problems_of_mask(case))) from None
   return _with_mask(scan, case)
+
+
+def _check_one_patient(case, series):
+  """Compares the patients of all series with the file that `data.identity` knows the patient of the folder by."""
+  first, name = dicom_files.patient_id(case.ct)
+  of = {first: name} if first else {}
+  for one in series:
+    for header in one.headers:
+      own = dicom_headers.patient_id(header)
+      if own:
+        of.setdefault(own, str(one))
+  if len(of) > 1:
+    raise UserError(
+      f'{" and ".join(list(of.values())[:2])} have different PatientIDs, so they may show two patients; put each '
+      'patient in a folder of its own'
+    )
 
 
 def _only_seg(paths):

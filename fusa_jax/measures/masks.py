@@ -1,6 +1,7 @@
 """Compares predicted and reference masks: overlap, distances, volumes and lesions of a scan, averages over scans."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -86,21 +87,36 @@ def volume(predicted: np.ndarray, truth: np.ndarray, grid: Grid) -> dict[str, fl
   }
 
 
-def summary(rows: list[dict[str, float]]) -> dict:
-  """Averages the measures over volumes, each of a different patient. Undefined values are left out.
+def summary(rows: list[dict[str, float]], owners: Sequence[str] | None = None) -> dict:
+  """Averages the measures over volumes. Undefined values are left out.
+
+  Every volume counts once in a mean, because distances of several scans cannot be pooled as their voxels can. The
+  intervals draw persons, each with all scans: scans of one person resemble each other.
+
+  Args:
+    rows: the measures of each volume.
+    owners: the person of each volume; None if each is of a different person.
 
   Returns num_volumes; measures, each with mean, median, their intervals and the number of volumes that define it; the
   method of the intervals; definitions. None means undefined.
   """
   values = {name: np.array([row[name] for row in rows], np.float64) for name in DEFINITIONS}
-  of_each = lambda average: lambda weights: {name: average(column, weights) for name, column in values.items()}
-  means, medians = (statistics.estimates(of_each(f), len(rows)) for f in (statistics.mean, statistics.median))
-  median_intervals = statistics.intervals(of_each(statistics.median), len(rows))
+  persons = np.arange(len(rows)) if owners is None else np.unique(np.asarray(owners), return_inverse=True)[1]
+  count = persons.max() + 1
+  of_each = lambda average: lambda weights: {key: average(values[key], weights[:, persons]) for key in values}
+  means, medians = of_each(statistics.mean), of_each(statistics.median)
+  mean_intervals = (
+    {name: statistics.mean_interval(column, SUPPORT[name]) for name, column in values.items()}
+    if count == len(rows)
+    else statistics.intervals(means, count)  # scans of one person are drawn together
+  )
+  median_intervals = statistics.intervals(medians, count)
+  means, medians = (statistics.estimates(each, count) for each in (means, medians))
   measures = {
     name: {
       'defined': int(np.isfinite(column).sum()),
       'mean': means[name],
-      'mean_interval': statistics.mean_interval(column, SUPPORT[name]),
+      'mean_interval': mean_intervals[name],
       'median': medians[name],
       'median_interval': median_intervals[name],
     }

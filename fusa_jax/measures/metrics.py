@@ -62,21 +62,25 @@ LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Patients:
-  """A table of slices, summed per patient.
+  """A table of slices, summed per patient: per person, not per scan.
 
   Attributes:
-    names: names of the patients [P], in the table's order.
+    owners: the persons [P], in the table's order.
+    names: what tables and charts call each [P]: the name of the scan, or of the person if there are several scans.
+    num_scans: the number of scans of each person, int [P].
     sums: [P, ...] by name; `by_patient` explains each.
     wins: [P, P], number of pairs of a slice with lesion of patient i and a slice without lesion of patient j. The first
       must have the higher score; ties count half.
   """
 
+  owners: list[str]
   names: list[str]
+  num_scans: np.ndarray
   sums: dict[str, np.ndarray]
   wins: np.ndarray
 
   def __len__(self) -> int:
-    return len(self.names)
+    return len(self.owners)
 
   def statistic(self, definition: Callable[[dict], dict]) -> statistics.Statistic:
     """Turns a definition below into a function of how often each patient was drawn."""
@@ -100,17 +104,22 @@ def by_patient(table: dict[str, np.ndarray], suffix: str = '') -> Patients:
   """Sums a table of slices (scorer.Scorer) per patient.
 
   Args:
-    table: the columns patient, label, logit, those of COUNTS, reliability and squared_error.
+    table: the columns patient (the scan), owner (the person), label, logit, those of COUNTS, reliability and
+      squared_error.
     suffix: ending of the count columns: '' at threshold 0.5, '_chosen' at the operating point.
   """
-  names, patient = _in_order(table['patient'])
+  owners, patient = _in_order(table['owner'])
+  scans, first = np.unique(np.asarray(table['patient']), return_index=True)
+  num_scans = np.bincount(patient[first], minlength=len(owners))
+  scan_of = dict(zip(patient[first].tolist(), scans.tolist(), strict=True))
+  names = [scan_of[k] if num_scans[k] == 1 else owner for k, owner in enumerate(owners)]
   n = {key: np.asarray(table[f'{key}{suffix}'], np.int64) for key in COUNTS}
   label, marked = np.asarray(table['label']) > 0, n['tp'] + n['fp'] > 0
   slice_dice = dice(n['tp'], n['fp'], n['fn'])
   is_defined = np.isfinite(slice_dice)
 
   grouped = np.argsort(patient, kind='stable')
-  starts = np.searchsorted(patient[grouped], np.arange(len(names)))
+  starts = np.searchsorted(patient[grouped], np.arange(len(owners)))
   add = lambda values: np.add.reduceat(np.asarray(values, np.float64)[grouped], starts)
 
   sums = {key: add(n[key]) for key in COUNTS} | {
@@ -133,7 +142,8 @@ def by_patient(table: dict[str, np.ndarray], suffix: str = '') -> Patients:
   patient_dice = dice(sums['tp'], sums['fp'], sums['fn'])
   sums['patient_dice'] = np.where(np.isfinite(patient_dice), patient_dice, 0)
   sums['patient_dice_defined'] = np.isfinite(patient_dice).astype(float)
-  return Patients(names, sums, _wins(label, np.asarray(table['logit'], np.float64), patient, len(names)))
+  wins = _wins(label, np.asarray(table['logit'], np.float64), patient, len(owners))
+  return Patients(owners, names, num_scans, sums, wins)
 
 
 def _in_order(patients):

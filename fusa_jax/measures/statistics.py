@@ -30,7 +30,8 @@ def method() -> dict:
     'method': 'bootstrap over patients, expanded percentiles',
     'method_of_means': (
       'means of scores from 0 to 1: Bayesian bootstrap with half a patient at 0 and half a patient at 1; means of '
-      "differences: Student's t; means of volumes, distances and counts: the wider of Student's t and bootstrap-t"
+      "differences: Student's t; means of volumes, distances and counts: the wider of Student's t and bootstrap-t; "
+      'means over scans, if patients have several: as for ratios'
     ),
     # The figures of docs/evaluation.md.
     'coverage': (

@@ -66,6 +66,8 @@ def _difference_of_tests(one: dict[str, np.ndarray], other: dict[str, np.ndarray
     )
   if len(one['label']) != len(other['label']) or (one['slice'] != other['slice']).any():
     return 'not the same slices'
+  if (one['owner'] != other['owner']).any():
+    return 'not the same scans belong to one patient'
   lesion = [table['tp'] + table['fn'] for table in (one, other)]
   if (one['label'] != other['label']).any() or (lesion[0] != lesion[1]).any():
     return 'not the same lesions'

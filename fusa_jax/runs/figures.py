@@ -209,18 +209,24 @@ def telling_slices(table: dict[str, np.ndarray], most: int) -> list[int]:
   The order is by Dice (of slices: F1) at the operating point. The slice of a patient is the one with the most lesion or
   marks and, among equals, the one with the largest error of the score.
   """
-  rows = metrics.patient_rows(metrics.by_patient(table, '_chosen'))
-  ordered = [row['patient'] for row in sorted(rows, key=lambda row: (np.isnan(row['dice']), row['dice']))]
-  defined = [row['patient'] for row in rows if np.isfinite(row['dice'])]
+  rows = _rows_of_owners(table)
+  ordered = sorted(rows, key=lambda owner: (np.isnan(rows[owner]['dice']), rows[owner]['dice']))
+  defined = [owner for owner in rows if np.isfinite(rows[owner]['dice'])]
   measured, rest = ordered[: len(defined)], ordered[len(defined) :]
   alternating = [measured[k // 2] if k % 2 == 0 else measured[-1 - k // 2] for k in range(len(measured))]
-  return [_telling_slice(table, patient) for patient in [*alternating, *rest]][:most]
+  return [_telling_slice(table, owner) for owner in [*alternating, *rest]][:most]
 
 
-def _telling_slice(table, patient):
+def _rows_of_owners(table):
+  """The row of patients.csv of each person, at the operating point."""
+  patients = metrics.by_patient(table, '_chosen')
+  return dict(zip(patients.owners, metrics.patient_rows(patients), strict=True))
+
+
+def _telling_slice(table, owner):
   extent = table['tp_chosen'] + table['fn_chosen'] + table['fp_chosen']
   error = np.abs(table['label'] - table['score'])
-  return int(max(np.flatnonzero(table['patient'] == patient), key=lambda row: (extent[row], error[row])))
+  return int(max(np.flatnonzero(table['owner'] == owner), key=lambda row: (extent[row], error[row])))
 
 
 def typical_slices(table: dict[str, np.ndarray]) -> dict[str, int]:
@@ -228,12 +234,12 @@ def typical_slices(table: dict[str, np.ndarray]) -> dict[str, int]:
 
   Patients without lesion are left out: Dice does not measure them.
   """
-  rows = metrics.patient_rows(metrics.by_patient(table, '_chosen'))
-  rows = sorted((row for row in rows if row['tp'] + row['fn']), key=lambda row: -row['dice'])
+  rows = [(owner, row) for owner, row in _rows_of_owners(table).items() if row['tp'] + row['fn']]
+  rows = sorted(rows, key=lambda pair: -pair[1]['dice'])
   places = {'best': 0, 'median': len(rows) // 2, 'worst': len(rows) - 1} if rows else {}
   return {
-    f'{name} of {len(rows)} patients with lesion, Dice {rows[place]["dice"]:.2f}': _telling_slice(
-      table, rows[place]['patient']
+    f'{name} of {len(rows)} patients with lesion, Dice {rows[place][1]["dice"]:.2f}': _telling_slice(
+      table, rows[place][0]
     )
     for name, place in places.items()
   }

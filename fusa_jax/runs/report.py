@@ -102,13 +102,19 @@ def healthy(table: dict[str, np.ndarray], volumes: dict[str, dict]) -> dict:
     patients: number of patients without lesion. clean: number of these without a mark. pixels: marks of each of the
     others, in what `counted` names. ml: their volumes in mL on the scan's grid; None if one of them has no volume.
   """
-  rows = metrics.patient_rows(metrics.by_patient(table, '_chosen'))
-  labelled = set(table['patient'][np.asarray(table['label']) > 0].tolist())
-  rows = [row for row in rows if row['patient'] not in labelled]
-  marked = [row for row in rows if row['fp']]
+  patients = metrics.by_patient(table, '_chosen')
+  labelled = set(table['owner'][np.asarray(table['label']) > 0].tolist())
+  rows = dict(zip(patients.owners, metrics.patient_rows(patients), strict=True))
+  rows = {owner: row for owner, row in rows.items() if owner not in labelled}
+  marked = [row for row in rows.values() if row['fp']]
+  scans = np.unique(table['patient'][np.isin(table['owner'], list(rows))]).tolist()
   # A cohort may hold scans for some patients and single slices for others.
-  ml = [volumes[row['patient']]['predicted_ml'] for row in rows if row['patient'] in volumes]
-  ml = ml if rows and len(ml) == len(rows) else None
+  ml = None
+  if rows and all(scan in volumes for scan in scans):
+    ml = dict.fromkeys(rows, 0.0)
+    for scan, owner in zip(scans, results.owners_of(table, scans), strict=True):
+      ml[owner] += volumes[scan]['predicted_ml']
+    ml = list(ml.values())
   return {
     'patients': len(rows),
     'clean': len(rows) - len(marked) if ml is None else sum(value == 0 for value in ml),

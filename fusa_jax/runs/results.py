@@ -4,7 +4,7 @@ import csv
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import remove_partials, write_csv
 from fusa_jax.tasks import TaskType
 
-COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS)
+COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS, 'owner')
 TABLE, NUMBERS, REPORT = 'table.npz', 'metrics.json', 'report.html'
 _FILES = (TABLE, 'slices.csv', 'patients.csv', 'volumes.csv')
 # The texts that describe the split of a test.
@@ -57,6 +57,7 @@ def numbers(task_type: TaskType, table: dict[str, np.ndarray], prevalences=()) -
     'threshold': 0.5,
     'num_slices': len(table['label']),
     'num_patients': len(half),
+    'num_scans': int(half.num_scans.sum()),
     'intervals': {**statistics.method(), **at_half['intervals']},
     'operating_point': {**at_chosen, **_counts(chosen), 'slices': detection},
   }
@@ -118,8 +119,8 @@ def write_test(
   slices = zip(*(table[key] for key in COLUMNS), strict=True)
   half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
   rows = metrics.patient_rows(half)
-  for row, other in zip(rows, metrics.patient_rows(chosen), strict=True):
-    row['dice_at_operating_point'] = other['dice']
+  for row, other, num_scans in zip(rows, metrics.patient_rows(chosen), half.num_scans.tolist(), strict=True):
+    row |= {'dice_at_operating_point': other['dice'], 'num_scans': num_scans}
   writers = {
     'slices.csv': lambda path: write_csv(path, (dict(zip(COLUMNS, row, strict=True)) for row in slices)),
     'patients.csv': lambda path: write_csv(path, rows),
@@ -225,6 +226,12 @@ def read_table(workdir: pathlib.Path, test: str = TEST) -> dict[str, np.ndarray]
     raise UserError(
       f'{path}: damaged, or from another version ({error}); write it again with --mode=evaluate --workdir={workdir}'
     ) from None
+
+
+def owners_of(table: dict[str, np.ndarray], scans: Sequence[str]) -> list[str]:
+  """Returns the person of each of these scans of a table of slices."""
+  owners = dict(zip(table['patient'].tolist(), table['owner'].tolist(), strict=True))
+  return [owners[scan] for scan in scans]
 
 
 def overlay_title(task_type: TaskType, table: dict[str, np.ndarray], row: int, volumes: dict[str, dict]) -> str:

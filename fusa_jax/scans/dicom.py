@@ -23,7 +23,6 @@ import numpy as np
 from fusa_jax.scans import decoder, dicom_files, dicom_headers, dicom_pixels, formats, volumes
 from fusa_jax.system.errors import UserError, one_line
 
-_DIRECTORY = '1.2.840.10008.1.3.10'
 _CT = '1.2.840.10008.5.1.4.1.1.2'
 # How many file names a message shows.
 _NAMES = 6
@@ -291,7 +290,7 @@ def _read_headers(paths):
     try:
       header = dicom_files.read_dataset(path, stop_before_pixels=True, specific_tags=dicom_headers.ELEMENTS)
       collections.deque(header, 0)  # pydicom decodes values when they are read: damaged values raise here
-      if header.file_meta.get('MediaStorageSOPClassUID') == _DIRECTORY:
+      if header.file_meta.get('MediaStorageSOPClassUID') == dicom_files.DIRECTORY:
         continue  # a DICOMDIR: the files that it lists are read themselves
       _check_header(header)
       headers.append(header)

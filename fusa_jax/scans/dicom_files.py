@@ -1,14 +1,18 @@
 """Recognises DICOM files, also damaged ones and those without a preamble, and reads their elements with pydicom."""
 
+import contextlib
+import itertools
 import logging
 import os
 import pathlib
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, BinaryIO
 
+from fusa_jax.scans import archives, dicom_headers
 from fusa_jax.system.errors import UserError
 
 INSTALL = 'pip install -r requirements-dicom.txt'
@@ -16,6 +20,12 @@ INSTALL = 'pip install -r requirements-dicom.txt'
 _ENDINGS = ('.dcm', '.dicom', '.ima')
 # A file without preamble begins with an element of group 2 or 8. These are the VRs of the elements that come first.
 _FIRST_VRS = (b'UL', b'OB', b'CS', b'DA', b'TM', b'DT', b'UI', b'SH', b'LO', b'SQ')
+# Bytes that are enough to recognise a file.
+_HEAD = 1024
+# How many files are tried for a PatientID.
+_TRIED = 5
+# The SOP class of a DICOMDIR.
+DIRECTORY = '1.2.840.10008.1.3.10'
 
 
 def is_dicom(path: pathlib.Path) -> bool:
@@ -26,9 +36,12 @@ def is_dicom(path: pathlib.Path) -> bool:
 def _begins_like_dicom(path):
   try:
     with path.open('rb') as file:
-      head = file.read(1024)
+      return _begins(file.read(_HEAD))
   except OSError:
     return False
+
+
+def _begins(head):
   return head[128:132] == b'DICM' or _is_dataset(head)
 
 
@@ -43,7 +56,7 @@ def _is_dataset(head):
   return following[:2] == head[:2] and int.from_bytes(following[2:], 'little') > element
 
 
-def read_dataset(path: pathlib.Path | str, **options: Any) -> Any:
+def read_dataset(path: pathlib.Path | str | BinaryIO, **options: Any) -> Any:
   """Reads a file with pydicom, also without a preamble; the options are those of pydicom.dcmread.
 
   If the file does not state its transfer syntax, it gets that of an uncompressed file with its encoding.
@@ -55,6 +68,40 @@ def read_dataset(path: pathlib.Path | str, **options: Any) -> Any:
     explicit = pydicom.uid.ExplicitVRLittleEndian if is_little_endian else pydicom.uid.ExplicitVRBigEndian
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian if is_implicit else explicit
   return dataset
+
+
+def patient_id(source: pathlib.Path) -> tuple[str, str]:
+  """The PatientID of the first readable DICOM file of a folder or .zip, and the name of that file.
+
+  Only the headers of a few files are read, so that this is fast for a cohort. Archives inside are not opened. Both are
+  '' if there is no such file.
+
+  Raises:
+    UserError: pydicom is not installed.
+  """
+  load_pydicom()
+  for name, file in itertools.islice(_opened(source), _TRIED):
+    with contextlib.suppress(Exception), file:  # pydicom and zipfile raise errors of many types
+      header = read_dataset(file, stop_before_pixels=True, specific_tags=['SOPClassUID', 'PatientID'])
+      if sop_class(header) != DIRECTORY:
+        return dicom_headers.patient_id(header), name
+  return '', ''
+
+
+def _opened(source):
+  """The names of the DICOM files of a folder or .zip, and the open files, in the order of their paths."""
+  if source.is_dir():
+    yield from ((path.name, path.open('rb')) for path in archives.in_folder(source) if is_dicom(path))
+    return
+  with contextlib.suppress(Exception), zipfile.ZipFile(source) as packed:
+    for name in sorted(packed.namelist()):
+      file = packed.open(name)
+      head = file.read(_HEAD)
+      file.seek(0)
+      if name.lower().endswith(_ENDINGS) or _begins(head):
+        yield pathlib.PurePosixPath(name).name, file
+      else:
+        file.close()
 
 
 def sop_class(header: Any) -> str:

@@ -95,6 +95,11 @@ def _words(header):
   return set(re.split(r'[\W_]+', ' '.join(texts)))
 
 
+def patient_id(header: Any) -> str:
+  """The PatientID; '' if it is missing or empty."""
+  return str(header.get('PatientID') or '').strip()
+
+
 def patient(header: Any) -> tuple[str, ...]:
   """What identifies the patient: the ID; the name and birth date if it is empty."""
   keys = ('PatientID',) if header.get('PatientID') else ('PatientName', 'PatientBirthDate')

@@ -168,7 +168,7 @@ def _pool(config, workdir, data_dir, overwrite):
     'made_of': made_of,
   }
   if volumes:
-    result['volumes'] = masks.summary(volumes)
+    result['volumes'] = masks.summary(volumes, results.owners_of(table, [row['case'] for row in volumes]))
   results.write_test(workdir / test, table, result, volumes, {})
   logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(task_type, result))
   for name, spread in result['over_folds'].items():

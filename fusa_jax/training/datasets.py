@@ -188,7 +188,7 @@ def card(data_dir: str | pathlib.Path, tested: int | str) -> dict:
     tested: the test fold, or 'all' for a cross-validation.
 
   Returns:
-    folds: a row per fold: its role, its patients and slices, and their lesion volumes if known.
+    folds: a row per fold: its role, its patients (persons) and slices, and their lesion volumes if known.
     validated: whether there are enough folds for a validation fold.
   """
   of_folds = folds(data_dir)
@@ -199,16 +199,19 @@ def card(data_dir: str | pathlib.Path, tested: int | str) -> dict:
   rows = []
   for k, patients in enumerate(of_folds):
     slices = np.concatenate([patient['lesion_voxels'] for patient in patients])
+    owners, owner = np.unique([patient['owner'] for patient in patients], return_inverse=True)
+    has_lesion = np.bincount(owner, [any(patient['lesion_voxels']) for patient in patients])
     row = {
       'fold': k,
       'role': roles[k],
-      'patients': len(patients),
-      'without_lesion': sum(not any(patient['lesion_voxels']) for patient in patients),
+      'patients': len(owners),
+      'without_lesion': int((has_lesion == 0).sum()),
       'slices': len(slices),
       'positive': int((slices > 0).sum()),
     }
     volumes = [patient['lesion_ml'] for patient in patients]
     if None not in volumes:  # pictures have no volumes
+      volumes = np.bincount(owner, volumes)
       row |= {
         'lesion_ml': float(np.sum(volumes)),
         'median_ml': float(np.median(volumes)),

@@ -247,7 +247,8 @@ def _numbers(test, point, table, volumes_of_scans):
     'made_of': test.made_of,
   }
   if volumes_of_scans:
-    result['volumes'] = masks.summary(volumes_of_scans)
+    owners = results.owners_of(table, [row['case'] for row in volumes_of_scans])
+    result['volumes'] = masks.summary(volumes_of_scans, owners)
   return result
 
 

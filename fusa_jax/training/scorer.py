@@ -68,5 +68,6 @@ class Scorer:
         'lower train.learning_rate'
       )
     columns['logit'] = columns['logit'].astype(np.float64) / temperature
-    table = {'patient': split.patient, 'slice': split.slice, 'label': split.label.astype(np.int64), **columns}
+    table = {name: getattr(split, name) for name in ('patient', 'owner', 'slice')}
+    table |= {'label': split.label.astype(np.int64), **columns}
     return table | histogram.counts_at(columns['histogram'], histogram.HALF)

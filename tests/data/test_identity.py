@@ -181,3 +181,26 @@ def test_lists_as_spreadsheets_save_them(tmp_path, name):
     ('Pat. \xe90', ['M\xfc0.png', 'M\xfc1.png']),
     ('Pat. \xe91', ['M\xfc2.png', 'M\xfc3.png']),
   ]
+
+
+@pytest.mark.parametrize(
+  ('names', 'groups'),
+  [
+    (('P1_t0', 'P1_t1', 'P2_t0'), 'P1_t0 + P1_t1'),
+    (('P1_baseline', 'P1_followup', 'P2'), 'P1_baseline + P1_followup'),
+    (('sub-01_ses-1', 'sub-01_ses-2', 'sub-02_ses-1', 'sub-02_ses-2'), 'sub-01_ses-1 + sub-01_ses-2, sub-02_'),
+    (('P7_20200401', 'P7_20210401', 'P8_20200401'), 'P7_20200401 + P7_20210401'),
+    (('case_1', 'case_2', 'case_3'), ''),
+    (('scan_20200401', 'scan_20200402', 'volume-covid19-A-0001', 'volume-covid19-A-0002'), ''),
+  ],
+)
+def test_names_like_follow_ups_are_said_in_one_line(tmp_path, caplog, names, groups):
+  for number, name in enumerate(names):
+    pair(tmp_path, name, number)
+  assert not any(case.owner for case in find(tmp_path)[1])
+  assert len(caplog.messages) == bool(groups)
+  assert all(f'but each counts as one patient: {groups}' in line for line in caplog.messages)
+  (tmp_path / 'patients.csv').write_text('scan,patient\n' + ''.join(f'{name},{name[:2]}\n' for name in names))
+  caplog.clear()
+  find(tmp_path)
+  assert not caplog.messages

@@ -15,6 +15,7 @@ def slices(truth, predicted, patient, **columns):
   truth, predicted = np.asarray(truth, bool), np.asarray(predicted, bool)
   return {
     'patient': np.asarray(patient),
+    'owner': np.asarray(patient),
     'tp': (truth & predicted).sum(1),
     'fp': (~truth & predicted).sum(1),
     'fn': (truth & ~predicted).sum(1),
@@ -113,7 +114,7 @@ def test_resampled_patients_equal_their_copied_slices():
       copy = np.concatenate(
         [np.full((patient == patients.names[k]).sum(), n) for n, k in enumerate(np.repeat(np.arange(8), row))]
       )
-      expected = of({key: values[rows] for key, values in table.items()} | {'patient': copy}, definition)
+      expected = of({key: values[rows] for key, values in table.items()} | {'patient': copy, 'owner': copy}, definition)
       got = {name: statistics.defined(v[draw]) for name, v in values.items()}
       assert got == pytest.approx(expected)
 
@@ -130,6 +131,35 @@ def test_detection_and_other_prevalences():
   assert of(table, lambda totals: metrics.detection_at(totals, 0.1)) == pytest.approx(
     {'ppv': 50 / 350, 'npv': 600 / 650}
   )
+
+
+def test_scans_of_one_person_count_as_one_patient():
+  """Two scans of each person have the numbers and intervals of the same slices stored as one scan, and NumPy's."""
+  rng = np.random.default_rng(5)
+  person, scan = np.repeat(np.arange(9), 8), np.repeat(np.arange(18), 4)
+  truth = rng.random((72, 30)) < np.repeat(rng.uniform(0.05, 0.5, 9), 8)[:, None]
+  predicted = truth ^ (rng.random((72, 30)) < np.repeat(rng.uniform(0.02, 0.3, 9), 8)[:, None])
+  table = slices(truth, predicted, [f'p{k}' for k in person], logit=np.round(rng.random(72), 1))
+  as_one, as_two = (metrics.by_patient(t) for t in (table, table | {'patient': np.array([f's{k}' for k in scan])}))
+  assert len(as_two) == 9 and as_two.names == as_two.owners == as_one.names
+  assert as_two.num_scans.tolist() == [2] * 9 and as_one.num_scans.tolist() == [1] * 9
+  for definition in (metrics.segmentation, metrics.detection):
+    one, two = (each.statistic(definition) for each in (as_one, as_two))
+    assert statistics.estimates(one, 9) == statistics.estimates(two, 9)
+    assert statistics.intervals(one, 9) == statistics.intervals(two, 9)
+  weights = np.random.default_rng(statistics.SEED).multinomial(9, np.full(9, 1 / 9), size=250)
+  added = lambda values: np.array([values[person == k].sum() for k in range(9)])
+  dice = 2 * added(truth & predicted) / (added(truth) + added(predicted))
+  got = as_two.statistic(metrics.segmentation)(weights.astype(float))['dice_per_patient']
+  np.testing.assert_allclose(got, weights @ dice / 9)
+
+
+def test_a_person_with_one_scan_has_its_name():
+  table = slices(np.ones((3, 2)), np.ones((3, 2)), ['a', 'b', 'c']) | {'owner': np.array(['x', 'y', 'x'])}
+  assert [(row['patient'], row['num_slices']) for row in metrics.patient_rows(metrics.by_patient(table))] == [
+    ('x', 2),
+    ('b', 1),
+  ]
 
 
 def test_undefined_values_are_none():

@@ -354,3 +354,18 @@ def test_tables_of_others_are_not_replaced(tmp_path, file):
   assert (tmp_path / 'out' / file).read_bytes() == noted
   run(overwrite=True)
   assert b'a note' not in (tmp_path / 'out' / file).read_bytes()
+
+
+def test_intervals_of_volumes_draw_persons():
+  """Persons with one to three scans: the mean is that of the scans, the interval that of drawn persons in NumPy."""
+  rng = np.random.default_rng(4)
+  persons = np.repeat(np.arange(8), rng.integers(1, 4, 8))
+  rows = [dict.fromkeys(masks.DEFINITIONS, float(person + rng.random())) for person in persons]
+  got = masks.summary(rows, [f'p{person}' for person in persons])['measures']['dice']
+  values, draws = np.array([row['dice'] for row in rows]), np.random.default_rng(statistics.SEED)
+  drawn = np.concatenate([draws.multinomial(8, np.full(8, 1 / 8), size=250) for _ in range(8)])
+  means, tail = [np.repeat(values, row[persons]).mean() for row in drawn], statistics.expanded_tail(8)
+  assert got['mean'] == pytest.approx(values.mean())
+  assert got['mean_interval'] == pytest.approx(np.quantile(means, [tail, 1 - tail]))
+  as_patients = masks.summary(rows)['measures']['dice']['mean_interval']
+  assert np.ptp(as_patients) < np.ptp(got['mean_interval'])

@@ -163,6 +163,7 @@ def cohort(rng, patients, slices=6):
   table = {key: np.rint(values).astype(int) for key, values in counts.items()}
   return table | {
     'patient': patient,
+    'owner': patient,
     'label': label,
     'logit': score,
     'reliability': np.zeros((len(label), 3, 1)),

@@ -203,8 +203,8 @@ def test_the_digest_is_that_of_the_files_of_the_variables(tmp_path):
     [str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()]
     for path in files_of(folder / 'variables')
   ]
-  assert checkpoints.digest(1) == hashlib.sha256(json.dumps(sorted(lines)).encode()).hexdigest()
-  assert checkpoints.digest(1) != checkpoints.digest(2)
+  assert checkpoints.digest_of_files(1) == hashlib.sha256(json.dumps(sorted(lines)).encode()).hexdigest()
+  assert checkpoints.digest_of_files(1) != checkpoints.digest_of_files(2)
 
 
 BIG = {'w': jnp.asarray(np.random.default_rng(0).standard_normal(1_000_000), jnp.float32)}

@@ -27,6 +27,7 @@ def table(rng, quality, patients=12, slices=5, pixels=400):
   }
   return counts | {
     'patient': np.repeat([f'p{k}' for k in range(patients)], slices),
+    'owner': np.repeat([f'p{k}' for k in range(patients)], slices),
     'slice': np.tile(np.arange(slices), patients),
     'label': truth.any(axis=1).astype(int),
     'logit': called.mean(axis=1),
@@ -151,6 +152,18 @@ def test_tables_of_other_patients_are_refused(pair):
     paired(pair[0], other)
 
 
+def test_scans_of_one_person_are_one_pair(pair):
+  """Two scans of each of six persons give the differences of the same slices stored as one scan per person."""
+  of = lambda number: np.array([f'p{k // number:02d}' for k in range(12) for _ in range(5)])
+  numbered = {'slice': np.tile(np.arange(10), 6)}
+  one = paired(*(each | numbered | dict.fromkeys(('patient', 'owner'), of(2)) for each in pair))
+  two = [each | numbered | {'patient': of(1), 'owner': of(2)} for each in pair]
+  got = paired(*two)
+  assert got == one and got['per_patient']['patients'] == 6
+  with pytest.raises(UserError, match='not the same scans belong to one patient'):
+    paired(two[0], two[1] | {'owner': of(1)})
+
+
 def test_classifiers_are_compared_by_accuracy():
   """Two patients with three and two slices: 2 of 3 and 2 of 2 correct, compared with 1 of 3 and 1 of 2."""
   label = np.array([1, 1, 0, 1, 0])
@@ -159,7 +172,9 @@ def test_classifiers_are_compared_by_accuracy():
     called = np.array(called)
     counts = {'tp': label & called, 'fp': (1 - label) & called, 'fn': label & (1 - called)}
     counts['tn'] = 1 - sum(counts.values())
-    columns = {'patient': np.array(list('aaabb')), 'slice': np.array([0, 1, 2, 0, 1]), 'label': label, 'logit': called}
+    patient = np.array(list('aaabb'))
+    columns = {'patient': patient, 'owner': patient, 'slice': np.array([0, 1, 2, 0, 1])}
+    columns |= {'label': label, 'logit': called}
     tables.append(columns | counts | {'reliability': np.zeros((5, 3, 20)), 'squared_error': np.zeros(5)})
   got = compare.paired(CLASSIFICATION, *([table] for table in tables))
   assert got['per_patient']['difference'] == pytest.approx(np.mean([2 / 3 - 1 / 3, 1 - 1 / 2]))

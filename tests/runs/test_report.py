@@ -68,6 +68,7 @@ def test_patients_without_lesion_have_a_volume_and_no_dice():
   """Counted by hand: 'a' has lesion; 'b' and 'c' have none, and 'b' has 3 + 1 false pixels."""
   table = {
     'patient': np.array(['a', 'b', 'b', 'c']),
+    'owner': np.array(['a', 'b', 'b', 'c']),
     'label': np.array([1, 0, 0, 0]),
     'logit': np.zeros(4),
     'tp_chosen': np.array([5, 0, 0, 0]),
@@ -81,6 +82,10 @@ def test_patients_without_lesion_have_a_volume_and_no_dice():
   assert report.healthy(table, {'b': {'predicted_ml': 1.5, 'true_ml': 0.0}})['ml'] is None  # 'c' has no scan
   volumes = {name: {'predicted_ml': ml, 'true_ml': 0.0} for name, ml in (('a', 9.0), ('b', 1.5), ('c', 0.0))}
   assert report.healthy(table, volumes) == {'patients': 2, 'clean': 1, 'pixels': [4], 'ml': [1.5]}
+  # With 'b' and 'c' as scans of one person, there is one patient with all of their marks.
+  person = table | {'owner': np.array(['a', 'x', 'x', 'x'])}
+  volumes['c']['predicted_ml'] = 0.5
+  assert report.healthy(person, volumes) == {'patients': 1, 'clean': 0, 'pixels': [4], 'ml': [2.0]}
 
 
 def test_every_number_has_a_label_and_a_definition(runs):

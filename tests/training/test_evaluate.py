@@ -37,7 +37,7 @@ def read(workdir):
 def test_slices_csv_has_every_test_slice_once(runs, data_dir, kind):
   rows, result = read(runs[kind])
   test = datasets.load_dataset(data_dir, 0, SIZE).test
-  assert list(rows[0]) == ['patient', 'slice', 'label', 'score', 'tp', 'fp', 'fn', 'tn']
+  assert list(rows[0]) == ['patient', 'slice', 'label', 'score', 'tp', 'fp', 'fn', 'tn', 'owner']
   assert [(r['patient'], int(r['slice'])) for r in rows] == list(
     zip(test.patient.tolist(), test.slice.tolist(), strict=True)
   )
@@ -464,6 +464,7 @@ def test_overlay_has_the_colours_of_the_paper_and_the_pixels_of_the_slice(tmp_pa
 def test_telling_slices_take_the_worst_and_the_best_patients_in_turn():
   table = {
     'patient': np.array(['well', 'good', 'good', 'middle', 'bad']),
+    'owner': np.array(['well', 'good', 'good', 'middle', 'bad']),
     'label': np.array([0, 1, 1, 1, 1]),
     'score': np.array([0.1, 0.9, 0.9, 0.6, 0.2]),
     'logit': np.zeros(5),

@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+import re
 import shutil
 import tempfile
 
@@ -245,3 +246,93 @@ def test_a_patients_folder_may_hold_only_archives(laid, tmp_path):
   (tmp_path / f'{name}_mask.nii.gz').unlink()
   (tmp_path / 'other').mkdir()
   assert not cohort.recognises(tmp_path)
+
+
+def folders_of(folder, ids):
+  """Makes a folder per PatientID, each with a series of two slices, and their masks."""
+  for number, patient_id in enumerate(ids):
+    made = dicom_series.slices(np.zeros((4, 4, 2), int), np.eye(4), number, PatientID=patient_id)
+    dicom_series.save(folder / f'f{number}', made)
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 2), np.uint8), np.eye(4)), folder / f'f{number}_mask.nii.gz')
+  return folder
+
+
+def owners(folder, quiet=False):
+  return {case.patient: case.owner for case in find(folder, quiet=quiet)[1]}
+
+
+def test_a_patient_id_is_an_owner_and_never_shown(tmp_path, caplog):
+  """Folders and archives of one PatientID have one owner. The hash is the same on all machines."""
+  caplog.set_level(logging.INFO)
+  folder = folders_of(tmp_path, ['MARKER-1', 'marker-01', 'MARKER-2', ''])
+  shutil.make_archive(folder / 'f4', 'zip', folder / 'f2')
+  shutil.copy(folder / 'f2_mask.nii.gz', folder / 'f4_mask.nii.gz')
+  found = owners(folder)
+  assert found == {
+    'f0': 'id-11b06664e6d936ab',
+    'f1': 'id-11b06664e6d936ab',
+    'f2': 'id-ad6ed90b43340507',
+    'f3': '',
+    'f4': 'id-ad6ed90b43340507',
+  }
+  empty, several = caplog.messages
+  assert ': PatientID is empty, a placeholder, or the same for most in 1 of 5 folders, so each of these counts' in empty
+  assert ': patients with several folders, by PatientID: f0 + f1, f2 + f4; patients.csv (scan,patient)' in several
+  assert 'marker' not in f'{found}{caplog.text}'.lower()
+  (folder / 'patients.csv').write_text('scan,patient\nf0,a\nf1,b\nf2,b\nf3,c\nf4,d\n')
+  assert owners(folder) == {'f0': 'a', 'f1': 'b', 'f2': 'b', 'f3': 'c', 'f4': 'd'}
+
+
+@pytest.mark.parametrize(
+  'ids',
+  [
+    ['S1'] * 3,
+    [''] * 3,
+    ['ANONYMOUS', 'anonymous', 'A1'],
+    ['xxxxx', 'xxxxx', 'A1'],
+    ['0000', '0', 'B'],
+    ['S'] * 11 + ['B'],
+  ],
+)
+def test_ids_that_say_nothing_merge_nobody(tmp_path, caplog, ids):
+  found = owners(folders_of(tmp_path, ids))
+  assert sum(owner == '' for owner in found.values()) == sum(one == ids[0] or one in ('anonymous', '0') for one in ids)
+  (line,) = caplog.messages
+  assert 'each of these counts as one patient; if some show the same patient, list all in patients.csv' in line
+
+
+def test_datasets_hold_no_patient_id(laid, tmp_path):
+  """Two folders of one PatientID are in one fold, in a dataset that contains the ID nowhere."""
+  for number in (2, 6, 8):  # folders with a mask beside them or a SEG
+    name = f'volume-phantom-A-{number:04d}'
+    shutil.copytree(laid / name, tmp_path / 'raw' / name)
+    for mask in laid.glob(f'{name}_*'):
+      copy(mask, tmp_path / 'raw' / mask.name)
+    for path in (tmp_path / 'raw' / name).rglob('*'):
+      if path.is_file():
+        one = pydicom.dcmread(path)
+        one.PatientID = 'MARKER-1' if number < 8 else 'MARKER-2'
+        one.save_as(path)
+  prepared = prepare.prepare(str(tmp_path / 'raw'), str(tmp_path / 'out'), SIZE)
+  folds = [[(one['patient'][-1], one['owner']) for one in fold] for fold in datasets.folds(prepared)]
+  assert sorted([number for number, _ in fold] for fold in folds) == [['2', '6'], ['8']]
+  assert all(owner.startswith('id-') for fold in folds for _, owner in fold)
+  written = b''.join(path.read_bytes() for path in (tmp_path / 'out').rglob('*') if path.is_file()).lower()
+  assert b'volume-phantom' in written and b'marker' not in written
+
+
+def test_a_folder_with_two_patients_is_refused(laid, tmp_path):
+  name = 'volume-phantom-A-0002'
+  shutil.copytree(laid / name, tmp_path / name), copy(laid / f'{name}_seg.nii.gz', tmp_path / f'{name}_seg.nii.gz')
+  path = next((tmp_path / name).rglob('IM*'))
+  report = pydicom.dcmread(path)
+  report.PatientID, report.Modality, report.SOPInstanceUID = 'MARKER-9', 'SR', '1.2.3'
+  report.SeriesInstanceUID = '1.2.4'
+  report.save_as(tmp_path / name / 'A dose report')
+  with pytest.raises(UserError) as caught:
+    read.volume(cohort.find(tmp_path)[0])
+  assert re.fullmatch(
+    rf'{tmp_path / name}: A dose report and series\d+_\w+ \(Chest 5.0\) have different PatientIDs, so they may show '
+    'two patients; put each patient in a folder of its own',
+    str(caught.value),
+  )
