@@ -93,7 +93,7 @@ def _choose_point(test):
     point = operating_point.OperatingPoint(step=test.step)
   own = split is None or split['validation'] == dataset.patients()['validation']
   flips, lungs = (config.evaluate[key] if own else getattr(point, key) for key in ('flips', 'lungs'))
-  scorer = Scorer(test.task, test.mesh, config.train.batch_size, flips)
+  scorer = Scorer(test.task, test.mesh, config.train.batch_size, flips, config.train.deterministic)
   if not own:
     return point, scorer
   if dataset.validation is not None:
