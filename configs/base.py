@@ -60,6 +60,9 @@ def paper() -> ml_collections.ConfigDict:
   config.train.weight_decay = 1e-4  # applies to kernels only, not to biases and norms
   config.train.log_every = 50  # steps between two lines of the log
   config.train.evaluate_every = 1000  # steps between two validations; each is followed by a checkpoint
+  # On GPUs: add in a fixed order and choose kernels without timing them, so that a repeated run gives the same bits
+  # (docs/models.md has cost and limits). Runs on CPUs and TPUs do so in any case.
+  config.train.deterministic = False
 
   config.evaluate = ml_collections.ConfigDict()
   config.evaluate.num_overlays = 12  # pictures of test slices to draw

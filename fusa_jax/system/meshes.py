@@ -41,6 +41,17 @@ def create_mesh(data: int = -1, space: int = 1, devices=None) -> Mesh:
   return jax.make_mesh((data, space), axes, axis_types=types, devices=devices.ravel())
 
 
+def compiler_options(mesh: Mesh, deterministic: bool) -> dict | None:
+  """The options to compile a program for the devices of a mesh with; None if there are none.
+
+  On GPUs, XLA adds the updates of a scatter in any order (atomics), and times several kernels to choose one. With
+  `deterministic` it sorts the updates first, and takes the first kernel that gives the same bits each time.
+  """
+  if deterministic and mesh.devices.flat[0].platform == 'gpu':
+    return {'xla_gpu_deterministic_ops': True}
+  return None
+
+
 def check_divides(mesh: Mesh, batch_size: int, image_size: int) -> None:
   """Checks that the mesh can split the batch and the image height evenly.
 

@@ -199,9 +199,16 @@ def _choose_point(test):
   point = operating_point.load_point(workdir)
   if point.step != test.step:
     point = operating_point.OperatingPoint(step=test.step)
+<<<<<<< HEAD
   flips, lungs = (config.evaluate[key] if test.is_own else getattr(point, key) for key in ('flips', 'lungs'))
   scorer = Scorer(test.task, test.mesh, config.train.batch_size, flips)
   if not test.is_own:
+=======
+  own = split is None or split['validation'] == dataset.patients()['validation']
+  flips, lungs = (config.evaluate[key] if own else getattr(point, key) for key in ('flips', 'lungs'))
+  scorer = Scorer(test.task, test.mesh, config.train.batch_size, flips, config.train.deterministic)
+  if not own:
+>>>>>>> s22D
     return point, scorer
   if dataset.validation is not None:
     point = operating_point.choose(

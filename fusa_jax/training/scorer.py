@@ -13,9 +13,19 @@ from fusa_jax.training import datasets, input_pipeline
 
 
 class Scorer:
-  """Applies a model to the slices of a split on a mesh, in batches. The program is compiled only once."""
+  """Applies a model to the slices of a split on a mesh, in batches. The program is compiled only once.
 
-  def __init__(self, task: tasks.Task, mesh: jax.sharding.Mesh, batch_size: int, flips: bool = False):
+  `flips` and `deterministic` are those of config.evaluate and config.train.
+  """
+
+  def __init__(
+    self,
+    task: tasks.Task,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    flips: bool = False,
+    deterministic: bool = False,
+  ):
     self._mesh, self._batch_size = mesh, meshes.fitting_batch(mesh, batch_size)
 
     def run(variables, batch, temperature):
@@ -26,7 +36,9 @@ class Scorer:
       return counts | {'score': score, 'logit': highest, 'index': batch['index']}
 
     # Every host receives all rows; each row is a few thousand numbers.
-    self._run = hosts.compiled_together(jax.jit(run, out_shardings=meshes.replicated(mesh)))
+    options = meshes.compiler_options(mesh, deterministic)
+    jitted = jax.jit(run, out_shardings=meshes.replicated(mesh), compiler_options=options)
+    self._run = hosts.compiled_together(jitted)
 
   def table(
     self, variables: dict, split: datasets.Split, temperature: float = 1.0, stage: str = ''

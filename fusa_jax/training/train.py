@@ -93,7 +93,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
 
     # ---- the step: compiled before the first batch is read
     step_function = compile_step(task, optimizer, config, mesh, shapes)
-    validation = scorer.Scorer(task, mesh, config.train.batch_size)
+    validation = scorer.Scorer(task, mesh, config.train.batch_size, deterministic=config.train.deterministic)
     batches = input_pipeline.train_batches(
       dataset.train,
       mesh,
@@ -238,8 +238,10 @@ def lower_step(task, optimizer, config, mesh, shapes: TrainState) -> jax.stages.
     'label': array(np.int32, count),
     'index': array(np.int32, count),
   }
+  options = meshes.compiler_options(mesh, config.train.deterministic)
   with jax.set_mesh(mesh):
-    return jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere)).lower(shapes, batch)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere), compiler_options=options)
+    return jitted.lower(shapes, batch)
 
 
 def compile_step(task, optimizer, config, mesh, shapes: TrainState) -> jax.stages.Compiled:

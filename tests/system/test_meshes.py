@@ -1,5 +1,9 @@
 """Device meshes: their shapes, sizes that divide over them, and the rows of each host."""
 
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +16,18 @@ def test_mesh_shapes(data, space, shape):
   mesh = meshes.create_mesh(data, space)
   assert mesh.axis_names == ('data', 'space')
   assert mesh.devices.shape == shape
+
+
+def test_only_gpus_need_an_option_to_be_deterministic():
+  """XLA knows the option: it refuses to compile with an unknown one, on any device."""
+  of_platform = lambda name: SimpleNamespace(devices=np.array([[SimpleNamespace(platform=name)]]))
+  assert meshes.compiler_options(of_platform('gpu'), False) is None
+  options = meshes.compiler_options(of_platform('gpu'), True)
+  assert options and not any(meshes.compiler_options(of_platform(name), True) for name in ('cpu', 'tpu'))
+  lowered = jax.jit(jnp.sin).lower(1.0)
+  lowered.compile(options)
+  with pytest.raises(jax.errors.JaxRuntimeError, match='No such compile option'):
+    lowered.compile({f'{name}_of_another_version': value for name, value in options.items()})
 
 
 @pytest.mark.parametrize(('data', 'space'), [(3, 1), (-1, 3), (8, 2), (0, 1), (-1, 0)])

@@ -18,7 +18,7 @@ from fusa_jax.chips import tpu
 from fusa_jax.runs import checkpoint, run_config
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
-from fusa_jax.training import augment, datasets, input_pipeline, optimizers, train
+from fusa_jax.training import augment, datasets, input_pipeline, optimizers, scorer, train
 
 
 def log_of(workdir: pathlib.Path) -> list[dict]:
@@ -178,6 +178,22 @@ def test_dense_kernels_of_fusa_are_not_summed_over_the_devices():
   # The ratio is not exactly 1. Half of each fusion kernel has the same gradient in every row and is sent once. On CPUs
   # the gradient of a strided kernel is summed before its unused part is cut off. With dense kernels it would be 1.2.
   assert 0.95 < sent / (4 * (total - kept)) < 1.1
+
+
+def test_step_and_scores_are_compiled_with_the_options_of_train_deterministic(monkeypatch, data_dir):
+  """XLA refuses an option that it does not know, so the error shows that the program was compiled with it."""
+  config = tiny(**{'train.deterministic': True})
+  monkeypatch.setattr(meshes, 'compiler_options', lambda _, deterministic: {'xla_unknown': 1} if deterministic else {})
+  mesh, task = meshes.create_mesh(8, 1), tasks.create(config)
+  optimizer, _ = optimizers.make_optimizer(config)
+  shapes = train.state_shapes(task, optimizer, config, mesh)
+  with pytest.raises(jax.errors.JaxRuntimeError, match='No such compile option'):
+    train.lower_step(task, optimizer, config, mesh, shapes).compile()
+  split = datasets.load_dataset(data_dir, config.data.fold, SIZE).test
+  with pytest.raises(jax.errors.JaxRuntimeError, match='No such compile option'):
+    scorer.Scorer(task, mesh, 8, deterministic=True).table(
+      train.initial_state(task, optimizer, config).variables, split
+    )
 
 
 def losses(config, mesh, data_dir):
