@@ -13,7 +13,7 @@ import numpy as np
 from fusa_jax import tasks
 from fusa_jax.inference import postprocessing, predictor, trained
 from fusa_jax.measures import histogram, masks
-from fusa_jax.runs import config_checks, figures, operating_point, results, run_config
+from fusa_jax.runs import config_checks, figures, operating_point, results, run_config, workdir_lock
 from fusa_jax.scans import volumes
 from fusa_jax.system import hosts, meshes, progress, provenance
 from fusa_jax.system.errors import UserError
@@ -22,6 +22,7 @@ from fusa_jax.training import datasets
 from fusa_jax.training.scorer import Scorer
 
 
+@workdir_lock.alone_in_workdir
 def evaluate(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
