@@ -5,13 +5,11 @@ import functools
 import hashlib
 import io
 import json
-import logging
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
-import filelock
 import tensorflow_datasets as tfds
 
 from data import read, survey
@@ -20,7 +18,7 @@ from data.covid_ct import Builder, Config
 from data.find import find
 from data.workers import silent
 from fusa_jax.scans import sources
-from fusa_jax.system import home
+from fusa_jax.system import home, locks
 from fusa_jax.system.errors import UserError, one_line
 
 CACHE = home.CACHE
@@ -184,14 +182,7 @@ def _alone(folder: pathlib.Path, name: str) -> Iterator[None]:
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / f'.{name}.lock')
-    try:
-      lock.acquire(timeout=0)
-    except filelock.Timeout:
-      logging.info('%s: another process prepares its %s; waiting', folder, name)
-      lock.acquire()
-  except NotImplementedError:
-    logging.warning('%s: its file system has no locks; do not prepare the same data twice at once', folder)
+    lock = locks.acquire(folder / f'.{name}.lock', f'{folder}: another process prepares its {name}; waiting', wait=True)
   except OSError as error:
     is_cache = folder.is_relative_to(CACHE)
     advice = 'set XDG_CACHE_HOME to a folder that you may write to' if is_cache else 'use another folder'

@@ -137,11 +137,18 @@ def last_step(log) -> int:
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_resumes(data_dir, tmp_path):
-  """SIGTERM during training, between two evaluations: the current step is saved, without unfinished files."""
+  """SIGTERM during training, between two evaluations: the current step is saved, without unfinished files.
+
+  Before, a second job in the workdir is refused.
+  """
   workdir = tmp_path / 'run'
   arguments = command(data_dir, workdir, **{'train.steps': 1000, 'train.evaluate_every': 500})
   process = several_hosts.start(arguments, 1, tmp_path / 'log', tmp_path / 'notes')
   wait_until(lambda: (log := workdir / 'log.jsonl').exists() and last_step(log) >= 3, process)
+  code, printed = run(arguments, tmp_path / 'other')
+  assert code == 2
+  advice = 'wait until it ends, or name another folder'
+  assert printed.splitlines()[-1] == f'error: --workdir: another job works in {workdir} now; {advice}'
   process.send_signal(signal.SIGTERM)
   assert process.wait(60) == 143
   (step,) = saved(workdir)

@@ -8,11 +8,8 @@ import contextlib
 import csv
 import pathlib
 import time
-from collections.abc import Iterable
 
-import filelock
-
-from fusa_jax.system import files, own_files
+from fusa_jax.system import files, locks, own_files
 from fusa_jax.system.errors import UserError
 
 NAME = 'predictions.csv'
@@ -133,30 +130,13 @@ def refused(folder: pathlib.Path) -> set[str]:
   return {name for name, row in rows.items() if row['status'] != PREDICTED}
 
 
-@contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterable[None]:
-  """Context in which no other prediction may write to the folder. The lock ends with the process that holds it.
+def locked(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+  """Returns a context in which no other prediction may write to the folder.
 
   Raises:
     UserError: another prediction writes to the folder now; or the folder cannot be written.
   """
   if folder.exists() and not folder.is_dir():
     raise UserError(f'output: {folder} is a file; give a folder')
-  path, is_new = folder / '.predictions.lock', not folder.exists()
-  with files.writing(path):
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path)
-    try:
-      lock.acquire(timeout=0)
-    except filelock.Timeout:
-      raise UserError(
-        f'output: another prediction writes to {folder} now; wait until it ends, or give another folder'
-      ) from None
-  try:
-    yield
-  finally:
-    # The file remains: another process may have it open already and would hold a lock on a removed file.
-    if is_new and list(folder.iterdir()) == [path]:
-      path.unlink()
-      folder.rmdir()
-    lock.release()
+  busy = f'output: another prediction writes to {folder} now; wait until it ends, or give another folder'
+  return locks.alone(folder, 'predictions', busy)

@@ -30,8 +30,8 @@ from fusa_jax.scans import dicom_seg, nifti, pictures, volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.formats import FileSource, Source
 from fusa_jax.scans.sources import find_sources
-from fusa_jax.system import hosts, own_files, progress
-from fusa_jax.system.errors import HostLost, UserError, one_line
+from fusa_jax.system import hosts, own_files, preemption, progress
+from fusa_jax.system.errors import HostLost, Terminated, UserError, one_line
 from fusa_jax.system.files import printable, sha256
 
 # Number of pictures that are predicted together.
@@ -97,6 +97,7 @@ def predict(
       output folder has files that this program did not write, and `overwrite` is not set; or DICOM SEG is requested,
       but the model predicts no masks or an input is not a DICOM series. Or a result cannot be written.
     HostLost: another process was lost, and some inputs are left.
+    Terminated: on SIGTERM, which stops all processes after the inputs at hand.
   """
   with unpacking() as unpacked:
     sources = find_sources(source, run.model.values, unpacked)
@@ -123,25 +124,39 @@ def _predict(job, sources, overwrite, strict):
       job.check_inputs(sources)
     rows.begin()
 
+  hosts.check_shared(output, 'output', 'name a folder that all hosts share')
   listed = json.dumps([(source.place, source.stem) for source in sources])
   hosts.check_equal({'the inputs (SHA-256 of their names)': sha256(listed.encode())})
   hosts.on_main(check)
   try:
-    _run(job, sources, rows)
-    lost = hosts.wait_for_others()
+    with preemption.deferred(together=False):
+      _run(job, sources, rows)
+      rows.close()
+      lost = hosts.wait_for_others()
+      count, reasons, lost, stopped = hosts.on_main(lambda: (*_count(rows, sources), lost, preemption.requested()))
+      counts, names = Counts(*count), ', '.join(map(str, lost))
+      left = len(sources) - sum(counts)
+      if left and stopped:
+        raise Terminated(f'by SIGTERM, with {left} of {len(sources)} inputs left')
   finally:
     rows.close()
     rows.join()
-  count, reasons, lost = hosts.on_main(lambda: (*_count(rows, sources), lost))
-  counts, names = Counts(*count), ', '.join(map(str, lost))
-  if len(sources) > sum(counts):
-    raise HostLost(f'{len(sources) - sum(counts)} inputs are left, because of lost processes ({names}); run it again')
+  if left:
+    raise HostLost(f'{left} inputs are left, because of lost processes ({names}); run it again')
   if not counts.predicted and len(sources) == 1:
     rows.remove_if_new()
     raise UserError(job.with_path(sources[0], reasons[0]))
   if not counts.predicted:
     raise UserError(f'input: all {len(sources)} inputs were refused or failed; see {output / manifest.NAME}')
   return counts
+
+
+def _until_stopped(items):
+  """Yields items until SIGTERM has reached any process of the run."""
+  for item in items:
+    if preemption.requested():
+      return
+    yield item
 
 
 def _count(rows, sources):
@@ -165,7 +180,7 @@ def _run(job, sources, rows):
   # The executor of the writer waits for a write that has begun, so no result is half-written.
   with futures.ThreadPoolExecutor(1) as writer, _readers() as reader:
     read = _overlapping(reader, lambda part: (part[0], job.read(part[1])), hosts.dealt(parts), _AHEAD + 1)
-    computed = ((position, job.compute(inputs)) for position, inputs in read)
+    computed = ((position, job.compute(inputs)) for position, inputs in _until_stopped(read))
     show = len(sources) > 1 and hosts.is_main()
     with progress.bar(total=len(sources), desc='Predicting', unit='inputs', show=show) as bar:
       for position, inputs in _overlapping(writer, lambda part: (part[0], job.write(part[1])), computed, 1):

@@ -15,15 +15,12 @@ import os
 import pathlib
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from fusa_jax.system import hosts
@@ -265,28 +262,6 @@ def _write_digests(folder: pathlib.Path) -> None:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
-
-
-class Preemption:
-  """A context manager that waits for SIGTERM, so that all processes of a run save and stop at the same step."""
-
-  def __init__(self):
-    self._signalled = threading.Event()
-    self._previous = None
-
-  def __enter__(self):
-    # With several processes, JAX's own handler receives the signal and tells the other processes.
-    if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
-      self._previous = signal.signal(signal.SIGTERM, lambda *_: self._signalled.set())
-    return self
-
-  def __exit__(self, *_):
-    if self._previous is not None:
-      signal.signal(signal.SIGTERM, self._previous)
-
-  def reached(self, step: int) -> bool:
-    """Whether to save and stop after `step`. Every process must call this at every step."""
-    return self._signalled.is_set() or multihost_utils.reached_preemption_sync_point(step)
 
 
 def exists(workdir: pathlib.Path) -> bool:

@@ -64,17 +64,23 @@ def prepared(config: ml_collections.ConfigDict) -> pathlib.Path:
   """Returns the folder of the prepared dataset. Process 0 prepares the dataset first if necessary.
 
   Raises:
-    UserError: the cohort's files cannot be used, or the dataset cannot be written.
+    UserError: the cohort's files cannot be used, or the dataset cannot be written. Another process does not see the
+      folder that process 0 would write it to.
   """
   from fusa_jax.system import hosts
 
   options = config.data
   if options.dir and not options.raw_dir:
     return pathlib.Path(options.dir).expanduser()
+  from data import prepare
+
+  if options.dir:
+    folder, advice = pathlib.Path(options.dir).expanduser(), 'if each host has its own copy, leave data.raw_dir out'
+  else:
+    folder, advice = prepare.CACHE, '--mode=prepare with data.dir writes a dataset that you can copy'
+  hosts.check_shared(folder, 'data.dir', f'give a data.dir that all hosts share; {advice}')
 
   def prepare_data() -> str:
-    from data import prepare
-
     if options.raw_dir:
       cohort_options = _cohort_options(options)
       return str(prepare.prepare(options.raw_dir, options.dir, options.image_size, progress.bar, cohort_options))

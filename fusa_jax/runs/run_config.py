@@ -21,17 +21,14 @@ _ADDED = {'data.coloured', 'train.deterministic'}
 def save_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   """Writes config.json on process 0, or compares `config` with the config.json that a run already has.
 
-  All processes check that they see this file, and so share the workdir.
+  All processes first check that they share the workdir.
 
   Raises:
     UserError: the workdir holds a run with another config (the message names the keys), or cannot be written. Another
-      process does not see the file.
+      process does not see the workdir.
   """
+  hosts.check_shared(workdir, 'workdir', 'name a folder that all hosts share')
   hosts.on_main(lambda: _save(workdir, config))
-  if not hosts.is_main() and not (workdir / 'config.json').is_file():
-    raise UserError(
-      f'workdir: this host does not see the files of process 0 in {workdir}; name a folder that all hosts share'
-    )
 
 
 def _save(workdir, config):

@@ -1,11 +1,13 @@
 """The processes of a run, one per host: they connect, wait for each other, and end together.
 
-They share a key-value store of JAX. This store has no public name, and no other module uses it.
+They share a key-value store of JAX (see `store`).
 """
 
 import itertools
 import json
 import logging
+import pathlib
+import secrets
 import sys
 import threading
 import time
@@ -13,9 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed
 
-from fusa_jax.system import exits
+from fusa_jax.system import exits, files, preemption, store
 from fusa_jax.system.errors import UserError
 
 T = TypeVar('T')
@@ -23,9 +24,14 @@ T = TypeVar('T')
 _DONE, _FAILED, _ENDED = 'fusa_jax/done/', 'fusa_jax/failed/', 'fusa_jax/ended/'
 _DEALT, _ALIVE, _FACTS = 'fusa_jax/dealt/', 'fusa_jax/alive/', 'fusa_jax/facts/'
 _turns = itertools.count()
-_leaving = threading.Event()
+# Set once this process disconnects, or ends because of an error or SIGTERM.
+_leaving, _ending = threading.Event(), threading.Event()
 # Seconds that processes need to disconnect.
 _GRACE = 3
+# Seconds to wait until all processes know that they must end.
+_TO_END = 10
+# Seconds to wait until a new file is visible on the other hosts.
+_TO_SEE = 5
 # Seconds after which a silent process counts as lost; set by `connect`.
 _patience = [100]
 _watcher = threading.Thread(target=lambda: _watch(), name='watch', daemon=True)
@@ -82,7 +88,7 @@ def connect(
   patience = threading.Timer(connect_timeout, give_up)
   patience.daemon = True
   patience.start()
-  jax.config.update('jax_enable_recoverability', survives)
+  store.set_survival(survives)
   _patience[0] = heartbeat_timeout
   try:
     jax.distributed.initialize(
@@ -97,17 +103,18 @@ def connect(
     return  # JAX detected no other processes
   finally:
     patience.cancel()
+  preemption.listen()
   _watcher.start()
 
 
 def disconnect() -> None:
   """Waits until every process has called this function, then disconnects; ends the process if another one fails."""
-  if _client() is not None:
+  if store.client() is not None:
     on_main(lambda: None)  # wait for process 0, which writes the results, and still react to its failure
     # Process 0 holds the store, and JAX aborts processes that lose it. If they survive each other, JAX itself does not
     # wait for them.
     wait_for_others()
-    if is_main() and jax.config.jax_enable_recoverability:
+    if is_main() and store.is_surviving():
       time.sleep(_GRACE)
     _leaving.set()
     _watcher.join()
@@ -116,7 +123,7 @@ def disconnect() -> None:
 
 def is_main() -> bool:
   """Whether this is process 0. Only process 0 writes files, prepares data and shows progress."""
-  return distributed.global_state.process_id == 0
+  return store.number() == 0
 
 
 def on_main(function: Callable[[], Any]) -> Any:
@@ -124,7 +131,7 @@ def on_main(function: Callable[[], Any]) -> Any:
 
   The value must be serialisable as JSON. All processes must call `on_main` in the same order.
   """
-  client, key = _client(), f'{_DONE}{next(_turns)}'
+  client, key = store.client(), f'{_DONE}{next(_turns)}'
   if client is None:
     return function()
   if is_main():
@@ -144,14 +151,14 @@ def check_equal(facts: Mapping[str, Any]) -> None:
   Raises:
     UserError: a process differs from process 0. It is raised on process 0 and ends all.
   """
-  client, key = _client(), f'{_FACTS}{next(_turns)}/'
+  client, key = store.client(), f'{_FACTS}{next(_turns)}/'
   if client is None:
     return
   client.key_value_set(f'{key}{number()}', json.dumps(dict(facts), sort_keys=True))
 
   def compare():
     own, lines = json.loads(json.dumps(dict(facts))), []
-    for process in range(1, distributed.global_state.num_processes):
+    for process in range(1, store.count()):
       others = json.loads(_wait_for(client, f'{key}{process}'))
       lines += [
         f'hosts: process {process} differs from process 0 in {name} ({others.get(name)}, not {own.get(name)}); start '
@@ -165,14 +172,66 @@ def check_equal(facts: Mapping[str, Any]) -> None:
   on_main(compare)
 
 
+def check_shared(folder: pathlib.Path, name: str, advice: str) -> None:
+  """Checks that all processes see the same folder: they read a file with random content that process 0 writes there.
+
+  Args:
+    folder: the folder, as this process names it. If process 0 has to create it, it removes it after an error.
+    name: the parameter that sets the folder; the message begins with it.
+    advice: end of the message: what to do.
+
+  Raises:
+    UserError: process 0 cannot write to the folder, or another process does not see the file. It ends all processes.
+  """
+  client, key = store.client(), f'{_FACTS}{next(_turns)}/'
+  if client is None:
+    return
+  content = secrets.token_hex(16)
+  probe, is_new = folder / f'.probe.{content[:8]}', not folder.exists()
+
+  def write():
+    with files.writing(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+      probe.write_text(content)
+    return content
+
+  def compare():
+    try:
+      blind = [k for k in range(1, store.count()) if not json.loads(_wait_for(client, f'{key}{k}'))]
+    finally:
+      probe.unlink(missing_ok=True)
+    if blind:
+      if is_new:
+        folder.rmdir()
+      which = f'process {blind[0]} does' if len(blind) == 1 else f'processes {", ".join(map(str, blind))} do'
+      raise UserError(f'{name}: {which} not see the files of process 0 in {folder}; {advice}')
+
+  content = on_main(write)
+  if not is_main():
+    client.key_value_set(f'{key}{number()}', json.dumps(_holds(folder / f'.probe.{content[:8]}', content)))
+  on_main(compare)
+
+
+def _holds(path, content):
+  """Whether a file has this content. A shared file system may show a new file late."""
+  until = time.monotonic() + _TO_SEE
+  while True:
+    try:
+      return path.read_text() == content
+    except OSError:
+      if time.monotonic() > until:
+        return False
+    time.sleep(0.2)
+
+
 def number() -> int:
   """The number of this process; 0 if it runs alone."""
-  return distributed.global_state.process_id
+  return store.number()
 
 
 def dealt(items: Sequence[T]) -> Iterator[T]:
   """Yields the next item that no process has taken yet, until all are taken. All processes must pass equal items."""
-  client, key = _client(), f'{_DEALT}{next(_turns)}'
+  client, key = store.client(), f'{_DEALT}{next(_turns)}'
   if client is None:
     yield from items
     return
@@ -185,13 +244,13 @@ def wait_for_others() -> list[int]:
 
   A process is lost if it sends no sign of life for `heartbeat_timeout` seconds. Other processes return [] at once.
   """
-  client, key = _client(), f'{_DONE}{next(_turns)}/'
+  client, key = store.client(), f'{_DONE}{next(_turns)}/'
   if client is None:
     return []
   if not is_main():
     client.key_value_set(f'{key}{number()}', '')
     return []
-  waiting = set(range(1, distributed.global_state.num_processes))
+  waiting = set(range(1, store.count()))
   lives, changed_at, lost = {}, dict.fromkeys(waiting, time.monotonic()), []
   while waiting:
     waiting -= {int(name.rpartition('/')[2]) for name, _ in client.key_value_dir_get(key)}
@@ -221,26 +280,22 @@ def compiled_together(jitted: Callable) -> Callable:
 def compile_together(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   """Compiles and waits until all processes have compiled; Gloo's first exchange would wait only 30 s for the others."""
   compiled = lowered.compile()
-  if _client() is not None:
-    _client().wait_at_barrier(f'{_DONE}{next(_turns)}', timeout_in_ms=24 * 3600 * 1000)
+  if store.client() is not None:
+    store.client().wait_at_barrier(f'{_DONE}{next(_turns)}', timeout_in_ms=24 * 3600 * 1000)
   return compiled
 
 
 def fail_together(message: str, code: int) -> None:
-  """Sends the other processes this process's error and exit code; they end with the same ones."""
-  client = _client()
+  """Sends the other processes this process's error and exit code; they end with the same ones.
+
+  If this process ends already because of another one, its own error is a consequence: this does not return.
+  """
+  if _ending.is_set():
+    time.sleep(2 * _TO_END)  # the watcher ends the process
+  client = store.client()
   if client is None or _leaving.is_set():
     return
-  _leaving.set()
-  number, count = distributed.global_state.process_id, distributed.global_state.num_processes
-  try:
-    client.key_value_set(f'{_FAILED}{number}', json.dumps([code, f'process {number} of {count}: {message}']))
-    # Process 0 holds the store. It waits, for at most 10 s, until the others have read the message.
-    until = time.monotonic() + (10 if number == 0 else 0)
-    while time.monotonic() < until and _num_ended(client) < count:
-      time.sleep(0.1)
-  except jax.errors.JaxRuntimeError:
-    pass  # the others cannot be reached
+  _end(client, _FAILED, json.dumps([code, f'process {number()} of {store.count()}: {message}']))
 
 
 def _wait_for(client, key) -> str:
@@ -253,27 +308,47 @@ def _wait_for(client, key) -> str:
         raise
 
 
-def _client():
-  return distributed.global_state.client
-
-
 def _num_ended(client) -> int:
   """Number of processes that have failed, or ended because another one failed."""
   return sum(len(client.key_value_dir_get(folder)) for folder in (_FAILED, _ENDED))
 
 
+def _end(client, folder, message=''):
+  """Tells the other processes that this one ends, and waits until all have said so, but not for a lost one.
+
+  A process that ended earlier would break the connections of the others, and they would report that. Process 0 ends
+  last, because it holds the store.
+  """
+  _ending.set()
+  _leaving.set()
+  try:
+    client.key_value_set(f'{folder}{number()}', message)
+    until = time.monotonic() + _TO_END
+    while time.monotonic() < until and _num_ended(client) < store.count():
+      time.sleep(0.1)
+  except jax.errors.JaxRuntimeError:
+    return  # the others cannot be reached
+  if is_main() and store.count() > 1:
+    time.sleep(0.5)
+
+
 def _watch():
-  """Ends this process when another one has failed, and shows the others that this one lives."""
-  client, number = _client(), distributed.global_state.process_id
-  while not _leaving.wait(1.0):
+  """Ends this process when another one has failed or on SIGTERM, and shows the others that this one lives."""
+  client = store.client()
+  while not _leaving.wait(0.1 if preemption.is_agreeing() else 1.0):
     try:
-      client.key_value_increment(f'{_ALIVE}{number}', 1)
+      client.key_value_increment(f'{_ALIVE}{number()}', 1)
       failures = client.key_value_dir_get(_FAILED)
       if failures and not _leaving.is_set():
         code, message = json.loads(failures[0][1])
         for line in message.splitlines():
-          print(f'error: {line}', file=sys.stderr)
-        client.key_value_set(f'{_ENDED}{number}', '')
+          print(line if code == 143 else f'error: {line}', file=sys.stderr)
+        _end(client, _ENDED)
         exits.leave(code)
+      if preemption.must_leave() and not _leaving.is_set():
+        stopped = 'stopped by SIGTERM{}; rerun the same command to resume'
+        print(f'\n{stopped.format("")}', file=sys.stderr)
+        _end(client, _FAILED, json.dumps([143, '\n' + stopped.format(f' on process {number()}')]))
+        exits.leave(143)
     except jax.errors.JaxRuntimeError:
       return  # process 0 is gone; JAX ends this one

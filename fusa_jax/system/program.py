@@ -65,8 +65,8 @@ def start(main: Callable, parse_flags: Callable) -> None:
       hosts.fail_together('interrupted', 130)
       exits.leave(130)
     except Exception as error:
-      traceback.print_exc()
       hosts.fail_together(f'{type(error).__name__}: {error}', 1)
+      traceback.print_exc()
       exits.leave(1)
 
   app.run(run, flags_parser=parse_flags)

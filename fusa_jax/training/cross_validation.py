@@ -14,13 +14,14 @@ import numpy as np
 
 from fusa_jax import tasks
 from fusa_jax.measures import masks
-from fusa_jax.runs import config_checks, operating_point, report, results, run_config
+from fusa_jax.runs import config_checks, operating_point, report, results, run_config, workdir_lock
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import sha256
 from fusa_jax.training import datasets, evaluate, optimizers, train
 
 
+@workdir_lock.alone_in_workdir
 def train_and_test(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
@@ -56,6 +57,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   optimizers.make_optimizer(config)
 
 
+@workdir_lock.alone_in_workdir
 def evaluate_again(config, workdir, data_dir, scans=None, overwrite=False) -> dict:
   """Tests a trained run again; with data.fold 'all', each fold's run, and pools. Arguments: `train_and_test`."""
   if not run_config.is_cross_validation(config):
@@ -65,6 +67,7 @@ def evaluate_again(config, workdir, data_dir, scans=None, overwrite=False) -> di
   return pool(config, workdir, data_dir, overwrite)
 
 
+@workdir_lock.alone_in_workdir
 def write_reports(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> pathlib.Path:
   """Writes the report of a tested run, and the reports of its folds, on process 0. Returns the folder of the test."""
   folds = runs(config, workdir, data_dir) if run_config.is_cross_validation(config) else {}

@@ -13,7 +13,17 @@ import numpy as np
 from fusa_jax import tasks
 from fusa_jax.inference import postprocessing, predictor, trained
 from fusa_jax.measures import histogram, masks
-from fusa_jax.runs import checkpoint, config_checks, figures, operating_point, results, run_config, split, starts
+from fusa_jax.runs import (
+  checkpoint,
+  config_checks,
+  figures,
+  operating_point,
+  results,
+  run_config,
+  split,
+  starts,
+  workdir_lock,
+)
 from fusa_jax.scans import volumes
 from fusa_jax.system import hosts, meshes, progress, provenance
 from fusa_jax.system.errors import UserError
@@ -25,6 +35,7 @@ from fusa_jax.training.scorer import Scorer
 _OF_POINT = ('target_sensitivity', 'fit_temperature', 'flips', 'lungs', 'fit_smallest')
 
 
+@workdir_lock.alone_in_workdir
 def evaluate(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
@@ -199,16 +210,9 @@ def _choose_point(test):
   point = operating_point.load_point(workdir)
   if point.step != test.step:
     point = operating_point.OperatingPoint(step=test.step)
-<<<<<<< HEAD
   flips, lungs = (config.evaluate[key] if test.is_own else getattr(point, key) for key in ('flips', 'lungs'))
-  scorer = Scorer(test.task, test.mesh, config.train.batch_size, flips)
-  if not test.is_own:
-=======
-  own = split is None or split['validation'] == dataset.patients()['validation']
-  flips, lungs = (config.evaluate[key] if own else getattr(point, key) for key in ('flips', 'lungs'))
   scorer = Scorer(test.task, test.mesh, config.train.batch_size, flips, config.train.deterministic)
-  if not own:
->>>>>>> s22D
+  if not test.is_own:
     return point, scorer
   if dataset.validation is not None:
     point = operating_point.choose(

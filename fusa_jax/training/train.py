@@ -16,9 +16,9 @@ import numpy as np
 import optax
 
 from fusa_jax import tasks, torch_weights
-from fusa_jax.runs import checkpoint, config_checks, results, run_config, split, starts
+from fusa_jax.runs import checkpoint, config_checks, results, run_config, split, starts, workdir_lock
 from fusa_jax.runs.metric_log import MetricLog
-from fusa_jax.system import hosts, meshes, progress, provenance
+from fusa_jax.system import hosts, meshes, preemption, progress, provenance
 from fusa_jax.system.errors import Terminated, UserError
 from fusa_jax.training import augment, datasets, input_pipeline, optimizers, scorer
 
@@ -38,6 +38,7 @@ class TrainState:
   opt_state: optax.OptState
 
 
+@workdir_lock.alone_in_workdir
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
   """Trains up to config.train.steps; resumes from the latest checkpoint in `workdir`, if there is one.
 
@@ -74,8 +75,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   with contextlib.ExitStack() as stack:
     # ---- the state: restored from a checkpoint, or initialised on the devices
     everywhere = meshes.replicated(mesh)
-    preemption = stack.enter_context(checkpoint.Preemption())
-    checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir))
+    checkpoints = checkpoint.Checkpoints(workdir)
     first_step = checkpoints.latest() or 0
     if first_step:
       items = checkpoints.restore(first_step, variables=shapes.variables, optimizer=shapes.opt_state)
@@ -103,6 +103,9 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       last_step=config.train.steps,
       balanced=config.data.balanced,
     )
+    # SIGTERM ends the run at once up to here, where there is nothing to save. From now on it waits for saves to finish.
+    stack.enter_context(preemption.deferred(together=True))
+    stack.enter_context(checkpoints)
     stack.enter_context(contextlib.closing(batches))
     log = stack.enter_context(contextlib.closing(MetricLog(workdir, first_step)))
     bar = stack.enter_context(
@@ -124,7 +127,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       bar.update()
 
       evaluating = step % config.train.evaluate_every == 0 or step == config.train.steps
-      stopping = preemption.reached(step)
+      stopping = preemption.reached()
       if evaluating or stopping or step % config.train.log_every == 0:
         means = finite_means(pending, step)
         checkpoints.check()

@@ -15,7 +15,7 @@ import several_hosts
 from conftest import SIZE
 
 from fusa_jax.scans import archives
-from fusa_jax.system import hosts
+from fusa_jax.system import hosts, store
 
 STEPS, BATCH = 20, 8
 
@@ -131,7 +131,7 @@ def test_prediction_on_two_hosts(raw_dir, one_host, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_one_host_saves_the_same_step_on_all(data_dir, tmp_path):
-  """Afterwards the same command resumes from this step."""
+  """Afterwards the same command resumes from this step. A second SIGTERM, before its first step, changes nothing."""
   run = arguments(data_dir, tmp_path / 'run', **{'train.steps': 400, 'train.evaluate_every': 200})
   with several_hosts.Hosts(2, 1, run, tmp_path / 'first') as two:
     wait_for_step(two, tmp_path / 'run', 3)
@@ -142,20 +142,52 @@ def test_sigterm_to_one_host_saves_the_same_step_on_all(data_dir, tmp_path):
   (saved,) = [int(path.name) for path in (tmp_path / 'run' / 'checkpoints').iterdir() if path.name.isdigit()]
   assert f'stopped by SIGTERM at step {saved}, which is saved; rerun the same command' in stops[0]
   assert 3 <= saved < 400
+  files = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+  with several_hosts.Hosts(2, 1, run, tmp_path / 'again') as two:
+    wait_until(lambda: f'at step {saved} of 400' in two.log(0), two)
+    before = files()
+    two.processes[1].send_signal(signal.SIGTERM)
+    assert two.wait(30) == [143, 143]
+    assert two.log(1).splitlines()[-1] == 'stopped by SIGTERM; rerun the same command to resume'
+    assert two.log(0).splitlines()[-1] == 'stopped by SIGTERM on process 1; rerun the same command to resume'
+    assert 'Traceback' not in two.log(0) + two.log(1)
+  assert files() == before
   with several_hosts.Hosts(2, 1, run, tmp_path / 'second') as two:
     wait_for_step(two, tmp_path / 'run', saved + 1)
     assert f'at step {saved} of 400' in two.log(0)
 
 
 def wait_for_step(several, workdir, step):
+  log = workdir / 'log.jsonl'
+  wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= step, several)
+
+
+def wait_until(condition, several):
   until = time.monotonic() + 120
-  while time.monotonic() < until:
+  while not condition():
     assert all(process.poll() is None for process in several.processes), several.log(0) + several.log(1)
-    log = workdir / 'log.jsonl'
-    if log.exists() and len(log.read_text().splitlines()) >= step:
-      return
-    time.sleep(0.05)
-  raise AssertionError(several.log(0))
+    assert time.monotonic() < until, several.log(0)
+    time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_sigterm_during_a_test_of_a_cross_validation(data_dir, tmp_path):
+  """All stop during the test of fold 0. The same command tests it again, with the result of an uninterrupted run."""
+  few = {'train.steps': 4, 'train.evaluate_every': 2}
+  run, fold = arguments(data_dir, tmp_path / 'run', **few, **{'data.fold': 'all'}), tmp_path / 'run' / 'fold0'
+  with several_hosts.Hosts(2, 1, run, tmp_path / 'first') as two:
+    wait_until((fold / 'operating_point.json').exists, two)
+    two.processes[1].send_signal(signal.SIGTERM)
+    assert two.wait(30) == [143, 143], two.log(0)
+    assert 'Traceback' not in two.log(0) + two.log(1)
+  assert not (tmp_path / 'run' / 'fold1' / 'checkpoints').exists()
+  with several_hosts.Hosts(2, 1, run, tmp_path / 'second') as two:
+    wait_until((tmp_path / 'run' / 'fold1').exists, two)
+    assert f'resuming {fold} at step 4 of 4' in two.log(0)
+  with several_hosts.Hosts(2, 1, arguments(data_dir, tmp_path / 'whole', **few), tmp_path / 'third') as two:
+    assert two.wait() == [0, 0], two.log(0)
+  for name in ('slices.csv', 'patients.csv'):
+    assert (fold / 'test' / name).read_bytes() == (tmp_path / 'whole' / 'test' / name).read_bytes()
 
 
 @pytest.mark.slow
@@ -192,13 +224,36 @@ def test_other_processes_wait_for_process_0_and_fail_with_it(tmp_path):
 
 @pytest.mark.slow
 def test_a_workdir_that_is_not_shared_is_refused(data_dir, tmp_path):
+  """Process 1 has a folder of the same kind, with an earlier run."""
+  (tmp_path / 'b').mkdir()
+  (tmp_path / 'b' / 'config.json').write_text('{}')
   run = [a for a in arguments(data_dir, 'run') if not a.startswith('--workdir')]
   folders = [[f'--workdir={tmp_path / "a"}'], [f'--workdir={tmp_path / "b"}']]
   with several_hosts.Hosts(2, 1, run, tmp_path, each=folders) as two:
     assert two.wait(60) == [2, 2]
-    reason = f'this host does not see the files of process 0 in {tmp_path / "b"}; name a folder that all hosts share'
-    assert f'error: --workdir: {reason}' in two.log(1)
-    assert f'error: process 1 of 2: --workdir: {reason}' in two.log(0)
+    reason = f'process 1 does not see the files of process 0 in {tmp_path / "a"}; name a folder that all hosts share'
+    assert f'error: --workdir: {reason}' in two.log(0)
+    assert f'error: process 0 of 2: --workdir: {reason}' in two.log(1)
+  assert not (tmp_path / 'a').exists()
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_not_shared_is_refused_before_the_work(raw_dir, tmp_path):
+  """Without data.dir, process 0 prepares into a cache folder; here each process has its own."""
+  run = ['--config=configs/seg.py', f'--config.data.raw_dir={raw_dir}', f'--workdir={tmp_path / "run"}']
+  run += ['--coordinator=localhost:18477', '--num_processes=2']
+  tasks = [
+    several_hosts.start(
+      [*run, f'--process_id={k}'], 1, tmp_path / f'{k}.log', tmp_path / 'notes', XDG_CACHE_HOME=str(tmp_path / str(k))
+    )
+    for k in range(2)
+  ]
+  assert [task.wait(60) for task in tasks] == [2, 2]
+  first, second = ((tmp_path / f'{k}.log').read_text() for k in range(2))
+  reason = f'data.dir: process 1 does not see the files of process 0 in {tmp_path / "0" / "fusa_jax"}; give a data.dir'
+  assert first.splitlines()[-1].startswith(f'error: {reason} that all hosts share')
+  assert second.splitlines()[-1].startswith(f'error: process 0 of 2: {reason}')
+  assert 'Checking scans' not in first
 
 
 @pytest.mark.slow
@@ -262,7 +317,7 @@ def test_unpacked_files_are_removed_when_another_process_fails(monkeypatch):
   def end(code):
     raise SystemExit(code)
 
-  monkeypatch.setattr(hosts, '_client', Store)
+  monkeypatch.setattr(store, 'client', Store)
   monkeypatch.setattr(hosts._leaving, 'wait', lambda _: False)
   monkeypatch.setattr(os, '_exit', end)
   with archives.unpacking() as folder:

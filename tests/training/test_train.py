@@ -76,7 +76,7 @@ def test_a_finished_run_is_not_changed(runs, data_dir):
 
 def test_workdir_has_the_documented_files(runs):
   for workdir in runs.values():
-    names = {path.name for path in workdir.iterdir()}
+    names = {path.name for path in workdir.iterdir() if path.name != '.run.lock'}
     assert names == {
       'config.json',
       'log.jsonl',
