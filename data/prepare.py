@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import tensorflow_datasets as tfds
 
-from data import read, survey
+from data import earlier, read, survey
 from data.cohorts import AS_RELEASED, Case, CohortOptions, phantom
 from data.covid_ct import Builder, Config
 from data.find import find
@@ -88,16 +89,25 @@ def _build(cohort: str, cases: list[Case], raw_dir, data_dir, size, progress):
   open_builder = lambda: _open(folder, config)
   builder = open_builder()
   if not builder.is_prepared():
+    found = earlier.find(CACHE, raw_dir)
+    if found:
+      logging.info(
+        '%s: was prepared before, so patients keep their folds; to deal all again, delete %s',
+        raw_dir,
+        ', '.join(str(one.path) for one in found),
+      )
     with _alone(folder, 'dataset'):
       builder = open_builder()
       if not builder.is_prepared():
-        builder.cases, builder.files, builder.progress = cases, files, progress
+        builder.cases, builder.files, builder.progress, builder.earlier = cases, files, progress, found
         _write(builder, folder)
         if survey.fingerprint(cases, CACHE / 'digests.json') != files:
           shutil.rmtree(builder.data_path)
           raise UserError(f'{raw_dir}: files changed while they were read; run the same command again')
+        earlier.note(CACHE, raw_dir, pathlib.Path(builder.data_path))
         return pathlib.Path(builder.data_path)
-  _check(builder.info, folder, cases, files, taken, raw_dir)
+  _check(builder.info, folder, pathlib.Path(builder.data_path), cases, files, taken, raw_dir)
+  earlier.note(CACHE, raw_dir, pathlib.Path(builder.data_path))
   return pathlib.Path(builder.data_path)
 
 
@@ -138,7 +148,7 @@ def _write(builder, folder):
     ) from error
 
 
-def _check(info, folder, cases, files, taken, raw_dir):
+def _check(info, folder, path, cases, files, taken, raw_dir):
   """Checks that a prepared dataset is whole and was made from these files in this way."""
   advice = 'use another folder, or delete this one'
   metadata = info.metadata
@@ -148,6 +158,11 @@ def _check(info, folder, cases, files, taken, raw_dir):
         f'data.dir: {folder} was prepared with data.{key}={metadata.get(key)}, now it is {value}; {advice}'
       )
   if metadata.get('files') != files:
+    known = set(survey.keys(cases, files).values())
+    stored = [entry.get('key') for fold in metadata['folds'].values() for entry in fold]
+    if 2 * sum(key in known for key in stored) >= len(stored):
+      earlier.note(CACHE, raw_dir, path)
+      advice = 'use another folder: its patients will keep these folds, and only what differs is prepared'
     raise UserError(
       f'data.dir: {folder} was prepared from other files than {raw_dir} contains now '
       f'({_difference(metadata.get("files", []), files)}); {advice}'

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import json
 import logging
+import math
 import pathlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +27,8 @@ NUM_FOLDS = 5
 # 0.09 or less. For phantoms of 96 x 96, where a kernel removes more detail, these limits are 0.88 and 0.52.
 _THUMBNAIL = (16, 64, 64)
 _ALIKE = 0.8
+# Thumbnails are kept in half precision: correlations change by about 1e-5. So many are compared at a time, in float32.
+_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Patient:
     images: the SHA-256 of the values of the scan; of pictures, one for each, and '' for a picture with only one value.
       They do not depend on names and formats.
     truth: the SHA-256 of the lesion mask, or of the labels.
+    values: the distinct values of each mask file, in the order of the files (`read.Slices.values`).
   """
 
   case: Case
@@ -45,6 +50,7 @@ class Patient:
   lesion_ml: float | None
   images: tuple[str, ...] = ()
   truth: str = ''
+  values: tuple[tuple[int, ...], ...] = ()
 
   @property
   def owner(self) -> str:
@@ -63,57 +69,109 @@ class _Measured(NamedTuple):
   Attributes:
     patient: the patient of the images; None if all are left out.
     names: the names of its images, one for each of `Patient.images`.
-    thumbnail: similar for scans of one study (see _thumbnail). Pictures have none, because neighbouring slices are as
-      similar as two pictures of one slice.
-    values: the distinct values of each mask file (`read.Slices`).
+    thumbnail: float16, similar for scans of one study (see _thumbnail). Pictures have none, because neighbouring slices
+      are as similar as two pictures of one slice.
     coloured: the pictures that are left out because they are in colour.
   """
 
   patient: Patient | None
   names: Sequence[str]
   thumbnail: np.ndarray | None
-  values: Mapping[pathlib.Path, tuple[int, ...]]
   coloured: Sequence[pathlib.Path] = ()
 
 
-def survey(cases: Sequence[Case], progress: Callable[..., Iterable] = silent) -> list[Patient]:
+class Known(NamedTuple):
+  """The result of an earlier survey for a case.
+
+  Attributes:
+    patient: the patient.
+    thumbnail: the thumbnail of the scan; None for pictures.
+  """
+
+  patient: Patient
+  thumbnail: np.ndarray | None
+
+
+def survey(
+  cases: Sequence[Case],
+  progress: Callable[..., Iterable] = silent,
+  known: Mapping[str, Known] | None = None,
+  thumbnails: pathlib.Path | None = None,
+) -> list[Patient]:
   """Reads all files of a cohort on all cores. Logs a warning for each pair of scans that look the same.
 
   Logs how many patients have no lesion, which mask values were taken as background, and the pictures in colour that are
   left out (`Case.coloured`).
+
+  Args:
+    cases: the cases.
+    progress: wraps an iterable and shows its progress.
+    known: cases by name that are not read again, because their files have not changed.
+    thumbnails: the .npy file to write the thumbnails of the scans to, in the order of the cases; None keeps them in
+      memory only.
 
   Raises:
     UserError: all problems of all files, one line each. A scan or picture that occurs twice, however it is stored, is
       a problem: one copy could be in training and the other in the test. So are lesion labels that do not fit the
       masks, because patients would count as free of lesions.
   """
-  measured, errors = [], []
-  with pool(len(cases)) as run:
-    for result in progress(run(_measure, cases), total=len(cases), desc='Checking scans', unit='scans'):
-      (errors if isinstance(result, str) else measured).append(result)
+  known = known or {}
+  new = [case for case in cases if case.patient not in known]
+  scans = sum(case.slice is None and not isinstance(case.ct, tuple) for case in cases)
+  measured, errors, store = [], [], _Thumbnails(thumbnails, scans)
+  with pool(len(new), read.largest(new)) as run:
+    results = iter(progress(run(_measure, new), total=len(new), desc='Checking scans', unit='scans'))
+    for case in cases:
+      result = _again(known[case.patient], case) if case.patient in known else next(results)
+      if isinstance(result, str):
+        errors.append(result)
+        continue
+      if result.thumbnail is not None:
+        store.add(str(case.ct), result.thumbnail)
+      measured.append(result._replace(thumbnail=None))
   coloured = [path for one in measured for path in one.coloured]
   measured = [one for one in measured if one.patient]
   errors += _copies(measured)
-  values = {path: values for one in measured for path, values in one.values.items()}
+  values = {path: values for one in measured for path, values in _values(one.patient).items()}
   # A DICOM SEG is checked when it is read; which of the labels it has is not known here.
   has_seg = any(one.patient.case.mask == one.patient.case.ct for one in measured)
   # Without the masks that could not be read, a label may seem to be missing.
   errors = errors or _label_problems(values, cases[0].lesion_labels, has_seg)
   if errors:
     raise UserError('\n'.join(dict.fromkeys(errors)))
-  _warn_of_similar(measured)
+  store.warn_of_similar()
   _log_labels([one.patient for one in measured], values)
   if coloured:
     logging.info('left out (in colour): %s', sources.counted(path.name for path in coloured))
   return [one.patient for one in measured]
 
 
-def deal(patients: Sequence[Patient]) -> list[list[Patient]]:
+def _again(known, case):
+  patient = dataclasses.replace(known.patient, case=case)
+  return _Measured(patient, _names(case), known.thumbnail)
+
+
+def _values(patient):
+  masks = patient.case.mask if isinstance(patient.case.mask, tuple) else (patient.case.mask,)
+  return dict(zip(masks, patient.values, strict=False))
+
+
+def deal(
+  patients: Sequence[Patient], fold_of: Callable[[Patient], int | None] = lambda patient: None
+) -> list[list[Patient]]:
   """Divides patients into at most five folds, stratified by burden. The order of `patients` does not matter.
 
   All scans of one person (`Case.owner`) go into the same fold. Persons are sorted by burden and dealt back and forth
   over the folds. So each fold gets one of every five neighbours, and no fold always gets the larger burden. With fewer
   than five persons, each is a fold.
+
+  In a cohort that grew, the persons of earlier folds stay there. Each new person, the largest burden first, goes to the
+  fold with the fewest persons and, among equals, with the least burden. Logs a warning if a person moves: scans in
+  different folds are now of one person, or a fold is left without patients.
+
+  Args:
+    patients: the patients.
+    fold_of: the fold of a patient in an earlier dataset, or None for a new patient.
 
   Raises:
     UserError: fewer than two persons: no test would be possible on a person that training has not seen.
@@ -123,14 +181,44 @@ def deal(patients: Sequence[Patient]) -> list[list[Patient]]:
     owned[patient.owner].append(patient)
   if len(owned) < 2:
     raise UserError(f'{len(owned)} patient in the cohort; at least 2 are needed, one to train on and one to test on')
-  ordered = sorted(owned, key=lambda name: (-sum(patient.burden for patient in owned[name]), name))
-  folds = [[] for _ in range(min(NUM_FOLDS, len(ordered)))]
-  for start in range(0, len(ordered), len(folds)):
-    group = ordered[start : start + len(folds)]
-    order = folds if start // len(folds) % 2 == 0 else folds[::-1]
-    for fold, name in zip(order, group, strict=False):
-      fold.extend(owned[name])
-  return [sorted(fold, key=lambda p: p.case.patient) for fold in folds]
+  burden = {name: sum(patient.burden for patient in scans) for name, scans in owned.items()}
+  ordered = sorted(owned, key=lambda name: (-burden[name], name))
+  fold = _kept(owned, ordered, burden, fold_of)
+  count = min(NUM_FOLDS, len(ordered))
+  if not fold:
+    for start in range(0, len(ordered), count):
+      order = range(count) if start // count % 2 == 0 else reversed(range(count))
+      fold |= dict(zip(ordered[start : start + count], order, strict=False))
+  folds = [[patient for name in ordered if fold[name] == k for patient in owned[name]] for k in range(count)]
+  return [sorted(each, key=lambda p: p.case.patient) for each in folds]
+
+
+def _kept(owned, ordered, burden, fold_of):
+  """The fold of each person if some are known, else {}."""
+  fold, moved = {}, []
+  for name in ordered:
+    earlier = Counter(k for k in map(fold_of, owned[name]) if k is not None)
+    if earlier:
+      fold[name] = min(earlier, key=lambda k: (-earlier[k], k))
+      moved += [name] * (len(earlier) > 1)
+  if not fold:
+    return {}
+  count, new = min(NUM_FOLDS, len(ordered)), [name for name in ordered if name not in fold]
+  persons, loads = Counter(fold.values()), Counter()
+  for name, k in fold.items():
+    loads[k] += burden[name]
+  for name in new:
+    fold[name] = min(range(count), key=lambda k: (persons[k], loads[k], k))
+    persons[fold[name]] += 1
+    loads[fold[name]] += burden[name]
+  if set(fold.values()) != set(range(count)):
+    logging.warning('a fold of the earlier dataset has no patients left, so all patients are dealt to new folds')
+    return {}
+  for name in moved:
+    scans = ', '.join(patient.case.patient for patient in owned[name])
+    logging.warning('%s: were in several folds, and now belong to one patient: all are in fold %d', scans, fold[name])
+  logging.info('%d of %d patients keep their folds, %d are dealt', len(ordered) - len(new), len(ordered), len(new))
+  return fold
 
 
 def _measure(case: Case) -> _Measured | str:
@@ -139,19 +227,28 @@ def _measure(case: Case) -> _Measured | str:
   if coloured:
     case = _without(case, coloured)
     if not case.ct:
-      return _Measured(None, (), None, {}, coloured)
+      return _Measured(None, (), None, coloured)
   try:
     slices = read.slices(case)
   except UserError as error:
     return str(error)
   truth = slices.lesion_voxels if case.labels else slices.masks
-  patient = lambda images: Patient(case, slices.lesion_voxels, slices.lesion_ml, images, _digest(*truth))
-  if slices.lesion_ml is not None:
-    thumbnail = _thumbnail(slices.images, case.intensity)
-    return _Measured(patient((_digest(*slices.images),)), [str(case.ct)], thumbnail, slices.values)
-  names = [*map(str, case.ct)] if isinstance(case.ct, tuple) else [f'{case.ct}, slice {case.slice}']
-  images = tuple(_digest(image) if np.ptp(image) else '' for image in slices.images)
-  return _Measured(patient(images), names, None, slices.values, coloured)
+  is_scan = slices.lesion_ml is not None
+  if is_scan:
+    images = (_digest(*slices.images),)
+  else:
+    images = tuple(_digest(image) if np.ptp(image) else '' for image in slices.images)
+  values = tuple(map(tuple, slices.values.values()))
+  patient = Patient(case, slices.lesion_voxels, slices.lesion_ml, images, _digest(*truth), values)
+  thumbnail = _thumbnail(slices.images, case.intensity) if is_scan else None
+  return _Measured(patient, _names(case), thumbnail, coloured)
+
+
+def _names(case):
+  """The names of the images of a case in messages."""
+  if isinstance(case.ct, tuple):
+    return [*map(str, case.ct)]
+  return [str(case.ct) if case.slice is None else f'{case.ct}, slice {case.slice}']
 
 
 def _without(case, paths):
@@ -170,7 +267,7 @@ def _digest(*slices: np.ndarray) -> str:
 
 
 def _thumbnail(values: np.ndarray, intensity: str) -> np.ndarray:
-  """The fine detail of a scan [S, H, W] as a unit vector: the product of two is their correlation.
+  """The fine detail of a scan [S, H, W] as a unit vector in float16: the product of two is their correlation.
 
   All chests have similar coarse shapes: complete thumbnails of two patients correlate at 0.9. So coarse shapes are
   removed. The rest, the edges of vessels, ribs and organs, differs between patients.
@@ -181,7 +278,7 @@ def _thumbnail(values: np.ndarray, intensity: str) -> np.ndarray:
   small = volumes.resize(small.swapaxes(0, 1), (slices, width))  # [height, slices, width]
   detail = small - ndimage.gaussian_filter(small, (1, 0, 1))
   detail -= detail.mean()
-  return detail.ravel() / max(np.linalg.norm(detail), 1e-6)
+  return (detail.ravel() / max(np.linalg.norm(detail), 1e-6)).astype(np.float16)
 
 
 def _copies(measured: Sequence[_Measured]) -> list[str]:
@@ -200,20 +297,43 @@ def _copies(measured: Sequence[_Measured]) -> list[str]:
   return lines
 
 
-def _warn_of_similar(measured: Sequence[_Measured]) -> None:
-  scans = [one for one in measured if one.thumbnail is not None]
-  if not scans:
-    return
-  thumbnails = np.stack([scan.thumbnail for scan in scans])
-  correlations = np.triu(thumbnails @ thumbnails.T, k=1)
-  for one, other in np.argwhere(correlations >= _ALIKE):
-    logging.warning(
-      '%s: looks like %s (correlation %.3f), perhaps another reconstruction, and may be in both training and test; '
-      'if both show one patient, remove one of the two, with its mask',
-      scans[other].patient.case.ct,
-      scans[one].patient.case.ct.name,
-      correlations[one, other],
-    )
+class _Thumbnails:
+  """The thumbnails of the scans of a cohort, once: 131 KB each, in a file that is mapped to memory, or in memory."""
+
+  def __init__(self, path: pathlib.Path | None, most: int):
+    self._names, self._values = [], None
+    if path is not None and most:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      self._values = np.lib.format.open_memmap(path, 'w+', np.float16, (most, math.prod(_THUMBNAIL)))
+    elif most:
+      self._values = np.empty((most, math.prod(_THUMBNAIL)), np.float16)
+
+  def add(self, name: str, thumbnail: np.ndarray) -> None:
+    self._values[len(self._names)] = thumbnail
+    self._names.append(name)
+
+  def warn_of_similar(self) -> None:
+    """Logs a warning for each pair with a high correlation, in the order of the scans. Compares block by block."""
+    count, pairs = len(self._names), []
+    block = lambda start: np.asarray(self._values[start : min(start + _BLOCK, count)], np.float32)
+    for start in range(0, count, _BLOCK):
+      one = block(start)
+      for other_start in range(start, count, _BLOCK):
+        other = one if other_start == start else block(other_start)
+        correlations = one @ other.T
+        if other_start == start:
+          correlations = np.triu(correlations, k=1)
+        pairs += [
+          (start + i, other_start + j, float(correlations[i, j])) for i, j in np.argwhere(correlations >= _ALIKE)
+        ]
+    for one, other, correlation in sorted(pairs):
+      logging.warning(
+        '%s: looks like %s (correlation %.3f), perhaps another reconstruction, and may be in both training and test; '
+        'if both show one patient, remove one of the two, with its mask',
+        self._names[other],
+        pathlib.Path(self._names[one]).name,
+        correlation,
+      )
 
 
 def _label_problems(values, labels, has_seg):
@@ -274,6 +394,26 @@ def taken(cases: Sequence[Case]) -> dict:
     'patients': 'named' if all(case.named for case in cases) else 'each_slice',
     'coloured': cases[0].coloured,
   }
+
+
+def keys(cases: Sequence[Case], fingerprint: Sequence) -> dict[str, str]:
+  """By name, a digest of what each case is made of: the content of its files, and how they are read."""
+  paths = dict.fromkeys(path for case in cases for path in case.files)
+  digest = dict(zip(paths, (each[1] for each in fingerprint[len(cases) :]), strict=True))
+  return {
+    case.patient: _text_digest(
+      [
+        [digest[path] for path in case.files],
+        len(case.ct) if isinstance(case.ct, tuple) else None,
+        *(case.labels, case.slice, case.lesion_labels, case.intensity, case.windowed),
+      ]
+    )
+    for case in cases
+  }
+
+
+def _text_digest(values):
+  return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def fingerprint(

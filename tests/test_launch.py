@@ -133,7 +133,7 @@ def test_demo_without_data(tmp_path):
   assert 'report:' in first.stderr and 'predict: python launch.py --mode=predict' in first.stderr
   result = json.loads((tmp_path / 'run' / 'test' / 'metrics.json').read_text())
   assert result['step'] == 2
-  assert re.fullmatch(rf'covid_ct/phantom_{SIZE}/1.5.0-[0-9a-f]{{12}}', result['dataset'])
+  assert re.fullmatch(rf'covid_ct/phantom_{SIZE}/1.6.0-[0-9a-f]{{12}}', result['dataset'])
   assert 'compiled the training step' in first.stderr
   page = (tmp_path / 'run' / 'test' / 'report.html').read_text()
   assert f'--config={tmp_path / "run"}/config.json' in page

@@ -1,17 +1,17 @@
-"""CT slices with lesion masks as a TFDS dataset: one split per fold of patients, one shard per one or few patients."""
+"""CT slices with lesion masks as a TFDS dataset: one split per fold of patients, each with at most 40 shards."""
 
 import dataclasses
+import logging
+import os
+import pathlib
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data import read, survey
+from data import earlier, read, shards, survey
 from data.find import COHORTS
 from data.workers import pool, silent
 from fusa_jax.scans import volumes
-
-# A shard with at least this many slices is full.
-_SHARD = 32
 
 
 @dataclasses.dataclass
@@ -48,22 +48,25 @@ def features(size: int) -> tfds.features.FeaturesDict:
 class Builder(tfds.core.ShardBasedBuilder):
   """Prepares the `cases` of a cohort.
 
-  The splits are fold0 .. fold4, each a set of patients. A shard has the slices of one patient, or of several with few
-  slices, in order. For each fold, the metadata lists the patients in this order with the lesion voxels of each slice.
-  This is the index that training samples from, without opening a shard. With each patient are the digests of images and
-  truth (`survey.Patient`). The metadata also contains how the files were read (`survey.taken`), their digests, and
-  whether there are masks or only labels.
+  The splits are fold0 .. fold4, each a set of patients. A shard has the slices of some patients (data.shards).
+  For each fold, the metadata lists the patients in this order with the lesion voxels of each slice. This is the index
+  that training samples from, without opening a shard. With each patient are its digests (`survey.Patient`,
+  `survey.keys`) and the values of its masks. The metadata also contains how the files were read (`survey.taken`),
+  their digests, and whether there are masks or only labels. `thumbnails.npy` has the thumbnails of all scans, in the
+  order of their names, for the survey of the cohort when it has grown.
   """
 
-  VERSION = tfds.core.Version('1.5.0')
+  VERSION = tfds.core.Version('1.6.0')
   BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS's own declaration)
     *(Config(name=name, description=module.__doc__) for name, module in COHORTS.items()),
     Config(name='phantom', description='Synthetic chests in HU, in the naming of COVID-19-20.'),
   ]
 
-  # Set these before `download_and_prepare`: the cases to prepare, their fingerprint, and the progress bar.
+  # Set these before `download_and_prepare`: the cases to prepare, their fingerprint, the datasets that were prepared
+  # from earlier states of the cohort (the newest first), and the progress bar.
   cases = ()
   files = ()
+  earlier = ()
   progress = staticmethod(silent)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -77,8 +80,63 @@ class Builder(tfds.core.ShardBasedBuilder):
     info.initialize_from_bucket = lambda: None
     return info
 
-  def _shard_iterators_per_split(self, dl_manager):
-    folds = survey.deal(survey.survey(self.cases, self.progress))
+  def _download_and_prepare(self, dl_manager, download_config=None):
+    """As the base class, but all cores write shards, because reading and compressing are most of the work."""
+    size, keys = self.builder_config.size, survey.keys(self.cases, self.files)
+    base, known = self._base(keys)
+    thumbnails = pathlib.Path(self.data_dir) / earlier.THUMBNAILS
+    patients = survey.survey(self.cases, self.progress, known, thumbnails)
+    dealt = survey.deal(patients, self._fold_of) if self.earlier else survey.deal(patients)
+    plans = []
+    for k, fold in enumerate(dealt):
+      items = [shards.Item(patient, len(patient.lesion_voxels)) for patient in fold], []
+      plans.append(shards.plan(*(base.plan(k, fold, known) if base else items), size))
+    self._describe(plans, keys)
+    jobs, counts = [], {}
+    for k, plan in enumerate(plans):
+      template = self._get_filename_template(split_name=f'fold{k}')
+      for index, shard in enumerate(plan):
+        path = template.sharded_filepath(shard_index=index, num_shards=len(plan))
+        if shard.linked:
+          shards.link(shard.linked, pathlib.Path(path))
+          counts[str(path)] = shard.slices, os.path.getsize(path)
+        else:
+          jobs.append((str(path), [item.stored or item.patient.case for item in shard.items], size))
+    new = [item.patient.case for plan in plans for shard in plan for item in shard.items if item.stored is None]
+    if base:
+      logging.info('%d of %d scans are prepared; %s has the others', len(new), len(patients), base.path)
+    with pool(len(jobs), read.largest(new)) as run:
+      written = self.progress(run(_write_shard, jobs), total=len(jobs), desc='Writing slices', unit='shards')
+      counts |= dict(zip((path for path, *_ in jobs), written, strict=True))
+    splits = []
+    for k, plan in enumerate(plans):
+      template = self._get_filename_template(split_name=f'fold{k}')
+      paths = [str(template.sharded_filepath(shard_index=i, num_shards=len(plan))) for i in range(len(plan))]
+      splits.append(
+        tfds.core.SplitInfo(
+          name=f'fold{k}',
+          shard_lengths=[counts[path][0] for path in paths],
+          num_bytes=sum(counts[path][1] for path in paths),
+          filename_template=template,
+        )
+      )
+    self.info.set_splits(tfds.core.SplitDict(splits))
+
+  def _base(self, keys):
+    """The earlier dataset of this form with most of the cases unchanged, and the results of its survey; or None, {}."""
+    taken, best = survey.taken(self.cases), (None, {})
+    for one in self.earlier:
+      same = one.metadata.get('size') == self.builder_config.size and one.path.name == str(self.VERSION)
+      if same and all(one.metadata.get(key) == value for key, value in taken.items()):
+        known = one.known(self.cases, keys)
+        best = max(best, (one, known), key=lambda pair: len(pair[1]))
+    return best
+
+  def _fold_of(self, patient):
+    """The fold of a patient in the newest dataset that has it."""
+    return next((k for k in (one.fold(patient) for one in self.earlier) if k is not None), None)
+
+  def _describe(self, plans, keys):
     self.info.metadata['size'] = self.builder_config.size
     self.info.metadata['files'] = list(self.files)
     self.info.metadata.update(survey.taken(self.cases))
@@ -92,70 +150,25 @@ class Builder(tfds.core.ShardBasedBuilder):
           'lesion_ml': p.lesion_ml,
           'images': p.images,
           'truth': p.truth,
+          'key': keys[p.case.patient],
+          'values': p.values,
         }
-        for p in fold
+        for p in (item.patient for shard in plan for item in shard.items)
       ]
-      for k, fold in enumerate(folds)
+      for k, plan in enumerate(plans)
     }
-    return {f'fold{k}': fold for k, fold in enumerate(folds)}
 
-  def _download_and_prepare(self, dl_manager, download_config=None):
-    """As the base class, but all cores write shards, because reading and compressing are most of the work."""
-    folds = self._shard_iterators_per_split(dl_manager)
-    jobs, splits, shards_of = [], [], {}
-    for split, fold in folds.items():
-      template = self._get_filename_template(split_name=split)
-      shards = list(_shards(fold))
-      shards_of[split] = len(shards)
-      for index, cases in enumerate(shards):
-        path = template.sharded_filepath(shard_index=index, num_shards=len(shards))
-        jobs.append((cases, self.builder_config.size, str(path)))
-    with pool(len(jobs)) as run:
-      written = iter(
-        list(self.progress(run(_write_shard, jobs), total=len(jobs), desc='Writing slices', unit='shards'))
-      )
-    for split in folds:
-      shards = [next(written) for _ in range(shards_of[split])]
-      splits.append(
-        tfds.core.SplitInfo(
-          name=split,
-          shard_lengths=[count for count, _ in shards],
-          num_bytes=sum(size for _, size in shards),
-          filename_template=self._get_filename_template(split_name=split),
-        )
-      )
-    self.info.set_splits(tfds.core.SplitDict(splits))
-
-
-def _shards(fold):
-  """The cases of each shard of a fold: one or more, until it is full. Few shards are better: readers keep all open."""
-  cases, slices = [], 0
-  for patient in fold:
-    cases.append(patient.case)
-    slices += len(patient.lesion_voxels)
-    if slices >= _SHARD:
-      yield cases
-      cases, slices = [], 0
-  if cases:
-    yield cases
+  def _shard_iterators_per_split(self, dl_manager):
+    raise NotImplementedError('_download_and_prepare writes the shards')
 
 
 def _write_shard(job) -> tuple[int, int]:
   """Writes the slices of some cases; returns the number of slices and of bytes."""
-  cases, size, path = job
+  path, parts, size = job
   slice_features = features(size)
   serializer = tfds.core.ExampleSerializer(slice_features.get_serialized_info())
-  sizes = []
-
-  def examples():
-    for case in cases:
-      for example in _examples(case, size):
-        serialized = serializer.serialize_example(slice_features.encode_example(example))
-        sizes.append(len(serialized))
-        yield len(sizes) - 1, serialized
-
-  tfds.core.ExampleWriter(tfds.core.FileFormat.ARRAY_RECORD).write(path, examples())
-  return len(sizes), sum(sizes)
+  encode = lambda example: serializer.serialize_example(slice_features.encode_example(example))
+  return shards.write(path, parts, lambda case: map(encode, _examples(case, size)))
 
 
 def _examples(case, size):

@@ -15,8 +15,10 @@ from fusa_jax.runs.split import PARTS
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import sha256
 
-# The metadata that decide about the slices, beside the folds.
+# The metadata that decide about the slices, of the dataset and of each patient. Digests of files do not: names and
+# formats of files do not change the slices.
 _OF_CONTENT = ('size', 'intensity', 'patients', 'masks')
+_OF_PATIENT = ('patient', 'owner', 'images', 'truth')
 
 
 class Identity(NamedTuple):
@@ -144,8 +146,8 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
       f"data.fold: {fold!r} is not a fold of {data_dir}; give 0 to {len(folds) - 1}, or 'all' for cross-validation"
     )
   split = {part: _split(builder, folds, chosen) if chosen else None for part, chosen in parts(fold, len(folds)).items()}
-  # Without the digests of the files: their names and formats do not change the slices.
-  content = [builder.info.full_name, folds, *(metadata[key] for key in _OF_CONTENT)]
+  content = [builder.info.full_name, *(metadata[key] for key in _OF_CONTENT)]
+  content += [[name, *(patient[key] for key in _OF_PATIENT)] for name, fold in folds.items() for patient in fold]
   digest = sha256(json.dumps(content, sort_keys=True).encode())
   return Dataset(
     name=f'{builder.info.full_name}-{digest[:12]}',

@@ -65,7 +65,8 @@ def test_other_sizes_are_resized(raw_dir, tmp_path):
 
 def test_processes_write_the_same_as_a_thread(raw_dir, data_dir, processes, tmp_path, monkeypatch):
   monkeypatch.setattr(workers, 'ProcessPoolExecutor', processes)
-  written = prepare.prepare(str(raw_dir), str(tmp_path), SIZE)
+  monkeypatch.setattr(prepare, 'CACHE', tmp_path / 'cache')  # otherwise it would link the shards of data_dir
+  written = prepare.prepare(str(raw_dir), str(tmp_path / 'out'), SIZE)
   assert not multiprocessing.active_children()
   assert sorted(path.name for path in written.iterdir()) == sorted(path.name for path in data_dir.iterdir())
   sources = [tfds.builder_from_directory(folder).as_data_source() for folder in (written, data_dir)]
@@ -162,7 +163,7 @@ def test_copies_are_used_and_changes_are_named(raw_dir, tmp_path):
   with pytest.raises(UserError, match=r'is incomplete \(10 of 10 patients, 1 files are missing\); delete it, and run'):
     prepare.prepare(str(copied / 'raw'), str(copied / 'out'), SIZE)
   first.rename(first.with_name('1.3.0'))
-  with pytest.raises(UserError, match=r'is of version 1.3.0, but this program writes 1.5.0; delete it, or use another'):
+  with pytest.raises(UserError, match=r'is of version 1.3.0, but this program writes 1.6.0; delete it, or use another'):
     prepare.prepare(str(raw), str(tmp_path / 'out'), SIZE)
   first.with_name('1.3.0').rename(first)
   (first / 'dataset_info.json').write_text('{"name"')
@@ -177,9 +178,9 @@ def test_files_that_change_while_they_are_read(raw_dir, tmp_path, monkeypatch):
   nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), None, image.header), tmp_path / 'other.nii.gz')
   real = survey.deal
 
-  def deal(patients):
+  def deal(patients, *_):
     shutil.copy(tmp_path / 'other.nii.gz', raw / 'volume-phantom-A-0001_seg.nii.gz')
-    return real(patients)
+    return real(patients, *_)
 
   monkeypatch.setattr(survey, 'deal', deal)
   with pytest.raises(UserError, match=r'raw: files changed while they were read; run the same command again'):
@@ -234,7 +235,7 @@ def test_the_lock_of_a_killed_process_is_no_lock(raw_dir, tmp_path, caplog):
     for kind in ('ct', 'seg'):
       shutil.copy(raw_dir / f'volume-phantom-A-{number:04d}_{kind}.nii.gz', tmp_path / 'raw')
   out = tmp_path / 'out'
-  left = out / 'covid_ct' / f'covid19_20_{SIZE}' / 'incomplete.ABCDEF_1.5.0'
+  left = out / 'covid_ct' / f'covid19_20_{SIZE}' / 'incomplete.ABCDEF_1.6.0'
   left.mkdir(parents=True)
   code = f"""
 import filelock, time
@@ -245,11 +246,17 @@ time.sleep(60)
 """
   process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
   process.stdout.readline()
-  threading.Timer(0.5, process.kill).start()
   caplog.set_level('INFO')
+  waiting = f'{out}: another process prepares its dataset; waiting'
+
+  def kill_when_waited_for():
+    while waiting not in caplog.messages:
+      time.sleep(0.05)
+    process.kill()
+
+  threading.Thread(target=kill_when_waited_for, daemon=True).start()
   prepare.prepare(str(tmp_path / 'raw'), str(out), SIZE)
   assert process.wait() == -signal.SIGKILL
-  assert f'{out}: another process prepares its dataset; waiting' in caplog.messages
   assert not left.exists()
 
 

@@ -1,0 +1,144 @@
+"""Earlier datasets of a cohort that grew: their folds are kept, and their slices are not prepared again.
+
+The cache notes which datasets were prepared from a folder of scans.
+"""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data import survey
+from data.cohorts import Case
+from data.shards import Item, Shard, Stored
+from fusa_jax.system.errors import UserError
+from fusa_jax.system.files import write_json
+
+THUMBNAILS = 'thumbnails.npy'
+
+
+def note(cache: pathlib.Path, raw_dir: str | pathlib.Path, dataset: pathlib.Path) -> None:
+  """Notes that a dataset was prepared from a folder. A cache that cannot be written is not an error."""
+  dataset = dataset.absolute()
+  path = _notes(cache, raw_dir) / f'{hashlib.sha256(str(dataset).encode()).hexdigest()[:16]}.json'
+  if not path.exists():
+    with contextlib.suppress(UserError, OSError):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      write_json(path, {'raw_dir': str(_absolute(raw_dir)), 'dataset': str(dataset)})
+
+
+def find(cache: pathlib.Path, raw_dir: str | pathlib.Path) -> list['Earlier']:
+  """The datasets that were prepared from a folder and still exist, the newest first."""
+  found = []
+  with contextlib.suppress(OSError):
+    for path in sorted(_notes(cache, raw_dir).glob('*.json'), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+      with contextlib.suppress(Exception):  # a dataset that is damaged or from another version
+        found.append(Earlier(pathlib.Path(json.loads(path.read_text())['dataset'])))
+  return found[::-1]
+
+
+def _notes(cache, raw_dir):
+  return cache / 'prepared' / hashlib.sha256(str(_absolute(raw_dir)).encode()).hexdigest()[:16]
+
+
+def _absolute(raw_dir):
+  return pathlib.Path(raw_dir).expanduser().resolve()
+
+
+class Earlier:
+  """A dataset that was prepared from an earlier state of a cohort.
+
+  Attributes:
+    path: the folder of the dataset.
+    metadata: its metadata.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    builder = tfds.builder_from_directory(path)
+    self.path, self.metadata = path, builder.info.metadata
+    self._splits = builder.info.splits
+    self._folds = [self.metadata['folds'][f'fold{k}'] for k in range(len(self.metadata['folds']))]
+    self._fold = {}
+    for kind in ('owner', 'patient', 'images'):
+      for k, fold in enumerate(self._folds):
+        for entry in fold:
+          names = entry[kind] if kind == 'images' else [entry[kind]]
+          self._fold |= {(kind, name): k for name in names if name}
+
+  def fold(self, patient: survey.Patient) -> int | None:
+    """The fold of a patient: of a scan with the same values, else of the same name, else of the same person."""
+    keys = [('images', image) for image in patient.images]
+    keys += [('patient', patient.case.patient), ('owner', patient.owner)]
+    return next((self._fold[key] for key in keys if key in self._fold), None)
+
+  def known(self, cases: Sequence[Case], keys: Mapping[str, str]) -> dict[str, survey.Known]:
+    """The results of the survey for the cases that are stored with the same files and name.
+
+    Args:
+      cases: the cases.
+      keys: what identifies the files of each case, by name (`survey.keys`).
+    """
+    entries = {entry['patient']: entry for fold in self._folds for entry in fold}
+    scans = sorted(name for name, entry in entries.items() if entry['lesion_ml'] is not None)
+    rows = {name: row for row, name in enumerate(scans)}
+    thumbnails = np.load(self.path / THUMBNAILS, mmap_mode='r') if scans else []
+    if len(thumbnails) != len(scans):
+      return {}
+    known = {}
+    for case in cases:
+      entry = entries.get(case.patient)
+      # Pictures in colour may have been left out of a case.
+      if entry and entry['key'] == keys[case.patient] and case.coloured != 'leave_out':
+        patient = survey.Patient(
+          case,
+          tuple(entry['lesion_voxels']),
+          entry['lesion_ml'],
+          tuple(entry['images']),
+          entry['truth'],
+          tuple(map(tuple, entry['values'])),
+        )
+        known[case.patient] = survey.Known(patient, thumbnails[rows[case.patient]] if case.patient in rows else None)
+    return known
+
+  def shards(self, k: int) -> list[list[tuple[str, Stored]]]:
+    """The names of the patients in each shard of a fold, with the place of their slices."""
+    if k >= len(self._folds):
+      return []
+    split, found, entries = self._splits[f'fold{k}'], [], iter(self._folds[k])
+    for path, length in zip(split.filepaths, split.shard_lengths, strict=True):
+      start, shard = 0, []
+      while start < length:
+        entry = next(entries)
+        stop = start + len(entry['lesion_voxels'])
+        shard.append((entry['patient'], Stored(str(path), start, stop)))
+        start = stop
+      found.append(shard)
+    return found
+
+  def plan(self, k: int, fold: Sequence[survey.Patient], known: Mapping) -> tuple[list[Item], list[Shard]]:
+    """What of a fold has to be written, and the shards of this dataset that can be linked.
+
+    A shard is linked if all of its patients are known and still in this fold. Other known patients are copied.
+    """
+    patients = {patient.case.patient: patient for patient in fold}
+    linked, stored = [], {}
+    for number in range(len(self._folds)):
+      for shard in self.shards(number):
+        here = [name in patients and name in known for name, _ in shard]
+        items = [
+          Item(patients[name], place.stop - place.start, place)
+          for (name, place), is_here in zip(shard, here, strict=True)
+          if is_here
+        ]
+        if number == k and all(here):
+          linked.append(Shard(items, shard[0][1].path))
+        else:
+          stored |= {item.patient.case.patient: item for item in items}
+    done = {item.patient.case.patient for shard in linked for item in shard.items}
+    new = lambda patient: Item(patient, len(patient.lesion_voxels))
+    rest = [stored.get(name, new(patient)) for name, patient in patients.items() if name not in done]
+    return rest, linked
