@@ -167,7 +167,9 @@ def _say_what_differs(workdir, name, made_of):
   earlier = results.made_of(workdir / name) if hosts.is_main() else None
   changed = [key for key in made_of if earlier and earlier.get(key) != made_of[key]]
   if changed:
-    logging.info('%s: replaces a test with another %s', workdir / name, ', '.join(changed))
+    options = [key for key, value in made_of['options'].items() if earlier['options'].get(key) != value]
+    details = f' ({", ".join(options)})' if options else ''
+    logging.info('%s: replaces a test that was made of other %s%s', workdir / name, ' and '.join(changed), details)
   trained_in = [start['dtype'] for start in starts.load_starts(workdir)][-1:]
   if trained_in and trained_in != [made_of['options']['dtype']]:
     logging.warning('%s: trained in %s, tested in %s', workdir, *trained_in, made_of['options']['dtype'])
