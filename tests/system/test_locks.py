@@ -13,9 +13,9 @@ from fusa_jax.training import cross_validation, evaluate, train
 
 def test_a_second_job_is_refused_and_leaves_the_folder(tmp_path):
   folder = tmp_path / 'a' / 'b'
-  with locks.alone(folder, 'name', 'busy'):
-    with pytest.raises(UserError, match='^busy$'), locks.alone(folder, 'name', 'busy'):
-      pass
+  first, second = (locks.alone(folder, 'name', 'busy') for _ in range(2))
+  with first, pytest.raises(UserError, match='^busy$'), second:
+    pass
   assert not (tmp_path / 'a').exists()  # nothing was written there
   with locks.alone(folder, 'name', 'busy'):
     (folder / 'file').touch()
