@@ -290,9 +290,9 @@ def fail_together(message: str, code: int) -> None:
 
   If this process ends already because of another one, its own error is a consequence: this does not return.
   """
-  if _ending.is_set():
-    time.sleep(2 * _TO_END)  # the watcher ends the process
   client = store.client()
+  if client is not None and _ending.is_set():
+    time.sleep(2 * _TO_END)  # the watcher ends the process
   if client is None or _leaving.is_set():
     return
   _end(client, _FAILED, json.dumps([code, f'process {number()} of {store.count()}: {message}']))
@@ -341,14 +341,13 @@ def _watch():
       failures = client.key_value_dir_get(_FAILED)
       if failures and not _leaving.is_set():
         code, message = json.loads(failures[0][1])
-        for line in message.splitlines():
-          print(line if code == 143 else f'error: {line}', file=sys.stderr)
+        lines = ['', preemption.message()] if code == 143 else [f'error: {line}' for line in message.splitlines()]
+        print('\n'.join(lines), file=sys.stderr)
         _end(client, _ENDED)
         exits.leave(code)
       if preemption.must_leave() and not _leaving.is_set():
-        stopped = 'stopped by SIGTERM{}; rerun the same command to resume'
-        print(f'\n{stopped.format("")}', file=sys.stderr)
-        _end(client, _FAILED, json.dumps([143, '\n' + stopped.format(f' on process {number()}')]))
+        print(f'\n{preemption.message()}', file=sys.stderr)
+        _end(client, _FAILED, json.dumps([143, '']))
         exits.leave(143)
     except jax.errors.JaxRuntimeError:
       return  # process 0 is gone; JAX ends this one

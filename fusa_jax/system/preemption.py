@@ -24,7 +24,8 @@ class _State:
   """The state of this process.
 
   Attributes:
-    requested: set once this process knows of a SIGTERM.
+    received: set once this process itself has received SIGTERM.
+    origin: the process that has received SIGTERM, once this process knows of it.
     lock: the watcher holds it while the processes agree, so that no process passes the point that they agree on.
     calls: the calls of `reached`; it only grows, also from one fold to the next.
     stop_at: the call of `reached` at which all processes stop, once they have agreed.
@@ -33,7 +34,7 @@ class _State:
   """
 
   def __init__(self):
-    self.requested, self.lock = threading.Event(), threading.Lock()
+    self.received, self.origin, self.lock = threading.Event(), None, threading.Lock()
     self.calls, self.stop_at, self.deferral = 0, None, None
     self.wakeup, self.is_agreeing = None, False
 
@@ -47,7 +48,7 @@ def listen() -> None:
   for end in (_state.wakeup, write):
     os.set_blocking(end, False)
   signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-  signal.signal(signal.SIGTERM, lambda *_: _state.requested.set())
+  signal.signal(signal.SIGTERM, lambda *_: _state.received.set())
 
 
 @contextlib.contextmanager
@@ -82,16 +83,16 @@ def deferred(together: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _noted_alone():
   """Context of a process that runs alone, in which SIGTERM is only noted. Outside, SIGTERM does what it did before."""
-  _state.requested.clear()
+  _state.received.clear()
   previous = None
   if threading.current_thread() is threading.main_thread():
-    previous = signal.signal(signal.SIGTERM, lambda *_: _state.requested.set())
+    previous = signal.signal(signal.SIGTERM, lambda *_: _state.received.set())
   try:
     yield
   finally:
     if previous is not None:
       signal.signal(signal.SIGTERM, previous)
-  if _state.requested.is_set():
+  if _state.received.is_set():
     raise Terminated('by SIGTERM')
 
 
@@ -104,7 +105,7 @@ def reached(last: bool = False) -> bool:
     last: this is the last call of a `deferred`, which it ends.
   """
   if store.client() is None:
-    return _state.requested.is_set()
+    return _state.received.is_set()
   with _state.lock:
     _state.calls += 1
     stops = _state.stop_at is not None and _state.calls >= _state.stop_at
@@ -117,12 +118,20 @@ def requested() -> bool:
   """Whether SIGTERM has reached any process of the run. Unlike with `reached`, processes learn of it one by one."""
   client = store.client()
   if client is None:
-    return _state.requested.is_set()
-  if _state.requested.is_set():
-    client.key_value_set(f'{_TOLD}{store.number()}', '', allow_overwrite=True)
-  elif client.key_value_dir_get(_TOLD):
-    _state.requested.set()
-  return _state.requested.is_set()
+    return _state.received.is_set()
+  if _state.origin is None:
+    if _state.received.is_set():
+      client.key_value_set(f'{_TOLD}{store.number()}', '', allow_overwrite=True)
+    told = [int(name.rpartition('/')[2]) for name, _ in client.key_value_dir_get(_TOLD)]
+    if told:
+      _state.origin = store.number() if store.number() in told else min(told)
+  return _state.origin is not None
+
+
+def message() -> str:
+  """What a process says that SIGTERM ends outside `deferred`."""
+  where = f' on process {_state.origin}' if requested() and _state.origin != store.number() else ''
+  return f'stopped by SIGTERM{where}; rerun the same command to resume'
 
 
 def must_leave() -> bool:
@@ -133,7 +142,7 @@ def must_leave() -> bool:
   """
   with contextlib.suppress(BlockingIOError, TypeError):
     if signal.SIGTERM in os.read(_state.wakeup, 4096):
-      _state.requested.set()
+      _state.received.set()
   if not requested() or _state.stop_at is not None:
     return False
   if not _state.is_agreeing:

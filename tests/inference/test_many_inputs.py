@@ -344,9 +344,8 @@ def test_killed_and_resumed_each_scan_is_computed_once(runs, many, tmp_path, pro
         several.processes[-1].send_signal(signal.SIGTERM)
         assert several.wait(60) == [143] * processes, several.log(0)
         left = re.search(r'stopped by SIGTERM, with (\d+) of 200 inputs left; rerun', several.log(processes - 1))
-        assert (
-          0 < 200 - len(rows(out)) <= int(left[1])
-        )  # a row of an earlier prediction may be for an input that is left
+        # A row of an earlier prediction may be for an input that is left.
+        assert 0 < 200 - len(rows(out)) <= int(left[1])
         assert not list(out.glob('.predictions.*.csv')) and not list(out.glob('.[0-9]*'))
       for process in several.processes:
         process.send_signal(signal.SIGKILL)

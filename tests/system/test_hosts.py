@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 
 import nibabel as nib
@@ -318,6 +319,8 @@ def test_unpacked_files_are_removed_when_another_process_fails(monkeypatch):
     raise SystemExit(code)
 
   monkeypatch.setattr(store, 'client', Store)
+  for name in ('_leaving', '_ending'):
+    monkeypatch.setattr(hosts, name, threading.Event())
   monkeypatch.setattr(hosts._leaving, 'wait', lambda _: False)
   monkeypatch.setattr(os, '_exit', end)
   with archives.unpacking() as folder:

@@ -13,8 +13,8 @@ from fusa_jax.training import cross_validation, evaluate, train
 
 def test_a_second_job_is_refused_and_leaves_the_folder(tmp_path):
   folder = tmp_path / 'a' / 'b'
-  refused = pytest.raises(UserError, match='^busy$')
-  with locks.alone(folder, 'name', 'busy'), refused, locks.alone(folder, 'name', 'busy'):
+  first, second = (locks.alone(folder, 'name', 'busy') for _ in range(2))
+  with first, pytest.raises(UserError, match='^busy$'), second:
     pass
   assert not (tmp_path / 'a').exists()  # nothing was written there
   with locks.alone(folder, 'name', 'busy'):
