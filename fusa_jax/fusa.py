@@ -15,10 +15,16 @@ s is constant over channels. Therefore exactly:
 `gate` does the remaining work. It takes one map and one vector per image, and its cost is memory traffic.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
+
+# By default, a TPU multiplies float32 numbers in bfloat16 and a GPU in TF32. These products are small, so the highest
+# precision costs little (docs/models.md).
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class FUSA(nn.Module):
@@ -86,22 +92,23 @@ def literal_attention(x, channel, spatial, fuse):
   """
   space = tuple(range(1, x.ndim - 1))
   c = jnp.concatenate([x.max(space), x.mean(space)], axis=-1)
-  c = c @ channel[0] + channel[1]
+  c = _product(c, channel[0]) + channel[1]
   s = jnp.concatenate([x.max(-1, keepdims=True), x.mean(-1, keepdims=True)], axis=-1)
-  s = s @ spatial[0].reshape(2, 1) + spatial[1]
+  s = _product(s, spatial[0].reshape(2, 1)) + spatial[1]
   c = jnp.broadcast_to(jnp.expand_dims(c, space), x.shape)
   s = jnp.broadcast_to(s, x.shape)
   kernel = fuse[0].reshape(fuse[0].shape[-2:])
-  return nn.sigmoid(jnp.concatenate([c, s], axis=-1) @ kernel + fuse[1])
+  return nn.sigmoid(_product(jnp.concatenate([c, s], axis=-1), kernel) + fuse[1])
 
 
 def factors(x, channel, spatial, fuse):
   """Returns (offset [B, C], score [B, *space], slope [C]) in at least float32; logits = offset + score * slope."""
   channels = x.shape[-1]
   channel_max, channel_mean, spatial_max, spatial_mean = pools(x)
-  c = everywhere(jnp.concatenate([channel_max, channel_mean], axis=-1), channels) @ channel[0] + channel[1]
+  pooled = everywhere(jnp.concatenate([channel_max, channel_mean], axis=-1), channels)
+  c = _product(pooled, channel[0]) + channel[1]
   kernel = fuse[0].reshape(2 * channels, channels)
-  offset = everywhere(c @ kernel[:channels] + fuse[1], channels)
+  offset = everywhere(_product(c, kernel[:channels]) + fuse[1], channels)
   w_max, w_mean = spatial[0].reshape(2)
   score = w_max * spatial_max + w_mean * spatial_mean + spatial[1]
   slope = kernel[channels:].sum(axis=0)

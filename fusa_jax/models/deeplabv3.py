@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import Conv, check_sides, layers, resize_corners, wide, wide_dtype
+from fusa_jax.models.layers import PixelHead, check_sides, layers, resize_corners, wide, wide_dtype
 from fusa_jax.models.resnet import encoder_of
 
 _STRIDE = 8
@@ -61,5 +61,5 @@ class DeepLabV3(nn.Module):
     x = unit(jnp.concatenate(pyramid, axis=-1), 'project_')
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     x = unit(x, '', size=3)
-    x = Conv(self.num_classes, (1, 1), name='head')(wide(x))
+    x = PixelHead(self.num_classes, (1, 1))(wide(x))
     return resize_corners(x, height * _STRIDE, width * _STRIDE)

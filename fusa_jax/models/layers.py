@@ -19,6 +19,12 @@ kaiming = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 # nn.Conv with the same parameters and results; `convolve` only computes it faster on CPUs.
 Conv = functools.partial(nn.Conv, conv_general_dilated_cls=lambda: convolve)
 
+# For products that promise float32. By default, a TPU multiplies float32 numbers in bfloat16 and a GPU in TF32.
+HIGHEST = jax.lax.Precision.HIGHEST
+# The last layer of a model: logits of pixels or of images, in at least float32 if x is.
+PixelHead = functools.partial(Conv, precision=HIGHEST, name='head')
+ImageHead = functools.partial(nn.Dense, precision=HIGHEST, name='head')
+
 
 class BatchNorm(nn.Module):
   """Batch norm over all axes except the last, as in PyTorch; the variables are named as in nn.BatchNorm.
@@ -144,7 +150,7 @@ def adaptive_mean(x: jax.Array, size: int) -> jax.Array:
   The bins overlap if n is not a multiple of size.
   """
   rows, columns = (_bins(n, size, wide_dtype(x)) for n in x.shape[1:3])
-  return jnp.einsum('ih,jw,bhwc->bijc', rows, columns, wide(x), precision=jax.lax.Precision.HIGHEST)
+  return jnp.einsum('ih,jw,bhwc->bijc', rows, columns, wide(x), precision=HIGHEST)
 
 
 def _bins(n, size, dtype):
@@ -157,7 +163,7 @@ def _bins(n, size, dtype):
 def resize_corners(x: jax.Array, height: int, width: int) -> jax.Array:
   """[B, H, W, C] -> [B, height, width, C]: bilinear resizing as in PyTorch with `align_corners=True`."""
   rows, columns = (_corner_weights(n, m, x.dtype) for n, m in zip(x.shape[1:3], (height, width), strict=True))
-  return jnp.einsum('ih,jw,bhwc->bijc', rows, columns, x, precision=jax.lax.Precision.HIGHEST)
+  return jnp.einsum('ih,jw,bhwc->bijc', rows, columns, x, precision=HIGHEST)
 
 
 def _corner_weights(n, m, dtype):

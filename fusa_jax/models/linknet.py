@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import Conv, check_sides, layers, wide
+from fusa_jax.models.layers import PixelHead, check_sides, layers, wide
 from fusa_jax.models.resnet import encoder_of
 
 
@@ -42,7 +42,7 @@ class LinkNet(nn.Module):
       x = _Up(features, **layers(train, self.dtype), dtype=self.dtype, name=f'decoder{index}')(x)
       if skip is not None:
         x += skip
-    return Conv(self.num_classes, (1, 1), name='head')(wide(x))
+    return PixelHead(self.num_classes, (1, 1))(wide(x))
 
 
 class _Up(nn.Module):

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import layers, wide_dtype
+from fusa_jax.models.layers import ImageHead, layers, wide_dtype
 
 # For each group: expansion, channels, number of blocks, stride of the first block (the paper's Table 2).
 GROUPS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -45,7 +45,7 @@ class MobileNetV2(nn.Module):
     x = unit(x, _rounded(1280 * max(scale, 1)), 'last', kernel_size=(1, 1))
     x = x.mean((1, 2), dtype=wide_dtype(x))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name='head')(x)
+    return ImageHead(self.num_classes, kernel_init=nn.initializers.normal(0.01))(x)
 
 
 class _InvertedResidual(nn.Module):

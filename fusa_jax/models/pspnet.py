@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import Conv, adaptive_mean, check_sides, layers, resize_corners, wide
+from fusa_jax.models.layers import PixelHead, adaptive_mean, check_sides, layers, resize_corners, wide
 from fusa_jax.models.resnet import encoder_of
 
 _STRIDE = 8
@@ -54,5 +54,5 @@ class PSPNet(nn.Module):
     x = parts['conv'](8 * self.width, (1, 1), name='conv')(jnp.concatenate([*joined, x], axis=-1))
     x = nn.relu(parts['norm'](name='norm')(x))
     x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
-    x = Conv(self.num_classes, (3, 3), padding=1, name='head')(wide(x))
+    x = PixelHead(self.num_classes, (3, 3), padding=1)(wide(x))
     return resize_corners(x, height * _STRIDE, width * _STRIDE)

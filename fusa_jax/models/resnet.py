@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import layers, max_pool, wide_dtype
+from fusa_jax.models.layers import ImageHead, layers, max_pool, wide_dtype
 from fusa_jax.system.errors import UserError
 
 
@@ -118,7 +118,7 @@ class ResNet(nn.Module):
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     encoder = Encoder(self.stage_sizes, self.block, self.width, self.attention, dtype=self.dtype, name='encoder')
     x = encoder(images, train)[-1]
-    return nn.Dense(self.num_classes, name='head')(x.mean((1, 2), dtype=wide_dtype(x)))
+    return ImageHead(self.num_classes)(x.mean((1, 2), dtype=wide_dtype(x)))
 
 
 _STAGES = {

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import Conv, Doubling, check_sides, layers, max_pool, wide
+from fusa_jax.models.layers import Doubling, PixelHead, check_sides, layers, max_pool, wide
 from fusa_jax.models.resnet import BasicBlock
 
 
@@ -49,4 +49,4 @@ class ResUNet(nn.Module):
     for level in reversed(range(len(self.multiples) - 1)):
       x = Doubling(self.width * self.multiples[level], dtype=self.dtype, name=f'up{level}_conv')(x)
       x = block(jnp.concatenate([skips.pop(), x], axis=-1), level, f'up{level}')
-    return Conv(self.num_classes, (1, 1), name='head')(wide(x))
+    return PixelHead(self.num_classes, (1, 1))(wide(x))

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import adaptive_mean, check_sides, layers, max_pool
+from fusa_jax.models.layers import ImageHead, adaptive_mean, check_sides, layers, max_pool
 
 # For each of the five max-pools: the number of convolutions before it, and their channels relative to the first level.
 STAGES = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
@@ -41,7 +41,7 @@ class VGG16(nn.Module):
     for name in ('dense1', 'dense2'):
       x = nn.relu(nn.Dense(64 * self.width, kernel_init=_small, dtype=self.dtype, name=name)(x))
       x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return nn.Dense(self.num_classes, kernel_init=_small, name='head')(x)
+    return ImageHead(self.num_classes, kernel_init=_small)(x)
 
 
 _small = nn.initializers.normal(0.01)

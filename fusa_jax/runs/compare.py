@@ -153,5 +153,6 @@ def _interval(pair):
 
 
 def _sorted(table):
+  """The columns of a table of slices, in the order of patients and slices; without the histograms of all slices."""
   order = np.lexsort((table['slice'], table['patient']))
-  return {name: values[order] for name, values in table.items()}
+  return {name: values[order] for name, values in table.items() if name != 'histogram'}

@@ -151,7 +151,7 @@ def choose(
   """Chooses the operating point from the table of slices of a validation fold.
 
   Args:
-    table: the table of slices of the validation fold, with the histograms of logits.
+    table: the table of slices of the validation fold, with the histogram of logits.
     step: the step of the checkpoint that the table was computed with.
     score: the name of the score in `chosen_by`: Dice, or F1 for slices.
     target_sensitivity: choose the highest threshold with at least this sensitivity, over pixels for a segmenter and

@@ -12,7 +12,7 @@ import numpy as np
 
 from fusa_jax import tasks
 from fusa_jax.inference import postprocessing, predictor, trained
-from fusa_jax.measures import histogram, masks
+from fusa_jax.measures import masks
 from fusa_jax.runs import (
   checkpoint,
   config_checks,
@@ -237,9 +237,7 @@ def _choose_point(test):
 
 def _score(test, point, scorer):
   """Returns two tables of the test fold: one of its slices, and one of its scans, or None if no scan is available."""
-  table = scorer.table(test.variables, test.dataset.test, point.temperature, stage='Testing')
-  chosen = histogram.counts_at(table['histogram'], point.bin)
-  table |= {f'{key}_chosen': values for key, values in chosen.items()}
+  table = scorer.table(test.variables, test.dataset.test, point.temperature, stage='Testing', bin=point.bin)
   scanned = test.scanned(test.dataset.test)
   if not scanned or not test.task.type.has_masks:
     return table, None

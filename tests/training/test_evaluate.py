@@ -18,7 +18,7 @@ from configs import cls, seg
 from data import prepare
 from fusa_jax import tasks
 from fusa_jax.inference import predict, predictor, trained
-from fusa_jax.measures import statistics
+from fusa_jax.measures import histogram, statistics
 from fusa_jax.runs import figures, operating_point, results, run_config, split
 from fusa_jax.scans import lungs, volume_files
 from fusa_jax.system import files, meshes, own_files, provenance
@@ -88,7 +88,19 @@ def test_table_does_not_depend_on_batch_size_or_devices(runs, data_dir, batch_si
   mesh = meshes.create_mesh(data, space, jax.devices()[: data * space])
   _, variables, _ = trained.load_best(config, task, runs['cls'], mesh)
   split = datasets.load_dataset(data_dir, 0, SIZE).test
-  table = scorer.Scorer(task, mesh, batch_size).table(variables, split)
+  # A bin in the middle of the logits, so that both its sides have slices.
+  stored = results.read_table(runs['cls'])
+  chosen = int(np.median(stored['logit']) * 16) + histogram.HALF
+  table = scorer.Scorer(task, mesh, batch_size).table(variables, split, bin=chosen)
+  # The histogram of all slices, counted again from the logits, without the rows that fill the last batch.
+  bins = np.clip(np.floor(table['logit'] * 16) + histogram.HALF, 0, histogram.BINS - 1).astype(int)
+  expected = [np.bincount(bins[table['label'] == truth], minlength=histogram.BINS) for truth in (0, 1)]
+  assert table['histogram'].tolist() == [[expected[0].tolist(), expected[1].tolist()]]
+  called = table['logit'] >= histogram.edges()[chosen]
+  assert 0 < called.sum() < len(called)
+  assert table['tp_chosen'].tolist() == (called & (table['label'] == 1)).astype(int).tolist()
+  assert table['tn_chosen'].tolist() == (~called & (table['label'] == 0)).astype(int).tolist()
+  assert sum(values.nbytes for values in table.values()) < 500 * len(split) + table['histogram'].nbytes
   rows, _ = read(runs['cls'])
   np.testing.assert_allclose(table['score'], [float(r['score']) for r in rows], atol=1e-5)
   assert table['tp'].tolist() == [int(r['tp']) for r in rows]

@@ -43,6 +43,7 @@ class _Window:
   padding: tuple[tuple[int, int], tuple[int, int]]
   dilation: tuple[int, int]
   groups: int
+  precision: lax.PrecisionLike  # of accelerators; a CPU always multiplies float32 numbers in float32
 
   def side(self, axis: int, length: int, kernel: int) -> int:
     """Length of the output along an axis."""
@@ -78,11 +79,11 @@ def convolve(
   The arguments are those that nn.Conv passes. The form depends on the shapes of one image and of the kernel, not on the
   batch size. Therefore an image gets the same prediction in every batch. Only reverse-mode differentiation works.
   """
-  assert x.ndim == 4 and set(lhs_dilation) == {1} and precision is None, 'the layers of this package need no more'
+  assert x.ndim == 4 and set(lhs_dilation) == {1}, 'the layers of this package need no more'
   if isinstance(padding, str):
     sides = [dilation * (side - 1) + 1 for side, dilation in zip(kernel.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(x.shape[1:3], sides, strides, padding)
-  window = _Window(tuple(strides), tuple(map(tuple, padding)), tuple(rhs_dilation), feature_group_count)
+  window = _Window(tuple(strides), tuple(map(tuple, padding)), tuple(rhs_dilation), feature_group_count, precision)
   return _convolve(x, kernel, window)
 
 
@@ -135,6 +136,7 @@ def _lax(x, kernel, window):
     rhs_dilation=window.dilation,
     feature_group_count=window.groups,
     dimension_numbers=_NUMBERS,
+    precision=window.precision,
   )
 
 
