@@ -87,7 +87,7 @@ def _draw_overlay(hu, mask, predicted, config):
 def _draw_attention(hu, config, workdir):
   """The mean over the channels of A, for three modules."""
   task = tasks.create(config)
-  _, variables, _ = trained.load_best(config, task, workdir, meshes.create_mesh())
+  _, variables = trained.load_best(config, task, workdir, meshes.create_mesh())
   slices = volumes.network_slices(hu[None], config.data.image_size)
   _, sown = task.model.apply(variables, task.inputs(slices), train=False, mutable=['intermediates'])
   maps = {

@@ -56,14 +56,6 @@ class Network(NamedTuple):
   temperature: float
 
 
-class Checkpoint(NamedTuple):
-  """A checkpoint of a run: its step, {'params', 'batch_stats'}, and `Checkpoints.digest_of_files`."""
-
-  step: int
-  variables: dict
-  sha256_of_files: str
-
-
 def load_model(
   workdirs: Sequence[pathlib.Path], mesh, flips: bool | None = None, lungs: bool | None = None
 ) -> tuple[Model, operating_point.OperatingPoint]:
@@ -99,7 +91,7 @@ def load_networks(
   _check_alike(folders, configs)
   networks, points = [], []
   for folder, config in zip(folders, configs, strict=True):
-    step, variables, _ = load_best(config, tasks.create(config), folder, mesh)
+    step, variables = load_best(config, tasks.create(config), folder, mesh)
     point = operating_point.load_point(folder)
     if point.step != step:
       point = operating_point.OperatingPoint()
@@ -143,8 +135,8 @@ def _check_alike(folders, configs):
         )
 
 
-def load_best(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> Checkpoint:
-  """Loads the best checkpoint of a run, on all devices of the mesh.
+def load_best(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tuple[int, dict]:
+  """Loads the best checkpoint of a run; returns its step and its variables, on all devices of the mesh.
 
   Raises:
     UserError: the run has no checkpoint.
@@ -152,8 +144,7 @@ def load_best(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> Checkpoi
   shapes = meshes.replicated_shapes(lambda: task.init(jax.random.key(0), config.data.image_size), mesh)
   with checkpoint.Checkpoints(workdir) as checkpoints:
     step = checkpoints.best()
-    variables = checkpoints.restore(step, variables=shapes)['variables']
-    return Checkpoint(step, variables, checkpoints.digest_of_files(step))
+    return step, checkpoints.restore(step, variables=shapes)['variables']
 
 
 def create(networks: Sequence[Network], flips: bool, sha256: str = '') -> Model:
@@ -193,15 +184,7 @@ def _digest(networks, flips):
   digest = hashlib.sha256(json.dumps(flips).encode())
   for network in networks:
     digest.update(json.dumps([_program(network.config), float(network.temperature)]).encode())
-    digest.update(sha256_of_variables(network.variables).encode())
-  return digest.hexdigest()
-
-
-def sha256_of_variables(variables: dict) -> str:
-  """Returns a digest of the names and values of {'params', 'batch_stats'}."""
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-    digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    digest.update(checkpoint.sha256_of_variables(network.variables).encode())
   return digest.hexdigest()
 
 

@@ -5,10 +5,12 @@ evaluation and prediction) and `optimizer` (the rest of the training state). The
 and the one with the best validation score.
 
 A checkpoint is written under a temporary name and renamed once it is complete. It includes `sha256.json`, a digest of
-each of its files. A checkpoint that does not match its digests is damaged: it is logged, not used, and moved to
-`damaged/` when training continues. Only files that will be read are compared with their digests: checkpoints are large.
+each of its files, and `variables.sha256`. A checkpoint that does not match its digests is damaged: it is logged, not
+used, and moved to `damaged/` when training continues. Only files that will be read are compared with their digests:
+checkpoints are large.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -20,14 +22,16 @@ from concurrent import futures
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import sha256, sha256_of
+from fusa_jax.system.files import sha256_of
 
-_DIGESTS = 'sha256.json'
+_DIGESTS = 'sha256.json'  # of each file
+_VARIABLES = 'variables.sha256'  # of the names and values of the arrays
 _METRICS = pathlib.Path('metrics', 'metrics')  # where Orbax's manager saves the scores
 # The folders of a checkpoint.
 _ARRAYS = ('variables', 'optimizer')
@@ -45,7 +49,7 @@ class Checkpoints:
   def __init__(self, workdir: pathlib.Path):
     """Reads the scores of the existing checkpoints; no arrays."""
     self._folder = (pathlib.Path(workdir) / 'checkpoints').absolute()
-    self._scores, self._damaged, self._intact, self._manager = {}, {}, set(), None
+    self._scores, self._damaged, self._intact, self._sha256, self._manager = {}, {}, set(), {}, None
     # Only process 0 checks, so that all processes continue from the same step.
     for step, (reason, score) in hosts.on_main(lambda: _survey(self._folder)):
       if reason:
@@ -81,14 +85,10 @@ class Checkpoints:
       raise UserError(f'{self._folder}: no checkpoint in it; train first, or name the folder of a trained run')
     return step
 
-  def digest_of_files(self, step: int) -> str:
-    """Returns the SHA-256 of the names and digests of the files of the variables, as recorded when they were saved.
-
-    It reads no arrays. Two saves of equal arrays have different digests, because Orbax gives its files random names.
-    """
-    recorded = _recorded(self._folder / str(step))
-    lines = sorted([name, digest] for name, digest in recorded.items() if name.startswith('variables/'))
-    return sha256(json.dumps(lines).encode())
+  def digest(self, step: int) -> str | None:
+    """Returns `sha256_of_variables` of a checkpoint without reading the arrays; None if an earlier version saved it."""
+    path = self._folder / str(step) / _VARIABLES
+    return path.read_text() if path.exists() else None
 
   def _first_intact(self, choose, items):
     """Returns the first step that `choose` takes from the scores and that is intact; None without a checkpoint."""
@@ -143,6 +143,8 @@ class Checkpoints:
       raise UserError(f'{self._folder}: the folder disappeared during training; start again in a permanent --workdir')
     items = ocp.args.Composite(variables=ocp.args.PyTreeSave(variables), optimizer=ocp.args.PyTreeSave(optimizer))
     metrics = None if score is None else {'score': score}
+    if hosts.is_main():
+      self._sha256[step] = sha256_of_variables(variables)
     self._with_disk_errors(lambda: self._manager.save(step, args=items, metrics=metrics))
     self._scores[step] = score
     self._intact |= {(step, item) for item in _ARRAYS}
@@ -172,7 +174,7 @@ class Checkpoints:
         preservation_policy=AnyPreservationPolicy([LatestN(2), best]),
         cleanup_tmp_directories=True,
         # Called once all files are written, before the rename that makes them a checkpoint.
-        async_options=ocp.AsyncOptions(post_finalization_callback=lambda: _write_digests(self._folder)),
+        async_options=ocp.AsyncOptions(post_finalization_callback=lambda: _write_digests(self._folder, self._sha256)),
       ),
     )
 
@@ -250,18 +252,33 @@ def _recorded(checkpoint: pathlib.Path) -> dict[str, str]:
   return recorded
 
 
-def _write_digests(folder: pathlib.Path) -> None:
-  """Adds the digests to the checkpoint that is being written in `folder` and still has a temporary name."""
+def _write_digests(folder: pathlib.Path, of_variables: dict[int, str]) -> None:
+  """Adds the digests to the checkpoint that is being written in `folder` and still has a temporary name.
+
+  Args:
+    folder: the folder of the checkpoints.
+    of_variables: `sha256_of_variables` by step.
+  """
   if not hosts.is_main():
     return
   (partial,) = folder.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}*')
   # Outside the items' folders are only Orbax's notes about the save. They still change, and are never read.
   files = sorted(path for item in partial.iterdir() if item.is_dir() for path in item.rglob('*') if path.is_file())
-  text = json.dumps({path.relative_to(partial).as_posix(): sha256_of(path) for path in files}, indent=1)
-  with (partial / _DIGESTS).open('w') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
+  of_files = json.dumps({path.relative_to(partial).as_posix(): sha256_of(path) for path in files}, indent=1)
+  step = int(re.match(r'\d+', partial.name)[0])
+  for name, text in ((_VARIABLES, of_variables[step]), (_DIGESTS, of_files)):
+    with (partial / name).open('w') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+
+
+def sha256_of_variables(variables: Any) -> str:
+  """Returns a digest of the names and values of {'params', 'batch_stats'}."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+  return digest.hexdigest()
 
 
 def exists(workdir: pathlib.Path) -> bool:

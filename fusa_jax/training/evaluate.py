@@ -74,8 +74,8 @@ def evaluate(
   if not overwrite:
     hosts.on_main(lambda: results.check_own(workdir / name))
   task = tasks.create(config)
-  step, variables, sha256_of_files = trained.load_best(config, task, workdir, mesh)
-  weights = {'step': step, 'sha256_of_files': sha256_of_files, 'sha256': trained.sha256_of_variables(variables)}
+  step, variables = trained.load_best(config, task, workdir, mesh)
+  weights = {'step': step, 'sha256': checkpoint.sha256_of_variables(variables)}
   made_of = _made_of(config, dataset, weights, is_own=name == split.TEST)
   _say_what_differs(workdir, name, made_of)
   test = _Test(config, workdir, workdir / name, dataset, task, mesh, step, variables, scans or {}, made_of)
@@ -122,9 +122,7 @@ def is_finished(
     if checkpoints.latest() != config.train.steps:
       return False
     step = checkpoints.best()
-    # Without the digest of the arrays, which would have to be read.
-    weights = {'step': step, 'sha256_of_files': checkpoints.digest_of_files(step)}
-  made_of['checkpoint'].pop('sha256')
+    weights = {'step': step, 'sha256': checkpoints.digest(step)}
   expected = _made_of(config, dataset, weights, platform=platform)
   wants_volumes = tasks.type_of(config.task).has_masks and not set(dataset.test.patients).isdisjoint(scans or ())
   return hosts.on_main(lambda: made_of == expected and (not wants_volumes or bool(results.read_volumes(workdir))))
@@ -136,7 +134,7 @@ def _made_of(config, dataset, weights, is_own=True, platform=None):
   Args:
     config: the config of the test.
     dataset: its data.
-    weights: the step of the checkpoint, and digests of its variables.
+    weights: the step of the checkpoint, and the digest of its variables.
     is_own: whether the data are those of the run; else no option chooses the operating point.
     platform: the devices that compute it; None: those of this process.
   """

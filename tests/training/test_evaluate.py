@@ -52,7 +52,7 @@ def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
   """Recomputes the numbers with scikit-learn from the probabilities of one slice at a time."""
   config = tiny()
   task = tasks.create(config)
-  _, variables, _ = trained.load_best(config, task, runs['seg'], meshes.create_mesh())
+  _, variables = trained.load_best(config, task, runs['seg'], meshes.create_mesh())
   test = datasets.load_dataset(data_dir, 0, SIZE).test
   run = jax.jit(task.probabilities)
   examples = [test.source[i] for i in range(len(test))]
@@ -86,7 +86,7 @@ def test_table_does_not_depend_on_batch_size_or_devices(runs, data_dir, batch_si
   config = tiny(cls)
   task = tasks.create(config)
   mesh = meshes.create_mesh(data, space, jax.devices()[: data * space])
-  _, variables, _ = trained.load_best(config, task, runs['cls'], mesh)
+  _, variables = trained.load_best(config, task, runs['cls'], mesh)
   split = datasets.load_dataset(data_dir, 0, SIZE).test
   # A bin in the middle of the logits, so that both its sides have slices.
   stored = results.read_table(runs['cls'])
@@ -100,7 +100,7 @@ def test_table_does_not_depend_on_batch_size_or_devices(runs, data_dir, batch_si
   assert 0 < called.sum() < len(called)
   assert table['tp_chosen'].tolist() == (called & (table['label'] == 1)).astype(int).tolist()
   assert table['tn_chosen'].tolist() == (~called & (table['label'] == 0)).astype(int).tolist()
-  assert sum(values.nbytes for values in table.values()) < 500 * len(split) + table['histogram'].nbytes
+  assert sum(values.nbytes for values in table.values()) < 1000 * len(split) + table['histogram'].nbytes
   rows, _ = read(runs['cls'])
   np.testing.assert_allclose(table['score'], [float(r['score']) for r in rows], atol=1e-5)
   assert table['tp'].tolist() == [int(r['tp']) for r in rows]
@@ -141,7 +141,7 @@ def test_numbers_at_the_operating_point_use_its_threshold(runs, data_dir):
   """Recomputes the numbers with scikit-learn from probabilities and the threshold in metrics.json."""
   config, (_, result) = tiny(), read(runs['seg'])
   task = tasks.create(config)
-  _, variables, _ = trained.load_best(config, task, runs['seg'], meshes.create_mesh())
+  _, variables = trained.load_best(config, task, runs['seg'], meshes.create_mesh())
   test = datasets.load_dataset(data_dir, 0, SIZE).test
   examples = [test.source[i] for i in range(len(test))]
   probability = np.asarray(jax.jit(task.probabilities)(variables, np.stack([e['image'] for e in examples])))
@@ -350,7 +350,7 @@ def test_a_run_without_split_and_point_is_evaluated_and_resumed(runs, data_dir, 
 def test_logits_that_are_not_finite_are_an_error(runs, data_dir):
   config = tiny(cls)
   task, mesh = tasks.create(config), meshes.create_mesh()
-  _, variables, _ = trained.load_best(config, task, runs['cls'], mesh)
+  _, variables = trained.load_best(config, task, runs['cls'], mesh)
   broken = jax.tree.map(lambda x: x * np.nan, variables)
   split = datasets.load_dataset(data_dir, 0, SIZE).test
   with pytest.raises(UserError, match='the model gives 32 of 32 slices a logit that is not finite'):
@@ -400,7 +400,7 @@ def test_flips_lungs_and_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
   assert result['operating_point']['smallest_ml'] == point.smallest_ml
 
   task = tasks.create(config)
-  _, variables, _ = trained.load_best(config, task, runs['seg'], meshes.create_mesh())
+  _, variables = trained.load_best(config, task, runs['seg'], meshes.create_mesh())
   test, probabilities = datasets.load_dataset(data_dir, 0, SIZE).test, jax.jit(task.probabilities)
   images = np.stack([test.source[i]['image'] for i in range(len(test))])
   both = [probabilities(variables, images), probabilities(variables, images[:, :, ::-1])[:, :, ::-1]]
