@@ -8,7 +8,7 @@ from typing import NamedTuple
 from absl import flags
 
 from fusa_jax.runs import arguments, config_checks, experiment, next_steps
-from fusa_jax.system import home, program
+from fusa_jax.system import home, paths, program
 from fusa_jax.system.errors import PartlyRefused, UserError
 
 FLAGS = flags.FLAGS
@@ -46,7 +46,7 @@ def train() -> None:
   config, name, is_demo = arguments.named_experiment()
   cross_validation.check_config(config)
   data_dir = experiment.prepared(config)
-  workdir, scans = pathlib.Path(FLAGS.workdir or f'runs/{name}'), experiment.scans_at_hand(config)
+  workdir, scans = paths.to_path(FLAGS.workdir or f'runs/{name}'), experiment.scans_at_hand(config)
   cross_validation.train_and_test(config, workdir, data_dir, scans, FLAGS.overwrite)
   test = cross_validation.write_reports(config, workdir, data_dir)
   next_steps.after_test(workdir, test, experiment.demo_scan(config, workdir) if is_demo else None)
@@ -56,7 +56,7 @@ def evaluate() -> None:
   from fusa_jax.runs import run_config
   from fusa_jax.training import cross_validation
 
-  workdir = pathlib.Path(FLAGS.workdir)
+  workdir = paths.to_path(FLAGS.workdir)
   config = experiment.to_evaluate(run_config.load_config(workdir), arguments.named_config() if FLAGS.config else None)
   data_dir = experiment.prepared(config)
   cross_validation.evaluate_again(config, workdir, data_dir, experiment.scans_at_hand(config), FLAGS.overwrite)

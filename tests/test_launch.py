@@ -88,8 +88,9 @@ def test_errors_are_one_line_and_exit_code_2(arguments, reason):
 @pytest.mark.parametrize(
   ('flag', 'arguments'),
   [
-    ('--workdir', ['--config=configs/seg.py', '--workdir=gs://bucket/run']),
-    ('--workdir', ['--mode=predict', '--workdir=run,gs://bucket/run', '--input=x', '--output=y']),
+    ('--workdir', ['--config=configs/seg.py', '--workdir=s3://bucket/run']),
+    ('--workdir', ['--mode=predict', '--workdir=run,s3://bucket/run', '--input=x', '--output=y']),
+    ('--workdir', ['--mode=compare', '--workdir=gs://bucket/run', '--against=x']),
     ('--input', ['--mode=predict', '--workdir=x', '--input=gs://bucket/run', '--output=y']),
     ('--output', ['--mode=export', '--workdir=x', '--output=gs://bucket/run']),
     ('--truth', ['--mode=score', '--input=x', '--truth=gs://bucket/run', '--output=y']),
@@ -104,8 +105,9 @@ def test_addresses_are_refused_and_nothing_is_written(flag, arguments, tmp_path)
   """pathlib would turn `gs://bucket/run` into the local folder `gs:/bucket/run`."""
   result = launch(*arguments, folder=tmp_path, home=tmp_path)
   assert result.returncode == 2, result.stderr
+  address = re.search('(gs|s3)://bucket/run', ' '.join(arguments))[0]
   assert result.stderr == (
-    f'error: {flag}: gs://bucket/run is an address, not a path on this machine; mount the bucket as a folder '
+    f'error: {flag}: {address} is an address, not a path on this machine; mount the bucket as a folder '
     '(docs/pods.md), or copy the files here, and give that path\n'
   )
   assert result.stdout == '' and not any(tmp_path.iterdir())

@@ -25,7 +25,7 @@ _ROOT = home.PACKAGE.parent
 # Packages that requirements.txt installs indirectly, and optional ones.
 _OTHERS = (
   *('jaxlib', 'tensorstore', 'torch', 'libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin'),
-  *('pydicom', 'python-gdcm', 'highdicom', 'SimpleITK'),
+  *('pydicom', 'python-gdcm', 'highdicom', 'SimpleITK', 'gcsfs'),
 )
 _VARIABLES = (
   'JAX_',

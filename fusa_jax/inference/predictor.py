@@ -1,6 +1,7 @@
 """Applies a trained run to one scan or to pictures: returns probabilities, mask and numbers."""
 
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,9 +14,9 @@ from fusa_jax.runs import operating_point
 from fusa_jax.scans import volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.sources import find_sources
-from fusa_jax.system import meshes
+from fusa_jax.system import meshes, paths
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import check_local, sha256
+from fusa_jax.system.files import sha256
 
 # Signs of the canonical axes (column, row, slice) in NIfTI's world coordinates: they run to the left, back and head.
 _CANONICAL = (-1, -1, 1)
@@ -33,8 +34,8 @@ def load_predictor(
   """Loads a trained run to predict scans: `load_predictor('runs/mine')('scan.nii.gz').mask`.
 
   Args:
-    workdir: the folder of a run, a cross-validation or a bundle, or several runs. For a cross-validation or several
-      runs it uses the mean probability.
+    workdir: the folder of a run, a cross-validation or a bundle, also gs://BUCKET/FOLDER; or several runs. For a
+      cross-validation or several runs it uses the mean probability.
     mesh: the mesh to compute on, of devices of this process. None: all of them, each with its own slices.
     threshold: lowest probability of a lesion. None, here and below: the value of the run's operating point.
     flips: whether to use the mean probability of each slice and its mirror image.
@@ -42,14 +43,12 @@ def load_predictor(
     smallest_ml: leave out lesions of a scan below this volume in mL.
 
   Raises:
-    UserError: as `check_local`, `trained.load_model`, `bundle.load_bundle` and `OperatingPoint.for_model`; several
+    UserError: as `paths.to_path`, `trained.load_model`, `bundle.load_bundle` and `OperatingPoint.for_model`; several
       folders of which one is a bundle; or a mesh that cannot split the run's images.
   """
   mesh = mesh or meshes.create_mesh(devices=jax.local_devices())
-  folders = [workdir] if isinstance(workdir, (str, pathlib.Path)) else workdir
-  for folder in folders:
-    check_local('workdir', folder)
-  folders = [pathlib.Path(folder) for folder in folders]
+  folders = [workdir] if isinstance(workdir, (str, os.PathLike)) else workdir
+  folders = [paths.to_path(folder) for folder in folders]
   bundles = [folder for folder in folders if bundle.is_bundle(folder)]
   if bundles and len(folders) > 1:
     raise UserError(
@@ -102,12 +101,12 @@ class Predictor:
       spacing: for an array [S, H, W]: mm between slices, rows and columns. Without it a voxel counts as 1 mm³.
 
     Raises:
-      UserError: as `check_local`, `find_sources`, `Source.read_image` and `volumes.from_volume`; the source holds
+      UserError: as `paths.check_local`, `find_sources`, `Source.read_image` and `volumes.from_volume`; the source holds
         several scans; the array has other dimensions; or the operating point uses lungs or lesion volumes and the array
         has no spacing.
     """
     if isinstance(image, (str, pathlib.Path)):
-      check_local('image', image)
+      paths.check_local('image', image)
       image = self._read(pathlib.Path(image))
     elif isinstance(image, np.ndarray):
       image = self._from_array(image, spacing)

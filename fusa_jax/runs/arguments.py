@@ -12,15 +12,16 @@ from absl import flags
 from ml_collections import config_flags
 
 from fusa_jax.runs import experiment, run_config
-from fusa_jax.system import exits, home, memory, program
+from fusa_jax.system import exits, home, memory, paths, program
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import check_local
 
 FLAGS = flags.FLAGS
 # Flags of the operating point.
 POINT = ('threshold', 'tta', 'lungs', 'smallest_ml')
 # Flags that hold a path, or several with commas; the last three are of benchmarks.
 _PATHS = ('workdir', 'input', 'output', 'truth', 'against', 'out', 'json', 'data_dir')
+# Modes that take a --workdir in a bucket.
+_IN_BUCKETS = ('train', 'evaluate', 'predict', 'export')
 # Keys of a config that hold a path.
 _PATH_KEYS = (('data', 'raw_dir'), ('data', 'dir'), ('model', 'init_from'))
 # This file stands for a config file when --config names a run's config.json.
@@ -63,7 +64,8 @@ def define_flags(modes: list[str]) -> None:
   text(
     'workdir',
     None,
-    'folder of a run. predict and export: also several, as A,B,C, or a bundle. train: runs/NAME_OF_CONFIG by default',
+    'folder of a run. predict and export: also several, as A,B,C, or a bundle. train: runs/NAME_OF_CONFIG by default. '
+    'These and evaluate: also gs://BUCKET/RUN',
   )
   text('input', None, 'a scan or picture, or a folder or .zip of scans, pictures or DICOM. score: the predicted masks')
   text('output', None, 'the folder to write to. view: the output folder of predict. compare: a file')
@@ -139,8 +141,9 @@ def path_flag(name: str) -> pathlib.Path:
 
 def workdirs() -> list[pathlib.Path]:
   """Returns the folders of --workdir, which are separated by commas."""
-  workdir = pathlib.Path(FLAGS.workdir)
-  return [workdir] if workdir.exists() else [pathlib.Path(part) for part in FLAGS.workdir.split(',')]
+  if ',' in FLAGS.workdir and not pathlib.Path(FLAGS.workdir).exists():
+    return [paths.to_path(part) for part in FLAGS.workdir.split(',')]
+  return [paths.to_path(FLAGS.workdir)]
 
 
 def operating_point() -> dict:
@@ -156,14 +159,16 @@ def parse_flags(argv: list[str]) -> list[str]:
       raise ValueError(f'arguments: {rest[1]!r} is not a flag')
     for name in _PATHS:
       if name in FLAGS and FLAGS[name].present and FLAGS[name].value:
+        may_be_in_bucket = name == 'workdir' and 'mode' in FLAGS and FLAGS.mode in _IN_BUCKETS
         for path in FLAGS[name].value.split(','):
-          check_local(f'--{name}', path)
+          if not (may_be_in_bucket and paths.in_bucket(path)):
+            paths.check_local(f'--{name}', path)
         # The shell expands ~ only at the start of a word.
         FLAGS[name].value = ','.join(os.path.expanduser(path) for path in FLAGS[name].value.split(','))
     # ml_collections reports a config file that cannot be loaded at the first access.
     if 'config' in FLAGS and FLAGS.config is not None:
       for section, key in _PATH_KEYS:
-        check_local(f'--config.{section}.{key}', FLAGS.config[section][key])
+        paths.check_local(f'--config.{section}.{key}', FLAGS.config[section][key])
     return rest
   except UserError as error:
     exits.fail(error)
@@ -197,7 +202,7 @@ def _with_config_paths(argv):
 
 def _config_path(value):
   """Finds the project's own `configs/seg.py` if the current folder has no such file; reads JSON by run_config."""
-  check_local('--config', value)
+  paths.check_local('--config', value)
   path, _, _ = value.partition(':')
   if re.fullmatch(r'configs/\w+\.py', path) and not pathlib.Path(path).exists() and (home.HOME / path).exists():
     return f'{home.HOME}/{value}'

@@ -8,6 +8,8 @@ A checkpoint is written under a temporary name and renamed once it is complete. 
 each of its files, and `variables.sha256`. A checkpoint that does not match its digests is damaged: it is logged, not
 used, and moved to `damaged/` when training continues. Only files that will be read are compared with their digests:
 checkpoints are large.
+
+A bucket has no rename. There Orbax writes a checkpoint under its final name, and `commit_success.txt` completes it.
 """
 
 import hashlib
@@ -16,7 +18,6 @@ import logging
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
@@ -26,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from fusa_jax.system import hosts
+from fusa_jax.system import hosts, paths
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import sha256_of
 
@@ -48,7 +49,7 @@ class Checkpoints:
 
   def __init__(self, workdir: pathlib.Path):
     """Reads the scores of the existing checkpoints; no arrays."""
-    self._folder = (pathlib.Path(workdir) / 'checkpoints').absolute()
+    self._folder = workdir / 'checkpoints' if paths.in_bucket(workdir) else (workdir / 'checkpoints').absolute()
     self._scores, self._damaged, self._intact, self._sha256, self._manager = {}, {}, set(), {}, None
     # Only process 0 checks, so that all processes continue from the same step.
     for step, (reason, score) in hosts.on_main(lambda: _survey(self._folder)):
@@ -179,11 +180,12 @@ class Checkpoints:
     )
 
   def _set_aside(self):
+    # In a bucket, Orbax takes every other folder in checkpoints/ for an unfinished checkpoint and removes it.
+    folder = self._folder.parent if paths.in_bucket(self._folder) else self._folder
     for step in self._damaged:
-      aside = self._folder / 'damaged' / str(step)
-      shutil.rmtree(aside, ignore_errors=True)
-      aside.parent.mkdir(exist_ok=True)
-      (self._folder / str(step)).rename(aside)
+      aside = folder / 'damaged' / str(step)
+      paths.remove_folder(aside)
+      paths.move_folder(self._folder / str(step), aside)
       logging.warning('moved a damaged checkpoint to %s', aside)
 
   def _with_disk_errors(self, action):
@@ -210,7 +212,7 @@ class Checkpoints:
 def _survey(folder: pathlib.Path) -> list[tuple[int, tuple[str | None, float | None]]]:
   """Returns [(step, (damage, score))] of the checkpoints in a folder, in order. It reads only their small files."""
   found = []
-  for step in sorted(int(path.name) for path in folder.glob('*') if path.name.isdigit()):
+  for step in _steps(folder):
     reason, metrics = _damage(folder / str(step), ('metrics',)), folder / str(step) / _METRICS
     scored = not reason and metrics.exists()
     found.append((step, (reason, _score(json.loads(metrics.read_text())) if scored else None)))
@@ -261,12 +263,17 @@ def _write_digests(folder: pathlib.Path, of_variables: dict[int, str]) -> None:
   """
   if not hosts.is_main():
     return
-  (partial,) = folder.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}*')
+  (partial,) = (path for path in folder.glob('*') if _is_partial(path))
   # Outside the items' folders are only Orbax's notes about the save. They still change, and are never read.
-  files = sorted(path for item in partial.iterdir() if item.is_dir() for path in item.rglob('*') if path.is_file())
-  of_files = json.dumps({path.relative_to(partial).as_posix(): sha256_of(path) for path in files}, indent=1)
+  names = [name for name in paths.files_under(partial) if '/' in name]
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    digests = pool.map(lambda name: sha256_of(partial / name), names)
+    of_files = json.dumps(dict(zip(names, digests, strict=True)), indent=1)
   step = int(re.match(r'\d+', partial.name)[0])
   for name, text in ((_VARIABLES, of_variables[step]), (_DIGESTS, of_files)):
+    if paths.in_bucket(partial):
+      (partial / name).write_text(text)
+      continue
     with (partial / name).open('w') as file:
       file.write(text)
       file.flush()
@@ -283,8 +290,19 @@ def sha256_of_variables(variables: Any) -> str:
 
 def exists(workdir: pathlib.Path) -> bool:
   """Whether `workdir` holds a checkpoint to resume from. Creates no folder."""
-  folder = pathlib.Path(workdir) / 'checkpoints'
-  return any(path.name.isdigit() for path in folder.glob('*'))
+  return bool(_steps(workdir / 'checkpoints'))
+
+
+def _steps(folder):
+  """The steps of the complete checkpoints in a folder, in order."""
+  return sorted(int(path.name) for path in folder.glob('*') if path.name.isdigit() and not _is_partial(path))
+
+
+def _is_partial(path):
+  """Whether a checkpoint is being written, or was when its process was killed."""
+  if paths.in_bucket(path):
+    return path.name.isdigit() and not ocp.utils.is_checkpoint_finalized(path)
+  return ocp.utils.TMP_DIR_SUFFIX in path.name
 
 
 def _score(metrics):

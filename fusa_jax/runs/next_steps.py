@@ -5,7 +5,7 @@ import pathlib
 import shlex
 from collections.abc import Sequence
 
-from fusa_jax.system import hosts, program
+from fusa_jax.system import hosts, paths, program
 
 
 def after_test(workdir: pathlib.Path, test: pathlib.Path, scan: pathlib.Path | None = None) -> None:
@@ -16,7 +16,7 @@ def after_test(workdir: pathlib.Path, test: pathlib.Path, scan: pathlib.Path | N
     test: folder of the test.
     scan: a scan to predict as an example; None prints a placeholder.
   """
-  masks = workdir / 'masks'
+  masks = 'masks' if paths.in_bucket(workdir) else workdir / 'masks'
   source = str(scan) if scan else 'SCAN_OR_FOLDER'
   _log(
     [

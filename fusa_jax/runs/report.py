@@ -49,7 +49,8 @@ def write_report(workdir: pathlib.Path, data_card: dict, test: str = TEST) -> pa
   table = results.read_table(workdir, test)
   result = results.read_numbers(workdir, test)
   task_type = tasks.type_of(config.task)
-  runs = sorted(workdir.glob('fold*/')) if run_config.is_cross_validation(config) else [workdir]
+  folds = sorted(path for path in workdir.glob('fold*') if path.is_dir())
+  runs = folds if run_config.is_cross_validation(config) else [workdir]
   volumes = {row['case']: row for row in results.read_volumes(workdir, test)}
   charts = {name: figures.svg(figure, _ALT[name]) for name, figure in figures.charts(table, result).items()}
   curves = figures.learning_curves({run.name: _log(run) for run in runs}, task_type.selection)
@@ -130,7 +131,7 @@ def _overlays(task_type, table, tests, volumes):
     for path in (folder / 'figures' / name for folder in tests):
       if path.exists():
         out = io.BytesIO()
-        Image.open(path).convert('RGB').save(out, 'WEBP', quality=90)
+        Image.open(io.BytesIO(path.read_bytes())).convert('RGB').save(out, 'WEBP', quality=90)
         url = 'data:image/webp;base64,' + base64.b64encode(out.getvalue()).decode()
         yield {'title': results.overlay_title(task_type, table, row, volumes), 'url': url}
 

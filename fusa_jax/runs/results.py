@@ -1,6 +1,7 @@
 """Computes numbers with intervals from a table of slices; writes and reads the files in test/ of a run."""
 
 import csv
+import io
 import pathlib
 import zipfile
 import zlib
@@ -195,8 +196,7 @@ def read_volumes(workdir: pathlib.Path, test: str = TEST) -> list[dict]:
   path = workdir / test / 'volumes.csv'
   if not path.exists():
     return []
-  with path.open(newline='') as file:
-    rows = list(csv.DictReader(file))
+  rows = list(csv.DictReader(io.StringIO(path.read_text())))
   number = lambda text: int(text) if text.isdigit() else float(text or 'nan')
   return [{key: value if key == 'case' else number(value) for key, value in row.items()} for row in rows]
 
@@ -210,7 +210,7 @@ def read_table(workdir: pathlib.Path, test: str = TEST) -> dict[str, np.ndarray]
   check_complete(workdir, test)
   path = workdir / test / TABLE
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
       table = dict(archive)
     missing = {
       *COLUMNS,

@@ -5,7 +5,7 @@ import pathlib
 
 import ml_collections
 
-from fusa_jax.system import home, hosts  # noqa: F401 (importing home makes configs/ importable)
+from fusa_jax.system import home, hosts, paths  # noqa: F401 (importing home makes configs/ importable)
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import read_json, write_json
 
@@ -88,8 +88,8 @@ def get_config(path: str) -> ml_collections.ConfigDict:
   """
   from configs import base
 
-  pathlib.Path(path).stat()  # --config reports a missing file as it does for configs/
-  saved = read_json(pathlib.Path(path), 'restore it, or train again in another --workdir')
+  paths.to_path(path).stat()  # --config reports a missing file as it does for configs/
+  saved = read_json(paths.to_path(path), 'restore it, or train again in another --workdir')
   config = base.paper()
   if not isinstance(saved, dict) or not isinstance(saved.get('data'), dict):
     raise UserError(f'{path}: not the config of a run, but perhaps of a bundle; name the folder of a run')

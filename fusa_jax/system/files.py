@@ -1,4 +1,7 @@
-"""Writes files atomically: a file is complete or absent. A failed write is an error of one line."""
+"""Writes files atomically: a file is complete or absent. A failed write is an error of one line.
+
+`replacing`, `write_json`, `write_csv` and `read_json` also take paths in a bucket (system/paths.py).
+"""
 
 import contextlib
 import csv
@@ -10,9 +13,11 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from fusa_jax.system import paths
 from fusa_jax.system.errors import UserError, one_line
 
 # The names of `_partial`.
@@ -42,11 +47,18 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a temporary path to write to; on exit, renames that file to `path` in one step. An error leaves no file.
 
   The temporary name has the same ending as `path`, because libraries choose a format by it. It is in the same folder,
-  because a rename is atomic only within a file system.
+  because a rename is atomic only within a file system. For a file in a bucket, the temporary file is local; on exit it
+  is copied to the bucket, where an object appears in one step.
 
   Raises:
     UserError: the file cannot be written.
   """
+  if paths.in_bucket(path):
+    with writing(path), tempfile.TemporaryDirectory() as folder:
+      partial = pathlib.Path(folder) / path.name
+      yield partial
+      path.write_bytes(partial.read_bytes())
+    return
   path = pathlib.Path(path)
   partial = _partial(path)
   with writing(path):
@@ -91,23 +103,6 @@ def remove_partials(folder: pathlib.Path) -> None:
   for path in folder.glob('.*') if folder.is_dir() else ():
     if _PARTIAL.fullmatch(path.name):
       path.unlink(missing_ok=True)
-
-
-def check_local(name: str, path: str | os.PathLike) -> None:
-  """Refuses an address such as `gs://BUCKET/RUN`. pathlib would turn it into a local folder named `gs:`.
-
-  Args:
-    name: the parameter or key that holds the path; the message begins with it.
-    path: the path.
-
-  Raises:
-    UserError: the path is an address.
-  """
-  if '://' in os.fspath(path):
-    raise UserError(
-      f'{name}: {os.fspath(path)} is an address, not a path on this machine; mount the bucket as a folder '
-      '(docs/pods.md), or copy the files here, and give that path'
-    )
 
 
 def printable(text: str) -> str:

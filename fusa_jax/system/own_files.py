@@ -13,6 +13,7 @@ from typing import Any
 
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing, sha256, sha256_of
+from fusa_jax.system.paths import exists
 
 _KEY = 'sha256_of_this_record'
 _SEAL = re.compile(rb'<!-- fusa_jax sha256 ([0-9a-f]{64}) -->\n\Z')
@@ -87,7 +88,7 @@ def sealed(page: str) -> str:
 
 def has_changed(path: pathlib.Path, digest: str | None) -> bool:
   """Whether a file exists that has neither this SHA-256 nor, if the digest is None, a true seal of a page."""
-  if not path.exists() and not path.is_symlink():
+  if not exists(path):
     return False
   try:
     if digest is not None:
@@ -114,7 +115,7 @@ def changed(path: pathlib.Path, others: Iterable[pathlib.Path]) -> list[pathlib.
     others: the files that would be written.
   """
   record = read_record(path)
-  foreign = [path] if record is None and (path.exists() or path.is_symlink()) else []
+  foreign = [path] if record is None and exists(path) else []
   digests = {path.parent / name: digest for name, digest in (record or {}).get('files', {}).items()}
   return foreign + [other for other in dict.fromkeys([*others, *digests]) if has_changed(other, digests.get(other))]
 

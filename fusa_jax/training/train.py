@@ -153,9 +153,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
           log.write(step, {f'validation/{name}': value for name, value in summary.items()})
           if hosts.is_main():
             bar.write(f'step {step}: validation {results.one_line(task.type, summary)}')
+        log.copy()
         checkpoints.save(step, state.variables, state.opt_state, score)
         began = time.perf_counter()
       elif stopping:
+        log.copy()
         checkpoints.save(step, state.variables, state.opt_state, None)
       if stopping:
         raise Terminated(f'by SIGTERM at step {step}, which is saved')

@@ -61,5 +61,5 @@ def test_incompatible_runs_are_refused(tmp_path, other, reason):
 
 
 def test_an_address_is_refused_in_python():
-  with pytest.raises(UserError, match='^workdir: gs://bucket/run is an address, not a path .*; mount the bucket'):
-    fusa_jax.load(['runs/mine', 'gs://bucket/run'])
+  with pytest.raises(UserError, match='^workdir: s3://bucket/run is an address, not a path .*; mount the bucket'):
+    fusa_jax.load(['runs/mine', 's3://bucket/run'])
