@@ -28,7 +28,7 @@ NUM_FOLDS = 5
 _THUMBNAIL = (16, 64, 64)
 _ALIKE = 0.8
 # Thumbnails are kept in half precision: correlations change by about 1e-5. So many are compared at a time, in float32.
-_BLOCK = 512
+_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)

@@ -184,7 +184,7 @@ def test_shards_are_few_and_hold_everything_once(seed):
 
 @pytest.mark.slow
 def test_few_open_files_are_enough(raw_dir, tmp_path):
-  """250 scans of 32 slices are prepared, trained on and evaluated with at most 110 open files."""
+  """250 scans of 32 slices are prepared, trained on and evaluated with at most 80 open files."""
   raw, rng = tmp_path / 'raw', np.random.default_rng(0)
   raw.mkdir()
   for number in range(250):
@@ -194,7 +194,7 @@ def test_few_open_files_are_enough(raw_dir, tmp_path):
     for kind, values in (('ct', ct.astype(np.int16)), ('seg', mask.astype(np.uint8))):
       image = nib.Nifti1Image(np.roll(values, shift, (0, 1)), images[0].affine)
       nib.save(image, raw / f'p{number:03d}_{kind}.nii')
-  command = f'ulimit -n 110 && exec {sys.executable} launch.py --config=configs/seg.py:demo '
+  command = f'ulimit -n 80 && exec {sys.executable} launch.py --config=configs/seg.py:demo '
   command += f'--config.data.raw_dir={raw} --config.data.dir={tmp_path / "out"} --workdir={tmp_path / "run"} '
   command += f'--config.data.image_size={SIZE} --config.train.steps=2 --config.train.warmup_steps=1 '
   command += '--config.train.evaluate_every=2 --config.train.batch_size=16 --config.model.width=4'

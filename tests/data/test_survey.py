@@ -10,7 +10,7 @@ from nifti_files import chest, save
 from PIL import Image
 from scipy import ndimage
 
-from data import prepare, survey
+from data import prepare, survey, workers
 from data.cohorts import CohortOptions, covid19_20, phantom
 from data.find import find
 from fusa_jax.scans import volume_files
@@ -204,3 +204,50 @@ def test_pictures_in_colour_are_left_out_by_a_key(tmp_path, caplog):
     prepare.prepare(str(tmp_path), str(out), 8, options=grey)
   with pytest.raises(UserError, match=r"data.coloured: 'drop' is unknown; give one of refuse, leave_out"):
     find(tmp_path, grey._replace(coloured='drop'))
+
+
+@pytest.mark.parametrize('in_file', [False, True])
+def test_thumbnails_are_compared_in_blocks(tmp_path, monkeypatch, caplog, in_file):
+  """The pairs, their order and their correlations are those of the whole matrix in float64."""
+  monkeypatch.setattr(survey, '_BLOCK', 3)
+  rng = np.random.default_rng(0)
+  vectors = rng.standard_normal((10, 16 * 64 * 64))
+  for copy, of, noise in ((7, 1, 0.2), (8, 1, 0.3), (4, 3, 0.4), (9, 0, 1.0)):
+    vectors[copy] = vectors[of] + noise * rng.standard_normal(vectors.shape[1])
+  vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+  store = survey._Thumbnails(tmp_path / 'thumbnails.npy' if in_file else None, len(vectors))
+  for number, vector in enumerate(vectors):
+    store.add(f'/folder/scan{number}', vector.astype(np.float16))
+  store.warn_of_similar()
+  correlations = vectors @ vectors.T
+  expected = [
+    f'/folder/scan{other}: looks like scan{one} (correlation {correlations[one, other]:.3f})'
+    for one, other in np.argwhere(np.triu(correlations, k=1) >= 0.8)
+  ]
+  assert [line.partition(', perhaps')[0] for line in warnings(caplog)] == expected and len(expected) == 4
+
+
+def test_processes_are_limited_by_memory(monkeypatch, caplog):
+  """A process needs 25 bytes x 32 million voxels + 300 MB = 1.1 GB; two fit into 80% of 4 GB."""
+  counts = []
+
+  class Executor:
+    map = map
+
+    def __init__(self, processes, *_):
+      counts.append(processes)
+
+    def shutdown(self, **_):
+      pass
+
+  monkeypatch.setattr(workers, 'ProcessPoolExecutor', Executor)
+  monkeypatch.setattr(workers.os, 'sched_getaffinity', lambda _: range(64))
+  caplog.set_level('INFO')
+  for available in (4 * 10**9, 10**8, 10**12, None):
+    monkeypatch.setattr(workers, 'available_memory', lambda available=available: available)
+    with workers.pool(100, 32 * 10**6):
+      pass
+  assert counts == [2, 1, 64, 64]
+  assert caplog.messages[0].startswith('reading 2 scans at a time instead of 64: 4.0 GB of memory are available')
+  monkeypatch.undo()
+  assert workers.available_memory() > 10**6

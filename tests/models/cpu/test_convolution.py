@@ -63,7 +63,7 @@ def test_values_and_gradients_equal_pytorchs(case):
 
 def test_every_form_is_used():
   window = lambda stride=1, padding=0, dilation=1, groups=1: convolution._Window(
-    (stride,) * 2, ((padding,) * 2,) * 2, (dilation,) * 2, groups
+    (stride,) * 2, ((padding,) * 2,) * 2, (dilation,) * 2, groups, None
   )
   forms = {case: convolution._form(image, kernel, window(**more)) for case, (image, kernel, more) in CASES.items()}
   assert len({function for form in forms.values() for function in form}) == 8
