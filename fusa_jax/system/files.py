@@ -30,6 +30,8 @@ _ADVICE = {
   errno.EPERM: 'give a folder that you may write to',
 }
 
+_ELSEWHERE = 'free space there, or give another folder'
+
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
@@ -38,7 +40,8 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     yield
   except OSError as error:
     reason = error.strerror or error
-    advice = _ADVICE.get(error.errno, 'free space there, or give another folder')
+    other = 'check the name of the bucket and your access to it' if paths.in_bucket(path) else _ELSEWHERE
+    advice = _ADVICE.get(error.errno, other)
     raise UserError(f'{path}: cannot be written ({reason}); {advice}') from error
 
 
