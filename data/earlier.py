@@ -36,7 +36,7 @@ def find(cache: pathlib.Path, raw_dir: str | pathlib.Path) -> list['Earlier']:
   found = []
   with contextlib.suppress(OSError):
     for path in sorted(_notes(cache, raw_dir).glob('*.json'), key=lambda path: (path.stat().st_mtime_ns, path.name)):
-      with contextlib.suppress(Exception):  # a dataset that is damaged or from another version
+      with contextlib.suppress(Exception):  # a dataset that is damaged, was removed, or is from another version
         found.append(Earlier(pathlib.Path(json.loads(path.read_text())['dataset'])))
   return found[::-1]
 

@@ -54,6 +54,14 @@ def processes():
     yield real
 
 
+@pytest.fixture(scope='session', autouse=True)
+def cache(tmp_path_factory):
+  """Keeps what the tests of this process prepare out of the user's cache."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(prepare, 'CACHE', tmp_path_factory.mktemp('cache'))
+    yield
+
+
 @pytest.fixture(scope='session')
 def raw_dir(tmp_path_factory) -> pathlib.Path:
   """Ten phantoms as NIfTI files, each 16 slices of 32 x 32."""
