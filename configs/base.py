@@ -61,7 +61,7 @@ def paper() -> ml_collections.ConfigDict:
   config.train.log_every = 50  # steps between two lines of the log
   config.train.evaluate_every = 1000  # steps between two validations; each is followed by a checkpoint
   # On GPUs: add in a fixed order and choose kernels without timing them, so that a repeated run gives the same bits
-  # (docs/models.md has cost and limits). Runs on CPUs and TPUs do so in any case.
+  # (docs/models.md has cost and limits). On CPUs and TPUs this key changes nothing.
   config.train.deterministic = False
 
   config.evaluate = ml_collections.ConfigDict()

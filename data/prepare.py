@@ -92,7 +92,7 @@ def _build(cohort: str, cases: list[Case], raw_dir, data_dir, size, progress):
     found = earlier.find(CACHE, raw_dir)
     if found:
       logging.info(
-        '%s: was prepared before, so patients keep their folds; to deal all again, delete %s',
+        '%s: was prepared before, so patients keep their folds; to assign all again, delete %s',
         raw_dir,
         ', '.join(str(one.path) for one in found),
       )

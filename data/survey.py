@@ -212,12 +212,12 @@ def _kept(owned, ordered, burden, fold_of):
     persons[fold[name]] += 1
     loads[fold[name]] += burden[name]
   if set(fold.values()) != set(range(count)):
-    logging.warning('a fold of the earlier dataset has no patients left, so all patients are dealt to new folds')
+    logging.warning('a fold of the earlier dataset has no patients left, so all patients get new folds')
     return {}
   for name in moved:
     scans = ', '.join(patient.case.patient for patient in owned[name])
     logging.warning('%s: were in several folds, and now belong to one patient: all are in fold %d', scans, fold[name])
-  logging.info('%d of %d patients keep their folds, %d are dealt', len(ordered) - len(new), len(ordered), len(new))
+  logging.info('%d of %d patients keep their folds; %d new', len(ordered) - len(new), len(ordered), len(new))
   return fold
 
 

@@ -88,8 +88,8 @@ def test_only_the_new_scan_is_prepared(raw_dir, raw, tmp_path, reads, caplog, mo
   assert {name: new[name] for name in old} == old and new.keys() - old.keys() == {NAME(10)}
   assert files <= {path.stat().st_ino for path in second.glob('*array_record*')}
   text = caplog.text
-  assert '9 of 10 patients keep their folds, 1 are dealt' in text and f'1 of 10 scans are prepared; {first} has' in text
-  assert f'so patients keep their folds; to deal all again, delete {first}' in text
+  assert '9 of 10 patients keep their folds; 1 new' in text and f'1 of 10 scans are prepared; {first} has' in text
+  assert f'so patients keep their folds; to assign all again, delete {first}' in text
   check_equal(second, raw, tmp_path, monkeypatch)
 
 
@@ -163,7 +163,7 @@ def test_a_person_moves_only_with_a_warning(caplog):
   assert 'a, b: were in several folds, and now belong to one patient: all are in fold 0' in caplog.messages
   caplog.clear()
   assert dealt(list(map(person, 'abcd')), ['a', 'b', 'c', 'x', 'd']) == [['a'], ['b'], ['c'], ['d']]
-  assert 'a fold of the earlier dataset has no patients left, so all patients are dealt to new folds' in caplog.messages
+  assert 'a fold of the earlier dataset has no patients left, so all patients get new folds' in caplog.messages
 
 
 @pytest.mark.parametrize('seed', range(20))
