@@ -2,9 +2,9 @@
 
   python -m benchmarks.coverage
 
-Each shape of the values is drawn `--cohorts` times for each number of patients. A cell is the share of intervals with
-the true mean, which should be 0.95, and their mean width. `ours` is statistics.mean_interval. The other methods are
-those that it was chosen from.
+It draws `--cohorts` cohorts for each distribution of the values and each number of patients. A cell is the share of
+intervals that contain the true mean, which should be 0.95, and their mean width. `ours` is statistics.mean_interval;
+the other methods are for comparison.
 """
 
 import datetime
@@ -23,47 +23,48 @@ _PATIENTS = flags.DEFINE_list('patients', ['5', '8', '12', '20', '40'], 'numbers
 SCORE, AMOUNT, DIFFERENCE = (0, 1), (0, np.inf), (-np.inf, np.inf)
 
 
-def _or_zero(share, draw):
-  """`draw`, with a share of zeros: patients of whom the model finds nothing."""
+def _with_zeros(share, draw):
+  """Draws as `draw`, but a share of the values is 0: patients of whom the model finds nothing."""
   return lambda rng, shape: np.where(rng.random(shape) < share, 0, draw(rng, shape))
 
 
-def _or(share, other, draw):
-  """`draw`, of which a share is larger by `other`."""
-  return lambda rng, shape: np.where(rng.random(shape) < share, other, 0.0) + draw(rng, shape)
+def _with_outliers(share, distance, draw):
+  """Draws as `draw`, but adds a distance to a share of the values."""
+  return lambda rng, shape: np.where(rng.random(shape) < share, distance, 0.0) + draw(rng, shape)
 
 
 _dice = lambda rng, shape: rng.beta(9, 3, shape)
 # Title: (range of the values, function that draws them).
 SHAPES = {
   'Dice around 0.75': (SCORE, _dice),
-  'the same, 15% are 0': (SCORE, _or_zero(0.15, _dice)),
-  'the same, 30% are 0': (SCORE, _or_zero(0.30, _dice)),
+  'the same, 15% are 0': (SCORE, _with_zeros(0.15, _dice)),
+  'the same, 30% are 0': (SCORE, _with_zeros(0.30, _dice)),
   'around 0.95': (SCORE, lambda rng, shape: rng.beta(30, 1.5, shape)),
-  'the same, 5% are 0': (SCORE, _or_zero(0.05, lambda rng, shape: rng.beta(30, 1.5, shape))),
+  'the same, 5% are 0': (SCORE, _with_zeros(0.05, lambda rng, shape: rng.beta(30, 1.5, shape))),
   '1 or, for 10%, 0': (SCORE, lambda rng, shape: (rng.random(shape) >= 0.1).astype(float)),
   'volumes, sd of log 0.8': (AMOUNT, lambda rng, shape: rng.lognormal(0, 0.8, shape)),
   'volumes, sd of log 1.2': (AMOUNT, lambda rng, shape: rng.lognormal(0, 1.2, shape)),
   'counts around 2': (AMOUNT, lambda rng, shape: rng.poisson(2, shape).astype(float)),
-  'distances, 10% are 500': (AMOUNT, _or(0.1, 500, lambda rng, shape: rng.lognormal(3, 0.6, shape))),
+  'distances, 10% are 500': (AMOUNT, _with_outliers(0.1, 500, lambda rng, shape: rng.lognormal(3, 0.6, shape))),
   'differences, sd 0.1': (DIFFERENCE, lambda rng, shape: rng.normal(0.02, 0.1, shape)),
   'the same, Laplace': (DIFFERENCE, lambda rng, shape: rng.laplace(0.02, 0.07, shape)),
-  'sd 0.03, 10% gain 0.7': (DIFFERENCE, _or(0.1, 0.7, lambda rng, shape: rng.normal(0, 0.03, shape))),
+  'sd 0.03, 10% gain 0.7': (DIFFERENCE, _with_outliers(0.1, 0.7, lambda rng, shape: rng.normal(0, 0.03, shape))),
 }
 
 
 def expanded(values, _):
-  """Expanded percentiles, as for ratios (statistics.intervals)."""
+  """Returns the expanded percentiles, as for ratios (statistics.intervals)."""
   return statistics.intervals(lambda weights: {'mean': statistics.mean(values, weights)}, len(values))['mean']
 
 
 def student(values, _):
+  """Returns Student's t interval."""
   reach = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
   return values.mean() - reach, values.mean() + reach
 
 
 def bootstrap_t(values, _):
-  """The bootstrap-t alone, with the floor of statistics.mean_interval."""
+  """Returns the bootstrap-t alone, with the least standard error of statistics.mean_interval."""
   error = stats.sem(values)
   if not error:
     return values.mean(), values.mean()
@@ -72,7 +73,7 @@ def bootstrap_t(values, _):
 
 
 def gaffke(values, support):
-  """Gaffke's bounds: the Bayesian bootstrap with a whole patient at the end of the range, a bound for each side."""
+  """Returns Gaffke's bounds: for each side, a Bayesian bootstrap with one more patient at that end of the range."""
   weights = np.random.default_rng(0).dirichlet(np.ones(len(values) + 1), 1000)
   return [
     np.quantile(weights @ np.append(values, end), tail) for end, tail in zip(support, (0.025, 0.975), strict=True)
@@ -80,7 +81,7 @@ def gaffke(values, support):
 
 
 def anderson(values, support):
-  """Anderson's bounds (1969): the band of Kolmogorov and Smirnov around the distribution function."""
+  """Returns Anderson's bounds (1969), from the band of Kolmogorov and Smirnov around the distribution function."""
   beyond = stats.ksone.ppf(0.975, len(values))
   steps = np.minimum(np.arange(len(values) + 1) / len(values) + beyond, 1)
   weights, low, high = np.append(steps[0], np.diff(steps)), np.sort(values), np.sort(values)[::-1]
@@ -101,6 +102,7 @@ def coverage(title: str, method, patients: int, cohorts: int) -> tuple[float, fl
 
 @functools.cache
 def true_mean(title: str) -> float:
+  """Returns the mean of a distribution, from ten million draws."""
   _, draw = SHAPES[title]
   rng = np.random.default_rng(0)
   return float(np.mean([draw(rng, 1_000_000).mean() for _ in range(10)]))

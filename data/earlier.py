@@ -1,4 +1,4 @@
-"""Earlier datasets of a cohort that grew: their folds are kept, and their slices are not prepared again.
+"""Earlier datasets of a cohort that grew: a new dataset keeps their folds and takes over their slices.
 
 The cache notes which datasets were prepared from a folder of scans.
 """
@@ -22,7 +22,13 @@ THUMBNAILS = 'thumbnails.npy'
 
 
 def note(cache: pathlib.Path, raw_dir: str | pathlib.Path, dataset: pathlib.Path) -> None:
-  """Notes that a dataset was prepared from a folder. A cache that cannot be written is not an error."""
+  """Notes in the cache that a dataset was prepared from a folder. Ignores a cache that cannot be written.
+
+  Args:
+    cache: the cache folder.
+    raw_dir: the folder of scans.
+    dataset: the folder of the prepared dataset, with its version.
+  """
   dataset = dataset.absolute()
   path = _notes(cache, raw_dir) / f'{hashlib.sha256(str(dataset).encode()).hexdigest()[:16]}.json'
   if not path.exists():
@@ -31,13 +37,16 @@ def note(cache: pathlib.Path, raw_dir: str | pathlib.Path, dataset: pathlib.Path
       write_json(path, {'raw_dir': str(_absolute(raw_dir)), 'dataset': str(dataset)})
 
 
-def find(cache: pathlib.Path, raw_dir: str | pathlib.Path) -> list['Earlier']:
-  """The datasets that were prepared from a folder and still exist, the newest first."""
+def find(cache: pathlib.Path, raw_dir: str | pathlib.Path) -> list['EarlierDataset']:
+  """Returns the datasets that were prepared from a folder and still exist, the newest first.
+
+  It leaves out datasets that were removed, are damaged, or are from another version of the program.
+  """
   found = []
   with contextlib.suppress(OSError):
     for path in sorted(_notes(cache, raw_dir).glob('*.json'), key=lambda path: (path.stat().st_mtime_ns, path.name)):
       with contextlib.suppress(Exception):  # a dataset that is damaged, was removed, or is from another version
-        found.append(Earlier(pathlib.Path(json.loads(path.read_text())['dataset'])))
+        found.append(EarlierDataset(pathlib.Path(json.loads(path.read_text())['dataset'])))
   return found[::-1]
 
 
@@ -49,7 +58,7 @@ def _absolute(raw_dir):
   return pathlib.Path(raw_dir).expanduser().resolve()
 
 
-class Earlier:
+class EarlierDataset:
   """A dataset that was prepared from an earlier state of a cohort.
 
   Attributes:
@@ -70,17 +79,20 @@ class Earlier:
           self._fold |= {(kind, name): k for name in names if name}
 
   def fold(self, patient: survey.Patient) -> int | None:
-    """The fold of a patient: of a scan with the same values, else of the same name, else of the same person."""
+    """Returns the fold of the scan with the same values, else of the same name, else of the same person; or None."""
     keys = [('images', image) for image in patient.images]
     keys += [('patient', patient.case.patient), ('owner', patient.owner)]
     return next((self._fold[key] for key in keys if key in self._fold), None)
 
   def known(self, cases: Sequence[Case], keys: Mapping[str, str]) -> dict[str, survey.Known]:
-    """The results of the survey for the cases that are stored with the same files and name.
+    """Returns what the survey found for the cases that have the same name and files in this dataset.
 
     Args:
-      cases: the cases.
-      keys: what identifies the files of each case, by name (`survey.keys`).
+      cases: the cases of the new dataset.
+      keys: the digest of the files of each case, by name (`survey.keys`).
+
+    Returns:
+      The results by name; {} if the thumbnails do not fit the metadata.
     """
     entries = {entry['patient']: entry for fold in self._folds for entry in fold}
     scans = sorted(name for name, entry in entries.items() if entry['lesion_ml'] is not None)
@@ -105,7 +117,7 @@ class Earlier:
     return known
 
   def shards(self, k: int) -> list[list[tuple[str, Stored]]]:
-    """The names of the patients in each shard of a fold, with the place of their slices."""
+    """Returns, for each shard of fold `k`, the names of its patients with the places of their slices."""
     if k >= len(self._folds):
       return []
     split, found, entries = self._splits[f'fold{k}'], [], iter(self._folds[k])
@@ -120,9 +132,17 @@ class Earlier:
     return found
 
   def plan(self, k: int, fold: Sequence[survey.Patient], known: Mapping) -> tuple[list[Item], list[Shard]]:
-    """What of a fold has to be written, and the shards of this dataset that can be linked.
+    """Divides a fold of the new dataset into patients to write and shards of this dataset to link.
 
     A shard is linked if all of its patients are known and still in this fold. Other known patients are copied.
+
+    Args:
+      k: the number of the fold.
+      fold: its patients.
+      known: the result of `known`.
+
+    Returns:
+      (the patients to write or copy, the shards to link).
     """
     patients = {patient.case.patient: patient for patient in fold}
     linked, stored = [], {}

@@ -24,10 +24,10 @@ _PLACEHOLDER = re.compile(
   r'\W*|0|(.)\1{3,}|anon(ym(ous|i[sz]ed)?)?|(no|un)-?(name|known|id|patient-?id)|none|null|nil|n/?a|nan|empty|removed|'
   r'redacted|hidden|de-?identified|(patient|subject|case)[-_]?(id|name|identifier)?|id|test'
 )
-# More folders than these with one PatientID, and more than half of all, are not several scans of one person.
+# If one PatientID is in more folders than this, and in more than half of all, it is taken for a placeholder.
 _MANY = 10
-# A point in time after a stem. Bare numbers are none: case_1 and case_2 are two patients. So is a date after a stem
-# without a number: scan_20200401 and scan_20200402.
+# A point in time after a stem. A bare number is not a point in time: case_1 and case_2 are two patients. After a stem
+# without a number a date is not one either: scan_20200401 and scan_20200402 are two patients.
 _FOLLOW_UP = re.compile(
   r'(?P<stem>.*[^\W_].*?)[-_. ]('
   r'(t|tp|time|timepoint|visit|ses|session|day|week|month|year|fu|follow[-_]?up)[-_. ]?\d{1,3}|'
@@ -53,8 +53,8 @@ def identified(cases: Sequence[Case], folder: pathlib.Path, quiet: bool = False)
     quiet: do not warn.
 
   Raises:
-    UserError: two scans cannot be told apart; patients.csv cannot be read, or does not fit the scans. One line each.
-      pydicom is not installed, but there is DICOM.
+    UserError: two scans cannot be told apart; patients.csv cannot be read, or does not fit the scans (one line each);
+      or there are DICOM files, but pydicom is not installed.
   """
   cases = _with_own_names(cases, folder)
   listed = entry(folder, LIST)
@@ -135,12 +135,12 @@ def _names(case, folder):
 
 
 def _with_patient_ids(cases, folder, quiet):
-  """The cases of DICOM with owners by PatientID; those without one, or with one that says nothing, keep their names."""
+  """Gives the DICOM cases with a usable PatientID an owner: its hash. All other cases stay as they are."""
   is_dicom = [not isinstance(case.ct, tuple) and (case.ct.is_dir() or is_archive(case.ct)) for case in cases]
   if not any(is_dicom):
     return cases
   with futures.ThreadPoolExecutor(_THREADS) as pool:
-    read = lambda pair: _simplified(dicom_files.patient_id(pair[0].ct)[0]) if pair[1] else ''
+    read = lambda pair: _simplified(dicom_files.find_patient_id(pair[0].ct)[0]) if pair[1] else ''
     ids = list(pool.map(read, zip(cases, is_dicom, strict=True)))
   scans = defaultdict(list)
   for case, one in zip(cases, ids, strict=True):
@@ -190,8 +190,8 @@ def _warn_of_follow_ups(cases, folder):
   groups = [' + '.join(names) for names in scans.values() if len(names) > 1]
   if groups:
     logging.warning(
-      '%s: perhaps several scans of one patient, but each counts as one patient: %s; list all scans in %s '
-      '(scan,patient) if so',
+      '%s: names like several scans of one patient, but each counts as one patient: %s; if they are of one patient, '
+      'list all scans in %s (scan,patient)',
       folder,
       _listed(groups),
       LIST,

@@ -92,14 +92,15 @@ def _build(cohort: str, cases: list[Case], raw_dir, data_dir, size, progress):
     found = earlier.find(CACHE, raw_dir)
     if found:
       logging.info(
-        '%s: was prepared before, so patients keep their folds; to assign all again, delete %s',
+        '%s was prepared before, so patients keep their folds; to assign all again, delete %s',
         raw_dir,
         ', '.join(str(one.path) for one in found),
       )
     with _alone(folder, 'dataset'):
       builder = open_builder()
       if not builder.is_prepared():
-        builder.cases, builder.files, builder.progress, builder.earlier = cases, files, progress, found
+        builder.cases, builder.files = cases, files
+        builder.progress, builder.earlier_datasets = progress, found
         _write(builder, folder)
         if survey.fingerprint(cases, CACHE / 'digests.json') != files:
           shutil.rmtree(builder.data_path)

@@ -115,8 +115,8 @@ def _volume_of_dicom(case):
 
 
 def _check_one_patient(case, series):
-  """Compares the patients of all series with the file that `data.identity` knows the patient of the folder by."""
-  first, name = dicom_files.patient_id(case.ct)
+  """Refuses a folder with two PatientIDs: in its series, or in the file from which `data.identity` took the ID."""
+  first, name = dicom_files.find_patient_id(case.ct)
   of = {first: name} if first else {}
   for one in series:
     for header in one.headers:
@@ -140,10 +140,10 @@ def _only_seg(paths):
 
 
 def largest(cases: Sequence[Case]) -> int:
-  """An estimate of the number of voxels of the largest scan of a cohort; 0 for pictures.
+  """Estimates the number of voxels of the largest scan of a cohort; 0 for pictures.
 
-  It reads the headers of the NIfTI files that are largest on disk. Of other formats it takes the size on disk: two
-  bytes per voxel, and of archives three quarters of a byte.
+  It reads the headers of the NIfTI files that are largest on disk. For other formats it divides the size on disk by two
+  bytes per voxel; for archives by three quarters of a byte.
   """
   sizes = {}
   for case in cases:

@@ -3,7 +3,7 @@
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from array_record.python import array_record_module
@@ -12,8 +12,8 @@ from array_record.python import array_record_module
 _BYTES = 64 * 2**20
 # Bytes on disk per pixel of a slice and its mask, zlib: 0.9 to 1.3 for chest CT.
 _BYTES_PER_PIXEL = 1.2
-# Shards of a fold that is written at once. At least so many (if it has so many patients), so that all cores write; at
-# most so many, because a reader keeps all shards of all folds open.
+# The least number of shards of a new fold (if it has so many patients), so that all cores write. The largest number is
+# limited because a reader keeps all shards of all folds open.
 _LEAST, _MOST = 12, 32
 # The same for patients that are added to a dataset. A fold never has more than _CAP shards, and five folds 200.
 _LEAST_ADDED, _MOST_ADDED, _CAP = 2, 8, 40
@@ -79,7 +79,7 @@ def plan(items: Sequence[Item], stored: Sequence[Shard], size: int) -> list[Shar
 
 
 def _divided(items, count):
-  """Neighbours in shards of about equal size, each with at least one patient."""
+  """Returns `count` shards of neighbours with about equally many slices, each with at least one patient."""
   total, before, groups = sum(item.slices for item in items), 0, {}
   for number, item in enumerate(items):
     place = (before + item.slices / 2) * count / total if total else 0
@@ -91,16 +91,16 @@ def _divided(items, count):
   return [Shard(groups[index]) for index in sorted(groups)]
 
 
-def link(source: str, target: pathlib.Path) -> None:
-  """Links a file, or copies it to another file system."""
+def link_or_copy(source: str, target: pathlib.Path) -> None:
+  """Makes a hard link to a file; copies the file if that fails, as between two file systems."""
   try:
     os.link(source, target)
   except OSError:
     shutil.copyfile(source, target)
 
 
-def records(stored: Stored) -> Sequence[bytes]:
-  """Yields the records of stored slices, as they are stored."""
+def records(stored: Stored) -> Iterator[bytes]:
+  """Yields the records of stored slices, without decoding them."""
   reader = array_record_module.ArrayRecordReader(stored.path, 'readahead_buffer_size:0')
   try:
     for start in range(stored.start, stored.stop, _RECORDS):
@@ -109,13 +109,13 @@ def records(stored: Stored) -> Sequence[bytes]:
     reader.close()
 
 
-def write(path: str, parts: Sequence[Any], records_of: Callable) -> tuple[int, int]:
+def write_shard(path: str, parts: Sequence[Any], records_of: Callable) -> tuple[int, int]:
   """Writes a shard; returns the number of records and of bytes.
 
   Args:
     path: the file.
     parts: a `Stored` to copy, or anything else that `records_of` turns into records.
-    records_of: makes the records of a part.
+    records_of: returns the records (bytes) of a part.
   """
   writer = array_record_module.ArrayRecordWriter(path, 'group_size:1')
   count = 0

@@ -27,7 +27,8 @@ NUM_FOLDS = 5
 # 0.09 or less. For phantoms of 96 x 96, where a kernel removes more detail, these limits are 0.88 and 0.52.
 _THUMBNAIL = (16, 64, 64)
 _ALIKE = 0.8
-# Thumbnails are kept in half precision: correlations change by about 1e-5. So many are compared at a time, in float32.
+# Thumbnails are stored in half precision, which changes correlations by about 1e-5. This is the number of thumbnails
+# that are compared at a time, in float32.
 _BLOCK = 1024
 
 
@@ -122,7 +123,7 @@ def survey(
   with pool(len(new), read.largest(new)) as run:
     results = iter(progress(run(_measure, new), total=len(new), desc='Checking scans', unit='scans'))
     for case in cases:
-      result = _again(known[case.patient], case) if case.patient in known else next(results)
+      result = _measured_before(known[case.patient], case) if case.patient in known else next(results)
       if isinstance(result, str):
         errors.append(result)
         continue
@@ -132,7 +133,7 @@ def survey(
   coloured = [path for one in measured for path in one.coloured]
   measured = [one for one in measured if one.patient]
   errors += _copies(measured)
-  values = {path: values for one in measured for path, values in _values(one.patient).items()}
+  values = {path: values for one in measured for path, values in _values_by_mask(one.patient).items()}
   # A DICOM SEG is checked when it is read; which of the labels it has is not known here.
   has_seg = any(one.patient.case.mask == one.patient.case.ct for one in measured)
   # Without the masks that could not be read, a label may seem to be missing.
@@ -146,12 +147,14 @@ def survey(
   return [one.patient for one in measured]
 
 
-def _again(known, case):
+def _measured_before(known, case):
+  """Returns a `Known` case as if it had been read again."""
   patient = dataclasses.replace(known.patient, case=case)
   return _Measured(patient, _names(case), known.thumbnail)
 
 
-def _values(patient):
+def _values_by_mask(patient):
+  """Returns the distinct values of each mask file of a patient, by its path."""
   masks = patient.case.mask if isinstance(patient.case.mask, tuple) else (patient.case.mask,)
   return dict(zip(masks, patient.values, strict=False))
 
@@ -166,8 +169,8 @@ def deal(
   than five persons, each is a fold.
 
   In a cohort that grew, the persons of earlier folds stay there. Each new person, the largest burden first, goes to the
-  fold with the fewest persons and, among equals, with the least burden. Logs a warning if a person moves: scans in
-  different folds are now of one person, or a fold is left without patients.
+  fold with the fewest persons and, among equals, with the least burden. Logs a warning if a person moves to another
+  fold: because scans of several folds now belong to one person, or because a fold has no patients left.
 
   Args:
     patients: the patients.
@@ -183,7 +186,7 @@ def deal(
     raise UserError(f'{len(owned)} patient in the cohort; at least 2 are needed, one to train on and one to test on')
   burden = {name: sum(patient.burden for patient in scans) for name, scans in owned.items()}
   ordered = sorted(owned, key=lambda name: (-burden[name], name))
-  fold = _kept(owned, ordered, burden, fold_of)
+  fold = _kept_folds(owned, ordered, burden, fold_of)
   count = min(NUM_FOLDS, len(ordered))
   if not fold:
     for start in range(0, len(ordered), count):
@@ -193,8 +196,8 @@ def deal(
   return [sorted(each, key=lambda p: p.case.patient) for each in folds]
 
 
-def _kept(owned, ordered, burden, fold_of):
-  """The fold of each person if some are known, else {}."""
+def _kept_folds(owned, ordered, burden, fold_of):
+  """Returns the fold of each person by name; {} if no earlier dataset has any of them, or a fold would be empty."""
   fold, moved = {}, []
   for name in ordered:
     earlier = Counter(k for k in map(fold_of, owned[name]) if k is not None)
@@ -216,7 +219,7 @@ def _kept(owned, ordered, burden, fold_of):
     return {}
   for name in moved:
     scans = ', '.join(patient.case.patient for patient in owned[name])
-    logging.warning('%s: were in several folds, and now belong to one patient: all are in fold %d', scans, fold[name])
+    logging.warning('%s were in several folds and now belong to one patient; all are in fold %d now', scans, fold[name])
   logging.info('%d of %d patients keep their folds; %d new', len(ordered) - len(new), len(ordered), len(new))
   return fold
 
@@ -298,7 +301,12 @@ def _copies(measured: Sequence[_Measured]) -> list[str]:
 
 
 class _Thumbnails:
-  """The thumbnails of the scans of a cohort, once: 131 KB each, in a file that is mapped to memory, or in memory."""
+  """Stores the thumbnails of the scans of a cohort, 131 kB each: in a file that is mapped to memory, or in memory.
+
+  Args:
+    path: the .npy file; None keeps the thumbnails in memory only.
+    most: the largest number of thumbnails.
+  """
 
   def __init__(self, path: pathlib.Path | None, most: int):
     self._names, self._values = [], None
@@ -397,7 +405,12 @@ def taken(cases: Sequence[Case]) -> dict:
 
 
 def keys(cases: Sequence[Case], fingerprint: Sequence) -> dict[str, str]:
-  """By name, a digest of what each case is made of: the content of its files, and how they are read."""
+  """Returns, by name, a digest of the files of each case and of how they are read.
+
+  Args:
+    cases: the cases.
+    fingerprint: the result of `fingerprint` for these cases.
+  """
   paths = dict.fromkeys(path for case in cases for path in case.files)
   digest = dict(zip(paths, (each[1] for each in fingerprint[len(cases) :]), strict=True))
   return {

@@ -50,10 +50,10 @@ class Builder(tfds.core.ShardBasedBuilder):
 
   The splits are fold0 .. fold4, each a set of patients. A shard has the slices of some patients (data.shards).
   For each fold, the metadata lists the patients in this order with the lesion voxels of each slice. This is the index
-  that training samples from, without opening a shard. With each patient are its digests (`survey.Patient`,
-  `survey.keys`) and the values of its masks. The metadata also contains how the files were read (`survey.taken`),
-  their digests, and whether there are masks or only labels. `thumbnails.npy` has the thumbnails of all scans, in the
-  order of their names, for the survey of the cohort when it has grown.
+  that training samples from, without opening a shard. Each patient has digests (`survey.Patient`, `survey.keys`) and
+  the values of its masks. The metadata also contains how the files were read (`survey.taken`), their digests, and
+  whether there are masks or only labels. `thumbnails.npy` has the thumbnails of all scans, in the order of their names.
+  If the cohort grows, its survey reads them instead of the scans.
   """
 
   VERSION = tfds.core.Version('1.6.0')
@@ -66,7 +66,7 @@ class Builder(tfds.core.ShardBasedBuilder):
   # from earlier states of the cohort (the newest first), and the progress bar.
   cases = ()
   files = ()
-  earlier = ()
+  earlier_datasets = ()
   progress = staticmethod(silent)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -86,7 +86,7 @@ class Builder(tfds.core.ShardBasedBuilder):
     base, known = self._base(keys)
     thumbnails = pathlib.Path(self.data_dir) / earlier.THUMBNAILS
     patients = survey.survey(self.cases, self.progress, known, thumbnails)
-    dealt = survey.deal(patients, self._fold_of) if self.earlier else survey.deal(patients)
+    dealt = survey.deal(patients, self._fold_of) if self.earlier_datasets else survey.deal(patients)
     plans = []
     for k, fold in enumerate(dealt):
       items = [shards.Item(patient, len(patient.lesion_voxels)) for patient in fold], []
@@ -98,7 +98,7 @@ class Builder(tfds.core.ShardBasedBuilder):
       for index, shard in enumerate(plan):
         path = template.sharded_filepath(shard_index=index, num_shards=len(plan))
         if shard.linked:
-          shards.link(shard.linked, pathlib.Path(path))
+          shards.link_or_copy(shard.linked, pathlib.Path(path))
           counts[str(path)] = shard.slices, os.path.getsize(path)
         else:
           jobs.append((str(path), [item.stored or item.patient.case for item in shard.items], size))
@@ -123,9 +123,12 @@ class Builder(tfds.core.ShardBasedBuilder):
     self.info.set_splits(tfds.core.SplitDict(splits))
 
   def _base(self, keys):
-    """The earlier dataset of this form with most of the cases unchanged, and the results of its survey; or None, {}."""
+    """Returns the earlier dataset with most unchanged cases, and what its survey found for them; or (None, {}).
+
+    It must have the same image size, version and reading options.
+    """
     taken, best = survey.taken(self.cases), (None, {})
-    for one in self.earlier:
+    for one in self.earlier_datasets:
       same = one.metadata.get('size') == self.builder_config.size and one.path.name == str(self.VERSION)
       if same and all(one.metadata.get(key) == value for key, value in taken.items()):
         known = one.known(self.cases, keys)
@@ -133,8 +136,8 @@ class Builder(tfds.core.ShardBasedBuilder):
     return best
 
   def _fold_of(self, patient):
-    """The fold of a patient in the newest dataset that has it."""
-    return next((k for k in (one.fold(patient) for one in self.earlier) if k is not None), None)
+    """Returns the fold of a patient in the newest earlier dataset that contains the patient; or None."""
+    return next((k for k in (one.fold(patient) for one in self.earlier_datasets) if k is not None), None)
 
   def _describe(self, plans, keys):
     self.info.metadata['size'] = self.builder_config.size
@@ -168,7 +171,7 @@ def _write_shard(job) -> tuple[int, int]:
   slice_features = features(size)
   serializer = tfds.core.ExampleSerializer(slice_features.get_serialized_info())
   encode = lambda example: serializer.serialize_example(slice_features.encode_example(example))
-  return shards.write(path, parts, lambda case: map(encode, _examples(case, size)))
+  return shards.write_shard(path, parts, lambda case: map(encode, _examples(case, size)))
 
 
 def _examples(case, size):

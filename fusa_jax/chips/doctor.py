@@ -18,7 +18,7 @@ import ml_collections
 from packaging.requirements import Requirement
 
 from fusa_jax.scans import decoder
-from fusa_jax.system import home, meshes, provenance
+from fusa_jax.system import home, memory, meshes, provenance
 from fusa_jax.system.errors import UserError, one_line
 
 _ROOT = home.PACKAGE.parent
@@ -112,21 +112,12 @@ def machine():
   """Yields (line, None) for the system, its cores and memory, and the environment variables that JAX reads."""
   yield platform.platform(), None
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
-  yield f'{cores} CPU cores of {os.cpu_count()}, {memory:.1f} GB of memory{_limit()}', None
+  installed, limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), memory.container_limit()
+  limited = f', limited to {limit / 1e9:.1f}' if limit else ''
+  yield f'{cores} CPU cores of {os.cpu_count()}, {installed / 1e9:.1f} GB of memory{limited}', None
   for name, value in sorted(os.environ.items()):
     if name.startswith(_VARIABLES):
       yield f'{name}={value}', None
-
-
-def _limit():
-  """Text about the memory limit of a container, if there is one. The system kills processes that exceed it."""
-  for file in ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'):
-    path = pathlib.Path(file)
-    text = path.read_text().strip() if path.exists() else ''
-    if text.isdigit() and int(text) < 2**60:
-      return f', limited to {int(text) / 1e9:.1f}'
-  return ''
 
 
 def devices():
@@ -141,8 +132,8 @@ def devices():
       problem = "jax does not use this machine's TPU; pip install -U 'jax[tpu]', or set JAX_PLATFORMS=cpu"
   yield f'backend {jax.default_backend()}, {jax.device_count()} devices', problem
   for device in jax.local_devices():
-    memory = device.memory_stats() or {}
-    limit = f', {memory["bytes_limit"] / 1e9:.1f} GB for jax' if 'bytes_limit' in memory else ''
+    stats = device.memory_stats() or {}
+    limit = f', {stats["bytes_limit"] / 1e9:.1f} GB for jax' if 'bytes_limit' in stats else ''
     yield f'{device.id}: {device.device_kind}{limit}', None
 
 

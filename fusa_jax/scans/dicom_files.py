@@ -70,11 +70,11 @@ def read_dataset(path: pathlib.Path | str | BinaryIO, **options: Any) -> Any:
   return dataset
 
 
-def patient_id(source: pathlib.Path) -> tuple[str, str]:
-  """The PatientID of the first readable DICOM file of a folder or .zip, and the name of that file.
+def find_patient_id(source: pathlib.Path) -> tuple[str, str]:
+  """Returns the PatientID of the first readable DICOM file of a folder or .zip, and the name of that file.
 
-  Only the headers of a few files are read, so that this is fast for a cohort. Archives inside are not opened. Both are
-  '' if there is no such file.
+  It reads only the headers of a few files, which is fast for a cohort. It opens no archives inside. Both values are ''
+  if there is no readable DICOM file.
 
   Raises:
     UserError: pydicom is not installed.
@@ -89,7 +89,7 @@ def patient_id(source: pathlib.Path) -> tuple[str, str]:
 
 
 def _opened(source):
-  """The names of the DICOM files of a folder or .zip, and the open files, in the order of their paths."""
+  """Yields the name of each DICOM file of a folder or .zip, and the open file, in the order of their paths."""
   if source.is_dir():
     yield from ((path.name, path.open('rb')) for path in archives.in_folder(source) if is_dicom(path))
     return

@@ -1,8 +1,41 @@
-"""Settings of the C library for the memory of the process."""
+"""The memory of this machine, and settings of the C library for the memory of the process."""
 
 import contextlib
 import os
+import pathlib
 import sys
+
+# Files with the limit and the use of a container's memory in bytes, of control groups 2 and 1.
+_LIMITS = (
+  ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current'),
+  ('/sys/fs/cgroup/memory/memory.limit_in_bytes', '/sys/fs/cgroup/memory/memory.usage_in_bytes'),
+)
+
+
+def available_memory() -> int | None:
+  """Returns the bytes that new processes can use; None if they are unknown.
+
+  This is the free memory of the machine, or of the container if that has less. Only Linux states both.
+  """
+  try:
+    lines = pathlib.Path('/proc/meminfo').read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
+  except (OSError, StopIteration, ValueError, IndexError):
+    return None
+  for limit, used in _LIMITS:
+    with contextlib.suppress(OSError, ValueError):  # the text 'max' means that there is no limit
+      free = min(free, int(pathlib.Path(limit).read_text()) - int(pathlib.Path(used).read_text()))
+  return max(free, 0)
+
+
+def container_limit() -> int | None:
+  """Returns the bytes of memory that the container may use; None without a limit. The system kills larger processes."""
+  for file, _ in _LIMITS:
+    with contextlib.suppress(OSError, ValueError):
+      limit = int(pathlib.Path(file).read_text())
+      if limit < 2**60:  # control groups 1 state a larger number if there is no limit
+        return limit
+  return None
 
 
 def restart_with_malloc_tunables() -> None:

@@ -160,7 +160,7 @@ def test_a_person_moves_only_with_a_warning(caplog):
   """Two scans that were two patients and are now one; and a fold that has lost all patients."""
   patients = [person('a', owner='p'), person('b', owner='p'), *map(person, 'cdefg')]
   assert dealt(patients, ['ac', 'bd', 'e', 'f', 'g'])[:2] == [['a', 'b', 'c'], ['d']]
-  assert 'a, b: were in several folds, and now belong to one patient: all are in fold 0' in caplog.messages
+  assert 'a, b were in several folds and now belong to one patient; all are in fold 0 now' in caplog.messages
   caplog.clear()
   assert dealt(list(map(person, 'abcd')), ['a', 'b', 'c', 'x', 'd']) == [['a'], ['b'], ['c'], ['d']]
   assert 'a fold of the earlier dataset has no patients left, so all patients get new folds' in caplog.messages
