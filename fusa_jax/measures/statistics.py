@@ -80,8 +80,8 @@ def intervals(statistic: Statistic, patients: int) -> dict[str, list[float] | No
 def mean_interval(values: np.ndarray, support: tuple[float, float]) -> list[float] | None:
   """95% interval [low, high] of the mean of values [patients]; NaN are left out. None with fewer than two values.
 
-  Resampling cannot show what no patient of the test has. If 15% of all patients score 0, then a quarter of all tests of
-  8 patients has no 0, and only the range of the values tells that one is possible. The method depends on the range:
+  A bootstrap draws only values of the test. If 15% of all patients score 0, then 27% of all tests of 8 patients contain
+  no 0, and no draw contains one. Only the range of the values tells that 0 is possible. It decides the method:
 
   - Both ends finite: the Bayesian bootstrap (Rubin 1981) of the values and of half a patient at each end of the range.
     For values of 0 and 1 it is the Jeffreys interval of a proportion, which has about the nominal coverage (Brown, Cai

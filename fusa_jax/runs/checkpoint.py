@@ -6,8 +6,8 @@ and the one with the best validation score.
 
 A checkpoint is written under a temporary name and renamed once it is complete. It includes `sha256.json`, a digest of
 each of its files, and `variables.sha256`. A checkpoint that does not match its digests is damaged: it is logged, not
-used, and moved to `damaged/` when training continues. Only files that will be read are compared with their digests:
-checkpoints are large.
+used, and moved to `damaged/` when training continues. Only the files that will be read are compared with their digests,
+because checkpoints are large.
 
 A bucket has no rename. There Orbax writes a checkpoint under its final name, and `commit_success.txt` completes it.
 """
@@ -68,7 +68,7 @@ class Checkpoints:
   def latest(self) -> int | None:
     """Returns the latest step of which all files are intact; None without a checkpoint.
 
-    All processes must call it together; so for `best`.
+    All processes must call `latest` together, and so `best`.
 
     Raises:
       UserError: there are checkpoints, but all of them are damaged.

@@ -9,12 +9,13 @@ import numpy as np
 from fusa_jax import tasks
 from fusa_jax.measures import metrics, statistics
 from fusa_jax.runs import results, run_config
+from fusa_jax.runs.split import TEST
 from fusa_jax.system.errors import UserError
 
 
 def default_output(workdir: pathlib.Path, against: pathlib.Path) -> pathlib.Path:
   """Returns the default file of a comparison: test/against-FOLDER-NAME.json in the first run."""
-  return workdir / 'test' / f'against-{"-".join(against.resolve().parts[-2:])}.json'
+  return workdir / TEST / f'against-{"-".join(against.resolve().parts[-2:])}.json'
 
 
 def compare(workdir: pathlib.Path, against: pathlib.Path) -> dict:
@@ -28,7 +29,8 @@ def compare(workdir: pathlib.Path, against: pathlib.Path) -> dict:
     The content of the JSON file of the comparison.
 
   Raises:
-    UserError: one of the folders holds no evaluated run, or the runs differ in task, test patients, slices or lesions.
+    UserError: one of the folders holds no evaluated run, or the runs differ in task, test patients, slices or lesion
+      masks.
   """
   configs = [run_config.load_config(folder) for folder in (workdir, against)]
   if configs[0].task != configs[1].task:
@@ -43,7 +45,7 @@ def compare(workdir: pathlib.Path, against: pathlib.Path) -> dict:
   tests = [results.read_numbers(folder) for folder in (workdir, against)]
   if len({test['made_of']['data']['truth_sha256'] for test in tests}) > 1:
     raise UserError(
-      f'against: {workdir} and {against} were tested with other lesion masks; evaluate both on the same data'
+      f'against: {workdir} and {against} were tested with different lesion masks; evaluate both on the same data'
     )
   result = {
     'run': str(workdir),
@@ -67,7 +69,7 @@ def _difference_of_tests(one: dict[str, np.ndarray], other: dict[str, np.ndarray
   if len(one['label']) != len(other['label']) or (one['slice'] != other['slice']).any():
     return 'not the same slices'
   if (one['owner'] != other['owner']).any():
-    return 'not the same scans belong to one patient'
+    return 'not the same scans of each patient'
   lesion = [table['tp'] + table['fn'] for table in (one, other)]
   if (one['label'] != other['label']).any() or (lesion[0] != lesion[1]).any():
     return 'not the same lesions'

@@ -25,7 +25,7 @@ class MetricLog:
     self._local = tempfile.TemporaryDirectory() if paths.in_bucket(workdir) else None
     if self._local:
       folder = pathlib.Path(self._local.name)
-    self._bucket, self._folder, self._path, self._copied = workdir, folder, folder / path.name, time.monotonic()
+    self._workdir, self._folder, self._path, self._copied = workdir, folder, folder / path.name, time.monotonic()
     if lines:
       with replacing(self._path) as partial:
         partial.write_text(''.join(line for line in lines if _step(line) <= step))
@@ -51,12 +51,12 @@ class MetricLog:
       self.copy()
 
   def copy(self) -> None:
-    """Copies the log to the run's bucket, if it is in one. Call it before a checkpoint, which needs these lines."""
+    """Copies the log to the bucket of the run, if it is in one. Call it before each checkpoint."""
     if self._file is None or not self._local:
       return
     self._board.flush()
     for name in paths.files_under(self._folder):
-      with replacing(self._bucket / name) as partial:
+      with replacing(self._workdir / name) as partial:
         partial.write_bytes((self._folder / name).read_bytes())
     self._copied = time.monotonic()
 

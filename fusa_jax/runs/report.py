@@ -35,7 +35,7 @@ _LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sci
 def write_report(workdir: pathlib.Path, data_card: dict, test: str = TEST) -> pathlib.Path:
   """Writes report.html of an evaluated run or cross-validation and returns its path.
 
-  It keeps a report that was changed by others.
+  It does not replace a report that somebody has changed.
 
   Args:
     workdir: folder of the run.
@@ -57,7 +57,7 @@ def write_report(workdir: pathlib.Path, data_card: dict, test: str = TEST) -> pa
   points = {run.name: operating_point.load_point(run) for run in runs}
   path = workdir / test / results.REPORT
   if own_files.has_changed(path, None):
-    logging.warning('%s: was changed by others, so no new report is written', path)
+    logging.warning('%s was changed since, so no new report is written', path)
     return path
   pages.write_page(
     path,

@@ -88,9 +88,10 @@ def caveat(result: dict) -> str:
 
 
 def check_own(folder: pathlib.Path) -> None:
-  """Checks that a new test would only replace files of an earlier one, which are unchanged since.
+  """Checks that a new test would replace only files of an earlier test that have not changed since.
 
-  Without metrics.json the earlier test was not complete, or somebody deleted it to test again: its files are replaced.
+  If metrics.json is missing, the earlier test was not complete, or somebody deleted the file to test again. Then the
+  check allows to replace the other files.
 
   Raises:
     UserError: other files would be replaced, one line each.
@@ -139,7 +140,7 @@ def write_test(
 
 
 def _old_files(folder):
-  """The files of an earlier test, and of the comparisons of it, which would be outdated: paths from the folder."""
+  """Returns the paths, from the folder, of the files of an earlier test and of comparisons that used it."""
   names = [*_FILES, REPORT, *(own_files.read_record(folder / NUMBERS) or {'files': ()})['files']]
   for path in folder.glob('against-*.json'):
     record = own_files.read_record(path)
@@ -149,7 +150,7 @@ def _old_files(folder):
 
 
 def made_of(folder: pathlib.Path) -> dict | None:
-  """Returns what the test in a folder was made of, as metrics.json states; None if the test is not complete."""
+  """Returns `made_of` of the metrics.json in a folder; None if the test in it is not complete."""
   return own_files.read_record(folder / NUMBERS).get('made_of') if is_complete(folder) else None
 
 

@@ -10,7 +10,7 @@ from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import read_json, write_json
 
 # Files and folders that a run writes after config.json. Without config.json they are somebody else's.
-_WRITTEN = ('checkpoints', 'log.jsonl', 'operating_point.json', 'split.json', 'tensorboard', 'test')
+_WRITTEN = ('checkpoints', 'log.jsonl', 'operating_point.json', 'split.json', 'starts.json', 'tensorboard', 'test')
 # Keys that may change when a run is resumed: they do not change the trained model.
 _RESUMABLE = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.')
 

@@ -1,4 +1,4 @@
-"""Saves what a run was trained, validated and tested on: split.json, with digests of scans and lesion masks.
+"""Saves the patients of a run in split.json, with digests of their scans and lesion masks; finds leaks with them.
 
 A description of data, as split.json holds it, is a dictionary:
   dataset: the name of the prepared dataset.
@@ -53,7 +53,7 @@ def _save(workdir, data):
 
 
 def _changes(before, now):
-  """Describes how data with the same patients differ, in words; '' if they do not."""
+  """Returns how two descriptions of data with the same patients differ, in words; '' if they are equal."""
   changes = []
   for key, words in (('images', 'the scans'), ('truth', 'the lesion masks or labels'), ('owner', 'the persons')):
     names = [name for name, one in now['patients'].items() if one[key] != before['patients'][name][key]]
@@ -100,8 +100,8 @@ def check_unseen(workdir: pathlib.Path, data: dict) -> None:
     data: describes the data of the test.
 
   Raises:
-    UserError: the run was trained or validated on a test patient: the files of the cohort changed, or a scan has
-      another name here.
+    UserError: the run was trained or validated on a test patient. The files of the cohort changed, or a scan has
+      another name in the test data.
   """
   own = load_split(workdir)
   if own is None:

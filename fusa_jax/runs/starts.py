@@ -1,4 +1,4 @@
-"""Records each start of a training in starts.json: the dtype, devices, code and libraries from that step on."""
+"""Records each start of a training in starts.json: its first step, with dtype, devices, code and libraries."""
 
 import logging
 import pathlib
@@ -10,12 +10,12 @@ _FILE = 'starts.json'
 
 
 def record_start(workdir: pathlib.Path, step: int, facts: dict) -> None:
-  """Adds a start to starts.json, on process 0. Logs what differs from the start before.
+  """Adds a start to starts.json, on process 0. Logs a warning for each fact that differs from the previous start.
 
   Args:
     workdir: the folder of the run.
     step: the step that training starts or resumes at.
-    facts: what decides about numbers beside the config and the data, by name; values that JSON can store.
+    facts: what changes the numbers besides the config and the data, by name; values that JSON can store.
 
   Raises:
     UserError: starts.json is damaged or cannot be written.
@@ -25,7 +25,7 @@ def record_start(workdir: pathlib.Path, step: int, facts: dict) -> None:
     for key in sorted(facts):
       if before and before[-1].get(key) != facts[key]:
         logging.warning(
-          '%s: from step %d on with another %s (%s, before %s)', workdir, step, key, facts[key], before[-1].get(key)
+          '%s: from step %d on, %s is %s; before it was %s', workdir, step, key, facts[key], before[-1].get(key)
         )
     write_json(workdir / _FILE, [*before, {'step': step, **facts}])
 

@@ -176,7 +176,7 @@ def check_shared(folder: pathlib.Path, name: str, advice: str) -> None:
   """Checks that all processes see the same folder: they read a file with random content that process 0 writes there.
 
   Args:
-    folder: the folder, as this process names it. If process 0 has to create it, it removes it after an error.
+    folder: the folder, as this process names it. Process 0 creates a missing folder, and removes it after an error.
     name: the parameter that sets the folder; the message begins with it.
     advice: end of the message: what to do.
 
@@ -213,7 +213,7 @@ def check_shared(folder: pathlib.Path, name: str, advice: str) -> None:
 
 
 def _holds(path, content):
-  """Whether a file has this content. A shared file system may show a new file late."""
+  """Whether a file has this content. Waits a few seconds, because a shared file system may show a new file late."""
   until = time.monotonic() + _TO_SEE
   while True:
     try:

@@ -12,14 +12,14 @@ from fusa_jax.system import files
 from fusa_jax.system.errors import UserError
 
 # Newer versions of filelock replace a missing lock by the existence of a file, which a killed process would leave.
-_ONLY_REAL = {'fallback_to_soft': False}
-_ONLY_REAL = {key: _ONLY_REAL[key] for key in _ONLY_REAL if key in inspect.signature(filelock.BaseFileLock).parameters}
+_HAS_FALLBACK = 'fallback_to_soft' in inspect.signature(filelock.BaseFileLock).parameters
+_NO_FALLBACK = {'fallback_to_soft': False} if _HAS_FALLBACK else {}
 
 
 def acquire(path: pathlib.Path, busy: str, wait: bool) -> filelock.BaseFileLock:
   """Takes the lock of a file, in a folder that exists; call release() on the result.
 
-  On a file system without locks this logs a warning and takes none.
+  On a file system without locks it logs a warning and takes no lock.
 
   Args:
     path: the file. It remains: another process may have it open, and would hold a lock on a removed file.
@@ -30,7 +30,7 @@ def acquire(path: pathlib.Path, busy: str, wait: bool) -> filelock.BaseFileLock:
     UserError: another process holds the lock, and `wait` is not set.
     OSError: the file cannot be written.
   """
-  lock = filelock.FileLock(path, **_ONLY_REAL)
+  lock = filelock.FileLock(path, **_NO_FALLBACK)
   try:
     try:
       lock.acquire(timeout=0)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from fusa_jax.system import store
 from fusa_jax.system.errors import Terminated
 
-# Keys in the store: which processes received SIGTERM, and how often each had called `reached` then.
+# Keys in the store: the processes that received SIGTERM, and the number of calls of `reached` of each process then.
 _TOLD, _CALLS = 'fusa_jax/sigterm/', 'fusa_jax/calls/'
 
 
@@ -30,7 +30,8 @@ class _State:
     calls: the calls of `reached`; it only grows, also from one fold to the next.
     stop_at: the call of `reached` at which all processes stop, once they have agreed.
     deferral: 'together' or 'each' within `deferred`.
-    wakeup: a file from which the watcher reads signals while the main thread computes.
+    wakeup: the descriptor of a pipe from which the watcher reads signals while the main thread computes.
+    is_agreeing: whether this process has told the others its number of calls.
   """
 
   def __init__(self):

@@ -100,7 +100,8 @@ def start_logging(verbose: bool = False) -> None:
   logging.getLogger('fusa_jax').setLevel(logging.DEBUG if verbose else logging.INFO)
   for name in ('jax', 'orbax', 'matplotlib', 'tensorboardX', 'grain'):
     logging.getLogger(name).setLevel(logging.WARNING)
-  # It logs at every access that the type of a bucket is unknown, which does not matter, and errors that it also raises.
+  # gcsfs logs at every access that the type of a bucket is unknown, which does not matter. It also logs errors that it
+  # raises.
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
   logging.getLogger('fsspec').setLevel(logging.WARNING)
   # Silence absl: TFDS warns about folders that it has not written yet, and Orbax logs errors that it also raises.

@@ -27,7 +27,7 @@ def commit() -> str | None:
 
 
 def code() -> dict:
-  """What decides the numbers of a run beside its config and data: {'sha256': of the package, 'libraries': versions}."""
+  """Returns the code that computes a run: {'sha256': of this package, 'libraries': {name: version}}."""
   libraries = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'grain')
   return {'sha256': code_sha256(), 'libraries': {name: version(name) for name in libraries}}
 

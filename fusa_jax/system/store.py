@@ -1,6 +1,7 @@
-"""JAX's names that are not public: the key-value store that the processes of a run share, and who is connected.
+"""The key-value store of JAX that the processes of a run share, and which processes are connected.
 
-No other module uses private names of JAX; tests/system/test_private_names.py fails when JAX moves one.
+These names of JAX are not public, and no other module uses them. tests/system/test_private_names.py fails when JAX
+moves one.
 """
 
 import jax

@@ -3,6 +3,7 @@
 Every patient is tested once, by a model that was not trained on this patient.
 """
 
+import copy
 import json
 import logging
 import pathlib
@@ -40,7 +41,7 @@ def _train_and_test_one(config, workdir, data_dir, scans, overwrite):
   """Trains and tests one run, unless it is finished; returns the contents of metrics.json."""
   if evaluate.is_finished(config, workdir, data_dir, scans):
     run_config.save_config(workdir, config)  # refuses a run with another config
-    logging.info('%s: is finished, and its test is of these data, options and code', workdir)
+    logging.info('%s is finished; its test was made of these data, options and code', workdir)
     return results.read_numbers(workdir)
   train.train(config, workdir, data_dir)
   return evaluate.evaluate(config, workdir, data_dir, scans, overwrite)
@@ -186,7 +187,7 @@ def _common_making(folders, tests):
   Raises:
     UserError: the folds differ in data, options or code.
   """
-  made_of = [json.loads(json.dumps(test['made_of'])) for test in tests]
+  made_of = copy.deepcopy([test['made_of'] for test in tests])
   truths = [one['data'].pop('truth_sha256') for one in made_of]
   folds = [one['options'].pop('fold') for one in made_of]
   checkpoints = [one.pop('checkpoint') for one in made_of]
@@ -194,7 +195,7 @@ def _common_making(folders, tests):
     differ = [key for key in one if one[key] != made_of[0][key]]
     if differ:
       raise UserError(
-        f'{folder}: was tested with another {" and ".join(differ)} than {folders[0]}; rerun the command that trained '
+        f'{folder}: was tested with other {" and ".join(differ)} than {folders[0]}; rerun the command that trained '
         'the folds, or --mode=evaluate, for all of them'
       )
   common = made_of[0]

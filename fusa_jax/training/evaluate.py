@@ -83,7 +83,8 @@ def evaluate(
   table, volumes_of_scans = _score(test, point, scorer)
   result = _numbers(test, point, table, volumes_of_scans)
   if hosts.is_main():
-    _write(test, point, table, volumes_of_scans, result)
+    pictures = _pictures(test, table, point, volumes_of_scans)
+    results.write_test(test.folder, table, result, volumes_of_scans, pictures)
     logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.type, result))
   return result
 
@@ -95,7 +96,7 @@ def test_name(workdir: pathlib.Path, config: ml_collections.ConfigDict, data_dir
 
 
 def _source(config, data_dir):
-  """The name of the folder of the data."""
+  """Returns the name of the folder of the data, without its path."""
   return pathlib.Path(config.data.raw_dir or config.data.dir or data_dir).expanduser().resolve().name
 
 
@@ -129,13 +130,14 @@ def is_finished(
 
 
 def _made_of(config, dataset, weights, is_own=True, platform=None):
-  """Returns what a test is made of, for metrics.json.
+  """Returns `made_of` of a test, for metrics.json.
 
   Args:
     config: the config of the test.
     dataset: its data.
     weights: the step of the checkpoint, and the digest of its variables.
-    is_own: whether the data are those of the run; else no option chooses the operating point.
+    is_own: whether the data are those of the run. Otherwise the options that choose the operating point have no effect
+      and are left out.
     platform: the devices that compute it; None: those of this process.
   """
   options = {key: value for key, value in run_config.plain(config).evaluate.items() if is_own or key not in _OF_POINT}
@@ -159,18 +161,19 @@ def _check_point_is_kept(config, workdir, name):
 
 
 def _say_what_differs(workdir, name, made_of):
-  """Logs that a test replaces one of another making, or computes in another dtype than the training."""
+  """Logs if a test is on other data, replaces a test with another `made_of`, or has another dtype than the training."""
   if name != split.TEST:
-    logging.info('%s: not the data that the run was trained for, so the test is in %s', workdir, workdir / name)
+    logging.info('%s: the run was trained for other data, so this test is in %s', workdir, workdir / name)
   earlier = results.made_of(workdir / name) if hosts.is_main() else None
   changed = [key for key in made_of if earlier and earlier.get(key) != made_of[key]]
   if changed:
     options = [key for key, value in made_of['options'].items() if earlier['options'].get(key) != value]
     details = f' ({", ".join(options)})' if options else ''
-    logging.info('%s: replaces a test that was made of other %s%s', workdir / name, ' and '.join(changed), details)
-  trained_in = [start['dtype'] for start in starts.load_starts(workdir)][-1:]
-  if trained_in and trained_in != [made_of['options']['dtype']]:
-    logging.warning('%s: trained in %s, tested in %s', workdir, *trained_in, made_of['options']['dtype'])
+    what = ' and '.join(changed) + details
+    logging.info('%s: this test replaces one that was made of other %s', workdir / name, what)
+  dtype, trained_in = made_of['options']['dtype'], [start['dtype'] for start in starts.load_starts(workdir)]
+  if trained_in and trained_in[-1] != dtype:
+    logging.warning('%s: the run was trained in %s, but this test is in %s', workdir, trained_in[-1], dtype)
 
 
 class _Test(NamedTuple):
@@ -259,12 +262,6 @@ def _numbers(test, point, table, volumes_of_scans):
     owners = results.owners_of(table, [row['case'] for row in volumes_of_scans])
     result['volumes'] = masks.summary(volumes_of_scans, owners)
   return result
-
-
-def _write(test, point, table, volumes_of_scans, result):
-  """Writes the files of the test."""
-  pictures = _pictures(test, table, point, volumes_of_scans)
-  results.write_test(test.folder, table, result, volumes_of_scans, pictures)
 
 
 def check_scans(config: ml_collections.ConfigDict, scans: Collection[str] | None) -> None:

@@ -160,7 +160,7 @@ def test_scans_of_one_person_are_one_pair(pair):
   two = [each | numbered | {'patient': of(1), 'owner': of(2)} for each in pair]
   got = paired(*two)
   assert got == one and got['per_patient']['patients'] == 6
-  with pytest.raises(UserError, match='not the same scans belong to one patient'):
+  with pytest.raises(UserError, match='not the same scans of each patient'):
     paired(two[0], two[1] | {'owner': of(1)})
 
 
@@ -246,6 +246,6 @@ def test_runs_that_were_tested_with_other_masks_are_refused(runs, other_run):
   record['made_of']['data']['truth_sha256'] = 'other'
   own_files.write_record(path, record, record['files'])
   with pytest.raises(
-    UserError, match='against: .* were tested with other lesion masks; evaluate both on the same data'
+    UserError, match='against: .* were tested with different lesion masks; evaluate both on the same data'
   ):
     compare.compare(runs['seg'], other_run)
