@@ -91,7 +91,8 @@ def summary(rows: list[dict[str, float]], owners: Sequence[str] | None = None) -
   """Averages the measures over volumes. Undefined values are left out.
 
   Every volume counts once in a mean, because distances of several scans cannot be pooled as their voxels can. The
-  intervals draw persons, each with all scans: scans of one person resemble each other.
+  intervals draw persons, each with all scans, because scans of one person are alike. If each volume is of a different
+  person, the intervals of means are those of `statistics.mean_interval`; otherwise those of `statistics.intervals`.
 
   Args:
     rows: the measures of each volume.

@@ -64,8 +64,8 @@ def define_flags(modes: list[str]) -> None:
   text(
     'workdir',
     None,
-    'folder of a run. predict and export: also several, as A,B,C, or a bundle. train: runs/NAME_OF_CONFIG by default. '
-    'These and evaluate: also gs://BUCKET/RUN',
+    'folder of a run. train: runs/NAME_OF_CONFIG by default. predict and export: also several, as A,B,C, or a bundle. '
+    'train, evaluate, predict and export: also gs://BUCKET/RUN',
   )
   text('input', None, 'a scan or picture, or a folder or .zip of scans, pictures or DICOM. score: the predicted masks')
   text('output', None, 'the folder to write to. view: the output folder of predict. compare: a file')

@@ -38,7 +38,7 @@ def in_bucket(path: str | os.PathLike) -> bool:
 
 
 def check_local(name: str, path: str | os.PathLike) -> None:
-  """Refuses an address such as `s3://BUCKET/RUN`. pathlib would turn it into a local folder named `s3:`.
+  """Refuses an address, for example `s3://BUCKET/RUN`. pathlib would turn it into a local folder named `s3:`.
 
   Args:
     name: the parameter or key that holds the path; the message begins with it.

@@ -122,7 +122,8 @@ def pool(
 
   Raises:
     UserError: a fold is not evaluated, or the folds do not test each patient once because the cohort has changed. The
-      folds were evaluated with different options, data or code. Files of others would be replaced.
+      folds were evaluated with different options, data or code. A file that this program did not write, or that was
+      changed, would be replaced.
   """
   return hosts.on_main(lambda: _pool(config, workdir, data_dir, overwrite))
 

@@ -43,7 +43,7 @@ def evaluate(
   scans: Mapping[str, Callable[[], tuple[volumes.Scan, np.ndarray]]] | None = None,
   overwrite: bool = False,
 ) -> dict:
-  """Tests a run's best checkpoint on its test fold and returns the contents of metrics.json; process 0 writes test/.
+  """Tests a run's best checkpoint on its test fold; returns the contents of metrics.json. Process 0 writes the files.
 
   It first chooses the operating point on the validation fold and saves it; only then does it read the test fold. On
   other data than the run's own it keeps the run's operating point, and writes to another folder (`split.test_name`).
@@ -59,7 +59,8 @@ def evaluate(
   Raises:
     UserError: the config does not fit the data or the devices. Every checkpoint is missing or damaged. The run was
       trained or validated on a test patient. Other data are given with options that choose the operating point. A
-      logit is not finite. Files of others would be replaced.
+      logit is not finite. A file that this program did not write, or that was changed, would be replaced. Another job
+      works in `workdir`.
   """
   config_checks.check(config)
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)

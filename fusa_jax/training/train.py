@@ -48,8 +48,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
     data_dir: folder of the prepared dataset.
 
   Raises:
-    UserError: the config does not fit the data, the devices or the run in `workdir`; a loss is not finite; or a
-      checkpoint cannot be written.
+    UserError: the config does not fit the data, the devices or the run in `workdir`; the data differ from those that
+      the run was started with; another job works in `workdir`; a loss is not finite; or a checkpoint cannot be written.
     Terminated: on SIGTERM, after the state was saved.
   """
   # ---- devices, data, task, optimizer
