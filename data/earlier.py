@@ -89,7 +89,7 @@ class EarlierDataset:
 
     Args:
       cases: the cases of the new dataset.
-      keys: the digest of the files of each case, by name (`survey.keys`).
+      keys: the digest of the files of each case, by name (`survey.case_digests`).
 
     Returns:
       The results by name; {} if the thumbnails do not fit the metadata.

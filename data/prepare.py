@@ -159,7 +159,7 @@ def _check(info, folder, path, cases, files, taken, raw_dir):
         f'data.dir: {folder} was prepared with data.{key}={metadata.get(key)}, now it is {value}; {advice}'
       )
   if metadata.get('files') != files:
-    known = set(survey.keys(cases, files).values())
+    known = set(survey.case_digests(cases, files).values())
     stored = [entry.get('key') for fold in metadata['folds'].values() for entry in fold]
     if 2 * sum(key in known for key in stored) >= len(stored):
       earlier.note(CACHE, raw_dir, path)

@@ -404,7 +404,7 @@ def taken(cases: Sequence[Case]) -> dict:
   }
 
 
-def keys(cases: Sequence[Case], fingerprint: Sequence) -> dict[str, str]:
+def case_digests(cases: Sequence[Case], fingerprint: Sequence) -> dict[str, str]:
   """Returns, by name, a digest of the files of each case and of how they are read.
 
   Args:

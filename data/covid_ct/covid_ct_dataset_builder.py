@@ -50,9 +50,10 @@ class Builder(tfds.core.ShardBasedBuilder):
 
   The splits are fold0 .. fold4, each a set of patients. A shard has the slices of some patients (data.shards).
   For each fold, the metadata lists the patients in this order with the lesion voxels of each slice. This is the index
-  that training samples from, without opening a shard. Each patient has digests (`survey.Patient`, `survey.keys`) and
-  the values of its masks. The metadata also contains how the files were read (`survey.taken`), their digests, and
-  whether there are masks or only labels. `thumbnails.npy` has the thumbnails of all scans, in the order of their names.
+  that training samples from, without opening a shard. Each patient has digests (`survey.Patient`,
+  `survey.case_digests`) and the values of its masks. The metadata also contains how the files were read
+  (`survey.taken`), their digests, and whether there are masks or only labels. `thumbnails.npy` has the thumbnails of
+  all scans, in the order of their names.
   If the cohort grows, its survey reads them instead of the scans.
   """
 
@@ -82,7 +83,7 @@ class Builder(tfds.core.ShardBasedBuilder):
 
   def _download_and_prepare(self, dl_manager, download_config=None):
     """As the base class, but all cores write shards, because reading and compressing are most of the work."""
-    size, keys = self.builder_config.size, survey.keys(self.cases, self.files)
+    size, keys = self.builder_config.size, survey.case_digests(self.cases, self.files)
     base, known = self._base(keys)
     thumbnails = pathlib.Path(self.data_dir) / earlier.THUMBNAILS
     patients = survey.survey(self.cases, self.progress, known, thumbnails)

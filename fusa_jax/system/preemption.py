@@ -17,7 +17,7 @@ from fusa_jax.system import store
 from fusa_jax.system.errors import Terminated
 
 # Keys in the store: the processes that received SIGTERM, and the number of calls of `reached` of each process then.
-_TOLD, _CALLS = 'fusa_jax/sigterm/', 'fusa_jax/calls/'
+_RECEIVED, _CALLS = 'fusa_jax/sigterm/', 'fusa_jax/calls/'
 
 
 class _State:
@@ -103,7 +103,7 @@ def reached(last: bool = False) -> bool:
   Every process must make the same calls, within `deferred`.
 
   Args:
-    last: this is the last call of a `deferred`, which it ends.
+    last: whether this is the last call within a `deferred`, which ends with it.
   """
   if store.client() is None:
     return _state.received.is_set()
@@ -122,15 +122,15 @@ def requested() -> bool:
     return _state.received.is_set()
   if _state.origin is None:
     if _state.received.is_set():
-      client.key_value_set(f'{_TOLD}{store.number()}', '', allow_overwrite=True)
-    told = [int(name.rpartition('/')[2]) for name, _ in client.key_value_dir_get(_TOLD)]
-    if told:
-      _state.origin = store.number() if store.number() in told else min(told)
+      client.key_value_set(f'{_RECEIVED}{store.number()}', '', allow_overwrite=True)
+    receivers = [int(name.rpartition('/')[2]) for name, _ in client.key_value_dir_get(_RECEIVED)]
+    if receivers:
+      _state.origin = store.number() if store.number() in receivers else min(receivers)
   return _state.origin is not None
 
 
 def message() -> str:
-  """What a process says that SIGTERM ends outside `deferred`."""
+  """Returns the text that a process prints if SIGTERM ends it outside `deferred`."""
   where = f' on process {_state.origin}' if requested() and _state.origin != store.number() else ''
   return f'stopped by SIGTERM{where}; rerun the same command to resume'
 
