@@ -142,17 +142,19 @@ def compare() -> None:
 def compile_ahead() -> None:
   import jax
 
-  from fusa_jax.chips import aot, tpu
+  from fusa_jax.chips import aot, topology
 
   jax.config.update('jax_platforms', 'cpu')  # the step is compiled for other devices than this machine's
   named = arguments.named_config()
   config_checks.check(named.config)
   name = f'{pathlib.Path(named.path).stem}-{pathlib.Path(named.preset).stem}'
-  topology = tpu.Topology.parse(FLAGS.topology, FLAGS.slices)
+  chips = topology.parse(FLAGS.topology, FLAGS.slices)
   if FLAGS.sweep:
-    aot.sweep(named.config, name, topology.kind, pathlib.Path('docs/scaling.md'))
+    if chips.platform != 'tpu':
+      raise UserError(f'topology: {chips}, but --sweep compiles for TPUs only; leave out --sweep')
+    aot.sweep(named.config, name, chips.kind, pathlib.Path('docs/scaling.md'))
   else:
-    aot.aot(named.config, name, topology, pathlib.Path(FLAGS.output or 'runs/aot'))
+    aot.aot(named.config, name, chips, pathlib.Path(FLAGS.output or 'runs/aot'))
 
 
 def doctor() -> None:
@@ -190,7 +192,10 @@ MODES = {
     compare, 'compares two runs patient by patient', ('workdir', 'against'), ('output', 'overlays', 'overwrite')
   ),
   'aot': Mode(
-    compile_ahead, 'compiles the training step for a TPU slice', ('config',), ('topology', 'slices', 'sweep', 'output')
+    compile_ahead,
+    'compiles the training step for a TPU slice or GPUs',
+    ('config',),
+    ('topology', 'slices', 'sweep', 'output'),
   ),
   'doctor': Mode(doctor, 'checks the installation'),
 }

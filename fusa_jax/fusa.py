@@ -62,14 +62,21 @@ class FUSA(nn.Module):
       attention = literal_attention(x, *jax.tree.map(lambda p: p.astype(dtype), (channel, spatial, fuse)))
       self.sow('intermediates', 'attention', attention)
       return x * attention
-    # The barrier makes all following operations read the same stored x. Without it, a TPU's compiler recomputes x in
-    # each pool from the input of the preceding norm. The block then moves 48% more bytes than without FUSA; with the
-    # barrier it moves 6% more (benchmarks/fusa.py).
-    x = jax.lax.optimization_barrier(x)
+    # Otherwise a TPU's compiler recomputes x in each pool from the input of the preceding norm. The block then moves
+    # 48% more bytes than without FUSA; with the barrier it moves 6% more (benchmarks/fusa.py).
+    (x,) = stored(x)
     offset, score, slope = factors(x, channel, spatial, fuse)
     # Sow outside of `gate`, so the backward pass of `gate` does not need the map. The compiler drops an unused map.
     self.sow('intermediates', 'attention', nn.sigmoid(_logits(offset, score, slope)).astype(dtype))
     return gate(x, offset, score, slope)
+
+
+def stored(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Makes all operations that follow read the same stored arrays: a barrier for the compiler.
+
+  On GPUs it does nothing. XLA recomputes less there, and the barrier costs a pass over the arrays (docs/models.md).
+  """
+  return jax.lax.platform_dependent(*arrays, cuda=lambda *x: x, default=lambda *x: jax.lax.optimization_barrier(x))
 
 
 class _Affine(nn.Module):

@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 from fusa_jax import FUSA
-from fusa_jax.chips import tpu
+from fusa_jax.chips import hlo
 from fusa_jax.system import meshes
 
 SHAPES = {'2d': (2, 5, 7, 6), '3d': (2, 3, 4, 5, 6), '1d': (2, 9, 6)}
@@ -176,7 +176,7 @@ def on_mesh(data, space, literal, shape):
   with jax.set_mesh(mesh):
     placed = (meshes.replicated(mesh), (meshes.replicated(mesh), meshes.batched(mesh, x.ndim)))
     compiled = jax.jit(run, out_shardings=placed).lower(variables, x).compile()
-    return *compiled(variables, x), tpu.collectives(compiled.as_text(), mesh.size)
+    return *compiled(variables, x), hlo.collectives(compiled.as_text(), mesh.size)
 
 
 @pytest.mark.parametrize('literal', [True, False])

@@ -1,8 +1,9 @@
-"""Compiles the training step for TPUs that this machine does not have: reports memory, traffic and time.
+"""Compiles the training step for chips that this machine does not have: reports memory, traffic and time.
 
-JAX's topology API and the compiler in libtpu (requirements-aot.txt) compile the same step that training runs. Sizes and
-counts come from the compiler, for one device's program. Times follow from these counts and the chip's published rates.
-They are therefore lower limits, not measurements.
+JAX's topology API and the chips' own compilers compile the same step that training runs: libtpu for TPUs
+(requirements-aot.txt), XLA of jax[cuda12] for GPUs (requirements-aot-gpu.txt). Sizes and counts come from the compiler,
+for one device's program. Times follow from these counts and the chip's published rates. They are therefore lower
+limits, not measurements.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ import jax
 import ml_collections
 
 from fusa_jax import tasks
-from fusa_jax.chips import tpu
+from fusa_jax.chips import hlo, tpu
+from fusa_jax.chips.topology import Topology
 from fusa_jax.system import meshes, provenance
 from fusa_jax.system.errors import DoesNotFitError
 from fusa_jax.system.files import replacing, write_json
@@ -26,12 +28,14 @@ from fusa_jax.training import optimizers, train
 _MOVEMENTS, _SHOWN = 50, 10  # number of operations in a report and in its table
 
 
-def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
+def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
   """Compiles a config's training step for a topology; returns memory, traffic and least times per device and step.
 
   Sizes are in bytes.
+  - `flops`: as the TPU's compiler counts them. The GPU's compiler states none; there they are those of the lowered
+    program, before its convolutions are chosen.
   - `bytes_moved`: bytes between memory and core. `bytes_accessed` is XLA's own number, which also counts data that
-    stays in the core.
+    stays in the core; None for GPUs.
   - `largest_movements`: the operations that move the most bytes.
   - `seconds`: the least times for arithmetic, for memory and for the network between chips.
   - `step_seconds`: the larger of the first two plus the third, as if computation and network never overlapped.
@@ -43,7 +47,7 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
     DoesNotFitError: the step needs more memory than the chip has.
   """
   config = config.copy_and_resolve_references()
-  config.model.dtype = tasks.resolved_dtype(config, 'tpu')  # not that of this process, which has no TPU
+  config.model.dtype = tasks.resolved_dtype(config, topology.platform)  # not that of this process
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space, topology.devices())
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
   task = tasks.create(config)
@@ -59,16 +63,17 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
     raise DoesNotFitError(_shortage(str(error))) from None
   compile_seconds = time.perf_counter() - began
 
-  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  flops = cost['flops'] if 'flops' in cost else _lowered_flops(config, task, optimizer) / topology.chips
   parameters, state = _nbytes(shapes.variables['params']), _nbytes(shapes)
   program = compiled.as_text()
-  network, movements = tpu.collectives(program, mesh.devices.size), tpu.hbm_movements(program)
+  network, movements = hlo.collectives(program, mesh.devices.size), hlo.movements(program)
   moved = sum(movement.nbytes for movement in movements)
   chip = topology.chip
   seconds = {
-    'compute': cost['flops'] / chip.flops,
+    'compute': flops / chip.flops,
     'memory': moved / chip.hbm_rate,
-    'interconnect': sum(collective.seconds(topology) for collective in network),
+    'interconnect': sum(topology.seconds(collective) for collective in network),
   }
   alone = max(seconds['compute'], seconds['memory'])
   step_seconds = alone + seconds['interconnect']
@@ -94,9 +99,9 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
       + memory.generated_code_size_in_bytes,
       'chip': chip.hbm,
     },
-    'flops': cost['flops'],
+    'flops': flops,
     'bytes_moved': moved,
-    'bytes_accessed': cost['bytes accessed'],
+    'bytes_accessed': cost.get('bytes accessed'),
     'largest_movements': [
       dataclasses.asdict(m) for m in sorted(movements, key=lambda m: m.nbytes, reverse=True)[:_MOVEMENTS]
     ],
@@ -110,14 +115,23 @@ def report(config: ml_collections.ConfigDict, topology: tpu.Topology) -> dict:
     'slices_per_second': config.train.batch_size / step_seconds,
     'efficiency': alone / step_seconds,
     'compile_seconds': compile_seconds,
-    'versions': {name: importlib.metadata.version(name) for name in ('jax', 'libtpu')},
+    'versions': {name: importlib.metadata.version(name) for name in ('jax', *topology.packages)},
     'commit': provenance.commit(),
   }
 
 
+def _lowered_flops(config, task, optimizer):
+  """The FLOPs of the whole batch in the step that is lowered for GPUs, on one device."""
+  config = config.copy_and_resolve_references()
+  config.mesh.update(data=1, space=1)
+  mesh = meshes.create_mesh(1, 1, jax.devices('cpu')[:1])
+  shapes = train.state_shapes(task, optimizer, config, mesh)
+  return train.lower_step(task, optimizer, config, mesh, shapes, platform='cuda').cost_analysis()['flops']
+
+
 def _shortage(message: str) -> str:
   """The shortage of memory in the compiler's message, as one line."""
-  amounts = [float(amount) for amount in re.findall(r'([\d.]+)G', message)]
+  amounts = [float(amount) for amount in re.findall(r'([\d.]+)Gi?B?', message)]
   if len(amounts) < 2:
     return message.splitlines()[0]
   needed, available = amounts[:2]
@@ -128,7 +142,7 @@ def _nbytes(tree) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def largest_batch(config: ml_collections.ConfigDict, topology: tpu.Topology) -> int:
+def largest_batch(config: ml_collections.ConfigDict, topology: Topology) -> int:
   """The largest batch per device that fits, for a config with a batch that does not fit; 0 if one slice does not fit.
 
   It searches by bisection and compiles each candidate. Memory is not proportional to the batch, because the compiler
@@ -167,6 +181,7 @@ def table(result: dict) -> str:
     ),
     ('arithmetic', f'{result["flops"] / 1e9:,.0f} GFLOP: {_ms(seconds["compute"])}'),
     ('memory traffic', f'{result["bytes_moved"] / 1e9:,.1f} GB: {_ms(seconds["memory"])}'),
+    *_attention_row(result),
     (
       'network',
       f'{result["bytes_all_reduced"] / 1e6:,.0f} MB all-reduced, {result["bytes_otherwise_sent"] / 1e6:,.0f} MB '
@@ -185,8 +200,25 @@ def table(result: dict) -> str:
   return '\n'.join(lines)
 
 
-def aot(config: ml_collections.ConfigDict, name: str, topology: tpu.Topology, output: pathlib.Path) -> None:
+def _attention_row(result):
+  """The traffic of the same model without FUSA, if it was counted."""
+  without = result.get('bytes_moved_without_attention')
+  if without is None:
+    return []
+  return [('without FUSA', f'{without / 1e9:,.1f} GB: FUSA adds {result["bytes_moved"] / without - 1:.1%}')]
+
+
+def without_attention(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict | None:
+  """Returns the config of the same model without FUSA; None if the model has none."""
+  plain = config.copy_and_resolve_references()
+  plain.model.name = config.model.name.removeprefix('fusa_')
+  return None if plain.model.name == config.model.name else plain
+
+
+def aot(config: ml_collections.ConfigDict, name: str, topology: Topology, output: pathlib.Path) -> None:
   """Prints the report of a config on a topology, and writes it as JSON to the folder `output`, named after both.
+
+  A model with FUSA is also compiled without it; `bytes_moved_without_attention` is the traffic of that program.
 
   Raises:
     DoesNotFitError: the message says how much memory is missing, and names the largest batch per device that fits.
@@ -200,6 +232,9 @@ def aot(config: ml_collections.ConfigDict, name: str, topology: tpu.Topology, ou
     raise DoesNotFitError(
       f'train.batch_size={config.train.batch_size} on {topology}: {error}; {hint}; a larger mesh.space splits images'
     ) from None
+  if plain := without_attention(config):
+    logging.info('compiling %s without FUSA', name)
+    result['bytes_moved_without_attention'] = report(plain, topology)['bytes_moved']
   path = output / f'{name}-{str(topology).replace(":", "_").replace(" ", "")}.json'
   write_json(path, result)
   print(table(result))

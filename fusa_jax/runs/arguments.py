@@ -84,7 +84,7 @@ def define_flags(modes: list[str]) -> None:
   yes_or_no('dicom', False, 'also write the masks of DICOM series as DICOM SEG')
   yes_or_no('overwrite', False, 'replace result files that this program did not write, or that were changed since')
   yes_or_no('strict', False, 'predict nothing if one input is refused')
-  text('topology', 'v5e:4x4', 'the TPU slice to compile for')
+  text('topology', 'v5e:4x4', 'the chips to compile for: a TPU slice like v5e:4x4, or GPUs like h100:8')
   number('slices', 1, 'number of TPU slices')
   yes_or_no('sweep', False, 'compile for slices of 8 to 256 chips of this TPU generation and write docs/scaling.md')
   text('coordinator', None, 'several hosts: HOST:PORT of process 0, if the cluster does not announce it')

@@ -220,12 +220,13 @@ def train_step(
   return TrainState(state.step + 1, variables, opt_state), scalars
 
 
-def lower_step(task, optimizer, config, mesh, shapes: TrainState) -> jax.stages.Lowered:
+def lower_step(task, optimizer, config, mesh, shapes: TrainState, platform: str | None = None) -> jax.stages.Lowered:
   """Returns the training step, lowered for the devices of the mesh and ready to compile. It donates the state.
 
   Args:
     task, optimizer, config, mesh: as in `train`.
     shapes: the train state's shapes from `state_shapes`.
+    platform: lowers the forms of another platform, 'cuda' or 'tpu', to count its work; None: those of the mesh.
   """
   step = lambda state, batch: train_step(
     state,
@@ -246,7 +247,7 @@ def lower_step(task, optimizer, config, mesh, shapes: TrainState) -> jax.stages.
   options = meshes.compiler_options(mesh, config.train.deterministic)
   with jax.set_mesh(mesh):
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere), compiler_options=options)
-    return jitted.lower(shapes, batch)
+    return jitted.trace(shapes, batch).lower(lowering_platforms=None if platform is None else (platform,))
 
 
 def compile_step(task, optimizer, config, mesh, shapes: TrainState) -> jax.stages.Compiled:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fusa_jax.chips import tpu
+from fusa_jax.chips import hlo, tpu
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 
@@ -40,7 +40,7 @@ def test_topologies():
 def collectives(function, mesh, *arguments):
   """Returns the collectives in the program that XLA compiles for CPU devices; other devices use the same operations."""
   text = jax.jit(function).lower(*arguments).compile().as_text()
-  return tpu.collectives(text, mesh.devices.size)
+  return hlo.collectives(text, mesh.devices.size)
 
 
 def test_collectives_are_counted_with_their_bytes_and_groups():
@@ -92,14 +92,14 @@ def test_collectives_are_counted_with_their_bytes_and_groups():
   ],
 )
 def test_lines_of_the_tpu_compiler(line, expected):
-  (found,) = tpu.collectives(line, 8)
+  (found,) = hlo.collectives(line, 8)
   assert (found.kind, found.nbytes, found.group) == expected
 
 
 def test_a_collective_with_several_computations_counts_once():
   line = '%g.{} = f32[8,2,64]{{2,1,0}} all-gather(%p), channel_id={}, replica_groups=[1,8]<=[8], dimensions={{0}}'
   program = '\n'.join(line.format(*numbers) for numbers in ((1, 7), (2, 7), (3, 9), (4, 7)))
-  assert [found.nbytes for found in tpu.collectives(program, 8)] == [4096, 4096]
+  assert [found.nbytes for found in hlo.collectives(program, 8)] == [4096, 4096]
 
 
 def test_lines_that_only_look_like_collectives_are_ignored():
@@ -108,22 +108,22 @@ def test_lines_that_only_look_like_collectives_are_ignored():
     '%s = (f32[8], token[]) send(%x)',
     '%f = f32[8] fusion(%all-reduce.1)',
   ):
-    assert not tpu.collectives(line, 8)
+    assert not hlo.collectives(line, 8)
 
 
 def test_times_follow_the_published_rates():
   """All-reduce on a whole v5e pod runs at the published 51.2 TB/s; a small one takes the latency of its path."""
   pod = tpu.Topology.parse('v5e:16x16')
-  large = tpu.Collective('all-reduce', 10**10, 256)
-  assert 256 * 2 * large.nbytes / large.seconds(pod) == pytest.approx(51.2e12, rel=0.01)
-  assert tpu.Collective('all-reduce', 4, 256).seconds(pod) == pytest.approx(2 * 16e-6, rel=0.01)
+  large = hlo.Collective('all-reduce', 10**10, 256)
+  assert 256 * 2 * large.nbytes / pod.seconds(large) == pytest.approx(51.2e12, rel=0.01)
+  assert pod.seconds(hlo.Collective('all-reduce', 4, 256)) == pytest.approx(2 * 16e-6, rel=0.01)
   # A slice with lines instead of rings has half the rate.
-  ratio = tpu.Collective('all-reduce', 10**10, 16).seconds(tpu.Topology.parse('v5e:4x4')) / large.seconds(pod)
+  ratio = tpu.Topology.parse('v5e:4x4').seconds(hlo.Collective('all-reduce', 10**10, 16)) / pod.seconds(large)
   assert ratio == pytest.approx(2 * (15 / 16) / (255 / 256), rel=0.01)
   # All-gather sends the data once, all-reduce twice. Reduce-scatter counts the whole input, not one part.
-  seconds = {kind: tpu.Collective(kind, 10**10, 256).seconds(pod) for kind in ('all-reduce', 'all-gather')}
+  seconds = {kind: pod.seconds(hlo.Collective(kind, 10**10, 256)) for kind in ('all-reduce', 'all-gather')}
   assert seconds['all-reduce'] == pytest.approx(2 * seconds['all-gather'], rel=0.01)
-  scatter = tpu.Collective('reduce-scatter', 10**10 // 256, 256).seconds(pod)
+  scatter = pod.seconds(hlo.Collective('reduce-scatter', 10**10 // 256, 256))
   assert scatter == pytest.approx(seconds['all-gather'], rel=0.01)
 
 
@@ -133,7 +133,7 @@ def test_missing_compiler_is_reported(monkeypatch):
     tpu.Topology.parse('v5e:4x4').devices()
 
 
-def test_hbm_movements_and_their_sources():
+def test_movements_and_their_sources():
   """Data in the memory of the core, S(1), cost nothing. A copy with a start and a done line counts once."""
   program = """HloModule step
 
@@ -146,7 +146,7 @@ ENTRY %main (x: f32[1024]) -> f32[1024] {
   ROOT %e = f32[1024]{0:T(1024)} fusion(%d), kind=kLoop, calls=%h
 }
 """
-  assert [(m.operation, m.nbytes, m.source) for m in tpu.hbm_movements(program)] == [
+  assert [(m.operation, m.nbytes, m.source) for m in hlo.movements(program)] == [
     ('a', 4096, 'jit(step)/jvp(Net)/norm1/sub'),
     ('b', 2048 + 4096, 'jit(step)/jvp(Net)/relu/max'),
     ('d', 2048, 'jit(step)/jvp(Net)/relu/max'),  # made by the compiler: takes the source of its operand
@@ -168,6 +168,6 @@ def test_memory_traffic_equals_the_necessary_reads_and_writes():
     (lambda x, y: jnp.tanh(x @ y) @ y.T, [x, y], 2 * (2 * 2048 * 2048 + 2 * 2048 * 1024)),  # y is read twice
   ):
     text = jax.jit(function).lower(*arguments).compile().as_text()
-    movements = tpu.hbm_movements(text)
+    movements = hlo.movements(text)
     assert sum(movement.nbytes for movement in movements) == pytest.approx(expected, rel=0.01)
     assert any(movement.source.startswith('jit(<lambda>)/') for movement in movements)

@@ -14,7 +14,7 @@ from conftest import SIZE, final_state, tiny
 from configs import cls
 from data import prepare
 from fusa_jax import tasks
-from fusa_jax.chips import tpu
+from fusa_jax.chips import hlo
 from fusa_jax.runs import checkpoint, run_config
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
@@ -170,7 +170,7 @@ def test_dense_kernels_of_fusa_are_not_summed_over_the_devices():
   optimizer, _ = optimizers.make_optimizer(config)
   shapes = train.state_shapes(task, optimizer, config, mesh)
   program = train.lower_step(task, optimizer, config, mesh, shapes).compile().as_text()
-  sent = sum(c.nbytes for c in tpu.collectives(program, 8))
+  sent = sum(c.nbytes for c in hlo.collectives(program, 8))
   leaves = flax.traverse_util.flatten_dict(shapes.variables['params'], sep='/')
   kept = sum(p.size for name, p in leaves.items() if '/attention/' in name and p.ndim > 1 and p.shape[-1] == 512)
   total = sum(p.size for p in leaves.values())

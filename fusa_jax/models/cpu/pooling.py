@@ -1,4 +1,4 @@
-"""Max-pooling with a gradient that is fast on CPUs; accelerators use XLA's own gradient.
+"""Max-pooling with a gradient that is fast on CPUs and GPUs; TPUs use XLA's own gradient.
 
 On CPUs, XLA's gradient computes an index for each pixel and then a scatter. For 2 x 2 windows of 4 x 128 x 128 x 64 on
 two cores this takes 40 ms. The forms below compare instead: 1.6 ms, and PyTorch 0.9 ms. If several values of a window
@@ -32,7 +32,7 @@ def _max_pool_backward(window, residuals, g):
   tiles = size == stride and not padding and not any(side % size for side in residuals[0].shape[1:3])
   by_comparison = functools.partial(_by_tiles, size) if tiles else functools.partial(_by_taps, window)
   by_scatter = lambda x, out, g: jax.vjp(lambda x: _largest(x, window), x)[1](g)[0]
-  return (jax.lax.platform_dependent(*residuals, g, cpu=by_comparison, default=by_scatter),)
+  return (jax.lax.platform_dependent(*residuals, g, cpu=by_comparison, cuda=by_comparison, default=by_scatter),)
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
