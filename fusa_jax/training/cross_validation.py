@@ -136,8 +136,13 @@ def _pool(config, workdir, data_dir, overwrite):
   tests = [results.read_numbers(run, test) for run in folders]
   made_of = _common_making(folders, tests)
   volumes = [results.read_volumes(run, test) for run in folders]
+  points = [one['operating_point'] for one in tests]
+  points = {name: [point[name] for point in points] for name in operating_point.OperatingPoint().about()}
   if results.made_of(workdir / test) == made_of and bool(results.read_volumes(workdir, test)) == all(volumes):
-    return results.read_numbers(workdir, test)
+    pooled = results.read_numbers(workdir, test)
+    # On other data than the runs' own, `made_of` does not say which operating points the folds had.
+    if all(pooled['operating_point'][name] == of_folds for name, of_folds in points.items()):
+      return pooled
   tables = [results.read_table(run, test) for run in folders]
   tested = [patient for one in tables for patient in np.unique(one['patient']).tolist()]
   expected = [patient['patient'] for fold in datasets.folds(data_dir) for patient in fold]
@@ -150,10 +155,7 @@ def _pool(config, workdir, data_dir, overwrite):
   # Only if every fold has volumes: a part of them could be mistaken for all patients.
   volumes = [row for rows in volumes for row in rows] if all(volumes) else []
   result = results.numbers(task_type, table, config.evaluate.prevalences)
-  points = [one['operating_point'] for one in tests]
-  result['operating_point'] = {
-    name: [point[name] for point in points] for name in operating_point.OperatingPoint().about()
-  } | result['operating_point']
+  result['operating_point'] = points | result['operating_point']
   result |= {
     'folds': [
       {
