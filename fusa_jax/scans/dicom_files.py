@@ -71,9 +71,9 @@ def read_dataset(path: pathlib.Path | str | BinaryIO, **options: Any) -> Any:
 
 
 def patient_id(source: pathlib.Path) -> tuple[str, str]:
-  """The PatientID of the first readable DICOM file of a folder or .zip, and the name of that file.
+  """The PatientID of the first DICOM file of a folder or .zip that states one, and the name of that file.
 
-  Only the headers of a few files are read, so that this is fast for a cohort. Archives inside are not opened. Both are
+  A dose report may state none although the slices do. Only the headers of a few files are read, so that this is fast for a cohort. Archives inside are not opened. Both are
   '' if there is no such file.
 
   Raises:
@@ -83,8 +83,9 @@ def patient_id(source: pathlib.Path) -> tuple[str, str]:
   for name, file in itertools.islice(_opened(source), _TRIED):
     with contextlib.suppress(Exception), file:  # pydicom and zipfile raise errors of many types
       header = read_dataset(file, stop_before_pixels=True, specific_tags=['SOPClassUID', 'PatientID'])
-      if sop_class(header) != DIRECTORY:
-        return dicom_headers.patient_id(header), name
+      own = dicom_headers.patient_id(header)
+      if own and sop_class(header) != DIRECTORY:
+        return own, name
   return '', ''
 
 
