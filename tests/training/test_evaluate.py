@@ -382,6 +382,15 @@ def test_a_run_without_split_and_point_is_evaluated_and_resumed(runs, data_dir, 
   train.train(tiny(cls), workdir, data_dir)  # finished: does nothing, and is not refused
 
 
+@pytest.mark.parametrize('name', ['split.json', 'starts.json'])
+@pytest.mark.parametrize('content', ['{"test": []}', '[1]', '[{}]'])
+def test_a_record_with_other_content_is_one_line(runs, data_dir, tmp_path, name, content):
+  workdir = copy_of(runs['cls'], tmp_path / 'run')
+  (workdir / name).write_text(content)
+  with pytest.raises(UserError, match=rf'{name}: damaged \(it does not list .* of the run\); (restore|delete) it'):
+    evaluate.evaluate(tiny(cls), workdir, data_dir)
+
+
 def test_logits_that_are_not_finite_are_an_error(runs, data_dir):
   config = tiny(cls)
   task, mesh = tasks.create(config), meshes.create_mesh()
