@@ -73,8 +73,8 @@ def read_dataset(path: pathlib.Path | str | BinaryIO, **options: Any) -> Any:
 def patient_id(source: pathlib.Path) -> tuple[str, str]:
   """The PatientID of the first DICOM file of a folder or .zip that states one, and the name of that file.
 
-  A dose report may state none although the slices do. Only the headers of a few files are read, so that this is fast for a cohort. Archives inside are not opened. Both are
-  '' if there is no such file.
+  A dose report may state none although the slices do. Only the headers of a few files are read, so that this is fast
+  for a cohort. Archives inside are not opened. Both are '' if there is no such file.
 
   Raises:
     UserError: pydicom is not installed.
