@@ -6,6 +6,8 @@ The cache notes which datasets were prepared from a folder of scans.
 import contextlib
 import hashlib
 import json
+import logging
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +17,7 @@ import tensorflow_datasets as tfds
 from data import survey
 from data.cohorts import Case
 from data.shards import Item, Shard, Stored
-from fusa_jax.system.errors import UserError
+from fusa_jax.system.errors import UserError, one_line
 from fusa_jax.system.files import write_json
 
 THUMBNAILS = 'thumbnails.npy'
@@ -40,13 +42,23 @@ def note(cache: pathlib.Path, raw_dir: str | pathlib.Path, dataset: pathlib.Path
 def find(cache: pathlib.Path, raw_dir: str | pathlib.Path) -> list['EarlierDataset']:
   """Returns the datasets that were prepared from a folder and still exist, the newest first.
 
-  It leaves out datasets that were removed, are damaged, or are from another version of the program.
+  Logs a warning for each that cannot be read: patients that no other dataset contains get a new fold.
   """
   found = []
   with contextlib.suppress(OSError):
     for path in sorted(_notes(cache, raw_dir).glob('*.json'), key=lambda path: (path.stat().st_mtime_ns, path.name)):
-      with contextlib.suppress(Exception):  # a dataset that is damaged, was removed, or is from another version
-        found.append(EarlierDataset(pathlib.Path(json.loads(path.read_text())['dataset'])))
+      dataset = path  # shown if the note itself is damaged
+      try:
+        dataset = pathlib.Path(json.loads(path.read_text())['dataset'])
+        if dataset.exists():
+          found.append(EarlierDataset(dataset))
+      except Exception as error:  # damaged, or from another version: TFDS and protobuf raise errors of many types
+        logging.warning(
+          '%s: damaged or of another version (%s), so the folds of its patients are not kept; delete it if they do not '
+          'matter',
+          dataset,
+          one_line(error),
+        )
   return found[::-1]
 
 
@@ -56,6 +68,11 @@ def _notes(cache, raw_dir):
 
 def _absolute(raw_dir):
   return pathlib.Path(raw_dir).expanduser().resolve()
+
+
+def _is_whole(split):
+  """Whether the shards of a split exist and have the bytes that were written. Raises OSError if one is missing."""
+  return sum(os.path.getsize(path) for path in split.filepaths) == split.num_bytes
 
 
 class EarlierDataset:
@@ -97,8 +114,13 @@ class EarlierDataset:
     entries = {entry['patient']: entry for fold in self._folds for entry in fold}
     scans = sorted(name for name, entry in entries.items() if entry['lesion_ml'] is not None)
     rows = {name: row for row, name in enumerate(scans)}
-    thumbnails = np.load(self.path / THUMBNAILS, mmap_mode='r') if scans else []
-    if len(thumbnails) != len(scans):
+    try:
+      thumbnails = np.load(self.path / THUMBNAILS, mmap_mode='r') if scans else []
+      is_whole = len(thumbnails) == len(scans) and all(map(_is_whole, self._splits.values()))
+    except (OSError, ValueError, EOFError):
+      is_whole = False
+    if not is_whole:
+      logging.warning('%s: files are missing or damaged, so only its folds are kept', self.path)
       return {}
     known = {}
     for case in cases:

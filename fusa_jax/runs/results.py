@@ -12,14 +12,14 @@ import numpy as np
 from fusa_jax.measures import metrics, statistics
 from fusa_jax.runs import figures
 from fusa_jax.runs.split import TEST
-from fusa_jax.system import own_files
+from fusa_jax.system import own_files, paths
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import remove_partials, write_csv
 from fusa_jax.tasks import TaskType
 
 COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS, 'owner')
-TABLE, NUMBERS, REPORT = 'table.npz', 'metrics.json', 'report.html'
-_FILES = (TABLE, 'slices.csv', 'patients.csv', 'volumes.csv')
+TABLE, NUMBERS, REPORT, VOLUMES = 'table.npz', 'metrics.json', 'report.html', 'volumes.csv'
+_FILES = (TABLE, 'slices.csv', 'patients.csv', VOLUMES)
 # The texts that describe the split of a test.
 BY_PATIENT, BY_SLICE = 'by patient', 'by slice, not by patient: the patients of the slices are unknown'
 # Numbers that do not depend on the threshold.
@@ -94,8 +94,10 @@ def check_own(folder: pathlib.Path) -> None:
   check allows to replace the other files.
 
   Raises:
-    UserError: other files would be replaced, one line each.
+    UserError: other files would be replaced, one line each. A file is in the place of the folder.
   """
+  if paths.exists(folder) and not folder.is_dir():
+    raise UserError(f'{folder}: is not a folder; move it away, or rename it')
   others = [folder / name for name in (*_FILES, REPORT)] if (folder / NUMBERS).exists() else []
   own_files.refuse(own_files.changed(folder / NUMBERS, others))
 
@@ -129,7 +131,7 @@ def write_test(
     TABLE: lambda path: np.savez_compressed(path, **table),
   }
   if volumes:
-    writers['volumes.csv'] = lambda path: write_csv(path, volumes)
+    writers[VOLUMES] = lambda path: write_csv(path, volumes)
   pictures = {**pictures, **figures.chart_writers(table, result)}
   writers |= {f'figures/{name}': write for name, write in pictures.items()}
   files = {folder / name: write for name, write in writers.items()}
@@ -193,10 +195,20 @@ def read_numbers(workdir: pathlib.Path, test: str = TEST) -> dict:
 
 
 def read_volumes(workdir: pathlib.Path, test: str = TEST) -> list[dict]:
-  """Returns the rows of volumes.csv of a test; an empty list if the evaluation had no scans and wrote none."""
-  path = workdir / test / 'volumes.csv'
+  """Returns the rows of volumes.csv of a test; an empty list if the evaluation had no scans and wrote none.
+
+  Raises:
+    UserError: the file was changed since the test.
+  """
+  path = workdir / test / VOLUMES
   if not path.exists():
     return []
+  record = own_files.read_record(workdir / test / NUMBERS)
+  if record and own_files.has_changed(path, record['files'].get(VOLUMES)):
+    raise UserError(
+      f'{path}: was changed since the test; restore it, or replace it with --mode=evaluate --workdir={workdir} '
+      '--overwrite'
+    )
   rows = list(csv.DictReader(io.StringIO(path.read_text())))
   number = lambda text: int(text) if text.isdigit() else float(text or 'nan')
   return [{key: value if key == 'case' else number(value) for key, value in row.items()} for row in rows]

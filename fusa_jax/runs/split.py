@@ -71,8 +71,13 @@ def load_split(workdir: pathlib.Path) -> dict | None:
   Raises:
     UserError: the file is damaged.
   """
-  path = workdir / 'split.json'
-  return read_json(path, 'restore it, or train again in another --workdir') if path.exists() else None
+  path, advice = workdir / 'split.json', 'restore it, or train again in another --workdir'
+  if not path.exists():
+    return None
+  data = read_json(path, advice)
+  if not isinstance(data, dict) or not data.keys() >= set(PARTS):
+    raise UserError(f'{path}: damaged (it does not list the patients of the run); {advice}')
+  return data
 
 
 def test_name(workdir: pathlib.Path, data: dict, source: str) -> str:

@@ -4,6 +4,7 @@ import logging
 import pathlib
 
 from fusa_jax.system import hosts
+from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import read_json, write_json
 
 _FILE = 'starts.json'
@@ -36,5 +37,8 @@ def load_starts(workdir: pathlib.Path) -> list[dict]:
   Raises:
     UserError: starts.json is damaged.
   """
-  path = workdir / _FILE
-  return read_json(path, 'delete it; it only serves to notice changes') if path.exists() else []
+  path, advice = workdir / _FILE, 'delete it; it only serves to notice changes'
+  starts = read_json(path, advice) if path.exists() else []
+  if not isinstance(starts, list) or not all(isinstance(one, dict) and 'dtype' in one for one in starts):
+    raise UserError(f'{path}: damaged (it does not list the starts of the run); {advice}')
+  return starts

@@ -71,10 +71,10 @@ def read_dataset(path: pathlib.Path | str | BinaryIO, **options: Any) -> Any:
 
 
 def find_patient_id(source: pathlib.Path) -> tuple[str, str]:
-  """Returns the PatientID of the first readable DICOM file of a folder or .zip, and the name of that file.
+  """Returns the PatientID of the first DICOM file of a folder or .zip that states one, and the name of that file.
 
-  It reads only the headers of a few files, which is fast for a cohort. It opens no archives inside. Both values are ''
-  if there is no readable DICOM file.
+  A dose report may state none although the slices do. It reads only the headers of a few files, which is fast for a
+  cohort. It opens no archives inside. Both values are '' if no file states one.
 
   Raises:
     UserError: pydicom is not installed.
@@ -83,8 +83,9 @@ def find_patient_id(source: pathlib.Path) -> tuple[str, str]:
   for name, file in itertools.islice(_opened(source), _TRIED):
     with contextlib.suppress(Exception), file:  # pydicom and zipfile raise errors of many types
       header = read_dataset(file, stop_before_pixels=True, specific_tags=['SOPClassUID', 'PatientID'])
-      if sop_class(header) != DIRECTORY:
-        return dicom_headers.patient_id(header), name
+      own = dicom_headers.patient_id(header)
+      if own and sop_class(header) != DIRECTORY:
+        return own, name
   return '', ''
 
 

@@ -1,5 +1,6 @@
 """The version and commit of the code, for files that must record them."""
 
+import functools
 import hashlib
 import importlib.metadata
 import pathlib
@@ -14,8 +15,12 @@ def version(package: str = 'fusa_jax') -> str | None:
     return None
 
 
+@functools.cache
 def commit() -> str | None:
-  """The commit of this code's checkout; None if the code is not in its repository, for example if installed."""
+  """The commit of this code's checkout, at the first call.
+
+  It is None if the code is not in its repository, for example if it is installed.
+  """
   file = pathlib.Path(__file__)
   # The first command fails if the code is installed in an environment inside another repository.
   commands = [['git', 'ls-files', '--error-unmatch', file.name], ['git', 'rev-parse', 'HEAD']]
@@ -32,8 +37,12 @@ def code() -> dict:
   return {'sha256': code_sha256(), 'libraries': {name: version(name) for name in libraries}}
 
 
+@functools.cache
 def code_sha256() -> str:
-  """The digest of the package's source files, by their names."""
+  """The digest of the package's source files, by their names, at the first call.
+
+  A program that runs does not follow later changes of its files: a test after hours of training is of the old code.
+  """
   package, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
   for path in sorted(package.rglob('*.py')):
     digest.update(f'{path.relative_to(package)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n'.encode())

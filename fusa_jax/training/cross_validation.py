@@ -4,7 +4,6 @@ Every patient is tested once, by a model that was not trained on this patient.
 """
 
 import copy
-import json
 import logging
 import pathlib
 import statistics as python_statistics
@@ -18,7 +17,6 @@ from fusa_jax.measures import masks
 from fusa_jax.runs import config_checks, operating_point, report, results, run_config, workdir_lock
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import sha256
 from fusa_jax.training import datasets, evaluate, optimizers, train
 
 
@@ -136,10 +134,16 @@ def _pool(config, workdir, data_dir, overwrite):
   if not overwrite:
     results.check_own(workdir / test)
   tests = [results.read_numbers(run, test) for run in folders]
-  made_of = _common_making(folders, tests)
+  truth = {one['patient']: one['truth'] for fold in datasets.folds(data_dir) for one in fold}
+  made_of = _common_making(folders, tests, datasets.truth_sha256(truth))
   volumes = [results.read_volumes(run, test) for run in folders]
+  points = [one['operating_point'] for one in tests]
+  points = {name: [point[name] for point in points] for name in operating_point.OperatingPoint().about()}
   if results.made_of(workdir / test) == made_of and bool(results.read_volumes(workdir, test)) == all(volumes):
-    return results.read_numbers(workdir, test)
+    pooled = results.read_numbers(workdir, test)
+    # On other data than the runs' own, `made_of` does not say which operating points the folds had.
+    if all(pooled['operating_point'][name] == of_folds for name, of_folds in points.items()):
+      return pooled
   tables = [results.read_table(run, test) for run in folders]
   tested = [patient for one in tables for patient in np.unique(one['patient']).tolist()]
   expected = [patient['patient'] for fold in datasets.folds(data_dir) for patient in fold]
@@ -152,10 +156,7 @@ def _pool(config, workdir, data_dir, overwrite):
   # Only if every fold has volumes: a part of them could be mistaken for all patients.
   volumes = [row for rows in volumes for row in rows] if all(volumes) else []
   result = results.numbers(task_type, table, config.evaluate.prevalences)
-  points = [one['operating_point'] for one in tests]
-  result['operating_point'] = {
-    name: [point[name] for point in points] for name in operating_point.OperatingPoint().about()
-  } | result['operating_point']
+  result['operating_point'] = points | result['operating_point']
   result |= {
     'folds': [
       {
@@ -182,14 +183,20 @@ def _pool(config, workdir, data_dir, overwrite):
   return result
 
 
-def _common_making(folders, tests):
-  """Returns what the folds were made of (`made_of` in metrics.json); checkpoints and truths are listed by fold.
+def _common_making(folders, tests, truth_sha256):
+  """Returns what the folds were made of (`made_of` in metrics.json); checkpoints are listed by fold.
+
+  Args:
+    folders: the folders of the folds.
+    tests: the contents of their metrics.json.
+    truth_sha256: the digest of the masks or labels of all patients.
 
   Raises:
     UserError: the folds differ in data, options or code.
   """
   made_of = copy.deepcopy([test['made_of'] for test in tests])
-  truths = [one['data'].pop('truth_sha256') for one in made_of]
+  for one in made_of:
+    one['data'].pop('truth_sha256')  # of the patients of a fold
   folds = [one['options'].pop('fold') for one in made_of]
   checkpoints = [one.pop('checkpoint') for one in made_of]
   for folder, one in zip(folders, made_of, strict=True):
@@ -200,7 +207,7 @@ def _common_making(folders, tests):
         'the folds, or --mode=evaluate, for all of them'
       )
   common = made_of[0]
-  common['data']['truth_sha256'] = sha256(json.dumps(truths).encode())
+  common['data']['truth_sha256'] = truth_sha256
   common['options']['fold'] = folds
   return common | {'checkpoint': checkpoints}
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -160,9 +160,9 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
   )
 
 
-def truth_sha256(part: Split) -> str:
-  """Returns a digest of the lesion masks, or labels, of the patients of a split."""
-  return sha256(json.dumps(sorted((name, one.truth) for name, one in part.patients.items())).encode())
+def truth_sha256(truth: Mapping[str, str]) -> str:
+  """Returns a digest of the lesion masks or labels of some patients, given `Identity.truth` by name."""
+  return sha256(json.dumps(sorted(truth.items())).encode())
 
 
 def parts(fold: int, num_folds: int) -> dict[str, list[int]]:

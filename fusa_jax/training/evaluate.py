@@ -127,7 +127,23 @@ def is_finished(
     weights = {'step': step, 'sha256': checkpoints.digest(step)}
   expected = _made_of(config, dataset, weights, platform=platform)
   wants_volumes = tasks.type_of(config.task).has_masks and not set(dataset.test.patients).isdisjoint(scans or ())
-  return hosts.on_main(lambda: made_of == expected and (not wants_volumes or bool(results.read_volumes(workdir))))
+  return hosts.on_main(
+    lambda: (
+      made_of == expected
+      and _is_at_point_of_run(workdir)
+      and (not wants_volumes or bool(results.read_volumes(workdir)))
+    )
+  )
+
+
+def _is_at_point_of_run(workdir):
+  """Whether test/ has the operating point that the run has: a killed evaluation leaves a new point and the old test."""
+  tested = results.read_numbers(workdir)['operating_point']
+  try:
+    point = operating_point.load_point(workdir)
+  except UserError:  # damaged: the next evaluation chooses it again
+    return False
+  return all(tested[name] == value for name, value in point.about().items())
 
 
 def _made_of(config, dataset, weights, is_own=True, platform=None):
@@ -141,9 +157,10 @@ def _made_of(config, dataset, weights, is_own=True, platform=None):
       and are left out.
     platform: the devices that compute it; None: those of this process.
   """
+  truth = {name: one.truth for name, one in dataset.test.patients.items()}
   options = {key: value for key, value in run_config.plain(config).evaluate.items() if is_own or key not in _OF_POINT}
   return {
-    'data': {'name': dataset.name, 'sha256': dataset.sha256, 'truth_sha256': datasets.truth_sha256(dataset.test)},
+    'data': {'name': dataset.name, 'sha256': dataset.sha256, 'truth_sha256': datasets.truth_sha256(truth)},
     'checkpoint': weights,
     'options': {'fold': config.data.fold, 'dtype': tasks.resolved_dtype(config, platform), **options},
     'code': provenance.code(),
@@ -211,7 +228,8 @@ def _choose_point(test):
   On other data than the run's own, it returns the run's operating point.
   """
   config, workdir, dataset = test.config, test.workdir, test.dataset
-  point = operating_point.load_point(workdir)
+  # On the run's own data it is chosen again, so that a damaged file does not matter.
+  point = operating_point.OperatingPoint() if test.is_own else operating_point.load_point(workdir)
   if point.step != test.step:
     point = operating_point.OperatingPoint(step=test.step)
   flips, lungs = (config.evaluate[key] if test.is_own else getattr(point, key) for key in ('flips', 'lungs'))

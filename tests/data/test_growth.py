@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import SIZE
+from conftest import SIZE, SLICES
 
 from data import earlier, prepare, read, shards, survey
 from data.cohorts import Case
@@ -135,6 +135,32 @@ def test_without_the_old_dataset_all_are_dealt(raw_dir, raw, reads):
   add(raw_dir, raw, 10), reads.clear()
   prepare.prepare(str(raw), '', SIZE)
   assert len(reads) == 20
+
+
+def cut(path):
+  path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize('name', ['*-fold1.array_record-*', 'thumbnails.npy'])
+@pytest.mark.parametrize('damage', [lambda path: path.unlink(), cut], ids=['missing', 'cut'])
+def test_of_an_incomplete_old_dataset_only_the_folds_are_kept(raw_dir, raw, reads, caplog, name, damage):
+  first = prepare.prepare(str(raw), '', SIZE)
+  damage(next(first.glob(name)))
+  add(raw_dir, raw, 10), reads.clear()
+  second = prepare.prepare(str(raw), '', SIZE)
+  assert len(reads) == 20 and len(slices_of(second)) == 10 * SLICES
+  old, new = folds(first), folds(second)
+  assert {name: new[name] for name in old} == old
+  assert f'{first}: files are missing or damaged, so only its folds are kept' in caplog.text
+
+
+def test_an_old_dataset_that_cannot_be_read_is_named(raw_dir, raw, caplog):
+  first = prepare.prepare(str(raw), '', SIZE)
+  (first / 'dataset_info.json').write_text('{')
+  add(raw_dir, raw, 10)
+  prepare.prepare(str(raw), '', SIZE)
+  assert f'{first}: damaged or of another version' in caplog.text
+  assert 'so the folds of its patients are not kept' in caplog.text
 
 
 def person(name, burden=1.0, owner=''):

@@ -1,6 +1,7 @@
 """Cross-validation with one command: each patient is tested once, by a model not trained on it; it can be resumed."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from sklearn import metrics as sk
 from configs import cls
 from data import prepare
 from fusa_jax.inference import export, predictor
-from fusa_jax.runs import report, results, run_config
+from fusa_jax.runs import operating_point, report, results, run_config
 from fusa_jax.scans import volume_files
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import cross_validation, datasets, evaluate, train
@@ -115,6 +116,25 @@ def test_evaluate_again_and_report(made, data_dir):
   text = report.write_report(made, datasets.card(data_dir, 'all')).read_text()
   assert 'all folds, each patient tested once' in text
   assert 'The folds share training patients, so they are not independent.' in text
+
+
+@pytest.mark.slow
+def test_the_pool_on_other_data_follows_the_operating_points_of_the_folds(made, data_dir, tmp_path):
+  """The same slices count as other data. A fold then gets another operating point, and is tested there again."""
+  workdir = tmp_path / 'folds'
+  shutil.copytree(made, workdir)
+  for path in workdir.glob('fold*/split.json'):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'sha256': 'other'}))
+  cross_validation.evaluate_again(protocol(), workdir, data_dir)
+  (test,) = workdir.glob('test-*')
+  point = operating_point.load_point(workdir / 'fold1')
+  dataclasses.replace(point, threshold=0.0, bin=0).save(workdir / 'fold1')
+  before = json.loads((test / 'metrics.json').read_text())
+  after = cross_validation.evaluate_again(protocol(), workdir, data_dir)
+  assert after['operating_point']['threshold'][1] == 0 and before['operating_point']['threshold'][1] > 0
+  folds = [results.read_numbers(workdir / f'fold{k}', test.name) for k in range(5)]
+  assert after['operating_point']['tp'] == sum(one['operating_point']['tp'] for one in folds)
+  assert json.loads((test / 'metrics.json').read_text())['operating_point'] == after['operating_point']
 
 
 @pytest.mark.slow

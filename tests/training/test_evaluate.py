@@ -302,6 +302,41 @@ def test_finished_means_made_of_what_is_asked(runs, data_dir, tmp_path, monkeypa
   assert not finished()
 
 
+@pytest.mark.parametrize('content', ['other point', 'damaged', 'missing'])
+def test_a_run_with_another_operating_point_than_its_test_is_not_finished(runs, data_dir, tmp_path, content):
+  """An evaluation that is killed after it saved the operating point leaves the test at the point before."""
+  workdir = copy_of(runs['cls'], tmp_path / 'run')
+  path = workdir / 'operating_point.json'
+  point = operating_point.load_point(workdir)
+  if content == 'other point':
+    dataclasses.replace(point, threshold=0.25, bin=point.bin - 1).save(workdir)
+  else:
+    path.write_text('{') if content == 'damaged' else path.unlink()
+  assert not evaluate.is_finished(tiny(cls), workdir, data_dir)
+  evaluate.evaluate(tiny(cls), workdir, data_dir)
+  assert operating_point.load_point(workdir) == point and evaluate.is_finished(tiny(cls), workdir, data_dir)
+
+
+def test_volumes_that_were_edited_are_not_used(tmp_path):
+  path, row = tmp_path / 'test' / 'volumes.csv', {'case': 'P1', 'dice': 0.5}
+  own_files.write_together(path.with_name('metrics.json'), {}, {path: lambda part: files.write_csv(part, [row])}, ())
+  assert results.read_volumes(tmp_path) == [row]
+  path.write_text(path.read_text().replace('0.5', '0.9'))
+  with pytest.raises(UserError, match='volumes.csv: was changed since the test; restore it, or replace it with'):
+    results.read_volumes(tmp_path)
+
+
+@pytest.mark.parametrize('is_link', [False, True])
+def test_a_file_in_place_of_the_folder_of_the_test_is_refused(runs, data_dir, tmp_path, is_link):
+  workdir = copy_of(runs['cls'], tmp_path / 'run')
+  if is_link:
+    (workdir / 'test').symlink_to(tmp_path / 'nothing')
+  else:
+    (workdir / 'test').write_text('mine')
+  with pytest.raises(UserError, match='run/test: is not a folder; move it away, or rename it$'):
+    evaluate.evaluate(tiny(cls), workdir, data_dir)
+
+
 def test_a_test_replaces_only_its_own_files(runs, data_dir, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(runs['cls'], workdir)
@@ -345,6 +380,15 @@ def test_a_run_without_split_and_point_is_evaluated_and_resumed(runs, data_dir, 
   result = evaluate.evaluate(run_config.load_config(workdir), workdir, data_dir)
   assert result['auc'] == read(runs['cls'])[1]['auc']
   train.train(tiny(cls), workdir, data_dir)  # finished: does nothing, and is not refused
+
+
+@pytest.mark.parametrize('name', ['split.json', 'starts.json'])
+@pytest.mark.parametrize('content', ['{"test": []}', '[1]', '[{}]'])
+def test_a_record_with_other_content_is_one_line(runs, data_dir, tmp_path, name, content):
+  workdir = copy_of(runs['cls'], tmp_path / 'run')
+  (workdir / name).write_text(content)
+  with pytest.raises(UserError, match=rf'{name}: damaged \(it does not list .* of the run\); (restore|delete) it'):
+    evaluate.evaluate(tiny(cls), workdir, data_dir)
 
 
 def test_logits_that_are_not_finite_are_an_error(runs, data_dir):

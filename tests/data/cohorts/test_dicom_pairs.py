@@ -283,6 +283,15 @@ def test_a_patient_id_is_an_owner_and_never_shown(tmp_path, caplog):
   assert owners(folder) == {'f0': 'a', 'f1': 'b', 'f2': 'b', 'f3': 'c', 'f4': 'd'}
 
 
+def test_a_first_file_without_patient_id_does_not_hide_that_of_the_slices(tmp_path):
+  folder = folders_of(tmp_path, ['MARKER-1', 'MARKER-1', 'MARKER-2'])
+  before = owners(folder)
+  report = pydicom.dcmread(next((folder / 'f0').iterdir()))
+  report.PatientID, report.Modality, report.SOPInstanceUID = '', 'SR', '1.2.3'
+  report.save_as(folder / 'f0' / 'A dose report')
+  assert owners(folder) == before and before['f0'] == before['f1'] != before['f2']
+
+
 @pytest.mark.parametrize(
   'ids',
   [
