@@ -290,17 +290,17 @@ def test_slurm_is_detected(raw_dir, tmp_path):
 
 @pytest.mark.slow
 def test_other_processes_report_a_late_error_of_process_0(data_dir, one_host, tmp_path):
-  """Process 0 cannot write the results, because a file has the name of their folder; the other process reports it."""
+  """Process 0 cannot write the results, because a folder has the name of a file; the other process reports it."""
   (tmp_path / 'run').mkdir()
   for name in ('config.json', 'checkpoints'):
     (tmp_path / 'run' / name).symlink_to(one_host[0] / name)
-  (tmp_path / 'run' / 'test').write_text('')
+  (tmp_path / 'run' / 'test' / 'slices.csv').mkdir(parents=True)
   run = ['--mode=evaluate', f'--workdir={tmp_path / "run"}', '--config=configs/seg.py', f'--config.data.dir={data_dir}']
   with several_hosts.Hosts(2, 1, run, tmp_path) as two:
     assert two.wait(120) == [2, 2]
-    reason = f'{tmp_path / "run" / "test"}: cannot be written (Not a directory); free space there'
-    assert two.log(0).splitlines()[-1].startswith(f'error: {reason}')
-    assert two.log(1).splitlines()[-1].startswith(f'error: process 0 of 2: {reason}')
+    last = two.log(0).splitlines()[-1]
+    assert last.startswith(f'error: {tmp_path / "run" / "test"}/') and 'cannot be written (Is a directory); ' in last
+    assert two.log(1).splitlines()[-1] == f'error: process 0 of 2: {last.removeprefix("error: ")}'
 
 
 def test_unpacked_files_are_removed_when_another_process_fails(monkeypatch):

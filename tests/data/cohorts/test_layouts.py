@@ -57,7 +57,7 @@ def test_trained_one_step_and_evaluated(laid, tmp_path, name, options, module):
   scans = prepare.scans(laid[name], options) if module is seg else None
   result = evaluate.evaluate(config, tmp_path / 'run', data_dir, scans)
   tested = datasets.load_dataset(data_dir, 0, SIZE).test
-  assert result['num_slices'] == len(tested) and result['num_patients'] == len(set(tested.patient.tolist()))
+  assert result['num_slices'] == len(tested) and result['num_patients'] == len(set(tested.owner.tolist()))
   assert result['tp'] + result['fn'] == (tested.label.sum() if module is cls else _lesion_pixels(tested))
   assert result['values'] == options.intensity
   by_slice = 'by slice, not by patient: the patients of the slices are unknown'
