@@ -77,7 +77,7 @@ def write(
     workdir: the folder of the study.
     machine: the machine that ran the study.
     jobs: the number of runs that shared the machine at a time.
-    pending: model and seed of runs whose results are about to change; they are left out.
+    pending: model and seed of runs that will be tested again; they are left out.
   """
   is_complete = lambda name, seed: results.is_complete(folder(workdir, name, seed) / TEST)
   finished = {name: [s for s in seeds if (name, s) not in pending and is_complete(name, s)] for name in names}

@@ -136,7 +136,7 @@ def compare() -> None:
   files = {output.with_suffix('') / name: write for name, write in pictures.items()}
   if not FLAGS.overwrite:
     own_files.refuse(own_files.changed(output, files))
-  own_files.write_together(output, result, files, (own_files.read_record(output) or {'files': ()})['files'])
+  own_files.write_together(output, result, files, own_files.files_of(output))
 
 
 def compile_ahead() -> None:

@@ -122,7 +122,7 @@ class Topology:
     Raises:
       UserError: the compiler is missing, or rejects this topology.
     """
-    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')  # there is no driver
+    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')  # compiling needs no NVIDIA driver
     if importlib.util.find_spec('jax_plugins') is None or importlib.util.find_spec('jax_plugins.xla_cuda12') is None:
       raise UserError('jax[cuda12]: the GPU compiler is not installed; pip install -r requirements-aot-gpu.txt')
     chip = self.chip

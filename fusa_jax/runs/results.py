@@ -143,7 +143,7 @@ def write_test(
 
 def _old_files(folder):
   """Returns the paths, from the folder, of the files of an earlier test and of comparisons that used it."""
-  names = [*_FILES, REPORT, *(own_files.read_record(folder / NUMBERS) or {'files': ()})['files']]
+  names = [*_FILES, REPORT, *own_files.files_of(folder / NUMBERS)]
   for path in folder.glob('against-*.json'):
     record = own_files.read_record(path)
     if record and not own_files.changed(path, ()):
@@ -153,22 +153,24 @@ def _old_files(folder):
 
 def made_of(folder: pathlib.Path) -> dict | None:
   """Returns `made_of` of the metrics.json in a folder; None if the test in it is not complete."""
-  return own_files.read_record(folder / NUMBERS).get('made_of') if is_complete(folder) else None
+  return (_complete(folder) or {}).get('made_of')
 
 
 def is_complete(folder: pathlib.Path) -> bool:
   """Whether the folder of a test has all of its files, and the table of slices is the one that metrics.json states."""
+  return _complete(folder) is not None
+
+
+def _complete(folder):
+  """Returns the metrics.json of a complete test, else None."""
   record = own_files.read_record(folder / NUMBERS)
-  return (
-    record is not None
-    and TABLE in record['files']
-    and all((folder / name).is_file() for name in record['files'])
-    and not own_files.has_changed(folder / TABLE, record['files'][TABLE])
-  )
+  if record is None or TABLE not in record['files'] or not all((folder / name).is_file() for name in record['files']):
+    return None
+  return None if own_files.has_changed(folder / TABLE, record['files'][TABLE]) else record
 
 
-def check_complete(workdir: pathlib.Path, test: str = TEST) -> None:
-  """Checks that the last evaluation of a run is complete.
+def read_numbers(workdir: pathlib.Path, test: str = TEST) -> dict:
+  """Returns metrics.json of an evaluated run.
 
   Args:
     workdir: the folder of the run.
@@ -177,21 +179,13 @@ def check_complete(workdir: pathlib.Path, test: str = TEST) -> None:
   Raises:
     UserError: the run was not evaluated, or its last evaluation was interrupted, or its files were changed.
   """
-  if not is_complete(workdir / test):
+  record = _complete(workdir / test)
+  if record is None:
     raise UserError(
       f'{workdir / test}: the run was not evaluated, or its evaluation was interrupted, or {TABLE} or {NUMBERS} was '
       f'changed or written by another version; evaluate the run with --mode=evaluate --workdir={workdir}'
     )
-
-
-def read_numbers(workdir: pathlib.Path, test: str = TEST) -> dict:
-  """Returns metrics.json of an evaluated run.
-
-  Raises:
-    UserError: as `check_complete`.
-  """
-  check_complete(workdir, test)
-  return own_files.read_record(workdir / test / NUMBERS)
+  return record
 
 
 def read_volumes(workdir: pathlib.Path, test: str = TEST) -> list[dict]:
@@ -218,9 +212,9 @@ def read_table(workdir: pathlib.Path, test: str = TEST) -> dict[str, np.ndarray]
   """Returns the table of slices that the evaluation of a run saved.
 
   Raises:
-    UserError: as `check_complete`, or the file is from another version.
+    UserError: as `read_numbers`, or the file is from another version.
   """
-  check_complete(workdir, test)
+  read_numbers(workdir, test)
   path = workdir / test / TABLE
   try:
     with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:

@@ -23,7 +23,7 @@ def available_memory() -> int | None:
   except (OSError, StopIteration, ValueError, IndexError):
     return None
   for limit, used in _LIMITS:
-    with contextlib.suppress(OSError, ValueError):  # the text 'max' means that there is no limit
+    with contextlib.suppress(OSError, ValueError):  # the text 'max' stands for no limit
       free = min(free, int(pathlib.Path(limit).read_text()) - int(pathlib.Path(used).read_text()))
   return max(free, 0)
 
@@ -33,7 +33,7 @@ def container_limit() -> int | None:
   for file, _ in _LIMITS:
     with contextlib.suppress(OSError, ValueError):
       limit = int(pathlib.Path(file).read_text())
-      if limit < 2**60:  # control groups 1 state a larger number if there is no limit
+      if limit < 2**60:  # version 1 states a larger number for no limit
         return limit
   return None
 

@@ -74,6 +74,11 @@ def read_record(path: pathlib.Path) -> dict[str, Any] | None:
     return None
 
 
+def files_of(path: pathlib.Path) -> list[str]:
+  """Returns the files that belong to a record, by their paths from its folder; [] if it is not this program's own."""
+  return list((read_record(path) or {'files': ()})['files'])
+
+
 def _is_below(name):
   """Whether a path stays in its folder: a record only speaks of files beside it and below."""
   path = pathlib.PurePosixPath(name)

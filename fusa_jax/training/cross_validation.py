@@ -70,9 +70,11 @@ def evaluate_again(config, workdir, data_dir, scans=None, overwrite=False) -> di
 def write_reports(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> pathlib.Path:
   """Writes the report of a tested run, and the reports of its folds, on process 0. Returns the folder of the test."""
   folds = runs(config, workdir, data_dir) if run_config.is_cross_validation(config) else {}
-  test = evaluate.test_name(*[*folds.items(), (workdir, config)][0], data_dir)
-  for run, one in (folds | {workdir: config}).items() if hosts.is_main() else ():
-    report.write_report(run, datasets.card(data_dir, one.data.fold), test)
+  tested = folds | {workdir: config}
+  test = evaluate.test_name(*next(iter(tested.items())), data_dir)
+  if hosts.is_main():
+    for run, one in tested.items():
+      report.write_report(run, datasets.card(data_dir, one.data.fold), test)
   return workdir / test
 
 
