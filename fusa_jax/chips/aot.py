@@ -2,8 +2,8 @@
 
 JAX's topology API and the chips' own compilers compile the same step that training runs: libtpu for TPUs
 (requirements-aot.txt), XLA of jax[cuda12] for GPUs (requirements-aot-gpu.txt). Sizes and counts come from the compiler,
-for one device's program. Times follow from these counts and the chip's published rates. They are therefore lower
-limits, not measurements.
+for one device's program. The TPU's compiler also estimates the cycles of each operation. All other times follow from
+the counts and the chip's published rates: they are lower limits. Nothing is a measurement.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from fusa_jax.system.errors import DoesNotFitError
 from fusa_jax.system.files import replacing, write_json
 from fusa_jax.training import optimizers, train
 
-_MOVEMENTS, _SHOWN = 50, 10  # number of operations in a report and in its table
+_OPERATIONS, _SHOWN = 50, 10  # number of operations in a report and in its table
 
 
 def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
@@ -36,9 +36,14 @@ def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
     program, before its convolutions are chosen.
   - `bytes_moved`: bytes between memory and core. `bytes_accessed` is XLA's own number, which also counts data that
     stays in the core; None for GPUs.
-  - `largest_movements`: the operations that move the most bytes.
+  - `cycles`: the sum of the TPU compiler's estimates. None for GPUs.
+  - `operations`: the operations that take the most cycles (TPUs) or move the most bytes (GPUs), largest first.
+  - `layers`: bytes and cycles per layer of the model, forward and backward together.
   - `seconds`: the least times for arithmetic, for memory and for the network between chips.
-  - `step_seconds`: the larger of the first two plus the third, as if computation and network never overlapped.
+  - `core_seconds`: `cycles` at the chip's clock. For GPUs, the larger of the least times for arithmetic and memory.
+  - `step_seconds`: `core_seconds` plus the network's time, as if computation and network never overlapped.
+  - `least_seconds`: the same with the least times, also for TPUs.
+  - `peak_share`: share of the chip's peak: least time for arithmetic / `step_seconds`.
   - `efficiency`: the share of a step without the network time: throughput per chip / throughput of a single chip with
     its share of the batch.
 
@@ -67,15 +72,17 @@ def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
   flops = cost['flops'] if 'flops' in cost else _lowered_flops(config, task, optimizer) / topology.chips
   parameters, state = _nbytes(shapes.variables['params']), _nbytes(shapes)
   program = compiled.as_text()
-  network, movements = hlo.collectives(program, mesh.devices.size), hlo.movements(program)
-  moved = sum(movement.nbytes for movement in movements)
+  network, operations = hlo.collectives(program, mesh.devices.size), hlo.operations(program)
+  moved, cycles = (sum(getattr(operation, name) for operation in operations) for name in ('nbytes', 'cycles'))
+  operations.sort(key=lambda operation: (operation.cycles, operation.nbytes), reverse=True)
   chip = topology.chip
   seconds = {
     'compute': flops / chip.flops,
     'memory': moved / chip.hbm_rate,
     'interconnect': sum(topology.seconds(collective) for collective in network),
   }
-  alone = max(seconds['compute'], seconds['memory'])
+  least = max(seconds['compute'], seconds['memory'])
+  alone = cycles / chip.clock if cycles else least
   step_seconds = alone + seconds['interconnect']
   return {
     'task': config.task,
@@ -102,22 +109,35 @@ def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
     'flops': flops,
     'bytes_moved': moved,
     'bytes_accessed': cost.get('bytes accessed'),
-    'largest_movements': [
-      dataclasses.asdict(m) for m in sorted(movements, key=lambda m: m.nbytes, reverse=True)[:_MOVEMENTS]
-    ],
+    'cycles': cycles or None,
+    'operations': [dataclasses.asdict(operation) for operation in operations[:_OPERATIONS]],
+    'layers': _by_layer(operations),
     'collectives': len(network),
     'bytes_all_reduced': sum(c.nbytes for c in network if c.kind == 'all-reduce'),
     'bytes_between_slices': sum(c.nbytes for c in network if c.kind == 'send'),
     'bytes_otherwise_sent': sum(c.nbytes for c in network if c.kind not in ('all-reduce', 'send')),
     'seconds': seconds,
     'bound': max(seconds, key=seconds.get),
+    'core_seconds': alone,
     'step_seconds': step_seconds,
+    'least_seconds': least + seconds['interconnect'],
+    'peak_share': seconds['compute'] / step_seconds,
     'slices_per_second': config.train.batch_size / step_seconds,
     'efficiency': alone / step_seconds,
     'compile_seconds': compile_seconds,
     'versions': {name: importlib.metadata.version(name) for name in ('jax', *topology.packages)},
     'commit': provenance.commit(),
   }
+
+
+def _by_layer(operations):
+  """Sums bytes and cycles per layer of the model: {layer: {'nbytes': ..., 'cycles': ...}}, the largest first."""
+  layers = {}
+  for operation in operations:
+    sums = layers.setdefault(_layer(operation.source), {'nbytes': 0, 'cycles': 0})
+    sums['nbytes'] += operation.nbytes
+    sums['cycles'] += operation.cycles
+  return dict(sorted(layers.items(), key=lambda item: (item[1]['cycles'], item[1]['nbytes']), reverse=True))
 
 
 def _lowered_flops(config, task, optimizer):
@@ -170,6 +190,7 @@ def table(result: dict) -> str:
     ('model', f'{result["task"]}, {result["model"]}, {result["image_size"]} x {result["image_size"]}'),
     ('topology', f'{result["topology"]}, {result["chips"]} chips, mesh {_mesh(result)}'),
     ('batch', f'{result["batch_size"]}, {result["batch_per_device"]:g} per device'),
+    *_step_rows(result),
     ('compiled in', f'{result["compile_seconds"]:.0f} s'),
     ('parameters', f'{memory["parameters"] / 1e6:,.0f} MB'),
     ('optimizer, statistics', f'{memory["optimizer_and_statistics"] / 1e6:,.0f} MB'),
@@ -179,33 +200,57 @@ def table(result: dict) -> str:
       'peak memory',
       f'{memory["peak"] / 1e9:.2f} of {memory["chip"] / 1e9:.2f} GB: {memory["peak"] / memory["chip"]:.0%}',
     ),
-    ('arithmetic', f'{result["flops"] / 1e9:,.0f} GFLOP: {_ms(seconds["compute"])}'),
-    ('memory traffic', f'{result["bytes_moved"] / 1e9:,.1f} GB: {_ms(seconds["memory"])}'),
+    ('arithmetic', f'{result["flops"] / 1e9:,.0f} GFLOP: at least {_ms(seconds["compute"])}'),
+    ('memory traffic', f'{result["bytes_moved"] / 1e9:,.1f} GB: at least {_ms(seconds["memory"])}'),
     *_attention_row(result),
     (
       'network',
       f'{result["bytes_all_reduced"] / 1e6:,.0f} MB all-reduced, {result["bytes_otherwise_sent"] / 1e6:,.0f} MB '
       f'otherwise, {result["bytes_between_slices"] / 1e6:,.0f} MB between slices, in {result["collectives"]} '
-      f'exchanges: {_ms(seconds["interconnect"])}',
+      f'exchanges: at least {_ms(seconds["interconnect"])}',
     ),
-    ('bound by', result['bound']),
-    ('step, at best', f'{_ms(result["step_seconds"])}: {result["slices_per_second"]:,.0f} slices/s on all chips'),
+    ('largest least time', result['bound']),
     ('scaling efficiency', f'{result["efficiency"]:.1%}'),
   ]
   width = max(len(name) for name, _ in rows)
   lines = [f'{name:{width}}  {value}' for name, value in rows]
-  lines.append('largest movements')
-  for movement in result['largest_movements'][:_SHOWN]:
-    lines.append(f'{movement["nbytes"] / 1e6:>{width},.0f}  MB: {movement["operation"]}, {_layer(movement["source"])}')
+  key, unit, title = ('cycles', 'million cycles', 'slowest') if result['cycles'] else ('nbytes', 'MB', 'largest')
+  lines.append(f'{title} operations')
+  for operation in result['operations'][:_SHOWN]:
+    lines.append(f'{operation[key] / 1e6:>{width},.2f}  {unit}: {operation["name"]}, {_place(operation["source"])}')
+  lines.append(f'{title} layers')
+  for layer, sums in list(result['layers'].items())[:_SHOWN]:
+    lines.append(f'{sums[key] / 1e6:>{width},.2f}  {unit}: {layer}')
   return '\n'.join(lines)
 
 
+def _step_rows(result):
+  """The time of a step: by the TPU compiler's estimate and at least, or only at least (GPUs)."""
+  rate = f'{result["slices_per_second"]:,.0f} slices/s on all chips, {result["peak_share"]:.0%} of the peak'
+  if not result['cycles']:
+    return [('step, at least', f'{_ms(result["step_seconds"])}: at most {rate}')]
+  clock = result['cycles'] / result['core_seconds']
+  return [
+    (
+      'cycles',
+      f'{result["cycles"] / 1e6:,.0f} million, estimated by the compiler: {_ms(result["core_seconds"])}'
+      f' at {clock / 1e9:.2f} GHz',
+    ),
+    ('step, estimated', f'{_ms(result["step_seconds"])}: {rate}'),
+    ('step, at least', f'{_ms(result["least_seconds"])}, by arithmetic, bytes and network'),
+  ]
+
+
 def _attention_row(result):
-  """The traffic of the same model without FUSA, if it was counted."""
+  """The traffic and the cycles of the same model without FUSA, if they were counted."""
   without = result.get('bytes_moved_without_attention')
   if without is None:
     return []
-  return [('without FUSA', f'{without / 1e9:,.1f} GB: FUSA adds {result["bytes_moved"] / without - 1:.1%}')]
+  text = f'{without / 1e9:,.1f} GB: FUSA adds {result["bytes_moved"] / without - 1:.1%}'
+  if result['cycles']:
+    cycles = result['cycles_without_attention']
+    text += f'; {cycles / 1e6:,.0f} million cycles: FUSA adds {result["cycles"] / cycles - 1:.1%}'
+  return [('without FUSA', text)]
 
 
 def without_attention(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict | None:
@@ -218,7 +263,8 @@ def without_attention(config: ml_collections.ConfigDict) -> ml_collections.Confi
 def aot(config: ml_collections.ConfigDict, name: str, topology: Topology, output: pathlib.Path) -> None:
   """Prints the report of a config on a topology, and writes it as JSON to the folder `output`, named after both.
 
-  A model with FUSA is also compiled without it; `bytes_moved_without_attention` is the traffic of that program.
+  A model with FUSA is also compiled without it; `bytes_moved_without_attention` and `cycles_without_attention` are
+  counted in that program.
 
   Raises:
     DoesNotFitError: the message says how much memory is missing, and names the largest batch per device that fits.
@@ -234,7 +280,8 @@ def aot(config: ml_collections.ConfigDict, name: str, topology: Topology, output
     ) from None
   if plain := without_attention(config):
     logging.info('compiling %s without FUSA', name)
-    result['bytes_moved_without_attention'] = report(plain, topology)['bytes_moved']
+    other = report(plain, topology)
+    result['bytes_moved_without_attention'], result['cycles_without_attention'] = other['bytes_moved'], other['cycles']
   path = output / f'{name}-{str(topology).replace(":", "_").replace(" ", "")}.json'
   write_json(path, result)
   print(table(result))
@@ -274,23 +321,26 @@ def scaling_page(folder: pathlib.Path) -> str:
       f'jax {first["versions"]["jax"]}, libtpu {first["versions"]["libtpu"]}, commit {first["commit"][:7]}.\n'
       f'Each chip holds {first["memory"]["parameters"] / 1e6:,.0f} MB of parameters and '
       f'{first["memory"]["optimizer_and_statistics"] / 1e6:,.0f} MB of optimizer state and statistics.\n\n'
-      '| slice | chips | batch | peak GB | GFLOP | GB moved | MB all-reduced | compute ms | memory ms '
-      '| interconnect ms | slices/s | efficiency | compiled in |\n'
-      '| --- | ' + ' | '.join(['---:'] * 12) + ' |'
+      '| slice | chips | batch | million cycles | step ms | slices/s | efficiency | of peak | at least ms | compute ms '
+      '| memory ms | interconnect ms | GFLOP | GB moved | MB all-reduced | peak GB | compiled in |\n'
+      '| --- | ' + ' | '.join(['---:'] * 16) + ' |'
     )
     for r in results:
-      ms = [f'{r["seconds"][bound] * 1e3:.2f}' for bound in ('compute', 'memory', 'interconnect')]
+      least = [r['least_seconds'], *(r['seconds'][bound] for bound in ('compute', 'memory', 'interconnect'))]
       cells = [
         f'`{r["topology"]}`',
         str(r['chips']),
         str(r['batch_size']),
-        f'{r["memory"]["peak"] / 1e9:.2f}',
+        f'{r["cycles"] / 1e6:,.0f}',
+        f'{r["step_seconds"] * 1e3:.1f}',
+        f'{r["slices_per_second"]:,.0f}',
+        f'{r["efficiency"]:.1%}',
+        f'{r["peak_share"]:.0%}',
+        *(f'{seconds * 1e3:.2f}' for seconds in least),
         f'{r["flops"] / 1e9:,.0f}',
         f'{r["bytes_moved"] / 1e9:.1f}',
         f'{r["bytes_all_reduced"] / 1e6:.0f}',
-        *ms,
-        f'{r["slices_per_second"]:,.0f}',
-        f'{r["efficiency"]:.1%}',
+        f'{r["memory"]["peak"] / 1e9:.2f}',
         f'{r["compile_seconds"]:.0f} s',
       ]
       parts[-1] += '\n| ' + ' | '.join(cells) + ' |'
@@ -303,24 +353,44 @@ _PAGE_HEAD = """# Scaling
 The TPU's own compiler compiled the training step for TPU slices of 8 to 256 chips, on a CPU machine. Nothing here ran
 on a TPU.
 
-Each time is a lower limit: the work that the compiler counted in one chip's program, at the chip's published rates.
+The first columns are the compiler's own estimate. The later ones are lower limits: the work that the compiler counted
+in one chip's program, at the chip's published rates.
 
+- **million cycles**: the sum of the compiler's estimates for the operations of one chip's program, without the
+  interconnect.
+- **step ms**: these cycles at the chip's clock, plus the interconnect's time. The clock follows from the published
+  peak: each 128 x 128 matrix unit multiplies and adds that many numbers per cycle (v5e: 1.5 GHz).
+- **slices/s**: CT slices per second over all chips, from the step's time. The interconnect overlaps with nothing here.
+- **efficiency**: throughput per chip / throughput of a single chip with its share of the batch. It shows what the
+  interconnect costs. It is a lower bound: in a real step, part of the interconnect's time overlaps with the rest.
+- **of peak**: share of the chip's peak that the step reaches, by the compiler's estimate.
+- **at least ms**: the larger of compute and memory, plus the interconnect.
 - **compute**: FLOPs, at the chip's peak in bfloat16.
 - **memory**: bytes between the chip's memory and its core, at the rate of that memory. They are counted operation by
   operation in the compiled program.
 - **interconnect**: bytes that each chip must send, over all its links. Only half of the links count where an axis of
   the slice is not closed to a ring. Each hop between chips adds 1 microsecond (assumed).
-- **slices/s**: CT slices per second over all chips. Compute and memory overlap; the interconnect overlaps with neither.
-- **efficiency**: throughput per chip / throughput of a single chip with its share of the batch. It shows what the
-  interconnect costs. It is a lower bound: in a real step, compute and memory take longer, and part of the
-  interconnect's time overlaps with them.
 - **compiled in**: seconds on the machine that wrote the report. Other work on that machine may have slowed it down."""
 
 
-def _layer(source: str) -> str:
+_IN_MODEL = re.compile(r'(transpose\()?jvp\(\w*\)\)?/(.*)')  # JAX's path of an operation in the model
+
+
+def _place(source: str) -> str:
   """Shortens the path that JAX gives: "forward" or "backward" and the modules. Other paths stay unchanged."""
-  found = re.search(r'(transpose\()?jvp\(\w*\)\)?/(.*)', source)
+  found = _IN_MODEL.search(source)
   return f'{"backward" if found[1] else "forward"} {found[2]}' if found else source or 'inserted by the compiler'
+
+
+def _layer(source: str) -> str:
+  """The layer of an operation: a block of the network, or one of an encoder's blocks."""
+  found = _IN_MODEL.search(source)
+  if not found:
+    return 'outside the layers'  # input, loss, optimizer
+  first, *rest = found[2].split('/')
+  if not rest:
+    return 'between the layers'  # joins and changes of dtype
+  return f'{first}/{rest[0]}' if first == 'encoder' and len(rest) > 1 else first
 
 
 def _mesh(result):

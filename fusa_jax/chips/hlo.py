@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program (optimised HLO): its data exchanges and its traffic between memory and core."""
+"""Reads the text of a compiled program (optimised HLO): its data exchanges, its memory traffic and its cycles."""
 
 import dataclasses
 import math
@@ -65,31 +65,34 @@ _MOVES_NOTHING = ('bitcast', 'parameter', 'constant', 'after-all', 'optimization
 
 
 @dataclasses.dataclass(frozen=True)
-class Movement:
-  """The data that one operation of a compiled program moves between HBM and the core.
+class Operation:
+  """One operation of a compiled program.
 
   Attributes:
-    operation: XLA's name of the operation.
-    nbytes: bytes read and written.
+    name: XLA's name of the operation.
+    nbytes: bytes that it reads from HBM and writes to HBM.
+    cycles: the TPU compiler's estimate of its time; 0 where the compiler states none, as for GPUs.
     source: the modules and the primitive that the operation comes from, as JAX names them. An operation that XLA
       inserted, for example a copy, has the source of its first operand.
   """
 
-  operation: str
+  name: str
   nbytes: int
+  cycles: int
   source: str
 
 
-def movements(program: str) -> list[Movement]:
-  """Counts the bytes between HBM and the core in one run of a TPU program, per operation, from its optimised HLO text.
+def operations(program: str) -> list[Operation]:
+  """Finds the operations of a program that take time; `program` is the text of its optimised HLO.
 
   Each operation reads its operands from HBM and writes its results to HBM. Data that stays in the core's own memory
   between two operations does not count here; in XLA's "bytes accessed" it does. An operand counts in full even if the
   operation needs only a part. Bodies of loops do not count: in a training step they only draw random numbers.
+  The TPU's compiler writes its estimate of the cycles into each operation that it has scheduled.
   """
   entry = program[program.index('\nENTRY') :]
   entry = re.sub(r'\n\s*(?![\s%]|ROOT)', ' ', entry[: entry.index('\n}')])  # join types that span several lines
-  values, sources, movements = {}, {}, []
+  values, sources, found = {}, {}, []
   for line in entry.splitlines():
     match = _OPERATION.match(line)
     if not match:
@@ -110,9 +113,11 @@ def movements(program: str) -> list[Movement]:
     values[match['name']] = result
     source = re.search(r'op_name="([^"]*)"', line)
     sources[match['name']] = source[1] if source else sources.get(operands[0], '') if operands else ''
-    if moved:
-      movements.append(Movement(match['name'], moved, sources[match['name']]))
-  return movements
+    estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+    cycles = int(estimate[1]) if estimate else 0
+    if moved or cycles:
+      found.append(Operation(match['name'], moved, cycles, sources[match['name']]))
+  return found
 
 
 def _group(line: str, devices: int) -> int:

@@ -63,12 +63,17 @@ def test_a_tiny_config_compiles_for_v5e(tmp_path):
   assert report['seconds']['compute'] == pytest.approx(report['flops'] / 197e12)
   assert report['seconds']['memory'] == pytest.approx(report['bytes_moved'] / 819e9)
   assert 3 * 4 * size < report['bytes_moved'] < report['bytes_accessed']  # at least the state is read
-  largest = [movement['nbytes'] for movement in report['largest_movements']]
-  assert largest == sorted(largest, reverse=True) and len(largest) == 50
-  assert report['bytes_moved'] / 10 < sum(largest) <= report['bytes_moved']
-  assert any('params' in movement['source'] for movement in report['largest_movements'])
-  assert 0 < report['efficiency'] < 1
-  for line in ('topology', 'peak memory', 'scaling efficiency', '8 chips, mesh data 8 x space 1', 'largest movements'):
+  slowest = [operation['cycles'] for operation in report['operations']]
+  assert slowest == sorted(slowest, reverse=True) and len(slowest) == 50
+  assert report['cycles'] / 10 < sum(slowest) <= report['cycles']
+  for key, total in (('nbytes', 'bytes_moved'), ('cycles', 'cycles')):
+    assert sum(sums[key] for sums in report['layers'].values()) == report[total]
+  assert {'encoder/stage1_0', 'outside the layers'} <= set(report['layers'])
+  assert report['core_seconds'] == pytest.approx(report['cycles'] / 1.5e9, rel=0.01)
+  assert report['step_seconds'] == report['core_seconds'] + report['seconds']['interconnect'] > report['least_seconds']
+  assert report['cycles_without_attention'] < report['cycles']
+  assert 0 < report['peak_share'] < report['efficiency'] < 1
+  for line in ('topology', 'peak memory', 'scaling efficiency', '8 chips, mesh data 8 x space 1', 'slowest layers'):
     assert line in result.stdout
 
 

@@ -1,5 +1,6 @@
 """TPU slices, and the traffic of compiled programs, compared with programs of known traffic."""
 
+import dataclasses
 import importlib.util
 import math
 
@@ -133,24 +134,27 @@ def test_missing_compiler_is_reported(monkeypatch):
     tpu.Topology.parse('v5e:4x4').devices()
 
 
-def test_movements_and_their_sources():
+def test_operations_and_their_sources():
   """Data in the memory of the core, S(1), cost nothing. A copy with a start and a done line counts once."""
   program = """HloModule step
 
 ENTRY %main (x: f32[1024]) -> f32[1024] {
   %x = f32[1024]{0:T(1024)} parameter(0)
   %a = f32[1024]{0:T(1024)S(1)} fusion(%x), kind=kLoop, calls=%f, metadata={op_name="jit(step)/jvp(Net)/norm1/sub"}
-  %b = bf16[1024]{0:T(1024)} fusion(%a, %x), kind=kLoop, calls=%g, metadata={op_name="jit(step)/jvp(Net)/relu/max"}
+  %b = bf16[1024]{0:T(1024)} fusion(%a, %x), kind=kLoop, calls=%g, metadata={op_name="jit(step)/jvp(Net)/relu/max"}, \
+backend_config={"window_config":{},"estimated_cycles":"123","used_scoped_memory_configs":[]}
   %c = (bf16[1024]{0:T(1024)S(1)}, bf16[1024]{0:T(1024)}, u32[]{:S(2)}) copy-start(%b)
   %d = bf16[1024]{0:T(1024)S(1)} copy-done(%c)
+  %i = f32[1024]{0:T(1024)S(1)} fusion(%d), kind=kLoop, calls=%k, backend_config={"estimated_cycles":"7"}
   ROOT %e = f32[1024]{0:T(1024)} fusion(%d), kind=kLoop, calls=%h
 }
 """
-  assert [(m.operation, m.nbytes, m.source) for m in hlo.movements(program)] == [
-    ('a', 4096, 'jit(step)/jvp(Net)/norm1/sub'),
-    ('b', 2048 + 4096, 'jit(step)/jvp(Net)/relu/max'),
-    ('d', 2048, 'jit(step)/jvp(Net)/relu/max'),  # made by the compiler: takes the source of its operand
-    ('e', 4096, 'jit(step)/jvp(Net)/relu/max'),
+  assert [dataclasses.astuple(operation) for operation in hlo.operations(program)] == [
+    ('a', 4096, 0, 'jit(step)/jvp(Net)/norm1/sub'),
+    ('b', 2048 + 4096, 123, 'jit(step)/jvp(Net)/relu/max'),
+    ('d', 2048, 0, 'jit(step)/jvp(Net)/relu/max'),  # made by the compiler: takes the source of its operand
+    ('i', 0, 7, 'jit(step)/jvp(Net)/relu/max'),  # moves nothing, but takes time
+    ('e', 4096, 0, 'jit(step)/jvp(Net)/relu/max'),
   ]
 
 
@@ -168,6 +172,22 @@ def test_memory_traffic_equals_the_necessary_reads_and_writes():
     (lambda x, y: jnp.tanh(x @ y) @ y.T, [x, y], 2 * (2 * 2048 * 2048 + 2 * 2048 * 1024)),  # y is read twice
   ):
     text = jax.jit(function).lower(*arguments).compile().as_text()
-    movements = hlo.movements(text)
-    assert sum(movement.nbytes for movement in movements) == pytest.approx(expected, rel=0.01)
-    assert any(movement.source.startswith('jit(<lambda>)/') for movement in movements)
+    operations = hlo.operations(text)
+    assert sum(operation.nbytes for operation in operations) == pytest.approx(expected, rel=0.01)
+    assert any(operation.source.startswith('jit(<lambda>)/') for operation in operations)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='no TPU compiler: requirements-aot.txt')
+@pytest.mark.slow
+@pytest.mark.parametrize('slice_', ['v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+def test_the_clock_brings_a_large_product_close_to_the_peak(slice_):
+  """A product of large matrices is bound by arithmetic, so its estimate is little above the time at the peak.
+
+  With a wrong number of matrix units it would be off by a factor of two.
+  """
+  topology = tpu.Topology.parse(slice_)
+  device = jax.sharding.SingleDeviceSharding(topology.devices()[0])
+  matrix = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=device)
+  text = jax.jit(jnp.matmul).lower(matrix, matrix).compile().as_text()
+  seconds = sum(operation.cycles for operation in hlo.operations(text)) / topology.chip.clock
+  assert 1 <= seconds / (2 * 8192**3 / topology.chip.flops) < 1.5
