@@ -87,6 +87,17 @@ def batched(mesh: Mesh, ndim: int) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec('data', 'space') if ndim > 1 else PartitionSpec('data'))
 
 
+def split_images(*images: jax.Array) -> tuple[jax.Array, ...]:
+  """Keeps images [B, H, ...] split over the current mesh, batch and height, as `batched` does for a program's input.
+
+  XLA may gather the rows of images where an operation mixes them, as a random crop does. Everything that follows would
+  then process whole images on each device. The current mesh is the one of `jax.set_mesh`; without one, nothing changes.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return images
+  return tuple(jax.lax.with_sharding_constraint(image, PartitionSpec('data', 'space')) for image in images)
+
+
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   """The rows of a global batch that this process must read: the ones that its devices hold, in order."""
   spans = batched(mesh, 1).addressable_devices_indices_map((batch_size,)).values()

@@ -207,7 +207,7 @@ def train_step(
     (new state, {'loss', 'gradient_norm'}).
   """
   augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-  image, mask = augment.augment(augment_key, batch['image'], batch['mask'], augmentation)
+  image, mask = meshes.split_images(*augment.augment(augment_key, batch['image'], batch['mask'], augmentation))
 
   def loss_of(params):
     logits, batch_stats = task.train_logits({**state.variables, 'params': params}, image, dropout_key)

@@ -11,7 +11,7 @@ import optax
 import pytest
 from conftest import SIZE, final_state, tiny
 
-from configs import cls
+from configs import cls, seg
 from data import prepare
 from fusa_jax import tasks
 from fusa_jax.chips import hlo
@@ -160,6 +160,25 @@ def test_loss_curve_does_not_depend_on_the_devices(data_dir, losses_on_one_devic
   curve = losses(tiny(**{'train.steps': 20}), meshes.create_mesh(data, space), data_dir)
   assert np.ptp(curve) > 0.05
   np.testing.assert_allclose(curve, losses_on_one_device, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('module', [seg, cls])
+def test_devices_that_share_an_image_share_its_work(module):
+  """A quarter of 4 images needs little more arithmetic than one image: only the rows at the borders are shared.
+
+  XLA counts the arithmetic of one device's program. The crop mixes the rows of an image, and once made all later layers
+  process whole images on each of the devices that share them.
+  """
+
+  def flops(data, space):
+    config = tiny(module, **{'data.image_size': 64, 'augment.crop_probability': 0.5})
+    mesh, task = meshes.create_mesh(data, space), tasks.create(config)
+    optimizer, _ = optimizers.make_optimizer(config)
+    shapes = train.state_shapes(task, optimizer, config, mesh)
+    return train.lower_step(task, optimizer, config, mesh, shapes).compile().cost_analysis()['flops']
+
+  assert flops(2, 4) < 1.5 * flops(8, 1)
 
 
 @pytest.mark.slow

@@ -61,15 +61,16 @@ def _by_taps(window, x, out, g):
   spans = [stride * (n - 1) + 1 for n in out.shape[1:3]]
   edge = (padding, padding, 0)
   padded = jax.lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), ((0, 0, 0), edge, edge, (0, 0, 0)))
-  total, unclaimed = jnp.zeros_like(x), jnp.ones(out.shape, bool)
+  total, unclaimed = jnp.zeros_like(padded), jnp.ones(out.shape, bool)
   for tap in np.ndindex(size, size):
     rows, columns = (slice(at, at + span, stride) for at, span in zip(tap, spans, strict=True))
     seen = padded[:, rows, columns]
     largest = ((seen == out) | jnp.isnan(seen)) & unclaimed
     unclaimed &= ~largest
+    # Padding of the padded image is never negative. XLA cannot split negative padding over devices.
     places = [
-      (at - padding, length - (at - padding) - span, stride - 1)
-      for at, span, length in zip(tap, spans, x.shape[1:3], strict=True)
+      (at, length - at - span, stride - 1) for at, span, length in zip(tap, spans, padded.shape[1:3], strict=True)
     ]
     total += jax.lax.pad(jnp.where(largest, g, 0), jnp.zeros((), g.dtype), ((0, 0, 0), *places, (0, 0, 0)))
-  return total
+  height, width = x.shape[1:3]
+  return total[:, padding : padding + height, padding : padding + width]
