@@ -13,6 +13,7 @@ and the text of the compiled steps.
 """
 
 import gzip
+import logging
 import pathlib
 import re
 import tempfile
@@ -165,6 +166,8 @@ def main(_):
   program.use_compilation_cache()
   sizes, values, chip = Settings.from_flags(), flags.FLAGS, workload.chip()
   output, facts = values.output and pathlib.Path(values.output), workload.facts(sizes)
+  if output:
+    output.mkdir(parents=True, exist_ok=True)
   models, rows, seconds = {}, [], {}
   print(f'{workload.sentence(facts)}\n' + ('' if values.profile else f'\n{_HEAD}'), flush=True)
   for name in values.models:
@@ -180,16 +183,19 @@ def main(_):
       if output:
         write_json(output / f'operations-{name}.json', facts | {'model': name, 'operations': found})
       continue
+    text = running.program()
+    if output:  # first of all: from the program, everything but the time can be computed elsewhere
+      (output / f'step-{name}.hlo.gz').write_bytes(gzip.compress(text.encode()))
     models[name] = running
     steps, waits = ({key: getattr(each, do) for key, each in models.items()} for do in ('step', 'wait'))
     seconds = workload.in_turn(steps, waits, sizes)
-    moved = sum(movement.nbytes for movement in hlo.movements(running.program()))
+    logging.info('%s: %.2f ms per step', name, seconds[name] * 1e3)
+    moved = sum(movement.nbytes for movement in hlo.movements(text))
     rows.append(row(name, seconds[name], 3 * workload.forward_gflops(name, sizes), moved, sizes.batch_size, chip))
     rows[-1] |= {'peak_bytes': running.memory(), 'compile_seconds': compile_seconds}
     print(line(rows[-1]), flush=True)
     if output:
       write_json(output / f'step-{name}.json', facts | rows[-1])
-      (output / f'step-{name}.hlo.gz').write_bytes(gzip.compress(running.program().encode()))
   if sentences := shares(rows, seconds):
     print('\n' + '\n'.join(sentences))
 

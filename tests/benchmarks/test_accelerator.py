@@ -1,5 +1,6 @@
 """The accelerator benchmark: what follows from a measured step, and that a failing part loses no other."""
 
+import gzip
 import json
 import os
 import pathlib
@@ -208,6 +209,8 @@ def test_the_command(tmp_path):
   assert fusa['versions']['jax'] == jax.__version__ and fusa['least_seconds'] is None
   assert fusa['gflops'] == pytest.approx(3 * workload.forward_gflops('fusa_resnet18', SETTINGS))
   assert fusa['bytes_moved'] > plain['bytes_moved'] > 0
+  compiled = gzip.decompress((tmp_path / 'step-resnet18.hlo.gz').read_bytes()).decode()
+  assert plain['bytes_moved'] == sum(movement.nbytes for movement in hlo.movements(compiled))
   assert re.search(r"FUSA's share of the step of `fusa_resnet18`: -?[\d.]+% \(", texts['step-fusa_resnet18'])
   assert json.loads((tmp_path / 'operations-fusa_resnet18.json').read_text())['operations'][0]['seconds'] > 0
   assert re.search(r'\d+ slices/s of 32 x 32 on cpu', texts['input'])
