@@ -68,18 +68,21 @@ def parts(output: pathlib.Path, models: list[str], sizes: dict[str, int | None])
   for number, name in enumerate(models):
     both = f'{name},{name.removeprefix("fusa_")}'
     step = command('step_times', *sizes, models=both, output=output)
-    compare = command('compare', *sizes, models=both, json=output / f'compare-{name}.json')
+    eager = command('compare', *sizes, models=both, json=output / f'eager-{name}.json')
+    compiled = command('compare', *sizes, models=name, json=output / f'compiled-{name}.json')
+    # torch.compile may take minutes, so it is a part of its own.
     result += [
-      Part(f'step-{name}', 70 if number else 170, step),
-      Part(f'compare-{name}', 80 if number else 130, compare),
+      Part(f'step-{name}', 55 if number else 150, step),
+      Part(f'eager-{name}', 50 if number else 60, [*eager, '--notorch_compile']),
+      Part(f'compiled-{name}', 50 if number else 75, compiled),
     ]
   profile = [*command('step_times', *sizes, models=models[0], output=output), '--profile']
-  result.append(Part('operations', 25, profile))
+  result.append(Part('operations', 20, profile))
   if 'fusa_resunet' in models:
     scans = {'size': sizes['image_size'], 'volumes': 4, 'slices': 100, 'rounds': 2, 'width': 64}
     volumes = command('prediction', 'image_size', 'batch_size', 'width', model='fusa_resunet', **scans)
-    result.append(Part('volumes', 35, volumes))
-  return [*result, Part('input', 30, command('input_pipeline', 'image_size', 'batch_size'))]
+    result.append(Part('volumes', 25, volumes))
+  return [*result, Part('input', 25, command('input_pipeline', 'image_size', 'batch_size'))]
 
 
 def run(part: Part, output: pathlib.Path, until: float) -> tuple[str, str | None]:

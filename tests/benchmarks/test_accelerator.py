@@ -160,13 +160,15 @@ def test_the_plan():
   models = ['fusa_resunet', 'fusa_resnet50']
   planned = {part.name: part for part in accelerator.parts(pathlib.Path('out'), models, sizes)}
   assert list(planned) == [
-    *('step-fusa_resunet', 'compare-fusa_resunet', 'step-fusa_resnet50', 'compare-fusa_resnet50'),
+    *('step-fusa_resunet', 'eager-fusa_resunet', 'compiled-fusa_resunet'),
+    *('step-fusa_resnet50', 'eager-fusa_resnet50', 'compiled-fusa_resnet50'),
     *('operations', 'volumes', 'input'),
   ]
   assert planned['step-fusa_resunet'].arguments[:3] == ['-m', 'benchmarks.step_times', '--models=fusa_resunet,resunet']
   assert all('--image_size=32' in part.arguments and '--batch_size=2' in part.arguments for part in planned.values())
+  assert sum(part.seconds for part in planned.values()) == 8.5 * 60
   assert '--width=64' in planned['volumes'].arguments
-  assert not any('width' in argument for argument in planned['compare-fusa_resunet'].arguments)
+  assert not any('width' in argument for argument in planned['eager-fusa_resunet'].arguments)
   narrow = accelerator.parts(pathlib.Path('out'), ['fusa_resunet'], SIZES)
   assert all('--width=4' in part.arguments for part in narrow[:-1])
 
@@ -192,7 +194,7 @@ def test_invalid_flags_are_refused(changes, reason, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-  """Runs the command at a tiny size. PyTorch has no narrow ResNet-50, so that part fails and the others run."""
+  """Runs the command at a tiny size. PyTorch has no narrow ResNet-18, so its parts fail and the others run."""
   command = [sys.executable, '-m', 'benchmarks.accelerator', f'--output={tmp_path}', '--models=fusa_resnet18']
   command += ['--image_size=32', '--batch_size=2', '--width=4', '--rounds=1', '--steps=1', '--minutes=30']
   environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
@@ -202,9 +204,10 @@ def test_the_command(tmp_path):
   assert done.stdout == report
   sections = re.split(r'^### (\S+), \d+ s$', report, flags=re.MULTILINE)[1:]
   texts = dict(zip(sections[::2], sections[1::2], strict=True))
-  assert list(texts) == ['step-fusa_resnet18', 'compare-fusa_resnet18', 'operations', 'input']
-  assert [name for name, text in texts.items() if 'Incomplete' in text] == ['compare-fusa_resnet18']
-  assert re.search(r'Incomplete: error: (--width: 4, but|torch: not installed)', texts['compare-fusa_resnet18'])
+  pytorch = ['eager-fusa_resnet18', 'compiled-fusa_resnet18']
+  assert list(texts) == ['step-fusa_resnet18', *pytorch, 'operations', 'input']
+  assert [name for name, text in texts.items() if 'Incomplete' in text] == pytorch
+  assert re.search(r'Incomplete: error: (--width: 4, but|torch: not installed)', texts['eager-fusa_resnet18'])
   fusa, plain = (json.loads((tmp_path / f'step-{name}.json').read_text()) for name in ('fusa_resnet18', 'resnet18'))
   assert fusa['versions']['jax'] == jax.__version__ and fusa['least_seconds'] is None
   assert fusa['gflops'] == pytest.approx(3 * workload.forward_gflops('fusa_resnet18', SETTINGS))
