@@ -1,237 +1,168 @@
-"""Measures training, memory, input and prediction on one accelerator, in one command of at most eight minutes.
+"""Runs the benchmarks that matter on one accelerator, in one command of at most 8.5 minutes.
 
-  python -m benchmarks.accelerator --out=FILE
+  python -m benchmarks.accelerator --output=FOLDER
 
-With JAX_PLATFORMS=cpu and tiny sizes, it also runs on a CPU: docs/benchmarks.md has the command. The same page lists
-the wheels to copy to a machine without internet that has jax, flax, optax, torch and torchvision.
+The parts run in the order of their importance, each in its own process: the training step of FUSA-ResUnet with and
+without FUSA beside the compiler's prediction, then PyTorch, the same for FUSA-ResNet-50, then the longest operations,
+whole volumes and the input path. Each part has a share of the time, and also gets what earlier parts left. Compiled
+programs are kept on disk, so that later parts start sooner.
 
-Each part runs in its own process and has a share of the time. A part that crashes, hangs or runs out of memory loses
-only its own numbers. Each new number rewrites the complete FILE. FILE and the tables also give the reason why a part is
-incomplete: a missing package, the end of its time, or an error.
+Each part's Markdown is printed when the part ends. FOLDER/report.md has all parts so far, the .log files what the parts
+wrote to standard error, and the .json files the numbers. A part that fails, hangs or runs out of memory does not stop
+the others: the report has its reason, and the exit code is 1. docs/benchmarks.md says how to prepare a machine without
+internet.
 """
 
-import dataclasses
-import datetime
-import importlib.util
-import logging
+import contextlib
 import os
 import pathlib
+import signal
+import subprocess
 import sys
-import tempfile
-import threading
 import time
-import traceback
-from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 from absl import flags
 
-from benchmarks import accelerator_report, processes
-from benchmarks.settings import Options
-from fusa_jax import models
+from benchmarks.settings import define_size_flags
+from fusa_jax.runs import arguments
 from fusa_jax.system import exits, program
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import write_json
-
-# Packages that every part needs and that jax, flax and optax do not install.
-EVERYWHERE = (
-  'clu',
-  'grain',
-  'isal',
-  'matplotlib',
-  'ml_collections',
-  'nibabel',
-  'safetensors',
-  'scipy',
-  'tensorboardX',
-  'tensorflow_datasets',
-  'tqdm',
-)
-_OWN_TIME = 15  # seconds, for the command itself to start and end
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """A function of benchmarks/accelerator_parts.py.
+class Part(NamedTuple):
+  """A command of the benchmark.
 
   Attributes:
-    seconds: its share of eight minutes. It may also use the time that earlier parts left.
-    needs: the packages that this part needs in addition to EVERYWHERE.
+    name: names its files.
+    seconds: its share of 8.5 minutes. It may also use the time that earlier parts left.
+    arguments: the arguments for Python.
   """
 
-  seconds: int
-  needs: tuple[str, ...] = ()
-
-
-_TORCH = ('torch', 'torchvision')
-PARTS = {
-  'compare': Part(160, _TORCH),
-  'fusa_share': Part(80),
-  'largest_batch': Part(60),
-  'input_path': Part(25, ('array_record', 'importlib_resources', 'termcolor', 'tree')),
-  'prediction': Part(45),
-  'profile': Part(25),
-  'torch_compile': Part(80, _TORCH),
-}
+  name: str
+  seconds: float
+  arguments: list[str]
 
 
 def define_flags() -> None:
-  """Defines the flags. Importing this module does not define them, because other benchmarks use the same names."""
-  flags.DEFINE_string('out', None, 'file for the numbers, as JSON')
-  flags.DEFINE_list('models', ['fusa_resunet', 'resunet', 'fusa_resnet50', 'resnet50'], 'names of models')
-  flags.DEFINE_list('parts', list(PARTS), 'parts to run')
-  flags.DEFINE_float('minutes', 8.0, 'time limit in minutes for all parts together', lower_bound=0.1)
-  flags.DEFINE_integer('image_size', 512, 'side of the slices in pixels', lower_bound=1)
-  flags.DEFINE_integer('batch_size', 8, 'slices per batch', lower_bound=1)
-  flags.DEFINE_integer('width', None, "channels of the first level; default: the model's own", lower_bound=1)
-  flags.DEFINE_integer('rounds', 5, 'turns of each contestant; the median counts', lower_bound=1)
-  flags.DEFINE_integer('steps', 5, 'steps per turn', lower_bound=1)
-  flags.DEFINE_integer(
-    'memory_limit_mb', None, "memory limit for the largest batch; default: the device's memory", lower_bound=1
-  )
+  define_size_flags(['fusa_resunet', 'fusa_resnet50'])
+  flags.DEFINE_string('output', None, 'folder for the report and the numbers')
+  flags.DEFINE_float('minutes', 8.5, 'time limit for all parts together', lower_bound=0.1)
+
+
+def parts(output: pathlib.Path, models: list[str], sizes: dict[str, int | None]) -> list[Part]:
+  """Returns the parts in the order of their importance.
+
+  Args:
+    output: folder for the files of the parts.
+    models: names of models with FUSA. Each is also measured without FUSA.
+    sizes: flags of benchmarks.settings and their values; None: the default of the part.
+  """
+  chosen = {name: value for name, value in sizes.items() if value is not None}
+
+  def command(module, *names, **more):
+    values = more | {name: chosen[name] for name in names if name in chosen}
+    return ['-m', f'benchmarks.{module}', *(f'--{name}={value}' for name, value in values.items())]
+
+  result = []
+  for number, name in enumerate(models):
+    both = f'{name},{name.removeprefix("fusa_")}'
+    step = command('step_times', *sizes, models=both, output=output)
+    eager = command('compare', *sizes, models=both, json=output / f'eager-{name}.json')
+    compiled = command('compare', *sizes, models=name, json=output / f'compiled-{name}.json')
+    # torch.compile may take minutes, so it is a part of its own.
+    result += [
+      Part(f'step-{name}', 55 if number else 150, step),
+      Part(f'eager-{name}', 50 if number else 60, [*eager, '--notorch_compile']),
+      Part(f'compiled-{name}', 50 if number else 75, compiled),
+    ]
+  profile = [*command('step_times', *sizes, models=models[0], output=output), '--profile']
+  result.append(Part('operations', 20, profile))
+  if 'fusa_resunet' in models:
+    scans = {'size': sizes['image_size'], 'volumes': 4, 'slices': 100, 'rounds': 2, 'width': 64}
+    volumes = command('prediction', 'image_size', 'batch_size', 'width', model='fusa_resunet', **scans)
+    result.append(Part('volumes', 25, volumes))
+  return [*result, Part('input', 25, command('input_pipeline', 'image_size', 'batch_size'))]
+
+
+def run(part: Part, output: pathlib.Path, until: float) -> tuple[str, str | None]:
+  """Runs a part until `until`, a time of time.monotonic; returns its output, and the reason if it is incomplete.
+
+  The part's process and all that it started have ended when this returns.
+  """
+  log, began = output / f'{part.name}.log', time.monotonic()
+  if until <= began:
+    return '', 'no time was left'
+  with (output / f'{part.name}.out').open('w+') as out, log.open('w') as err:
+    process = subprocess.Popen(
+      [sys.executable, *part.arguments],
+      stdout=out,
+      stderr=err,
+      env=os.environ | {'PYTHONUNBUFFERED': '1'},
+      start_new_session=True,
+    )
+    try:
+      code = process.wait(until - began)
+      reason = _reason(code, log.read_text(errors='replace')) if code else None
+    except subprocess.TimeoutExpired:
+      reason = f'stopped after {time.monotonic() - began:.0f} s, at the end of its time'
+    finally:
+      with contextlib.suppress(ProcessLookupError):  # also ends what the part started, for example compilers
+        os.killpg(process.pid, signal.SIGKILL)
+      process.wait()
+    out.seek(0)
+    return out.read().strip(), reason
+
+
+def _reason(code: int, log: str) -> str:
+  """Returns one line for a part that failed: its error, the last line of its log, or the signal that ended it."""
+  if code < 0:
+    return f'ended by {signal.Signals(-code).name}' + (', perhaps out of memory' if code == -signal.SIGKILL else '')
+  lines = [line.strip() for line in log.splitlines() if line.strip()]
+  errors = [line for line in lines if line.startswith('error: ')] or lines[-1:]
+  return errors[0][:300] if errors else f'exit code {code}'
+
+
+def measure(planned: list[Part], output: pathlib.Path, seconds: float) -> bool:
+  """Runs the parts for at most `seconds`, prints each and rewrites report.md after it; returns whether all succeeded.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
+  try:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / 'report.md').write_text('')
+  except OSError as error:
+    raise UserError(f'--output: {output}: cannot be written ({error.strerror}); give another folder') from None
+  began, passed, complete, report = time.monotonic(), 0.0, True, ''
+  for part in planned:
+    passed += part.seconds
+    started = time.monotonic()
+    text, reason = run(part, output, began + seconds * passed / sum(each.seconds for each in planned))
+    section = [f'### {part.name}, {time.monotonic() - started:.0f} s', *([text] if text else [])]
+    if reason:
+      section.append(f'Incomplete: {reason}')
+      complete = False
+    print('\n\n'.join(section), end='\n\n', flush=True)
+    report += '\n\n'.join(section) + '\n\n'
+    (output / 'report.md').write_text(report)
+  return complete
 
 
 def main(_):
   program.start_logging()
   values = flags.FLAGS
-  if not values.out:
-    raise UserError('--out: missing; give a file for the numbers')
-  for flag, given, known in (('parts', values.parts, PARTS), ('models', values.models, models.NAMES)):
-    for name in given or ['']:
-      if name not in known:
-        raise UserError(f'--{flag}: {name!r} is unknown; choose from {", ".join(known)}')
-  limit = values.memory_limit_mb * 10**6 if values.memory_limit_mb else None
-  with tempfile.TemporaryDirectory() as folder:
-    options = Options(
-      models=tuple(values.models),
-      image_size=values.image_size,
-      batch_size=values.batch_size,
-      width=values.width,
-      rounds=values.rounds,
-      steps=values.steps,
-      memory_limit=limit,
-      folder=folder,
-    )
-    report = measure(options, values.parts, 60 * values.minutes, pathlib.Path(values.out))
-  if not report['parts']:
-    reasons = '\n'.join(f'{name}: {reason}' for name, reason in report['not_whole'].items())
-    raise UserError(f'nothing was measured\n{reasons}')
-  print(accelerator_report.markdown(report))
-
-
-def measure(options: Options, parts: list[str], seconds: float, out: pathlib.Path) -> dict:
-  """Runs the parts for at most `seconds`, writes the report to `out` at each new number, and returns it.
-
-  The keys of the report are `device`, `date`, `commit`, `versions` and `settings`; `parts`: the numbers of each part;
-  `not_whole`: the reason why a part is incomplete; `seconds`: the time of each part.
-
-  Raises:
-    UserError: `out` cannot be written.
-  """
-  settings = dataclasses.asdict(options)
-  del settings['folder']
-  report = {
-    'device': None,
-    'date': str(datetime.date.today()),
-    'commit': None,
-    'versions': {},
-    'settings': settings,
-    'parts': {},
-    'not_whole': {},
-    'seconds': {},
-  }
-  write_json(out, report)
-  began = time.monotonic()
-  weight = sum(PARTS[name].seconds for name in parts)
-  passed = 0
-  for name in parts:
-    passed += PARTS[name].seconds
-    until = began + (seconds - _OWN_TIME) * passed / weight
-    started = time.monotonic()
-    missing = [package for package in (*EVERYWHERE, *PARTS[name].needs) if not importlib.util.find_spec(package)]
-    if missing:
-      reason = f'needs {", ".join(missing)}, missing on this machine; docs/benchmarks.md lists the wheels to install'
-    else:
-      logging.info('%s: %.0f s at most', name, until - started)
-      reason = None
-      for topic, value in _run(name, options, until):
-        if topic == 'facts':
-          report.update(value)
-        elif topic == 'result':
-          report['parts'][name] = value
-        else:
-          reason = value
-        write_json(out, accelerator_report.finished(report))
-    report['seconds'][name] = round(time.monotonic() - started, 1)
-    if reason is not None:
-      report['not_whole'][name] = reason
-      logging.warning('%s: %s', name, reason)
-    write_json(out, accelerator_report.finished(report))
-  return report
-
-
-def _run(name: str, options: Options, until: float) -> Iterator[tuple[str, Any]]:
-  """Yields the messages of the part's process until `until`, a time of time.monotonic.
-
-  A message is ('facts' | 'result', dict), or at the end ('reason', text) if the part is incomplete.
-  """
-  started = time.monotonic()
-  process, connection = processes.start(_work, name, options)
-  try:
-    while connection.poll(max(0.0, until - time.monotonic())):
-      topic, value = connection.recv()
-      if topic == 'done':
-        return
-      yield topic, value
-      if topic == 'reason':
-        return
-    yield 'reason', f'stopped after {time.monotonic() - started:.0f} s, at the end of its share of the time'
-  except EOFError:
-    process.join()
-    yield 'reason', f'its process ended with code {process.exitcode}, perhaps because it ran out of memory'
-  finally:
-    process.kill()
-    process.join()
-
-
-def _work(connection, name: str, options: Options) -> None:
-  """Measures a part in its own process and sends the messages that `_run` reads; the last is 'done' or 'reason'."""
-  import tqdm
-
-  tqdm.tqdm.set_lock(threading.RLock())  # tqdm's default lock is a semaphore, and Python would report it as leaked
-  program.start_logging()
-  program.use_compilation_cache()
-  try:
-    if 'torch' in PARTS[name].needs:
-      from benchmarks import compare  # noqa: F401 (keeps JAX from taking all of the GPU's memory)
-    from benchmarks import accelerator_parts
-
-    connection.send(('facts', accelerator_parts.facts()))
-    for result in getattr(accelerator_parts, name)(options):
-      connection.send(('result', result))
-    connection.send(('done', None))
-  except UserError as error:
-    connection.send(('reason', str(error)))
-  except ModuleNotFoundError as error:
-    connection.send(
-      ('reason', f'needs {error.name}, missing on this machine; docs/benchmarks.md lists the wheels to install')
-    )
-  except Exception as error:
-    traceback.print_exc()
-    connection.send(('reason', f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0]}'))
-  connection.close()
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(0)  # do not wait for the threads of the input pipeline and of Orbax
+  if not values.output:
+    raise UserError('--output: missing; give a folder for the report')
+  for name in values.models or ['']:
+    if not name.startswith('fusa_'):
+      raise UserError(f'--models: {name!r} has no FUSA; give for example fusa_resunet, which also measures resunet')
+  sizes = {name: getattr(values, name) for name in ('image_size', 'batch_size', 'rounds', 'steps', 'width')}
+  output = pathlib.Path(values.output)
+  if not measure(parts(output, values.models, sizes), output, 60 * values.minutes):
+    exits.leave(1)
 
 
 if __name__ == '__main__':
   define_flags()
-  try:
-    from fusa_jax.runs import arguments
-  except ModuleNotFoundError as error:
-    exits.fail(UserError(f'{error.name}: missing on this machine; docs/benchmarks.md lists the wheels to install'))
-  # Import this file by its module name: the parts' processes find _work by that name.
-  from benchmarks import accelerator
-
-  arguments.start(accelerator.main)
+  arguments.start(main)

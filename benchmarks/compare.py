@@ -8,40 +8,48 @@ window, model, loss, backward pass and AdamW; inference is window, model and sig
 training loop, without augmentation.
 
 PyTorch runs with channels_last, eagerly and with `torch.compile` where that works. On a GPU it runs under bfloat16
-autocast, because our activations are bfloat16 there. The probabilities of all must agree before any timing starts. All
-run in turn in this process; times are medians over rounds.
+autocast, because our activations are bfloat16 there, and cuDNN tries its algorithms first, as XLA does. The
+probabilities of all must agree before any timing starts. All run in turn in this process; times are medians over
+rounds. JAX and eager PyTorch are timed, printed and written to --json before `torch.compile` starts.
 
 The FLOP rate counts the same work for all. For inference, this is the forward pass of our factored form as XLA counts
-it; for a training step, three times that. Memory is the peak. On a GPU, the allocator (PyTorch) and the compiler (JAX)
-report it; on a CPU, it is the growth of the process.
+it; for a training step, three times that. MFU is the FLOP rate in training / the chip's published peak in bfloat16.
+Memory is the peak. On a GPU, the allocator (PyTorch) and the compiler (JAX) report it; on a CPU, it is the growth of
+the process.
 """
 
 import ctypes
 import dataclasses
-import datetime
 import functools
 import gc
 import os
 import pathlib
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # Both frameworks share the GPU: JAX must not reserve its memory.
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 
 import jax
 import numpy as np
-import torch
-import torch.nn.functional as F
 from absl import flags
 
-from benchmarks import compare_table, torch_reference, workload
-from benchmarks.settings import Settings
+from benchmarks import workload
+from benchmarks.settings import Settings, define_size_flags
 from fusa_jax import torch_weights
 from fusa_jax.runs import arguments
-from fusa_jax.system import program, provenance
-from fusa_jax.system.errors import UserError
+from fusa_jax.system import exits, program
+from fusa_jax.system.errors import UserError, one_line
 from fusa_jax.system.files import write_json
+
+try:
+  import torch
+  import torch.nn.functional as F
+
+  from benchmarks import torch_reference
+except ModuleNotFoundError as error:
+  if __name__ != '__main__':
+    raise
+  exits.fail(f'{error.name}: not installed; pip install -r requirements-torch.txt, or the build for your GPU')
 
 _SEED = 0
 ON_GPU = torch.cuda.is_available()
@@ -49,13 +57,14 @@ DEVICE = torch.device('cuda' if ON_GPU else 'cpu')
 FRAMEWORKS = ('JAX', 'PyTorch, eager', 'PyTorch, torch.compile')
 
 
+_HEAD = (
+  '| model | framework | training: slices/s | ratio | GFLOP/s | MFU | peak MB | inference: slices/s | ratio | GFLOP/s '
+  '|\n| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |'
+)
+
+
 def define_flags() -> None:
-  """Defines the flags. Importing this module does not define them, because other benchmarks use the same names."""
-  flags.DEFINE_list('models', ['resunet', 'fusa_resunet', 'resnet50', 'fusa_resnet50'], 'names of models')
-  flags.DEFINE_integer('image_size', 512, 'side of the slices in pixels')
-  flags.DEFINE_integer('batch_size', 8, 'slices per batch')
-  flags.DEFINE_integer('rounds', 5, 'turns of each contestant; the median counts')
-  flags.DEFINE_integer('steps', 3, 'steps per turn')
+  define_size_flags(['resunet', 'fusa_resunet', 'resnet50', 'fusa_resnet50'])
   flags.DEFINE_bool('torch_compile', True, 'also run torch.compile')
   flags.DEFINE_string('json', None, 'file for the numbers')
 
@@ -158,8 +167,11 @@ def _resident():
   return _status('VmRSS')
 
 
-def compare(name: str, settings: Settings, frameworks: Sequence[str] = FRAMEWORKS) -> list[dict]:
-  """Returns one row per framework for a model. `frameworks` must include eager PyTorch: all ratios refer to it.
+def compare(name: str, settings: Settings, frameworks: Sequence[str] = FRAMEWORKS) -> Iterator[dict]:
+  """Yields one row per framework for a model. `frameworks` must begin with JAX and eager PyTorch.
+
+  These two are timed before `torch.compile` is tried, because it takes minutes. If it fails, its row has only the
+  model, the framework and the reason, `failed`.
 
   Raises:
     UserError: the frameworks would run on different kinds of device, or PyTorch's model does not have the width.
@@ -174,7 +186,7 @@ def compare(name: str, settings: Settings, frameworks: Sequence[str] = FRAMEWORK
     'PyTorch, torch.compile': functools.partial(theirs, name, settings, True),
   }
   forward = workload.forward_gflops(name, settings)
-  contestants, memory, outputs = {}, {}, []
+  contestants, memory, outputs, timed = {}, {}, [], set()
   for framework in frameworks:
     before = 0 if ON_GPU else _resident()
     try:
@@ -185,7 +197,7 @@ def compare(name: str, settings: Settings, frameworks: Sequence[str] = FRAMEWORK
     except Exception as error:  # torch.compile may fail for many reasons outside this code
       if framework != 'PyTorch, torch.compile':
         raise  # the other two must run: all ratios refer to eager PyTorch
-      print(f'{name}, {framework}: {str(error).strip().splitlines()[0]}', file=sys.stderr)
+      yield {'model': name, 'framework': framework, 'failed': f'{type(error).__name__}: {one_line(error, 200)}'}
       continue
     outputs.append(np.asarray(probabilities.cpu() if torch.is_tensor(probabilities) else probabilities))
     difference = np.abs(outputs[-1] - outputs[0])
@@ -194,46 +206,61 @@ def compare(name: str, settings: Settings, frameworks: Sequence[str] = FRAMEWORK
     assert agrees, f'{name}, {framework}: probabilities differ by up to {difference.max()}, mean {difference.mean()}'
     memory[framework] = peak_memory(contestant, before)
     contestants[framework] = contestant
+    if 'PyTorch, eager' in contestants:
+      seconds = _seconds(contestants, settings)
+      yield from (_row(name, new, seconds, memory, forward, settings) for new in contestants if new not in timed)
+      timed.update(contestants)
+
+
+def _seconds(contestants, settings):
+  """Returns the seconds of each framework's (framework, 'step') and (framework, 'infer')."""
   runs = {(f, work): getattr(c, work) for f, c in contestants.items() for work in ('step', 'infer')}
   waits = {(framework, work): contestants[framework].wait for framework, work in runs}
-  seconds = workload.in_turn(runs, waits, settings)
-  return [
-    {
-      'model': name,
-      'framework': framework,
-      'train_slices_per_second': settings.batch_size / seconds[framework, 'step'],
-      'train_ratio_to_eager': seconds['PyTorch, eager', 'step'] / seconds[framework, 'step'],
-      'train_gflops_per_second': 3 * forward / seconds[framework, 'step'],
-      'train_peak_bytes': memory[framework],
-      'inference_slices_per_second': settings.batch_size / seconds[framework, 'infer'],
-      'inference_ratio_to_eager': seconds['PyTorch, eager', 'infer'] / seconds[framework, 'infer'],
-      'inference_gflops_per_second': forward / seconds[framework, 'infer'],
+  return workload.in_turn(runs, waits, settings)
+
+
+def _row(name, framework, seconds, memory, forward, settings):
+  row = {'model': name, 'framework': framework, 'train_peak_bytes': memory[framework]}
+  for work, key, gflops in (('step', 'train', 3 * forward), ('infer', 'inference', forward)):
+    row |= {
+      f'{key}_slices_per_second': settings.batch_size / seconds[framework, work],
+      f'{key}_ratio_to_eager': seconds['PyTorch, eager', work] / seconds[framework, work],
+      f'{key}_gflops_per_second': gflops / seconds[framework, work],
     }
-    for framework in contestants
+  return row | {'train_mfu': workload.mfu(row['train_gflops_per_second'], workload.chip())}
+
+
+def line(row: dict) -> str:
+  """Returns a row as Markdown. A ratio above 1 means faster than eager PyTorch."""
+  cells = [f'`{row["model"]}`', row['framework']]
+  if 'failed' in row:
+    return f'| {" | ".join([*cells, "failed: " + row["failed"].replace("|", "/")])} |' + ' |' * 7
+  cells += [
+    f'{row["train_slices_per_second"]:.2f}',
+    f'{row["train_ratio_to_eager"]:.2f}',
+    f'{row["train_gflops_per_second"]:.0f}',
+    workload.percent(row['train_mfu']),
+    f'{row["train_peak_bytes"] / 1e6:.0f}',
+    f'{row["inference_slices_per_second"]:.2f}',
+    f'{row["inference_ratio_to_eager"]:.2f}',
+    f'{row["inference_gflops_per_second"]:.0f}',
   ]
+  return f'| {" | ".join(cells)} |'
 
 
 def main(_):
   program.start_logging()
   program.use_compilation_cache()
-  values = flags.FLAGS
-  settings = Settings(values.image_size, values.batch_size, values.rounds, values.steps)
-  frameworks = FRAMEWORKS if values.torch_compile else FRAMEWORKS[:2]
-  rows = [row for name in values.models for row in compare(name, settings, frameworks)]
-  print(compare_table.table(rows))
-  facts = {
-    'device': workload.device_name(),
-    'date': str(datetime.date.today()),
-    'commit': provenance.commit(),
-    'jax': jax.__version__,
-    'torch': torch.__version__,
-    'image_size': settings.image_size,
-    'batch_size': settings.batch_size,
-    'activations': 'bfloat16' if ON_GPU else 'float32',
-  }
-  print('\n' + ', '.join(f'{key} {value}' for key, value in facts.items()))
-  if values.json:
-    write_json(pathlib.Path(values.json), facts | {'rows': rows})
+  torch.backends.cudnn.benchmark = True
+  values, settings, rows = flags.FLAGS, Settings.from_flags(), []
+  facts = workload.facts(settings, 'torch', 'torchvision')
+  print(f'{workload.sentence(facts)}\n\n{_HEAD}', flush=True)
+  for name in values.models:
+    for row in compare(name, settings, FRAMEWORKS if values.torch_compile else FRAMEWORKS[:2]):
+      rows.append(row)
+      print(line(row), flush=True)
+      if values.json:
+        write_json(pathlib.Path(values.json), facts | {'rows': rows})
 
 
 if __name__ == '__main__':

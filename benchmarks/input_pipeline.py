@@ -2,6 +2,8 @@
 
   python -m benchmarks.input_pipeline --data_dir=PREPARED --image_size=512 --batch_size=16
 
+Without --data_dir, it draws and prepares phantoms: 10 patients with 16 slices each.
+
 Compare the result with two values in a run's log.jsonl: `train/slices_per_second`, and `train/input_wait`, the share of
 the time in which the loop waited for a batch.
 """
@@ -12,13 +14,14 @@ import time
 import jax
 from absl import app, flags
 
+from data import prepare
 from fusa_jax.system import meshes
 from fusa_jax.training import datasets, input_pipeline
 
 
 def define_flags() -> None:
   """Defines the flags. Importing this module does not define them, because other benchmarks use the same names."""
-  flags.DEFINE_string('data_dir', None, 'folder of a prepared dataset', required=True)
+  flags.DEFINE_string('data_dir', None, 'folder of a prepared dataset; default: phantoms')
   flags.DEFINE_integer('image_size', 512, 'side of the slices in pixels')
   flags.DEFINE_integer('batch_size', 16, 'slices per batch')
   flags.DEFINE_integer('steps', 60, 'number of timed batches, after 5 untimed ones')
@@ -48,7 +51,8 @@ def rate(data_dir: str | pathlib.Path, image_size: int, batch_size: int, steps: 
 
 def main(_):
   values = flags.FLAGS
-  speed = rate(values.data_dir, values.image_size, values.batch_size, values.steps)
+  data_dir = values.data_dir or prepare.prepare_phantom('', values.image_size, patients=10, slices=16, seed=0)
+  speed = rate(data_dir, values.image_size, values.batch_size, values.steps)
   print(f'{speed:.0f} slices/s of {values.image_size} x {values.image_size} on {jax.devices()[0].device_kind}')
 
 

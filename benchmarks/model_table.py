@@ -29,9 +29,11 @@ def forward_gflops(module, size: int) -> float:
   all are convolutions.
   """
   images = jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32)
-  traced = jax.jit(functools.partial(module.apply, train=False)).trace(shapes(module, size), images)
-  lowered = traced.lower(lowering_platforms=('tpu',))  # the CPU forms of convolutions have other counts
-  return lowered.cost_analysis()['flops'] / 1e9
+  # Only the CPU's client counts operations before compilation; those of GPUs and TPUs raise NotImplementedError.
+  with jax.default_device(jax.devices('cpu')[0]):
+    traced = jax.jit(functools.partial(module.apply, train=False)).trace(shapes(module, size), images)
+    lowered = traced.lower(lowering_platforms=('tpu',))  # the CPU forms of convolutions have other counts
+    return lowered.cost_analysis()['flops'] / 1e9
 
 
 def table() -> str:

@@ -109,7 +109,7 @@ def main(_):
     scans, workdir, output = pathlib.Path(_INPUT.value or folder / 'scans'), folder / 'run', folder / 'out'
     if _INPUT.value is None:
       phantom.write_phantoms(scans, patients=_VOLUMES.value, size=_SIZE.value, slices=_SLICES.value)
-    sources, config = find_sources(scans, 'hu', folder), make_run(workdir)
+    sources, config = find_sources(scans, 'hu', folder / 'unpacked'), make_run(workdir)
     if _BUNDLE.value:
       workdir = make_bundle(workdir)
     threshold = float(np.quantile(load_predictor(workdir)(sources[0].read_image('hu')).probability[:, ::8, ::8], 0.99))

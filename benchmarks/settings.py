@@ -1,9 +1,8 @@
-"""The settings that several benchmarks share.
-
-This module imports no other package. benchmarks/accelerator.py must start even if packages are missing, to name them.
-"""
+"""The settings that several benchmarks share, and their flags."""
 
 import dataclasses
+
+from absl import flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +23,19 @@ class Settings:
   steps: int = 3
   width: int | None = None
 
+  @classmethod
+  def from_flags(cls) -> 'Settings':
+    """Returns the settings that the flags give."""
+    return cls(**{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(cls)})
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(Settings):
-  """The settings of benchmarks/accelerator.py.
 
-  Attributes:
-    models: names of models.
-    memory_limit: memory for the largest batch, in bytes; None: the device's memory.
-    folder: a folder in which a part may write files.
-  """
-
-  models: tuple[str, ...]
-  memory_limit: int | None = None
-  folder: str
+def define_size_flags(models: list[str]) -> None:
+  """Defines --models and the flags of Settings. Importing a benchmark does not define them: others have the same."""
+  default = Settings()
+  flags.DEFINE_list('models', models, 'names of models')
+  number = lambda name, text: flags.DEFINE_integer(name, getattr(default, name), text, lower_bound=1)
+  number('image_size', 'side of the slices in pixels')
+  number('batch_size', 'slices per batch')
+  number('rounds', 'turns of each contestant; the median counts')
+  number('steps', 'steps per turn')
+  number('width', "channels of the first level; default: the model's own")

@@ -13,14 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fusa_jax.system.errors import UserError
+
 
 def _import_torchvision():
   """Imports torchvision even if its compiled operators do not load, for example with a PyTorch of another build.
 
   Its models need none of the operators. But the import registers their shapes, which fails if they do not exist. This
-  function therefore declares the operators by name; nothing calls them.
+  function therefore declares the operators by name; nothing calls them. A build that belongs to PyTorch loads them.
   """
-  folder = pathlib.Path(importlib.util.find_spec('torchvision').origin).parent
+  spec = importlib.util.find_spec('torchvision')
+  if spec is None:
+    raise ModuleNotFoundError("No module named 'torchvision'", name='torchvision')
+  folder = pathlib.Path(spec.origin).parent
   library = torch.library.Library('torchvision', 'FRAGMENT')
   try:
     import torchvision.extension
@@ -158,8 +163,13 @@ def create(
 
 def _baseline(name, num_classes, in_channels, encoder):
   if name in ('linknet', 'pspnet', 'deeplabv3'):
-    import segmentation_models_pytorch as smp
-
+    try:
+      import segmentation_models_pytorch as smp
+    except ModuleNotFoundError as error:
+      raise UserError(
+        f'{error.name}: not installed, and the PyTorch original of {name} needs it; '
+        'pip install segmentation-models-pytorch, or leave the model out'
+      ) from None
     architecture, default = {
       'linknet': (smp.Linknet, 'resnet18'),
       'pspnet': (smp.PSPNet, 'resnet50'),

@@ -1,8 +1,10 @@
 """The JAX side of the benchmarks: a model's training step and inference on one device, with random slices."""
 
 import dataclasses
+import datetime
 import functools
 import os
+import platform
 import statistics
 import subprocess
 import time
@@ -17,9 +19,23 @@ from benchmarks import model_table
 from benchmarks.settings import Settings
 from configs import cls, seg
 from fusa_jax import models, tasks, torch_weights
-from fusa_jax.system import meshes
+from fusa_jax.chips import gpu, tpu
+from fusa_jax.system import meshes, provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import optimizers, train
+
+# Published rates by the name that JAX gives to a device. An H200 is an H100 with more and faster memory
+# (nvidia.com/en-us/data-center/h200). The H100 and A100 are those for SXM; others with these names are slower.
+CHIPS = {
+  'NVIDIA A100-SXM4-80GB': gpu.CHIPS['a100'],
+  'NVIDIA H100 80GB HBM3': gpu.CHIPS['h100'],
+  'NVIDIA H200': dataclasses.replace(gpu.CHIPS['h100'], hbm=141e9, hbm_rate=4800e9),
+  'NVIDIA B200': gpu.CHIPS['b200'],
+  'TPU v4': tpu.CHIPS['v4'],
+  'TPU v5 lite': tpu.CHIPS['v5e'],
+  'TPU v5': tpu.CHIPS['v5p'],
+  'TPU v6 lite': tpu.CHIPS['v6e'],
+}
 
 
 def config_of(name: str, settings: Settings) -> ml_collections.ConfigDict:
@@ -133,6 +149,10 @@ class Running:
     """Returns the peak memory of a step in bytes, as the compiler reports it."""
     return peak_bytes(self._step)
 
+  def program(self) -> str:
+    """Returns the text of the compiled step (optimised HLO)."""
+    return self._step.as_text()
+
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
   """Returns the peak memory of a program in bytes: its arguments, its outputs and its temporaries."""
@@ -166,3 +186,47 @@ def device_name() -> str:
   output = subprocess.run(['lscpu'], capture_output=True, text=True, check=False).stdout
   names = [line.split(':', 1)[1].strip() for line in output.splitlines() if line.startswith('Model name')]
   return f'{os.cpu_count()} cores of {names[0] if names else "a CPU"}'
+
+
+def chip() -> gpu.Chip | tpu.Chip | None:
+  """Returns the published rates of JAX's device; None if CHIPS does not have it."""
+  return CHIPS.get(jax.devices()[0].device_kind)
+
+
+def mfu(gflops_per_second: float, chip: gpu.Chip | tpu.Chip | None) -> float | None:
+  """Returns model FLOP utilisation: the model's FLOP/s / the published peak in bfloat16; None if it is unknown."""
+  return 1e9 * gflops_per_second / chip.flops if chip else None
+
+
+def percent(share: float | None) -> str:
+  return '-' if share is None else f'{share:.1%}'
+
+
+def facts(settings: Settings, *packages: str) -> dict:
+  """Returns what a result must state: device, date, code, versions (also of `packages`) and sizes."""
+  versions = {name: provenance.version(name) for name in ('jax', 'flax', *packages)}
+  return {
+    'device': device_name(),
+    'date': str(datetime.date.today()),
+    'commit': provenance.commit(),
+    'code_sha256': provenance.code_sha256(),
+    'versions': {'python': platform.python_version()} | versions,
+    'activations': 'float32' if jax.default_backend() == 'cpu' else 'bfloat16',
+    **dataclasses.asdict(settings),
+  }
+
+
+def sentence(facts: dict) -> str:
+  """Returns the facts as one line of a page. A copy without its repository has no commit, but a digest of its code."""
+  size, width = facts['image_size'], facts['width']
+  parts = [
+    facts['device'],
+    facts['date'],
+    f'commit {facts["commit"][:7]}' if facts['commit'] else f'code {facts["code_sha256"][:12]}',
+    *(f'{name} {version}' for name, version in facts['versions'].items()),
+    f'{size} x {size}',
+    f'batch {facts["batch_size"]}',
+    *([f'width {width}'] if width else []),
+    facts['activations'],
+  ]
+  return ', '.join(parts) + '.'

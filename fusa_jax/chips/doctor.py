@@ -1,4 +1,4 @@
-"""Prints facts for a bug report: versions, devices, memory, caches, and a check of a few training steps.
+"""Prints facts for a bug report: versions, devices, memory, caches, a check of a few training steps, and compilers.
 
 The output is plain text to paste into an issue. It shows the home folder as `~` and contains no data of the user.
 Functions import the packages that they check, so that a missing or broken package is reported like any other problem.
@@ -58,6 +58,7 @@ def doctor(config: ml_collections.ConfigDict, caches: dict[str, pathlib.Path]) -
     ('devices', devices),
     ('caches', lambda: look_at_caches(caches)),
     ('self-check', lambda: self_check(config)),
+    ('compilers for other chips', compilers),
   ):
     print(f'{title}:', flush=True)
     try:
@@ -214,3 +215,68 @@ def self_check(config: ml_collections.ConfigDict):
     problem = 'three training steps on one batch did not lower the loss; report it with this text'
   yield f'three steps of training: loss {", ".join(f"{loss:.4f}" for loss in losses)}', problem
   yield f'{time.perf_counter() - began:.1f} s', None
+
+
+def compilers():
+  """Yields (line, problem or None) for the compilers of --mode=aot: the chips that each compiles a small program for.
+
+  The compilers are optional, so a missing one is no problem. It is one if a compiler is installed, but in a release
+  that does not belong to jax, or if it rejects a chip.
+  """
+  from fusa_jax.chips import gpu, tpu
+
+  for chips, extra, file, topologies in (
+    ('TPUs', 'tpu', 'requirements-aot.txt', [tpu.Topology.parse(f'{k}:{c.sweep[0]}') for k, c in tpu.CHIPS.items()]),
+    ('NVIDIA GPUs', 'cuda12', 'requirements-aot-gpu.txt', [gpu.Topology(kind, 1) for kind in gpu.CHIPS]),
+  ):
+    compiler, install = topologies[0].packages[0], f'pip install -r {file}'
+    if provenance.version(compiler) is None:
+      yield f'{chips}: {compiler} is not installed; for --mode=aot --topology={topologies[0]}: {install}', None
+      continue
+    needed = [(one, provenance.version(one.name)) for one in _of_extra('jax', extra)]
+    missing = sorted({one.name for one, version in needed if version is None})
+    wrong = [
+      f'{one.name} {version} does not meet {one.specifier}'
+      for one, version in needed
+      if version is not None and not one.specifier.contains(version, prereleases=True)
+    ]
+    compiled, rejected = [], []
+    for topology in topologies:
+      try:
+        _compile_for(topology)
+        compiled.append(topology.kind)
+      except UserError as error:
+        rejected.append(str(error))
+    absent = f'; {", ".join(missing)} not installed' if missing else ''
+    problem = f'{chips}: {"; ".join([*wrong, *rejected])}; {install}' if wrong or rejected else None
+    kinds = ', '.join(compiled) or 'none'
+    yield f'{chips}: {compiler} {provenance.version(compiler)} compiles for {kinds}{absent}', problem
+
+
+def _of_extra(package: str, extra: str) -> list[Requirement]:
+  """The requirements of an installed package for an extra; if one has extras itself, also all of its requirements."""
+  found = []
+  for one in _requires(package, extra):
+    if one.marker is not None and not one.marker.evaluate({'extra': ''}):
+      found += [one, *(more for inner in one.extras for more in _requires(one.name, inner))]
+  return found
+
+
+def _requires(package, extra):
+  try:
+    parsed = map(Requirement, importlib.metadata.requires(package) or [])
+  except importlib.metadata.PackageNotFoundError:
+    return []
+  return [one for one in parsed if one.marker is None or one.marker.evaluate({'extra': extra})]
+
+
+def _compile_for(topology) -> None:
+  """Compiles a small program for the first chip of a topology."""
+  import jax
+  import jax.numpy as jnp
+
+  x = jax.ShapeDtypeStruct((8, 128), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(topology.devices()[0]))
+  try:
+    jax.jit(jnp.sin).lower(x).compile()
+  except jax.errors.JaxRuntimeError as error:
+    raise UserError(f'{topology}: the compiler fails ({one_line(error)})') from None

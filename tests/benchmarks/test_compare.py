@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import runpy
+import sys
 import types
 
 import jax
 import numpy as np
 import pytest
 
+import benchmarks
+
 torch = pytest.importorskip('torch')
-from benchmarks import compare, compare_table, workload  # noqa: E402 (needs torch)
+from benchmarks import compare, settings, workload  # noqa: E402 (needs torch)
 from benchmarks.settings import Settings  # noqa: E402
 from fusa_jax import tasks, torch_weights  # noqa: E402
 from fusa_jax.system.errors import UserError  # noqa: E402
@@ -23,7 +27,8 @@ def test_rows_and_json(tmp_path, monkeypatch, capsys):
   flag_values = types.SimpleNamespace(
     models=['resnet18'], torch_compile=False, json=str(tmp_path / 'numbers.json'), **dataclasses.asdict(SETTINGS)
   )
-  monkeypatch.setattr(compare, 'flags', types.SimpleNamespace(FLAGS=flag_values))
+  for module in (compare, settings):
+    monkeypatch.setattr(module, 'flags', types.SimpleNamespace(FLAGS=flag_values))
   monkeypatch.setattr(compare.program, 'start_logging', lambda: None)
   monkeypatch.setattr(compare.program, 'use_compilation_cache', lambda: None)
   compare.main([])
@@ -35,8 +40,59 @@ def test_rows_and_json(tmp_path, monkeypatch, capsys):
     assert row['train_ratio_to_eager'] == pytest.approx(
       row['train_slices_per_second'] / written['rows'][1]['train_slices_per_second']
     )
-  assert compare_table.table(written['rows']) in capsys.readouterr().out
-  assert written['image_size'] == 32
+    assert row['train_mfu'] is None  # of a CPU
+  printed = capsys.readouterr().out
+  head, _, *lines = printed[printed.index('| model') :].splitlines()
+  assert lines == [compare.line(row) for row in written['rows']]
+  assert all(line.count('|') == head.count('|') for line in lines)
+  assert written['image_size'] == 32 and torch.__version__.startswith(written['versions']['torch'])
+  assert f'torch {written["versions"]["torch"]}, ' in printed
+
+
+def test_a_failing_torch_compile_loses_no_other_row(monkeypatch):
+  """JAX and eager PyTorch are timed before; the third row has the reason."""
+
+  def contestant(name, settings, compiled=False):
+    if compiled:
+      raise RuntimeError('no | compiler\nhere')
+    nothing = lambda: None
+    return compare.Contestant(nothing, lambda: np.zeros(2), nothing, nothing)
+
+  monkeypatch.setattr(compare, 'ours', contestant)
+  monkeypatch.setattr(compare, 'theirs', contestant)
+  rows = []
+  for row in compare.compare('resnet18', SETTINGS):
+    rows.append(row)
+    if len(rows) == 2:  # torch.compile has not been tried yet
+      monkeypatch.setattr(compare.workload, 'in_turn', lambda *_: pytest.fail('timed again'))
+  ours, eager, compiled = rows
+  assert (ours['framework'], eager['framework']) == ('JAX', 'PyTorch, eager') and eager['train_ratio_to_eager'] == 1
+  assert compiled == {
+    'model': 'resnet18',
+    'framework': 'PyTorch, torch.compile',
+    'failed': 'RuntimeError: no | compiler here',
+  }
+  line = compare.line(compiled)
+  assert line.count('|') == compare.line(ours).count('|') and 'failed: RuntimeError: no / compiler here' in line
+
+
+@pytest.mark.parametrize('name', ['torch', 'torchvision'])
+def test_a_missing_package_is_named(name, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, name, None)
+  monkeypatch.delitem(sys.modules, 'benchmarks.compare')
+  monkeypatch.delitem(sys.modules, 'benchmarks.torch_reference')
+  monkeypatch.delattr(benchmarks, 'torch_reference')
+  monkeypatch.setattr(compare.exits, 'leave', sys.exit)
+  with pytest.raises(SystemExit) as exit_:
+    runpy.run_module('benchmarks.compare', run_name='__main__')
+  assert exit_.value.code == 2
+  assert capsys.readouterr().err.startswith(f'error: {name}: not installed; pip install -r requirements-torch.txt')
+
+
+def test_a_missing_smp_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'segmentation_models_pytorch', None)
+  with pytest.raises(UserError, match='segmentation_models_pytorch: not installed, and .* of linknet needs it'):
+    compare.original('linknet', SETTINGS)
 
 
 def test_incomparable_models_are_refused():

@@ -29,6 +29,7 @@ def test_no_problem_on_this_machine(tmp_path):
     'devices:',
     'caches:',
     'self-check:',
+    'compilers for other chips:',
     'no problems found',
   ]
   assert f'  jax {jax.__version__}' in lines
@@ -54,6 +55,51 @@ def test_packages(monkeypatch, line, problem):
   reported = problems(doctor.versions())
   assert len(reported) == (problem is not None)
   assert not problem or problem in reported[0]
+
+
+def test_a_missing_compiler_is_no_problem(monkeypatch):
+  monkeypatch.setattr(doctor.provenance, 'version', lambda name: None)
+  tpus, gpus = doctor.compilers()
+  need = 'is not installed; for --mode=aot --topology='
+  assert tpus == (f'TPUs: libtpu {need}v4:2x2x2: pip install -r requirements-aot.txt', None)
+  assert gpus == (f'NVIDIA GPUs: jax-cuda12-pjrt {need}a100:1: pip install -r requirements-aot-gpu.txt', None)
+
+
+def test_a_compiler_of_another_release_is_a_problem(monkeypatch):
+  """libtpu does not belong to jax; the GPU compiler does, but a library is missing, and it rejects the B200."""
+  needed = {
+    'tpu': [doctor.Requirement('libtpu==0.0.42.*')],
+    'cuda12': [doctor.Requirement('jax-cuda12-pjrt==0.10.2'), doctor.Requirement('nvidia-cudnn-cu12<10')],
+  }
+  monkeypatch.setattr(doctor, '_of_extra', lambda package, extra: needed[extra])
+  versions = {'libtpu': '0.0.40', 'jax-cuda12-pjrt': '0.10.2'}
+  monkeypatch.setattr(doctor.provenance, 'version', versions.get)
+
+  def compile_for(topology):
+    if topology.kind == 'b200':
+      raise UserError('b200:1: the compiler fails (no PTX)')
+
+  monkeypatch.setattr(doctor, '_compile_for', compile_for)
+  (tpus, of_tpus), (gpus, of_gpus) = doctor.compilers()
+  assert tpus == 'TPUs: libtpu 0.0.40 compiles for v4, v5e, v5p, v6e'
+  assert of_tpus == 'TPUs: libtpu 0.0.40 does not meet ==0.0.42.*; pip install -r requirements-aot.txt'
+  assert gpus == 'NVIDIA GPUs: jax-cuda12-pjrt 0.10.2 compiles for a100, h100; nvidia-cudnn-cu12 not installed'
+  assert of_gpus == 'NVIDIA GPUs: b200:1: the compiler fails (no PTX); pip install -r requirements-aot-gpu.txt'
+
+
+def test_requirements_of_an_extra_include_those_of_its_packages(monkeypatch):
+  """As in the metadata of jax 0.10.2, shortened."""
+  metadata = {
+    'jax': ['numpy>=2', 'jax-cuda12-plugin[with-cuda]==0.10.2; extra == "cuda12"', 'libtpu==0.0.42.*; extra == "tpu"'],
+    'jax-cuda12-plugin': ['jax-cuda12-pjrt==0.10.2', 'nvidia-cudnn-cu12<10.0,>=9.8; extra == "with-cuda"'],
+  }
+  monkeypatch.setattr(doctor.importlib.metadata, 'requires', metadata.get)
+  assert [one.name for one in doctor._of_extra('jax', 'cuda12')] == [
+    'jax-cuda12-plugin',
+    'jax-cuda12-pjrt',
+    'nvidia-cudnn-cu12',
+  ]
+  assert [one.name for one in doctor._of_extra('jax', 'tpu')] == ['libtpu']
 
 
 def test_unwritable_caches(tmp_path, monkeypatch):
