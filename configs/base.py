@@ -47,6 +47,22 @@ def paper() -> ml_collections.ConfigDict:
   config.augment.flip = False  # mirror half of the slices left to right
   config.augment.hu_shift = 0.0  # largest shift in HU, up or down, of a whole slice; 0: none
   config.augment.hu_scale = 0.0  # largest relative change of contrast around water; 0.05 is 5%; 0: none
+  # From here, each part is off unless its probability is above 0. docs/data.md says what each part costs.
+  config.augment.affine_probability = 0.0  # probability of a rotation, scaling and shear about the centre
+  config.augment.rotation = 15.0  # largest angle in degrees, in both directions
+  config.augment.scaling = (0.8, 1.25)  # smallest and largest magnification, within 0.5 to 2
+  config.augment.shear = 0.0  # largest shift per row, in pixels, in both directions
+  config.augment.noise_probability = 0.0  # probability of Gaussian noise
+  config.augment.noise = 60.0  # largest standard deviation of the noise, in HU
+  config.augment.blur_probability = 0.0  # probability of a Gaussian blur
+  config.augment.blur = (0.5, 1.0)  # smallest and largest standard deviation of the blur, in pixels
+  config.augment.low_resolution_probability = 0.0  # probability of a lower resolution, resized back
+  config.augment.low_resolution = (0.5, 1.0)  # its smallest and largest side, as fractions of the slice's side
+  config.augment.contrast_probability = 0.0  # probability of another contrast around the mean of the windowed slice
+  config.augment.contrast = (0.75, 1.25)  # smallest and largest factor of the contrast
+  config.augment.gamma_probability = 0.0  # probability of a power of the windowed values, scaled to 0 to 1
+  config.augment.gamma = (0.7, 1.5)  # smallest and largest power
+  config.augment.gamma_inverted = 0.25  # probability that the power applies to 1 - value
 
   config.train = ml_collections.ConfigDict()
   config.train.steps = 20_000  # number of training steps; fixed once a run has started
