@@ -67,13 +67,16 @@ def paper() -> ml_collections.ConfigDict:
   config.train = ml_collections.ConfigDict()
   config.train.steps = 20_000  # number of training steps; fixed once a run has started
   config.train.batch_size = 16  # slices per step, over all devices of all hosts
-  # 'cross_entropy', 'cross_entropy_dice', 'dice' or 'focal' (fusa_jax/tasks/losses.py); seg.py and cls.py set it.
+  # 'cross_entropy', 'cross_entropy_dice', 'dice', 'focal', 'focal_dice', 'tversky' or 'focal_tversky'
+  # (fusa_jax/tasks/losses.py); seg.py and cls.py set it.
   config.train.loss = ''
   config.train.optimizer = 'adamw'  # 'adamw', or 'sgd' with Nesterov momentum 0.99
   config.train.schedule = 'warmup_cosine'  # of the learning rate: 'warmup_cosine', 'polynomial' or 'constant'
   config.train.learning_rate = 1e-3  # the highest learning rate of the schedule
   config.train.warmup_steps = 500  # steps of linear warm-up, for warmup_cosine only
   config.train.weight_decay = 1e-4  # applies to kernels only, not to biases and norms
+  # Scales gradients down to this norm over all parameters if theirs is larger; None: never.
+  config.train.clip_norm = config_dict.placeholder(float)
   config.train.log_every = 50  # steps between two lines of the log
   config.train.evaluate_every = 1000  # steps between two validations; each is followed by a checkpoint
   # On GPUs: add in a fixed order and choose kernels without timing them, so that a repeated run gives the same bits

@@ -106,6 +106,7 @@ _DOMAINS = {
   'train.learning_rate': _ABOVE_0,
   'train.warmup_steps': _at_least(0),
   'train.weight_decay': _at_least(0),
+  'train.clip_norm': _ABOVE_0,
   'train.log_every': _at_least(1),
   'train.evaluate_every': _at_least(1),
   'evaluate.num_overlays': _at_least(0),

@@ -204,7 +204,7 @@ def train_step(
   """One update from a batch {'image' int16 [B, H, W], 'mask' [B, H, W], 'label' [B]}.
 
   Returns:
-    (new state, {'loss', 'gradient_norm'}).
+    (new state, {'loss', 'gradient_norm'}); the norm is that before clipping.
   """
   augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
   image, mask = augment.augment(augment_key, batch['image'], batch['mask'], augmentation)

@@ -131,7 +131,7 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
     ({'model.name': 'resnet18'}, 'resnet18 is not for segmentation; give one of deeplabv3'),
     ({'model.name': 'unet'}, "'unet' is unknown"),
     ({'task': 'detection'}, "'detection' is unknown"),
-    ({'train.loss': 'x'}, "train.loss: 'x' is unknown; give one of cross_entropy, cross_entropy_dice, dice, focal"),
+    ({'train.loss': 'x'}, "train.loss: 'x' is unknown; give one of cross_entropy, cross_entropy_dice, dice, focal, "),
     ({'train.optimizer': 'x'}, "train.optimizer: 'x' is unknown; give one of adamw, sgd"),
     ({'train.schedule': 'x'}, "train.schedule: 'x' is unknown; give one of warmup_cosine, polynomial, constant"),
     ({'mesh.data': 3}, 'does not match the 8 devices'),
