@@ -77,6 +77,9 @@ def paper() -> ml_collections.ConfigDict:
   config.train.weight_decay = 1e-4  # applies to kernels only, not to biases and norms
   # Scales gradients down to this norm over all parameters if theirs is larger; None: never.
   config.train.clip_norm = config_dict.placeholder(float)
+  # Decay per step of a moving average of weights and running statistics; 0: none. With 0.999 it covers about the latest
+  # 1000 steps. The average is validated, tested and exported. It costs the memory of another copy of the weights.
+  config.train.ema = 0.0
   config.train.log_every = 50  # steps between two lines of the log
   config.train.evaluate_every = 1000  # steps between two validations; each is followed by a checkpoint
   # On GPUs: add in a fixed order and choose kernels without timing them, so that a repeated run gives the same bits

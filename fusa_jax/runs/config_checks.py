@@ -107,6 +107,7 @@ _DOMAINS = {
   'train.warmup_steps': _at_least(0),
   'train.weight_decay': _at_least(0),
   'train.clip_norm': _ABOVE_0,
+  'train.ema': _range(0, 1, low_too=True),
   'train.log_every': _at_least(1),
   'train.evaluate_every': _at_least(1),
   'evaluate.num_overlays': _at_least(0),

@@ -6,6 +6,7 @@ import logging
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import clu.parameter_overview
 import flax
@@ -31,11 +32,32 @@ class TrainState:
     step: number of finished steps, int32 scalar. The optimizer has its own counters in `opt_state`.
     variables: {'params', 'batch_stats'} of the model.
     opt_state: state of the optimizer.
+    average: with train.ema, the moving average of `variables`; otherwise None.
   """
 
   step: jax.Array
   variables: dict
   opt_state: optax.OptState
+  average: dict | None = None
+
+  @property
+  def tested(self) -> dict:
+    """The variables to validate, to test and to export: the average, if there is one."""
+    return self.variables if self.average is None else self.average
+
+  def items(self) -> dict[str, Any]:
+    """Returns the two items of a checkpoint: `variables` are those of `tested`, `optimizer` is the rest."""
+    optimizer = self.opt_state
+    if self.average is not None:
+      optimizer = {'opt_state': self.opt_state, 'variables': self.variables}
+    return {'variables': self.tested, 'optimizer': optimizer}
+
+  def with_items(self, step: int, items: dict[str, Any]) -> 'TrainState':
+    """Returns the state of a checkpoint: its step and its items. `self` gives the form: that of `items()`."""
+    step, optimizer = jnp.asarray(step, jnp.int32), items['optimizer']
+    if self.average is None:
+      return TrainState(step, items['variables'], optimizer)
+    return TrainState(step, optimizer['variables'], optimizer['opt_state'], average=items['variables'])
 
 
 @workdir_lock.alone_in_workdir
@@ -78,9 +100,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
     checkpoints = checkpoint.Checkpoints(workdir)
     first_step = checkpoints.latest() or 0
     if first_step:
-      items = checkpoints.restore(first_step, variables=shapes.variables, optimizer=shapes.opt_state)
-      step = jax.device_put(jnp.asarray(first_step, jnp.int32), everywhere)
-      state = TrainState(step, items['variables'], items['optimizer'])
+      state = shapes.with_items(first_step, checkpoints.restore(first_step, **shapes.items()))
+      state = state.replace(step=jax.device_put(state.step, everywhere))
       logging.info('resuming %s at step %d of %d', workdir, first_step, config.train.steps)
     else:
       state = compile_init(task, optimizer, config, everywhere)()
@@ -148,17 +169,17 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       if evaluating:
         score = None
         if dataset.validation is not None:
-          summary = results.summary(task.type, validation.table(state.variables, dataset.validation))
+          summary = results.summary(task.type, validation.table(state.tested, dataset.validation))
           score = summary[task.type.selection]
           log.write(step, {f'validation/{name}': value for name, value in summary.items()})
           if hosts.is_main():
             bar.write(f'step {step}: validation {results.one_line(task.type, summary)}')
         log.copy()
-        checkpoints.save(step, state.variables, state.opt_state, score)
+        checkpoints.save(step, **state.items(), score=score)
         began = time.perf_counter()
       elif stopping:
         log.copy()
-        checkpoints.save(step, state.variables, state.opt_state, None)
+        checkpoints.save(step, **state.items(), score=None)
       if stopping:
         raise Terminated(f'by SIGTERM at step {step}, which is saved')
 
@@ -166,7 +187,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
 def initial_state(task: tasks.Task, optimizer: optax.GradientTransformation, config) -> TrainState:
   """Returns the train state of step 0, with random parameters from config.seed."""
   variables = task.init(jax.random.key(config.seed), config.data.image_size)
-  return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables['params']))
+  average = jax.tree.map(jnp.zeros_like, variables) if config.train.ema else None  # the first step replaces it
+  return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables['params']), average)
 
 
 def state_shapes(
@@ -200,8 +222,17 @@ def train_step(
   optimizer: optax.GradientTransformation,
   augmentation: augment.Augmentation,
   seed: int,
+  ema: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update from a batch {'image' int16 [B, H, W], 'mask' [B, H, W], 'label' [B]}.
+
+  Args:
+    state: the train state.
+    batch: the batch.
+    task, optimizer: those of the config.
+    augmentation: the augmentation of the batch.
+    seed: the seed of augmentation and dropout.
+    ema: the decay of the moving average, train.ema; 0 if the state has none.
 
   Returns:
     (new state, {'loss', 'gradient_norm'}); the norm is that before clipping.
@@ -217,7 +248,21 @@ def train_step(
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.variables['params'])
   variables = {'params': optax.apply_updates(state.variables['params'], updates), 'batch_stats': batch_stats}
   scalars = {'loss': loss, 'gradient_norm': optax.tree.norm(gradients)}
-  return TrainState(state.step + 1, variables, opt_state), scalars
+  average = None if state.average is None else moving_average(state.average, variables, state.step, ema)
+  return TrainState(state.step + 1, variables, opt_state, average), scalars
+
+
+def moving_average(average: dict, variables: dict, step: jax.Array, decay: float) -> dict:
+  """Returns the exponential moving average of the model's variables after `step` + 1 steps.
+
+  average = d * average + (1 - d) * variables, where d is the smaller of `decay` and step / (step + 10). So the average
+  covers at most the latest tenth of the steps, roughly, and a short run does not average its first weights. The first
+  step replaces the average.
+
+  The running statistics of norms are averaged as the weights are: the current ones fit the latest weights only.
+  """
+  decay = jnp.minimum(decay, step / (step + 10))
+  return optax.incremental_update(variables, average, 1 - decay)
 
 
 def lower_step(task, optimizer, config, mesh, shapes: TrainState, platform: str | None = None) -> jax.stages.Lowered:
@@ -235,6 +280,7 @@ def lower_step(task, optimizer, config, mesh, shapes: TrainState, platform: str 
     optimizer=optimizer,
     augmentation=augment.create(config),
     seed=config.seed,
+    ema=config.train.ema,
   )
   everywhere, size, count = meshes.replicated(mesh), config.data.image_size, config.train.batch_size
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batched(mesh, len(shape)))

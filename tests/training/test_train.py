@@ -15,7 +15,8 @@ from configs import cls
 from data import prepare
 from fusa_jax import tasks
 from fusa_jax.chips import hlo
-from fusa_jax.runs import checkpoint, run_config
+from fusa_jax.inference import trained
+from fusa_jax.runs import checkpoint, results, run_config
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import augment, datasets, input_pipeline, optimizers, scorer, train
@@ -198,17 +199,71 @@ def test_step_and_scores_are_compiled_with_the_options_of_train_deterministic(mo
 
 def losses(config, mesh, data_dir):
   """Runs the parts of the loop on the given mesh and returns the losses."""
+  return np.array([float(scalars['loss']) for _, scalars in steps(config, mesh, data_dir)])
+
+
+def steps(config, mesh, data_dir):
+  """Runs the parts of the loop on the given mesh; yields (state, scalars) after each step, on the host."""
   task = tasks.create(config)
   optimizer, _ = optimizers.make_optimizer(config)
   step = train.compile_step(task, optimizer, config, mesh, train.state_shapes(task, optimizer, config, mesh))
-  state, out = train.compile_init(task, optimizer, config, meshes.replicated(mesh))(), []
+  state = train.compile_init(task, optimizer, config, meshes.replicated(mesh))()
   dataset = datasets.load_dataset(data_dir, config.data.fold, SIZE)
   for batch in input_pipeline.train_batches(
     dataset.train, mesh, batch_size=8, seed=0, first_step=0, last_step=config.train.steps, balanced=True
   ):
     state, scalars = step(state, batch)
-    out.append(float(scalars['loss']))
-  return np.array(out)
+    yield jax.device_get((state, scalars))
+
+
+EMA = {'train.ema': 0.15, 'train.evaluate_every': 2}
+
+
+@pytest.fixture(scope='module')
+def averaged(data_dir, tmp_path_factory):
+  """The workdir of a run with train.ema."""
+  workdir = tmp_path_factory.mktemp('averaged')
+  train.train(tiny(**EMA), workdir, data_dir)
+  return workdir
+
+
+def test_the_saved_average_equals_numpys(averaged, data_dir):
+  """Averages the variables after each step in float64. Weights and running statistics are averaged alike."""
+  config, average = tiny(**EMA), None
+  for number, (state, _) in enumerate(steps(config, meshes.create_mesh(), data_dir)):
+    decay = min(0.15, number / (number + 10))
+    wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), state.variables)
+    average = wide if not number else jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, average, wide)
+  step, items = final_state(config, averaged)
+  assert step == 4
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), items['variables'], average)
+  jax.tree.map(np.testing.assert_array_equal, items['optimizer']['variables'], state.variables)
+  apart = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (average, state.variables)), strict=True)]
+  assert max(apart) > 1e-3
+
+
+def test_the_average_is_validated_and_tested(averaged, data_dir):
+  config, mesh = tiny(**EMA), meshes.create_mesh()
+  _, items = final_state(config, averaged)
+  task = tasks.create(config)
+  validation = datasets.load_dataset(data_dir, config.data.fold, SIZE).validation
+  score = scorer.Scorer(task, mesh, 8)
+  of = lambda variables: results.summary(task.type, score.table(variables, validation))['dice']
+  logged = {e['step']: e['validation/dice'] for e in log_of(averaged) if 'validation/dice' in e}
+  assert logged[4] == of(items['variables']) != of(items['optimizer']['variables'])
+  step, best = trained.load_best(config, task, averaged, mesh)
+  assert of(best) == logged[step] == max(logged.values())
+
+
+def test_a_stopped_run_with_an_average_resumes_bit_exactly(averaged, data_dir, tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    stop_at(patch, 3)
+    with pytest.raises(Stop):
+      train.train(tiny(**EMA), tmp_path, data_dir)
+  train.train(tiny(**EMA), tmp_path, data_dir)
+  whole, resumed = (final_state(tiny(**EMA), workdir) for workdir in (averaged, tmp_path))
+  assert jax.tree.structure(whole) == jax.tree.structure(resumed)
+  jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
 def test_a_step_equals_loss_and_optimizer_by_hand():
