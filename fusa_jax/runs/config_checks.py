@@ -102,6 +102,8 @@ _DOMAINS = {
   'augment.gamma': _pair(_range(0, 10, high_too=True), '(0.7, 1.5)'),
   'augment.gamma_inverted': _SHARE,
   'train.steps': _at_least(1),
+  'train.epochs': _ABOVE_0,
+  'train.patience': _at_least(1),
   'train.batch_size': _at_least(1),
   'train.learning_rate': _ABOVE_0,
   'train.warmup_steps': _at_least(0),

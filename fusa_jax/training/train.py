@@ -21,7 +21,7 @@ from fusa_jax.runs import checkpoint, config_checks, results, run_config, split,
 from fusa_jax.runs.metric_log import MetricLog
 from fusa_jax.system import hosts, meshes, preemption, progress, provenance
 from fusa_jax.system.errors import Terminated, UserError
-from fusa_jax.training import augment, datasets, input_pipeline, optimizers, scorer
+from fusa_jax.training import augment, datasets, input_pipeline, length, optimizers, scorer
 
 
 @flax.struct.dataclass
@@ -62,7 +62,7 @@ class TrainState:
 
 @workdir_lock.alone_in_workdir
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
-  """Trains up to config.train.steps; resumes from the latest checkpoint in `workdir`, if there is one.
+  """Trains to the end (`length.is_over`); resumes from the latest checkpoint in `workdir`, if there is one.
 
   Args:
     config: a config of configs/.
@@ -79,6 +79,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
   dataset = datasets.load_dataset_for(config, data_dir)
+  planned = config
+  config = length.with_steps(config, dataset)
   task = tasks.create(config)
   optimizer, learning_rate = optimizers.make_optimizer(config)
   code = provenance.code()
@@ -90,7 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   if config.model.init_from and not checkpoint.exists(workdir):
     pretrained, notes = torch_weights.initial(config.model.init_from, config.model.name, shapes.variables)
   # All checks of the config are done, so a refused config leaves no workdir behind.
-  run_config.save_config(workdir, config)
+  run_config.save_config(workdir, planned)
   split.save_split(workdir, dataset.description())
   report_parameters(shapes.variables)
 
@@ -108,7 +110,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       if pretrained:
         state = state.replace(variables=torch_weights.overlay(state.variables, pretrained))
         logging.info('\n'.join([f'weights from {config.model.init_from}', *(f'- {note}' for note in notes)]))
-    if first_step >= config.train.steps:
+    if first_step and length.is_over(config, checkpoints, first_step):
       return
     starts.record_start(workdir, first_step, facts | {'devices': f'{mesh.size} x {mesh.devices.flat[0].device_kind}'})
 
@@ -182,6 +184,13 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
         checkpoints.save(step, **state.items(), score=None)
       if stopping:
         raise Terminated(f'by SIGTERM at step {step}, which is saved')
+      if evaluating and step < config.train.steps and length.is_over(config, checkpoints, step):
+        best, unit = checkpoints.best(), 'validation' if config.train.patience == 1 else 'validations'
+        logging.info(
+          'stopped at step %d of %d: the best score is that of step %d, %d %s ago (train.patience)',
+          *(step, config.train.steps, best, config.train.patience, unit),
+        )
+        break
 
 
 def initial_state(task: tasks.Task, optimizer: optax.GradientTransformation, config) -> TrainState:

@@ -20,6 +20,8 @@ from fusa_jax.system.errors import UserError
     ('train.learning_rate', 0.0, 'must be above 0'),
     ('train.learning_rate', float('nan'), 'must be above 0'),
     ('train.weight_decay', float('inf'), 'must be at least 0'),
+    ('train.epochs', 0.0, 'must be above 0'),
+    ('train.patience', 0, 'must be at least 1'),
     ('train.ema', 1.0, 'must be at least 0 and below 1'),
     ('train.clip_norm', 0.0, 'must be above 0'),
     ('augment.crop_fractions', (), r'must be a list of numbers, each above 0 and at most 1; give \(0.5, 0.25\)'),

@@ -1,6 +1,8 @@
 """The training loop: the same result on any devices, with and without resuming; and errors that stop it."""
 
+import dataclasses
 import json
+import math
 import pathlib
 
 import flax
@@ -19,7 +21,7 @@ from fusa_jax.inference import trained
 from fusa_jax.runs import checkpoint, results, run_config
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
-from fusa_jax.training import augment, datasets, input_pipeline, optimizers, scorer, train
+from fusa_jax.training import augment, datasets, evaluate, input_pipeline, length, optimizers, scorer, train
 
 
 def log_of(workdir: pathlib.Path) -> list[dict]:
@@ -214,6 +216,72 @@ def steps(config, mesh, data_dir):
   ):
     state, scalars = step(state, batch)
     yield jax.device_get((state, scalars))
+
+
+def test_epochs_are_converted_to_steps(runs, data_dir, tmp_path):
+  """Half an epoch: the run is that of as many steps, and is finished. Its config.json keeps the epochs."""
+  dataset = datasets.load_dataset(data_dir, 0, SIZE)
+  wanted = 4 * 8 / len(dataset.train)
+  config = tiny(**{'train.epochs': wanted, 'train.steps': 999})
+  assert length.with_steps(config, dataset).train.steps == 4
+  assert length.with_steps(tiny(**{'train.epochs': 2.0}), dataset).train.steps == math.ceil(2 * len(dataset.train) / 8)
+  train.train(config, tmp_path, data_dir)
+  (step, state), (_, expected) = final_state(config, tmp_path), final_state(tiny(), runs['seg'])
+  assert step == 4
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  assert run_config.load_config(tmp_path).train.epochs == wanted
+  evaluate.evaluate(config, tmp_path, data_dir)
+  assert evaluate.is_finished(config, tmp_path, data_dir)
+
+
+class Scores:
+  """Replaces the summary of a validation: each call gives the next Dice. With fewer scores it fails."""
+
+  def __init__(self, monkeypatch, scores):
+    self.left, original = list(scores), results.summary
+    monkeypatch.setattr(results, 'summary', lambda *args: original(*args) | {'dice': self.left.pop(0)})
+
+
+PATIENCE = {'train.patience': 2, 'train.steps': 40, 'train.evaluate_every': 1}
+
+
+@pytest.mark.parametrize('scores', [(0.3, 0.5, 0.4, 0.5, 0.1, 0.2), (0.5, None, 0.4)])
+def test_training_ends_when_the_score_stops_rising(data_dir, tmp_path, monkeypatch, scores):
+  """It ends two validations after the best one; of equal scores the later is the best. A score can be undefined."""
+  Scores(monkeypatch, scores)
+  config, best = tiny(**PATIENCE), len(scores) - 2
+  train.train(config, tmp_path, data_dir)
+  entries = log_of(tmp_path)
+  assert [e['validation/dice'] for e in entries if 'validation/dice' in e] == list(scores)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest() == len(scores) and checkpoints.best() == best
+    assert length.is_over(config, checkpoints, len(scores))
+  train.train(config, tmp_path, data_dir)  # it is over: no further score is computed
+  monkeypatch.undo()
+  assert not evaluate.is_finished(config, tmp_path, data_dir)
+  evaluate.evaluate(config, tmp_path, data_dir)
+  assert evaluate.is_finished(config, tmp_path, data_dir)
+
+
+def test_a_resumed_run_ends_at_the_same_step(data_dir, tmp_path, monkeypatch):
+  """The run stops twice: after the best validation, and after the first one that is not better."""
+  Scores(monkeypatch, (0.3, 0.5, 0.4, 0.1))
+  for step in (2, 3):
+    with monkeypatch.context() as patch:
+      stop_at(patch, step)
+      with pytest.raises(Stop):
+        train.train(tiny(**PATIENCE), tmp_path, data_dir)
+  train.train(tiny(**PATIENCE), tmp_path, data_dir)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest() == 4
+
+
+def test_patience_needs_a_validation_fold(data_dir, tmp_path, monkeypatch):
+  dataset = dataclasses.replace(datasets.load_dataset(data_dir, 0, SIZE), validation=None)
+  monkeypatch.setattr(datasets, 'load_dataset_for', lambda *_: dataset)
+  with pytest.raises(UserError, match=r'^train.patience: needs a validation fold'):
+    train.train(tiny(**PATIENCE), tmp_path / 'run', data_dir)
+  assert not (tmp_path / 'run').exists()
 
 
 EMA = {'train.ema': 0.15, 'train.evaluate_every': 2}
