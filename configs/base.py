@@ -74,6 +74,8 @@ def paper() -> ml_collections.ConfigDict:
   # 'cross_entropy', 'cross_entropy_dice', 'dice', 'focal', 'focal_dice', 'tversky' or 'focal_tversky'
   # (fusa_jax/tasks/losses.py); seg.py and cls.py set it.
   config.train.loss = ''
+  # Deep supervision: lower levels of a ResUNet also predict masks, in training only (fusa_jax/tasks/supervision.py).
+  config.train.deep_supervision = False
   config.train.optimizer = 'adamw'  # 'adamw', or 'sgd' with Nesterov momentum 0.99
   config.train.schedule = 'warmup_cosine'  # of the learning rate: 'warmup_cosine', 'polynomial' or 'constant'
   config.train.learning_rate = 1e-3  # the highest learning rate of the schedule

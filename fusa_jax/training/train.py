@@ -33,12 +33,14 @@ class TrainState:
     variables: {'params', 'batch_stats'} of the model.
     opt_state: state of the optimizer.
     average: with train.ema, the moving average of `variables`; otherwise None.
+    heads: with train.deep_supervision, the variables of the heads of lower levels; otherwise None.
   """
 
   step: jax.Array
   variables: dict
   opt_state: optax.OptState
   average: dict | None = None
+  heads: dict | None = None
 
   @property
   def tested(self) -> dict:
@@ -47,17 +49,25 @@ class TrainState:
 
   def items(self) -> dict[str, Any]:
     """Returns the two items of a checkpoint: `variables` are those of `tested`, `optimizer` is the rest."""
-    optimizer = self.opt_state
-    if self.average is not None:
-      optimizer = {'opt_state': self.opt_state, 'variables': self.variables}
+    others = {'heads': self.heads, 'variables': None if self.average is None else self.variables}
+    others = {name: value for name, value in others.items() if value is not None}
+    optimizer = {'opt_state': self.opt_state, **others} if others else self.opt_state
     return {'variables': self.tested, 'optimizer': optimizer}
 
   def with_items(self, step: int, items: dict[str, Any]) -> 'TrainState':
     """Returns the state of a checkpoint: its step and its items. `self` gives the form: that of `items()`."""
-    step, optimizer = jnp.asarray(step, jnp.int32), items['optimizer']
-    if self.average is None:
-      return TrainState(step, items['variables'], optimizer)
-    return TrainState(step, optimizer['variables'], optimizer['opt_state'], average=items['variables'])
+    step, variables, optimizer = jnp.asarray(step, jnp.int32), items['variables'], items['optimizer']
+    if self.average is None and self.heads is None:
+      return TrainState(step, variables, optimizer)
+    average = None if self.average is None else variables
+    return TrainState(
+      step, optimizer.get('variables', variables), optimizer['opt_state'], average, optimizer.get('heads')
+    )
+
+  @property
+  def trained(self) -> dict:
+    """The parameters that the optimizer updates."""
+    return _trained(self.variables, self.heads)
 
 
 @workdir_lock.alone_in_workdir
@@ -195,9 +205,15 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
 
 def initial_state(task: tasks.Task, optimizer: optax.GradientTransformation, config) -> TrainState:
   """Returns the train state of step 0, with random parameters from config.seed."""
-  variables = task.init(jax.random.key(config.seed), config.data.image_size)
+  key, size = jax.random.key(config.seed), config.data.image_size
+  variables = task.init(key, size)
+  heads = task.init_heads(jax.random.fold_in(key, 1), variables, size)
   average = jax.tree.map(jnp.zeros_like, variables) if config.train.ema else None  # the first step replaces it
-  return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables['params']), average)
+  return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(_trained(variables, heads)), average, heads)
+
+
+def _trained(variables, heads):
+  return variables['params'] if heads is None else {'model': variables['params'], 'heads': heads['params']}
 
 
 def state_shapes(
@@ -249,16 +265,21 @@ def train_step(
   augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
   image, mask = augment.augment(augment_key, batch['image'], batch['mask'], augmentation)
 
-  def loss_of(params):
-    logits, batch_stats = task.train_logits({**state.variables, 'params': params}, image, dropout_key)
-    return task.loss(logits, task.type.truth({**batch, 'mask': mask})), batch_stats
+  def parts(trained):
+    return (trained, None) if state.heads is None else (trained['model'], {'params': trained['heads']})
 
-  (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.variables['params'])
-  updates, opt_state = optimizer.update(gradients, state.opt_state, state.variables['params'])
-  variables = {'params': optax.apply_updates(state.variables['params'], updates), 'batch_stats': batch_stats}
+  def loss_of(trained):
+    params, heads = parts(trained)
+    truth = task.type.truth({**batch, 'mask': mask})
+    return task.train_loss({**state.variables, 'params': params}, heads, image, truth, dropout_key)
+
+  (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
+  updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
+  params, heads = parts(optax.apply_updates(state.trained, updates))
+  variables = {'params': params, 'batch_stats': batch_stats}
   scalars = {'loss': loss, 'gradient_norm': optax.tree.norm(gradients)}
   average = None if state.average is None else moving_average(state.average, variables, state.step, ema)
-  return TrainState(state.step + 1, variables, opt_state, average), scalars
+  return TrainState(state.step + 1, variables, opt_state, average, heads), scalars
 
 
 def moving_average(average: dict, variables: dict, step: jax.Array, decay: float) -> dict:

@@ -137,6 +137,11 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
     ({'train.loss': 'x'}, "train.loss: 'x' is unknown; give one of cross_entropy, cross_entropy_dice, dice, focal, "),
     ({'train.optimizer': 'x'}, "train.optimizer: 'x' is unknown; give one of adamw, sgd"),
     ({'train.schedule': 'x'}, "train.schedule: 'x' is unknown; give one of warmup_cosine, polynomial, constant"),
+    (
+      {'train.deep_supervision': True},
+      'train.deep_supervision: needs resunet or fusa_resunet with at least three levels, but the model is fusa_resunet',
+    ),
+    ({'train.deep_supervision': True, 'model.name': 'linknet'}, 'needs resunet .* but the model is linknet; leave'),
     ({'mesh.data': 3}, 'does not match the 8 devices'),
     ({'data.image_size': 40, 'model.multiples': None}, '40 must be a multiple of 16 for ResUNet; give 48'),
     ({'model.multiples': ()}, r'model.multiples: \(\) must be a list of whole numbers above 0; give'),
@@ -245,9 +250,9 @@ class Scores:
 PATIENCE = {'train.patience': 2, 'train.steps': 40, 'train.evaluate_every': 1}
 
 
-@pytest.mark.parametrize('scores', [(0.3, 0.5, 0.4, 0.5, 0.1, 0.2), (0.5, None, 0.4)])
-def test_training_ends_when_the_score_stops_rising(data_dir, tmp_path, monkeypatch, scores):
+def test_training_ends_when_the_score_stops_rising(data_dir, tmp_path, monkeypatch):
   """It ends two validations after the best one; of equal scores the later is the best. A score can be undefined."""
+  scores = (0.3, 0.5, None, 0.5, 0.1, 0.2)
   Scores(monkeypatch, scores)
   config, best = tiny(**PATIENCE), len(scores) - 2
   train.train(config, tmp_path, data_dir)
@@ -284,20 +289,24 @@ def test_patience_needs_a_validation_fold(data_dir, tmp_path, monkeypatch):
   assert not (tmp_path / 'run').exists()
 
 
-EMA = {'train.ema': 0.15, 'train.evaluate_every': 2}
+# Everything that adds to the train state, and the parts of the augmentation.
+RECIPE = {
+  **{'train.ema': 0.15, 'train.clip_norm': 1.0, 'train.deep_supervision': True, 'model.multiples': (1, 1, 2)},
+  **{f'augment.{part}_probability': 0.5 for part in ('affine', 'noise')},
+}
 
 
 @pytest.fixture(scope='module')
 def averaged(data_dir, tmp_path_factory):
-  """The workdir of a run with train.ema."""
+  """The workdir of a run with an average of the weights and with heads."""
   workdir = tmp_path_factory.mktemp('averaged')
-  train.train(tiny(**EMA), workdir, data_dir)
+  train.train(tiny(**RECIPE), workdir, data_dir)
   return workdir
 
 
 def test_the_saved_average_equals_numpys(averaged, data_dir):
   """Averages the variables after each step in float64. Weights and running statistics are averaged alike."""
-  config, average = tiny(**EMA), None
+  config, average = tiny(**RECIPE), None
   for number, (state, _) in enumerate(steps(config, meshes.create_mesh(), data_dir)):
     decay = min(0.15, number / (number + 10))
     wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), state.variables)
@@ -310,8 +319,17 @@ def test_the_saved_average_equals_numpys(averaged, data_dir):
   assert max(apart) > 1e-3
 
 
+def test_checkpoints_hold_the_heads_only_for_training(averaged):
+  """Evaluation, prediction and export read the item `variables`: the model's own parameters."""
+  _, items = final_state(tiny(**RECIPE), averaged)
+  (head,) = items['optimizer']['heads']['params'].values()
+  assert head['kernel'].shape == (1, 1, 4, 1)
+  plain = jax.eval_shape(lambda: tasks.create(tiny(**{'model.multiples': (1, 1, 2)})).init(jax.random.key(0), SIZE))
+  assert jax.tree.structure(plain) == jax.tree.structure(items['variables'])
+
+
 def test_the_average_is_validated_and_tested(averaged, data_dir):
-  config, mesh = tiny(**EMA), meshes.create_mesh()
+  config, mesh = tiny(**RECIPE), meshes.create_mesh()
   _, items = final_state(config, averaged)
   task = tasks.create(config)
   validation = datasets.load_dataset(data_dir, config.data.fold, SIZE).validation
@@ -323,13 +341,13 @@ def test_the_average_is_validated_and_tested(averaged, data_dir):
   assert of(best) == logged[step] == max(logged.values())
 
 
-def test_a_stopped_run_with_an_average_resumes_bit_exactly(averaged, data_dir, tmp_path, monkeypatch):
+def test_a_stopped_run_with_average_and_heads_resumes_bit_exactly(averaged, data_dir, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     stop_at(patch, 3)
     with pytest.raises(Stop):
-      train.train(tiny(**EMA), tmp_path, data_dir)
-  train.train(tiny(**EMA), tmp_path, data_dir)
-  whole, resumed = (final_state(tiny(**EMA), workdir) for workdir in (averaged, tmp_path))
+      train.train(tiny(**RECIPE), tmp_path, data_dir)
+  train.train(tiny(**RECIPE), tmp_path, data_dir)
+  whole, resumed = (final_state(tiny(**RECIPE), workdir) for workdir in (averaged, tmp_path))
   assert jax.tree.structure(whole) == jax.tree.structure(resumed)
   jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
