@@ -3,8 +3,8 @@
 import pytest
 from conftest import tiny
 
-from configs import cls, seg
-from fusa_jax.runs import config_checks
+from configs import base, cls, seg
+from fusa_jax.runs import config_checks, run_config
 from fusa_jax.system.errors import UserError
 
 
@@ -64,9 +64,33 @@ def test_all_wrong_values_are_named_at_once():
 
 
 @pytest.mark.parametrize('module', [seg, cls])
-@pytest.mark.parametrize('preset', ['paper', 'demo'])
+@pytest.mark.parametrize('preset', ['paper', 'demo', 'strong', 'demo-strong'])
 def test_presets_are_accepted(module, preset):
   config_checks.check(module.get_config(preset))
+
+
+def test_the_names_of_presets():
+  read = lambda preset: base.read_preset(preset, 'configs/seg.py', ('resunet', 'linknet'))
+  assert read('paper') == (False, False, None)
+  assert read('resunet') == (False, False, 'resunet')
+  assert read('demo-linknet') == (True, False, 'linknet')
+  assert read('strong-resunet') == (False, True, 'resunet')
+  assert read('demo-strong-resunet') == (True, True, 'resunet')
+  for preset in ('', 'huge', 'paper-resunet', 'strong-demo', 'demo-', 'resunet-linknet', 'demo-demo'):
+    with pytest.raises(ValueError, match=rf"^configs/seg.py has no preset '{preset}'; give paper, demo, strong,"):
+      read(preset)
+
+
+@pytest.mark.parametrize('module', [seg, cls])
+def test_strong_keeps_network_data_and_length(module):
+  """Only the recipe differs: what `base.strong` and the presets change."""
+  flat = lambda preset: run_config._flat(run_config.plain(module.get_config(preset)).to_dict())
+  for size in ('', 'demo-'):
+    paper, strong = flat('demo' if size else 'paper'), flat(size + 'strong')
+    differ = {key for key in paper if paper[key] != strong[key]}
+    allowed = ('augment.', 'train.clip_norm', 'train.ema', 'train.deep_supervision')
+    assert differ and all(key.startswith(allowed) for key in differ)
+  assert module.get_config('strong-linknet' if module is seg else 'strong').train.deep_supervision is False
 
 
 @pytest.mark.parametrize(
