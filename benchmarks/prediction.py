@@ -61,7 +61,7 @@ def make_run(workdir: pathlib.Path):
   optimizer, _ = optimizers.make_optimizer(config)
   state = train.compile_init(tasks.create(config), optimizer, config, meshes.replicated(meshes.create_mesh()))()
   with checkpoint.Checkpoints(workdir) as checkpoints:
-    checkpoints.save(0, state.variables, state.opt_state, None)
+    checkpoints.save(0, **state.items(), score=None)
   return run_config.load_config(workdir)
 
 

@@ -170,6 +170,12 @@ def _seeds(seeds):
   return f'seed{"s" * (len(seeds) > 1)} {", ".join(map(str, seeds))}'
 
 
+def _length(config):
+  if config.train.epochs is None:
+    return f'{config.train.steps} steps'
+  return f'{config.train.epochs:g} epochs in steps'
+
+
 def _caption(config, workdir, finished, seeds, machine, jobs):
   name, done = next((name, done) for name, done in finished.items() if done)
   result = results.read_numbers(folder(workdir, name, done[0]))
@@ -178,8 +184,8 @@ def _caption(config, workdir, finished, seeds, machine, jobs):
   return (
     f'{result["dataset"]}, {fold}{results.caveat(result)}: '
     f'{result["num_slices"]} test slices of {result["num_patients"]} patients, '
-    f'{config.data.image_size} x {config.data.image_size}. {config.train.steps} steps of '
-    f'{config.train.batch_size} slices, {_seeds(seeds)}.'
+    f'{config.data.image_size} x {config.data.image_size}. '
+    f'{_length(config)} of {config.train.batch_size} slices, {_seeds(seeds)}.'
     + (f' Unfinished: {", ".join(missing)} seeds.' if missing else '')
     + (' Mean ± standard deviation over the seeds.' if len(seeds) > 1 else ' Brackets: 95% interval over patients.')
     + f' GFLOPs: forward pass of one slice. slices/s: in training, on {machine}'

@@ -1,5 +1,7 @@
 """The config keys of both tasks, with the values of the paper's experiment. A preset changes some of them."""
 
+from typing import NamedTuple
+
 import ml_collections
 from ml_collections import config_dict
 
@@ -47,17 +49,45 @@ def paper() -> ml_collections.ConfigDict:
   config.augment.flip = False  # mirror half of the slices left to right
   config.augment.hu_shift = 0.0  # largest shift in HU, up or down, of a whole slice; 0: none
   config.augment.hu_scale = 0.0  # largest relative change of contrast around water; 0.05 is 5%; 0: none
+  # From here, each part is off unless its probability is above 0. docs/recipe.md says what each part costs.
+  config.augment.affine_probability = 0.0  # probability of a rotation, scaling and shear about the centre
+  config.augment.rotation = 15.0  # largest angle in degrees, in both directions
+  config.augment.scaling = (0.8, 1.25)  # smallest and largest magnification, within 0.5 to 2
+  config.augment.shear = 0.0  # largest shift per row, in pixels, in both directions
+  config.augment.noise_probability = 0.0  # probability of Gaussian noise
+  config.augment.noise = 60.0  # largest standard deviation of the noise, in HU
+  config.augment.blur_probability = 0.0  # probability of a Gaussian blur
+  config.augment.blur = (0.5, 1.0)  # smallest and largest standard deviation of the blur, in pixels
+  config.augment.low_resolution_probability = 0.0  # probability of a lower resolution, resized back
+  config.augment.low_resolution = (0.5, 1.0)  # its smallest and largest side, as fractions of the slice's side
+  config.augment.contrast_probability = 0.0  # probability of another contrast around the mean of the windowed slice
+  config.augment.contrast = (0.75, 1.25)  # smallest and largest factor of the contrast
+  config.augment.gamma_probability = 0.0  # probability of a power of the windowed values, scaled to 0 to 1
+  config.augment.gamma = (0.7, 1.5)  # smallest and largest power
+  config.augment.gamma_inverted = 0.25  # probability that the power applies to 1 - value
 
   config.train = ml_collections.ConfigDict()
   config.train.steps = 20_000  # number of training steps; fixed once a run has started
+  # Number of epochs, in place of train.steps if given. An epoch has as many slices as the training folds.
+  config.train.epochs = config_dict.placeholder(float)
+  # Ends the run early after so many validations without a higher score; None: never. The schedule does not change.
+  config.train.patience = config_dict.placeholder(int)
   config.train.batch_size = 16  # slices per step, over all devices of all hosts
-  # 'cross_entropy', 'cross_entropy_dice', 'dice' or 'focal' (fusa_jax/tasks/losses.py); seg.py and cls.py set it.
+  # 'cross_entropy', 'cross_entropy_dice', 'dice', 'focal', 'focal_dice', 'tversky' or 'focal_tversky'
+  # (fusa_jax/tasks/losses.py); seg.py and cls.py set it.
   config.train.loss = ''
+  # Deep supervision: lower levels of a ResUNet also predict masks, in training only (fusa_jax/tasks/supervision.py).
+  config.train.deep_supervision = False
   config.train.optimizer = 'adamw'  # 'adamw', or 'sgd' with Nesterov momentum 0.99
   config.train.schedule = 'warmup_cosine'  # of the learning rate: 'warmup_cosine', 'polynomial' or 'constant'
   config.train.learning_rate = 1e-3  # the highest learning rate of the schedule
   config.train.warmup_steps = 500  # steps of linear warm-up, for warmup_cosine only
   config.train.weight_decay = 1e-4  # applies to kernels only, not to biases and norms
+  # Scales gradients down to this norm over all parameters if theirs is larger; None: never.
+  config.train.clip_norm = config_dict.placeholder(float)
+  # Decay per step of a moving average of weights and running statistics; 0: none. With 0.999 it covers about the latest
+  # 1000 steps. The average is validated, tested and exported. It costs the memory of another copy of the weights.
+  config.train.ema = 0.0
   config.train.log_every = 50  # steps between two lines of the log
   config.train.evaluate_every = 1000  # steps between two validations; each is followed by a checkpoint
   # On GPUs: add in a fixed order and choose kernels without timing them, so that a repeated run gives the same bits
@@ -81,25 +111,42 @@ def paper() -> ml_collections.ConfigDict:
   return config
 
 
-def read_preset(preset: str, file: str, names: tuple[str, ...]) -> tuple[bool, str | None]:
-  """Splits a preset, `paper`, `demo`, NAME or `demo-NAME`, into (whether it has demo size, NAME or None).
+class Preset(NamedTuple):
+  """What the name of a preset says.
+
+  Attributes:
+    is_demo: whether it has demo size.
+    is_strong: whether it has the strong recipe.
+    model: the name of the model, or None for the default.
+  """
+
+  is_demo: bool
+  is_strong: bool
+  model: str | None
+
+
+def read_preset(preset: str, file: str, names: tuple[str, ...]) -> Preset:
+  """Reads a preset: `paper`, `demo`, `strong`, MODEL, or several of the last three in this order, with hyphens.
 
   Args:
-    preset: the preset.
+    preset: the preset, for example `demo-strong-resunet`.
     file: the config file, for the error message.
-    names: the models that NAME can be.
+    names: the models that MODEL can be.
 
   Raises:
-    ValueError: the preset has none of these forms, or NAME is not in `names`.
+    ValueError: the preset has none of these forms, or MODEL is not in `names`.
   """
-  name = preset.removeprefix('demo').removeprefix('-').removeprefix('paper')
-  is_demo = preset.startswith('demo')
-  if preset not in ('paper', 'demo', name, f'demo-{name}') or (name and name not in names):
+  words = [] if preset == 'paper' else preset.split('-')
+  parts = []
+  for word in ('demo', 'strong'):
+    parts.append(words[:1] == [word])
+    words = words[parts[-1] :]
+  if len(words) > 1 or not set(words) <= set(names):
     raise ValueError(
-      f'{file} has no preset {preset!r}; give paper, demo, MODEL or demo-MODEL, with one of the models '
-      f'{", ".join(names)}'
+      f'{file} has no preset {preset!r}; give paper, demo, strong, demo-strong or MODEL, or demo-MODEL, strong-MODEL '
+      f'or demo-strong-MODEL, with one of the models {", ".join(names)}'
     )
-  return is_demo, name or None
+  return Preset(*parts, words[0] if words else None)
 
 
 def demo(config: ml_collections.ConfigDict) -> None:
@@ -119,3 +166,23 @@ def demo(config: ml_collections.ConfigDict) -> None:
   config.train.log_every = 20
   config.train.evaluate_every = 900
   config.evaluate.num_overlays = 6
+
+
+def strong(config: ml_collections.ConfigDict) -> None:
+  """Changes a config to a modern recipe for the same network (docs/recipe.md). The size and the steps stay.
+
+  The parts are those of nnU-Net (Isensee et al., Nature Methods 2021), in moderate strength: patients lie in a scanner
+  in nearly one position, and HU are calibrated.
+  """
+  config.augment.flip = True
+  config.augment.hu_shift = 20.0
+  config.augment.hu_scale = 0.05
+  config.augment.affine_probability = 0.5
+  config.augment.shear = 0.1
+  config.augment.noise_probability = 0.15
+  config.augment.blur_probability = 0.15
+  config.augment.low_resolution_probability = 0.15
+  config.augment.contrast_probability = 0.15
+  config.augment.gamma_probability = 0.3
+  config.train.clip_norm = 12.0
+  config.train.ema = 0.999

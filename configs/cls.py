@@ -10,9 +10,11 @@ def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
   """Returns the config of a preset.
 
   `paper` is FUSA-ResNet-50 on 512 x 512 slices. `demo` is a narrow FUSA-ResNet-18, small enough for two CPU cores.
-  The name of another model, for example `vgg16`, trains that model as in `paper`; `demo-vgg16` as in `demo`.
+  `strong` is the paper's network under a modern recipe (docs/recipe.md); `demo-strong` has demo size.
+  The name of another model, for example `vgg16`, trains that model as in `paper`; `demo-vgg16`, `strong-vgg16` and
+  `demo-strong-vgg16` as in those presets.
   """
-  is_demo, name = base.read_preset(preset, 'configs/cls.py', models.CLASSIFIERS)
+  is_demo, is_strong, name = base.read_preset(preset, 'configs/cls.py', models.CLASSIFIERS)
   config = base.paper()
   config.task = 'classification'
   config.train.loss = 'cross_entropy'
@@ -29,6 +31,10 @@ def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
     config.train.steps = 1000
     config.train.evaluate_every = 250  # validate often: the best checkpoint comes early
     config.train.weight_decay = 0.05
+  if is_strong:
+    base.strong(config)
+    # A lesion at the edge of an enlarged slice would leave it, while its label stays.
+    config.augment.scaling = (0.8, 1.1)
   # The paper describes crops for segmentation only.
   config.augment.crop_probability = 0.0
   return config

@@ -10,13 +10,22 @@ def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
   """Returns the config of a preset.
 
   `paper` is FUSA-ResUnet on 512 x 512 slices. `demo` is a narrow FUSA-ResUnet, small enough for two CPU cores.
-  The name of another model, for example `resunet`, trains that model as in `paper`; `demo-resunet` as in `demo`.
+  `strong` is the paper's network under a modern recipe (docs/recipe.md); `demo-strong` has demo size.
+  The name of another model, for example `resunet`, trains that model as in `paper`; `demo-resunet`, `strong-resunet`
+  and `demo-strong-resunet` as in those presets.
   """
-  is_demo, name = base.read_preset(preset, 'configs/seg.py', models.SEGMENTERS)
+  is_demo, is_strong, name = base.read_preset(preset, 'configs/seg.py', models.SEGMENTERS)
   config = base.paper()
   config.task = 'segmentation'
   config.train.loss = 'cross_entropy_dice'
   config.model.name = name or 'fusa_resunet'
   if is_demo:
     base.demo(config)
+  if is_strong:
+    base.strong(config)
+    config.train.deep_supervision = config.model.name.endswith('resunet')
+    if not is_demo:  # the training of the demo is too short for crops
+      # The paper's smallest crops show 64 of 512 pixels, enlarged; the slices of a test are never enlarged.
+      config.augment.crop_probability = 0.3
+      config.augment.crop_fractions = (3 / 4, 1 / 2)
   return config

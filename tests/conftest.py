@@ -109,4 +109,4 @@ def final_state(config, workdir):
   shapes = train.state_shapes(task, optimizer, config, meshes.create_mesh())
   with checkpoint.Checkpoints(workdir) as checkpoints:
     step = checkpoints.latest()
-    return step, jax.device_get(checkpoints.restore(step, variables=shapes.variables, optimizer=shapes.opt_state))
+    return step, jax.device_get(checkpoints.restore(step, **shapes.items()))

@@ -49,4 +49,6 @@ class ResUNet(nn.Module):
     for level in reversed(range(len(self.multiples) - 1)):
       x = Doubling(self.width * self.multiples[level], dtype=self.dtype, name=f'up{level}_conv')(x)
       x = block(jnp.concatenate([skips.pop(), x], axis=-1), level, f'up{level}')
+      if level and not self.is_initializing():
+        self.sow('levels', f'level{level}', x)  # for deep supervision (fusa_jax/tasks/supervision.py)
     return PixelHead(self.num_classes, (1, 1))(wide(x))

@@ -1,8 +1,8 @@
 """Saves and restores checkpoints so that an interruption at any time either leaves them intact or is detected.
 
 No other module uses Orbax. A checkpoint has two items: `variables` (parameters and batch statistics, enough for
-evaluation and prediction) and `optimizer` (the rest of the training state). The run keeps its latest two checkpoints
-and the one with the best validation score.
+evaluation and prediction; with train.ema, their moving average) and `optimizer` (the rest of the training state). The
+run keeps its latest two checkpoints and the one with the best validation score.
 
 A checkpoint is written under a temporary name and renamed once it is complete. It includes `sha256.json`, a digest of
 each of its files, and `variables.sha256`. A checkpoint that does not match its digests is damaged: it is logged, not

@@ -65,6 +65,15 @@ _DTYPE = _Domain(
 )
 _SHARE = _range(0, 1, low_too=True, high_too=True)
 
+
+def _pair(domain, example):
+  """A range of which both limits are in a domain."""
+  holds = lambda pair: (
+    isinstance(pair, list | tuple) and len(pair) == 2 and all(map(domain.holds, pair)) and pair[0] <= pair[1]
+  )
+  return _Domain(holds, f'two numbers, the lower one first, each {domain.words}; give {example}, for example')
+
+
 _DOMAINS = {
   'seed': _at_least(0),
   'model.width': _at_least(1),
@@ -81,11 +90,26 @@ _DOMAINS = {
   'augment.crop_fractions': _each(_range(0, 1, high_too=True), '(0.5, 0.25)'),
   'augment.hu_shift': _at_least(0),
   'augment.hu_scale': _range(0, 1, low_too=True),
+  **{f'augment.{part}_probability': _SHARE for part in ('affine', 'noise', 'blur', 'contrast', 'gamma')},
+  'augment.low_resolution_probability': _SHARE,
+  'augment.rotation': _range(0, 180, low_too=True, high_too=True),
+  'augment.scaling': _pair(_range(0.5, 2, low_too=True, high_too=True), '(0.8, 1.25)'),
+  'augment.shear': _range(0, 1, low_too=True),
+  'augment.noise': _at_least(0),
+  'augment.blur': _pair(_range(0, 10, high_too=True), '(0.5, 1.0)'),
+  'augment.low_resolution': _pair(_range(0, 1, high_too=True), '(0.5, 1.0)'),
+  'augment.contrast': _pair(_range(0, 10, high_too=True), '(0.75, 1.25)'),
+  'augment.gamma': _pair(_range(0, 10, high_too=True), '(0.7, 1.5)'),
+  'augment.gamma_inverted': _SHARE,
   'train.steps': _at_least(1),
+  'train.epochs': _ABOVE_0,
+  'train.patience': _at_least(1),
   'train.batch_size': _at_least(1),
   'train.learning_rate': _ABOVE_0,
   'train.warmup_steps': _at_least(0),
   'train.weight_decay': _at_least(0),
+  'train.clip_norm': _ABOVE_0,
+  'train.ema': _range(0, 1, low_too=True),
   'train.log_every': _at_least(1),
   'train.evaluate_every': _at_least(1),
   'evaluate.num_overlays': _at_least(0),

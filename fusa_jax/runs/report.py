@@ -63,6 +63,7 @@ def write_report(workdir: pathlib.Path, data_card: dict, test: str = TEST) -> pa
     path,
     results.REPORT,
     config=config,
+    augmentations=_augmentations(config),
     result=result,
     task_type=task_type,
     command=shlex.join(['python', 'launch.py', f'--config={workdir}/config.json', '--workdir=NEW_FOLDER']),
@@ -139,3 +140,11 @@ def _overlays(task_type, table, tests, volumes):
 def _log(run):
   path = run / 'log.jsonl'
   return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _augmentations(config):
+  """Returns the other parts of the augmentation that are on, with their probabilities, as text."""
+  ending = '_probability'
+  parts = {key.removesuffix(ending): value for key, value in config.augment.items() if key.endswith(ending) and value}
+  parts.pop('crop', None)
+  return ''.join(f'; {name.replace("_", " ")} with probability {value:g}' for name, value in parts.items())

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from fusa_jax import models
+from fusa_jax.models import resunet
 from fusa_jax.scans import volumes
 from fusa_jax.system.errors import UserError, look_up
-from fusa_jax.tasks import losses
+from fusa_jax.tasks import losses, supervision
 from fusa_jax.tasks.classification import CLASSIFICATION
 from fusa_jax.tasks.segmentation import SEGMENTATION
 from fusa_jax.tasks.task_type import TaskType
@@ -35,23 +36,50 @@ class Task:
     model: takes images [B, H, W, 1] and returns logits [B, ..., 1].
     inputs: converts slices [B, H, W], in HU or grey values, to those images.
     loss: takes logits [B, ..., 1] and the truth [B, ...] of `type.truth`; returns a scalar.
+    heads: with train.deep_supervision, the heads of the lower levels; otherwise None.
   """
 
   type: TaskType
   model: nn.Module
   inputs: Callable[[jax.Array], jax.Array]
   loss: losses.Loss
+  heads: nn.Module | None = None
 
   def init(self, key: jax.Array, size: int) -> dict:
     """Variables {'params', 'batch_stats'} for slices of size x size."""
     return self.model.init(key, jnp.zeros((1, size, size, 1)), train=False)
 
-  def train_logits(self, variables: dict, slices: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
-    """Slices [B, H, W] -> (logits, new batch_stats), in training mode: norms use this batch, dropout uses the key."""
+  def init_heads(self, key: jax.Array, variables: dict, size: int) -> dict | None:
+    """Variables {'params'} of the heads, for the model's variables and slices of size x size; None without heads."""
+    if self.heads is None:
+      return None
+    images = jnp.zeros((1, size, size, 1))
+    run = lambda: self.model.apply(variables, images, train=False, mutable='levels')[1]['levels']
+    stored = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(run))
+    return self.heads.init(key, supervision.features(stored))
+
+  def train_loss(
+    self, variables: dict, heads: dict | None, slices: jax.Array, truth: jax.Array, key: jax.Array
+  ) -> tuple[jax.Array, dict]:
+    """The loss of slices [B, H, W] and their truth, in training mode: norms use this batch, dropout uses the key.
+
+    Args:
+      variables: the model's variables.
+      heads: the variables of `heads`, or None without heads.
+      slices, truth: the slices, and the truth of `type.truth`.
+      key: the key of dropout.
+
+    Returns:
+      (loss, new batch_stats).
+    """
+    changed = ['batch_stats'] if heads is None else ['batch_stats', 'levels']
     logits, updated = self.model.apply(
-      variables, self.inputs(slices), train=True, mutable=['batch_stats'], rngs={'dropout': key}
+      variables, self.inputs(slices), train=True, mutable=changed, rngs={'dropout': key}
     )
-    return logits, updated['batch_stats']
+    if heads is None:
+      return self.loss(logits, truth), updated['batch_stats']
+    deep = self.heads.apply(heads, supervision.features(updated['levels']))
+    return supervision.loss(self.loss, logits, deep, truth), updated['batch_stats']
 
   def logits(self, variables: dict, slices: jax.Array, flips: bool = False) -> jax.Array:
     """Slices [B, H, W] -> float32 logit of lesion, per slice [B] or per pixel [B, H, W], with running statistics.
@@ -120,4 +148,15 @@ def create(config: ml_collections.ConfigDict) -> Task:
   for key in _DEPTHS & options.keys():
     options[key] = tuple(options[key])  # a run's config.json holds a list
   model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(resolved_dtype(config)), **options)
-  return Task(task_type, model, inputs, loss)
+  return Task(task_type, model, inputs, loss, _heads(config, model))
+
+
+def _heads(config, model):
+  if not config.train.deep_supervision:
+    return None
+  if not isinstance(model, resunet.ResUNet) or len(model.multiples) < 3:
+    raise UserError(
+      f'train.deep_supervision: needs resunet or fusa_resunet with at least three levels, but the model is '
+      f'{config.model.name}; leave it out'
+    )
+  return supervision.Heads()

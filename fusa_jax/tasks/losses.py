@@ -8,6 +8,7 @@ works for masks [B, H, W] and for labels [B].
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fusa_jax.system.errors import look_up
@@ -43,11 +44,33 @@ def focal(logits: jax.Array, truth: jax.Array) -> jax.Array:
   return optax.losses.sigmoid_focal_loss(logits, _truth_like(logits, truth), gamma=2.0).mean()
 
 
+def focal_dice(logits: jax.Array, truth: jax.Array) -> jax.Array:
+  """The sum of `focal` and `dice`."""
+  return focal(logits, truth) + dice(logits, truth)
+
+
+def tversky(logits: jax.Array, truth: jax.Array) -> jax.Array:
+  """Tversky loss (Salehi et al., MLMI 2017): false negatives weigh 0.7, false positives 0.3; in `dice` both weigh 0.5.
+
+  It is 1 - (TP + 1) / (TP + 0.3 FP + 0.7 FN + 1), with sums of probabilities over the batch, as in `dice`.
+  """
+  axes = tuple(range(truth.ndim))
+  return optax.losses.dice_loss(logits, _truth_like(logits, truth), alpha=0.3, beta=0.7, axis=axes)
+
+
+def focal_tversky(logits: jax.Array, truth: jax.Array) -> jax.Array:
+  """`tversky` to the power 3/4 (Abraham and Khan, ISBI 2019): batches with nearly correct masks weigh more."""
+  return jnp.maximum(tversky(logits, truth), 1e-9) ** 0.75  # at 0, the gradient would be infinite
+
+
 LOSSES = {
   'cross_entropy': cross_entropy,
   'cross_entropy_dice': cross_entropy_dice,
   'dice': dice,
   'focal': focal,
+  'focal_dice': focal_dice,
+  'tversky': tversky,
+  'focal_tversky': focal_tversky,
 }
 
 

@@ -1,9 +1,13 @@
-"""Augments training batches on the device, inside the training step (paper, section III-B).
+"""Augments training batches on the device, inside the training step (paper, section III-B; nnU-Net's recipe).
 
 Functions are written for one image [H, W] and its mask, and mapped over the batch. Every row has its own random key, so
-its augmentation does not depend on the distribution of the batch over devices.
+its augmentation does not depend on the distribution of the batch over devices. A part with probability 0 costs nothing.
+Any other part is computed for every row: a mapped program has no branches.
+
+All parts change stored values (HU or grey). The window follows, as at test time.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +15,19 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from fusa_jax.scans import volumes
 from fusa_jax.tasks import window
+
+# Each random number of a row has its own key, by its place in this list. Append new names: an inserted name would
+# change the numbers of the names after it.
+_STREAMS = (
+  *('crop', 'fraction', 'point', 'place', 'flip', 'shift', 'scale'),
+  *('affine', 'rotation', 'scaling', 'shear'),
+  *('noise', 'noise_level', 'noise_values', 'blur', 'blur_width', 'low_resolution', 'zoom'),
+  *('contrast', 'contrast_factor', 'gamma', 'gamma_power', 'inverted'),
+)
+# Bits after the binary point of a coordinate in `affine`, so that coordinates reach 2^15 pixels.
+_BITS = 16
 
 
 class Augmentation(NamedTuple):
@@ -23,8 +39,25 @@ class Augmentation(NamedTuple):
     flip: mirror left to right with probability 1/2.
     hu_shift: a number from -hu_shift to hu_shift is added to the whole slice.
     hu_scale: the contrast around water is multiplied by a number from 1 - hu_scale to 1 + hu_scale.
+    affine_probability: probability of a rotation, scaling and shear, about the centre of the slice or of its crop.
+    rotation: the angle is from -rotation to rotation, in degrees.
+    scaling: the smallest and the largest magnification; its logarithm is drawn uniformly.
+    shear: rows are shifted by -shear to shear pixels per row.
+    noise_probability: probability of Gaussian noise.
+    noise: its standard deviation is from 0 to `noise`, in HU.
+    blur_probability: probability of a Gaussian blur.
+    blur: the smallest and the largest standard deviation of the blur, in pixels.
+    low_resolution_probability: probability of sampling the slice at fewer pixels and resizing it back.
+    low_resolution: the smallest and the largest side of the reduced slice, as fractions of the side.
+    contrast_probability: probability of a change of contrast around the mean of the windowed slice.
+    contrast: the smallest and the largest factor of the contrast.
+    gamma_probability: probability of a power of the windowed values, scaled to 0 to 1.
+    gamma: the smallest and the largest power.
+    gamma_inverted: probability that the power applies to 1 - value instead.
     water: the stored value of water, 0 HU.
     tissue: higher values are tissue. A slice without lesion is cropped around a pixel of tissue.
+    outside: the stored value of what lies outside the image: air.
+    black, white: the stored values at the limits of the window.
   """
 
   crop_probability: float = 0.0
@@ -32,8 +65,26 @@ class Augmentation(NamedTuple):
   flip: bool = False
   hu_shift: float = 0.0
   hu_scale: float = 0.0
+  affine_probability: float = 0.0
+  rotation: float = 0.0
+  scaling: Sequence[float] = (1.0, 1.0)
+  shear: float = 0.0
+  noise_probability: float = 0.0
+  noise: float = 0.0
+  blur_probability: float = 0.0
+  blur: Sequence[float] = (0.5, 1.0)
+  low_resolution_probability: float = 0.0
+  low_resolution: Sequence[float] = (0.5, 1.0)
+  contrast_probability: float = 0.0
+  contrast: Sequence[float] = (1.0, 1.0)
+  gamma_probability: float = 0.0
+  gamma: Sequence[float] = (1.0, 1.0)
+  gamma_inverted: float = 0.0
   water: float = 0.0
   tissue: float = -500.0
+  outside: float = volumes.AIR
+  black: float = -1000.0
+  white: float = 300.0
 
 
 def create(config: ml_collections.ConfigDict) -> Augmentation:
@@ -41,15 +92,20 @@ def create(config: ml_collections.ConfigDict) -> Augmentation:
 
   The conversion maps the HU window linearly to the grey values from black to white.
   """
-  options = Augmentation(**config.augment)
+  low, high = config.data.window
+  options = Augmentation(**config.augment, black=low, white=high)
   if config.data.intensity == 'hu':
     return options
-  (black, white), (low, high) = window.GREY, config.data.window
+  black, white = window.GREY
   per_hu = (white - black) / (high - low)
   return options._replace(
     hu_shift=options.hu_shift * per_hu,
+    noise=options.noise * per_hu,
     water=black + (options.water - low) * per_hu,
     tissue=black + (options.tissue - low) * per_hu,
+    outside=black,
+    black=black,
+    white=white,
   )
 
 
@@ -60,23 +116,52 @@ def augment(key: jax.Array, image: jax.Array, mask: jax.Array, options: Augmenta
 
 
 def _row(key, image, mask, options):
-  keys = dict(
-    zip(('crop', 'fraction', 'point', 'place', 'flip', 'shift', 'scale'), jax.random.split(key, 7), strict=True)
-  )
+  keys = {name: jax.random.fold_in(key, number) for number, name in enumerate(_STREAMS)}
+  uniform = lambda name, low, high: jax.random.uniform(keys[name], minval=low, maxval=high)
+  happens = lambda name: jax.random.bernoulli(keys[name], getattr(options, f'{name}_probability'))
+  fraction, top_left = 1.0, 0.0
   if options.crop_probability:
     fraction = jax.random.choice(keys['fraction'], jnp.asarray(options.crop_fractions, jnp.float32))
-    fraction = jnp.where(jax.random.bernoulli(keys['crop'], options.crop_probability), fraction, 1.0)
+    fraction = jnp.where(happens('crop'), fraction, 1.0)
     foreground = jnp.where(mask.any(), mask > 0, image > options.tissue)
     top_left = crop_around(keys['place'], random_point(keys['point'], foreground), fraction, image.shape)
+  if options.affine_probability:
+    angle = jnp.deg2rad(uniform('rotation', -options.rotation, options.rotation))
+    scaling = jnp.exp(uniform('scaling', *map(math.log, options.scaling)))
+    changed = linear(angle, scaling, uniform('shear', -options.shear, options.shear))
+    changed = jnp.where(happens('affine'), changed, jnp.eye(2))
+    # A crop is part of the map, so that the image is interpolated only once.
+    image, mask = affine(image, mask, about_centre(changed, fraction, top_left, image.shape), options.outside)
+  elif options.crop_probability:
     image, mask = crop(image, mask, top_left, fraction)
   if options.flip:
     flip = jax.random.bernoulli(keys['flip'])
     image, mask = (jnp.where(flip, array[:, ::-1], array) for array in (image, mask))
   if options.hu_shift:
-    image += jax.random.uniform(keys['shift'], minval=-options.hu_shift, maxval=options.hu_shift)
+    image += uniform('shift', -options.hu_shift, options.hu_shift)
   if options.hu_scale:
-    contrast = 1 + jax.random.uniform(keys['scale'], minval=-options.hu_scale, maxval=options.hu_scale)
+    contrast = 1 + uniform('scale', -options.hu_scale, options.hu_scale)
     image = options.water + (image - options.water) * contrast
+  # The order of nnU-Net (Isensee et al., Nature Methods 2021).
+  if options.noise_probability:
+    level = jnp.where(happens('noise'), uniform('noise_level', 0.0, options.noise), 0.0)
+    image += level * jax.random.normal(keys['noise_values'], image.shape)
+  if options.blur_probability:
+    width = uniform('blur_width', *options.blur)
+    image = jnp.where(happens('blur'), blur(image, width, most=options.blur[1]), image)
+  if options.contrast_probability:
+    factor = jnp.where(happens('contrast'), uniform('contrast_factor', *options.contrast), 1.0)
+    image = jnp.where(factor == 1.0, image, change_contrast(image, factor, options.black, options.white))
+  if options.low_resolution_probability:
+    zoom = uniform('zoom', *options.low_resolution)
+    image = jnp.where(happens('low_resolution'), low_resolution(image, zoom), image)
+  if options.gamma_probability:
+    power, invert = (
+      uniform('gamma_power', *options.gamma),
+      jax.random.bernoulli(keys['inverted'], options.gamma_inverted),
+    )
+    changed = change_gamma(image, power, invert, options.black, options.white)
+    image = jnp.where(happens('gamma'), changed, image)
   return image, mask
 
 
@@ -122,3 +207,105 @@ def crop(image: jax.Array, mask: jax.Array, top_left: jax.Array, fraction: jax.A
     for n, start in zip(mask.shape, top_left, strict=True)
   )
   return image, mask[rows][:, columns]
+
+
+def linear(angle: jax.Array, scaling: jax.Array, shear: jax.Array) -> jax.Array:
+  """The matrix [2, 2] from an offset (row, column) in the output to the offset in the input.
+
+  Objects appear rotated by `angle` in radians, `scaling` times as large, and sheared along the rows.
+  """
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  rotation = [[cos, -sin], [sin, cos]]
+  rows = [[row[0] + row[1] * shear, row[1]] for row in rotation]  # rotation @ [[1, 0], [shear, 1]]
+  return jnp.asarray(rows) / scaling
+
+
+def about_centre(matrix: jax.Array, fraction: jax.Array, top_left: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """Returns the map [2, 3] from a pixel (row, column, 1) of the output to its place in the input.
+
+  The centre of the output is at the centre of the crop with corner `top_left`. `matrix` [2, 2] applies around it, and
+  `fraction` is the side of the crop.
+  """
+  shape = jnp.asarray(shape, jnp.float32)
+  matrix = matrix * fraction
+  # Elementwise: a TPU would multiply matrices in bfloat16.
+  start = top_left + fraction * shape / 2 - 0.5 - (matrix * ((shape - 1) / 2)).sum(axis=1)
+  return jnp.concatenate([matrix, start[:, None]], axis=1)
+
+
+def affine(image: jax.Array, mask: jax.Array, matrix: jax.Array, outside: float) -> tuple[jax.Array, jax.Array]:
+  """Samples image and mask [H, W] at the places `matrix` [2, 3] @ (row, column, 1), in pixels.
+
+  The image is interpolated linearly between its pixels and `outside`, the mask by nearest neighbour and 0. This is
+  scipy.ndimage.map_coordinates with order 1 and 0 and mode 'grid-constant'.
+
+  A compiler may compute a coordinate twice and round it differently. The pixels of one rounding with the weights of the
+  other are wrong by a whole pixel (seen on CPUs, 2 of 262,144 points). Coordinates are therefore whole multiples of
+  2^-16 pixels, computed with integers, and have no rounding.
+
+  Each point is read with five element gathers that share their indices. GPUs and CPUs fuse these with the
+  interpolation. Rotations by three shears need no gather, but interpolate three times, which blurs and does not equal
+  bilinear interpolation.
+  """
+  height, width = image.shape
+  (to_row, to_column) = jnp.round(matrix * (1 << _BITS)).astype(jnp.int32)
+  rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
+  # One pixel of padding before the first pixel and two after the last: place 0 in the padded arrays is pixel -1.
+  place = lambda m, n: jnp.clip(m[0] * rows + m[1] * columns + m[2] + (1 << _BITS), 0, (n + 1) << _BITS)
+  row, column = place(to_row, height), place(to_column, width)
+  image, mask = jnp.pad(image, (1, 2), constant_values=outside).ravel(), jnp.pad(mask, (1, 2)).ravel()
+  at = lambda array, down, right: array.at[((row + down) >> _BITS) * (width + 3) + ((column + right) >> _BITS)].get(
+    mode='promise_in_bounds'
+  )
+  whole, half = 1 << _BITS, 1 << (_BITS - 1)
+  below, beside = ((place & (whole - 1)).astype(jnp.float32) / whole for place in (row, column))
+  top, bottom = (at(image, down, 0) * (1 - beside) + at(image, down, whole) * beside for down in (0, whole))
+  return top * (1 - below) + bottom * below, at(mask, half, half)
+
+
+def blur(image: jax.Array, width: jax.Array, most: float) -> jax.Array:
+  """Gaussian blur of [H, W] with standard deviation `width`, at most `most`, in pixels; edges are repeated.
+
+  It is scipy.ndimage.gaussian_filter with mode 'nearest' and a radius of 4 times `most`.
+  """
+  radius = math.ceil(4 * most)
+  offsets = jnp.arange(-radius, radius + 1)
+  weights = jnp.exp(-0.5 * jnp.square(offsets / width))
+  weights /= weights.sum()
+  for axis in (0, 1):
+    padded = jnp.pad(image, [(radius, radius) if each == axis else (0, 0) for each in (0, 1)], mode='edge')
+    parts = (
+      weight * jax.lax.slice_in_dim(padded, start, start + image.shape[axis], axis=axis)
+      for start, weight in enumerate(weights)
+    )
+    image = sum(parts)
+  return image
+
+
+def low_resolution(image: jax.Array, zoom: jax.Array) -> jax.Array:
+  """Samples [H, W] at round(zoom * side) pixels per side by nearest neighbour, and resizes it back linearly."""
+  counts = [jnp.maximum(jnp.round(zoom * n), 1) for n in image.shape]
+  sources = []
+  for n, count in zip(image.shape, counts, strict=True):
+    # The array keeps its static shape. Only its first `count` pixels are used, and the last of these is repeated.
+    pixel = jnp.minimum(jnp.arange(n), count - 1)
+    sources.append(jnp.clip(jnp.floor((pixel + 0.5) * n / count).astype(jnp.int32), 0, n - 1))
+  rows, columns = sources
+  scale = jnp.stack([n / count for n, count in zip(image.shape, counts, strict=True)])
+  return jax.image.scale_and_translate(
+    image[rows][:, columns], image.shape, (0, 1), scale, jnp.zeros(2), method='linear', antialias=False
+  )
+
+
+def change_contrast(image: jax.Array, factor: jax.Array, black: float, white: float) -> jax.Array:
+  """Multiplies the distance from the mean of the windowed image [H, W] by `factor`; the result is in the window."""
+  windowed = jnp.clip(image, black, white)
+  mean = windowed.mean()
+  return jnp.clip(mean + (windowed - mean) * factor, black, white)
+
+
+def change_gamma(image: jax.Array, power: jax.Array, invert: jax.Array, black: float, white: float) -> jax.Array:
+  """Scales the window of [H, W] to 0 to 1 and raises it to `power`; if `invert`, 1 minus the value instead."""
+  level = jnp.clip((image - black) / (white - black), 0, 1)
+  level = jnp.where(invert, 1 - level, level) ** power
+  return black + (white - black) * jnp.where(invert, 1 - level, level)

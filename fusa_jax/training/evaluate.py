@@ -28,7 +28,7 @@ from fusa_jax.scans import volumes
 from fusa_jax.system import hosts, meshes, progress, provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import window
-from fusa_jax.training import datasets
+from fusa_jax.training import datasets, length
 from fusa_jax.training.scorer import Scorer
 
 # The options that choose the operating point.
@@ -121,7 +121,8 @@ def is_finished(
   if split.test_name(workdir, dataset.description(), '') != split.TEST:
     return False
   with checkpoint.Checkpoints(workdir) as checkpoints:
-    if checkpoints.latest() != config.train.steps:
+    latest = checkpoints.latest()
+    if latest is None or not length.is_over(length.with_steps(config, dataset), checkpoints, latest):
       return False
     step = checkpoints.best()
     weights = {'step': step, 'sha256': checkpoints.digest(step)}

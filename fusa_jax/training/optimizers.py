@@ -48,12 +48,17 @@ OPTIMIZERS = {'adamw': adamw, 'sgd': sgd}
 def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """Returns the optimizer of a config and its learning rate by step. Weight decay applies to kernels only.
 
+  With train.clip_norm, it first scales gradients with a larger norm down to this norm (Pascanu et al., ICML 2013).
+
   Raises:
     UserError: the optimizer or the schedule is unknown.
   """
   train = config.train
   schedule = look_up(SCHEDULES, train.schedule, 'train.schedule')(train)
-  return look_up(OPTIMIZERS, train.optimizer, 'train.optimizer')(schedule, train.weight_decay), schedule
+  optimizer = look_up(OPTIMIZERS, train.optimizer, 'train.optimizer')(schedule, train.weight_decay)
+  if train.clip_norm is not None:
+    optimizer = optax.chain(optax.clip_by_global_norm(train.clip_norm), optimizer)
+  return optimizer, schedule
 
 
 def _is_kernel(params):

@@ -6,6 +6,7 @@ import logging
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import clu.parameter_overview
 import flax
@@ -20,7 +21,7 @@ from fusa_jax.runs import checkpoint, config_checks, results, run_config, split,
 from fusa_jax.runs.metric_log import MetricLog
 from fusa_jax.system import hosts, meshes, preemption, progress, provenance
 from fusa_jax.system.errors import Terminated, UserError
-from fusa_jax.training import augment, datasets, input_pipeline, optimizers, scorer
+from fusa_jax.training import augment, datasets, input_pipeline, length, optimizers, scorer
 
 
 @flax.struct.dataclass
@@ -31,16 +32,47 @@ class TrainState:
     step: number of finished steps, int32 scalar. The optimizer has its own counters in `opt_state`.
     variables: {'params', 'batch_stats'} of the model.
     opt_state: state of the optimizer.
+    average: with train.ema, the moving average of `variables`; otherwise None.
+    heads: with train.deep_supervision, the variables of the heads of lower levels; otherwise None.
   """
 
   step: jax.Array
   variables: dict
   opt_state: optax.OptState
+  average: dict | None = None
+  heads: dict | None = None
+
+  @property
+  def tested(self) -> dict:
+    """The variables to validate, to test and to export: the average, if there is one."""
+    return self.variables if self.average is None else self.average
+
+  def items(self) -> dict[str, Any]:
+    """Returns the two items of a checkpoint: `variables` are those of `tested`, `optimizer` is the rest."""
+    others = {'heads': self.heads, 'variables': None if self.average is None else self.variables}
+    others = {name: value for name, value in others.items() if value is not None}
+    optimizer = {'opt_state': self.opt_state, **others} if others else self.opt_state
+    return {'variables': self.tested, 'optimizer': optimizer}
+
+  def with_items(self, step: int, items: dict[str, Any]) -> 'TrainState':
+    """Returns the state of a checkpoint: its step and its items. `self` gives the form: that of `items()`."""
+    step, variables, optimizer = jnp.asarray(step, jnp.int32), items['variables'], items['optimizer']
+    if self.average is None and self.heads is None:
+      return TrainState(step, variables, optimizer)
+    average = None if self.average is None else variables
+    return TrainState(
+      step, optimizer.get('variables', variables), optimizer['opt_state'], average, optimizer.get('heads')
+    )
+
+  @property
+  def trained(self) -> dict:
+    """The parameters that the optimizer updates."""
+    return _trained(self.variables, self.heads)
 
 
 @workdir_lock.alone_in_workdir
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pathlib.Path) -> None:
-  """Trains up to config.train.steps; resumes from the latest checkpoint in `workdir`, if there is one.
+  """Trains to the end (`length.is_over`); resumes from the latest checkpoint in `workdir`, if there is one.
 
   Args:
     config: a config of configs/.
@@ -57,6 +89,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
   dataset = datasets.load_dataset_for(config, data_dir)
+  planned = config
+  config = length.with_steps(config, dataset)
   task = tasks.create(config)
   optimizer, learning_rate = optimizers.make_optimizer(config)
   code = provenance.code()
@@ -68,7 +102,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   if config.model.init_from and not checkpoint.exists(workdir):
     pretrained, notes = torch_weights.initial(config.model.init_from, config.model.name, shapes.variables)
   # All checks of the config are done, so a refused config leaves no workdir behind.
-  run_config.save_config(workdir, config)
+  run_config.save_config(workdir, planned)
   split.save_split(workdir, dataset.description())
   report_parameters(shapes.variables)
 
@@ -78,16 +112,15 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
     checkpoints = checkpoint.Checkpoints(workdir)
     first_step = checkpoints.latest() or 0
     if first_step:
-      items = checkpoints.restore(first_step, variables=shapes.variables, optimizer=shapes.opt_state)
-      step = jax.device_put(jnp.asarray(first_step, jnp.int32), everywhere)
-      state = TrainState(step, items['variables'], items['optimizer'])
+      state = shapes.with_items(first_step, checkpoints.restore(first_step, **shapes.items()))
+      state = state.replace(step=jax.device_put(state.step, everywhere))
       logging.info('resuming %s at step %d of %d', workdir, first_step, config.train.steps)
     else:
       state = compile_init(task, optimizer, config, everywhere)()
       if pretrained:
         state = state.replace(variables=torch_weights.overlay(state.variables, pretrained))
         logging.info('\n'.join([f'weights from {config.model.init_from}', *(f'- {note}' for note in notes)]))
-    if first_step >= config.train.steps:
+    if first_step and length.is_over(config, checkpoints, first_step):
       return
     starts.record_start(workdir, first_step, facts | {'devices': f'{mesh.size} x {mesh.devices.flat[0].device_kind}'})
 
@@ -148,25 +181,39 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       if evaluating:
         score = None
         if dataset.validation is not None:
-          summary = results.summary(task.type, validation.table(state.variables, dataset.validation))
+          summary = results.summary(task.type, validation.table(state.tested, dataset.validation))
           score = summary[task.type.selection]
           log.write(step, {f'validation/{name}': value for name, value in summary.items()})
           if hosts.is_main():
             bar.write(f'step {step}: validation {results.one_line(task.type, summary)}')
         log.copy()
-        checkpoints.save(step, state.variables, state.opt_state, score)
+        checkpoints.save(step, **state.items(), score=score)
         began = time.perf_counter()
       elif stopping:
         log.copy()
-        checkpoints.save(step, state.variables, state.opt_state, None)
+        checkpoints.save(step, **state.items(), score=None)
       if stopping:
         raise Terminated(f'by SIGTERM at step {step}, which is saved')
+      if evaluating and step < config.train.steps and length.is_over(config, checkpoints, step):
+        best, unit = checkpoints.best(), 'validation' if config.train.patience == 1 else 'validations'
+        logging.info(
+          'stopped at step %d of %d: the best score is that of step %d, %d %s ago (train.patience)',
+          *(step, config.train.steps, best, config.train.patience, unit),
+        )
+        break
 
 
 def initial_state(task: tasks.Task, optimizer: optax.GradientTransformation, config) -> TrainState:
   """Returns the train state of step 0, with random parameters from config.seed."""
-  variables = task.init(jax.random.key(config.seed), config.data.image_size)
-  return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(variables['params']))
+  key, size = jax.random.key(config.seed), config.data.image_size
+  variables = task.init(key, size)
+  heads = task.init_heads(jax.random.fold_in(key, 1), variables, size)
+  average = jax.tree.map(jnp.zeros_like, variables) if config.train.ema else None  # the first step replaces it
+  return TrainState(jnp.zeros((), jnp.int32), variables, optimizer.init(_trained(variables, heads)), average, heads)
+
+
+def _trained(variables, heads):
+  return variables['params'] if heads is None else {'model': variables['params'], 'heads': heads['params']}
 
 
 def state_shapes(
@@ -200,24 +247,52 @@ def train_step(
   optimizer: optax.GradientTransformation,
   augmentation: augment.Augmentation,
   seed: int,
+  ema: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update from a batch {'image' int16 [B, H, W], 'mask' [B, H, W], 'label' [B]}.
 
+  Args:
+    state: the train state.
+    batch: the batch.
+    task, optimizer: those of the config.
+    augmentation: the augmentation of the batch.
+    seed: the seed of augmentation and dropout.
+    ema: the decay of the moving average, train.ema; 0 if the state has none.
+
   Returns:
-    (new state, {'loss', 'gradient_norm'}).
+    (new state, {'loss', 'gradient_norm'}); the norm is that before clipping.
   """
   augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
   image, mask = meshes.split_images(*augment.augment(augment_key, batch['image'], batch['mask'], augmentation))
 
-  def loss_of(params):
-    logits, batch_stats = task.train_logits({**state.variables, 'params': params}, image, dropout_key)
-    return task.loss(logits, task.type.truth({**batch, 'mask': mask})), batch_stats
+  def parts(trained):
+    return (trained, None) if state.heads is None else (trained['model'], {'params': trained['heads']})
 
-  (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.variables['params'])
-  updates, opt_state = optimizer.update(gradients, state.opt_state, state.variables['params'])
-  variables = {'params': optax.apply_updates(state.variables['params'], updates), 'batch_stats': batch_stats}
+  def loss_of(trained):
+    params, heads = parts(trained)
+    truth = task.type.truth({**batch, 'mask': mask})
+    return task.train_loss({**state.variables, 'params': params}, heads, image, truth, dropout_key)
+
+  (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
+  updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
+  params, heads = parts(optax.apply_updates(state.trained, updates))
+  variables = {'params': params, 'batch_stats': batch_stats}
   scalars = {'loss': loss, 'gradient_norm': optax.tree.norm(gradients)}
-  return TrainState(state.step + 1, variables, opt_state), scalars
+  average = None if state.average is None else moving_average(state.average, variables, state.step, ema)
+  return TrainState(state.step + 1, variables, opt_state, average, heads), scalars
+
+
+def moving_average(average: dict, variables: dict, step: jax.Array, decay: float) -> dict:
+  """Returns the exponential moving average of the model's variables after `step` + 1 steps.
+
+  average = d * average + (1 - d) * variables, where d is the smaller of `decay` and step / (step + 10). So the average
+  covers at most the latest tenth of the steps, roughly, and a short run does not average its first weights. The first
+  step replaces the average.
+
+  The running statistics of norms are averaged as the weights are: the current ones fit the latest weights only.
+  """
+  decay = jnp.minimum(decay, step / (step + 10))
+  return optax.incremental_update(variables, average, 1 - decay)
 
 
 def lower_step(task, optimizer, config, mesh, shapes: TrainState, platform: str | None = None) -> jax.stages.Lowered:
@@ -235,6 +310,7 @@ def lower_step(task, optimizer, config, mesh, shapes: TrainState, platform: str 
     optimizer=optimizer,
     augmentation=augment.create(config),
     seed=config.seed,
+    ema=config.train.ema,
   )
   everywhere, size, count = meshes.replicated(mesh), config.data.image_size, config.train.batch_size
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batched(mesh, len(shape)))

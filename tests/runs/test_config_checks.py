@@ -3,8 +3,8 @@
 import pytest
 from conftest import tiny
 
-from configs import cls, seg
-from fusa_jax.runs import config_checks
+from configs import base, cls, seg
+from fusa_jax.runs import config_checks, run_config
 from fusa_jax.system.errors import UserError
 
 
@@ -20,10 +20,21 @@ from fusa_jax.system.errors import UserError
     ('train.learning_rate', 0.0, 'must be above 0'),
     ('train.learning_rate', float('nan'), 'must be above 0'),
     ('train.weight_decay', float('inf'), 'must be at least 0'),
+    ('train.epochs', 0.0, 'must be above 0'),
+    ('train.patience', 0, 'must be at least 1'),
+    ('train.ema', 1.0, 'must be at least 0 and below 1'),
+    ('train.clip_norm', 0.0, 'must be above 0'),
     ('augment.crop_fractions', (), r'must be a list of numbers, each above 0 and at most 1; give \(0.5, 0.25\)'),
     ('augment.crop_fractions', (2.0,), 'each above 0 and at most 1'),
     ('augment.crop_probability', 1.5, 'must be at least 0 and at most 1'),
     ('augment.hu_scale', 1.0, 'must be at least 0 and below 1'),
+    ('augment.affine_probability', 2.0, 'must be at least 0 and at most 1'),
+    ('augment.scaling', (1.2, 0.8), r'must be two numbers, the lower one first, each at least 0.5 and at most 2; give'),
+    ('augment.scaling', (0.1, 1.0), 'each at least 0.5 and at most 2'),
+    ('augment.blur', (0.5, 1.0, 2.0), 'must be two numbers'),
+    ('augment.rotation', -5.0, 'must be at least 0 and at most 180'),
+    ('augment.noise', -1.0, 'must be at least 0'),
+    ('augment.gamma', (0.0, 1.0), 'each above 0'),
     ('data.window', (100.0, 100.0), 'must be two numbers in HU, the lower one first'),
     ('data.window', (1.0, 2.0, 3.0), 'must be two numbers'),
     ('data.image_size', 0, 'must be at least 1'),
@@ -53,9 +64,33 @@ def test_all_wrong_values_are_named_at_once():
 
 
 @pytest.mark.parametrize('module', [seg, cls])
-@pytest.mark.parametrize('preset', ['paper', 'demo'])
+@pytest.mark.parametrize('preset', ['paper', 'demo', 'strong', 'demo-strong'])
 def test_presets_are_accepted(module, preset):
   config_checks.check(module.get_config(preset))
+
+
+def test_the_names_of_presets():
+  read = lambda preset: base.read_preset(preset, 'configs/seg.py', ('resunet', 'linknet'))
+  assert read('paper') == (False, False, None)
+  assert read('resunet') == (False, False, 'resunet')
+  assert read('demo-linknet') == (True, False, 'linknet')
+  assert read('strong-resunet') == (False, True, 'resunet')
+  assert read('demo-strong-resunet') == (True, True, 'resunet')
+  for preset in ('', 'huge', 'paper-resunet', 'strong-demo', 'demo-', 'resunet-linknet', 'demo-demo'):
+    with pytest.raises(ValueError, match=rf"^configs/seg.py has no preset '{preset}'; give paper, demo, strong,"):
+      read(preset)
+
+
+@pytest.mark.parametrize('module', [seg, cls])
+def test_strong_keeps_network_data_and_length(module):
+  """Only the recipe differs: what `base.strong` and the presets change."""
+  flat = lambda preset: run_config._flat(run_config.plain(module.get_config(preset)).to_dict())
+  for size in ('', 'demo-'):
+    paper, strong = flat('demo' if size else 'paper'), flat(size + 'strong')
+    differ = {key for key in paper if paper[key] != strong[key]}
+    allowed = ('augment.', 'train.clip_norm', 'train.ema', 'train.deep_supervision')
+    assert differ and all(key.startswith(allowed) for key in differ)
+  assert module.get_config('strong-linknet' if module is seg else 'strong').train.deep_supervision is False
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Losses compared with their formulas in float64 NumPy, and with MONAI."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,6 +34,12 @@ def focal(logits, truth):
   return -(truth * (1 - p) ** 2 * np.log(p) + (1 - truth) * p**2 * np.log(1 - p)).mean()
 
 
+def tversky(logits, truth):
+  p = 1 / (1 + np.exp(-logits))
+  tp, fp, fn = (p * truth).sum(), (p * (1 - truth)).sum(), ((1 - p) * truth).sum()
+  return 1 - (tp + 1) / (tp + 0.3 * fp + 0.7 * fn + 1)
+
+
 def test_segmentation_loss_is_cross_entropy_plus_dice_of_the_batch(batch):
   logits = np.random.default_rng(1).normal(size=(3, 8, 8, 1))
   truth = np.asarray(batch['mask'], float)[..., None]
@@ -57,6 +64,9 @@ def test_each_loss_equals_its_formula_for_masks_and_labels(batch, name, truth):
     'cross_entropy_dice': lambda logits, truth: cross_entropy(logits, truth) + dice(logits, truth),
     'dice': dice,
     'focal': focal,
+    'focal_dice': lambda logits, truth: focal(logits, truth) + dice(logits, truth),
+    'tversky': tversky,
+    'focal_tversky': lambda logits, truth: tversky(logits, truth) ** (3 / 4),
   }[name]
   logits = np.random.default_rng(1).normal(scale=3, size=(*batch[truth].shape, 1))
   got = losses.get_loss(name)(jnp.asarray(logits, jnp.float32), batch[truth])
@@ -69,11 +79,15 @@ def test_each_loss_equals_monais(batch, name):
   """MONAI adds `smooth` to sums that are twice those of optax, and its arrays have channels second."""
   torch, monai = pytest.importorskip('torch'), pytest.importorskip('monai.losses')
   of_batch = monai.DiceLoss(sigmoid=True, batch=True, smooth_nr=2.0, smooth_dr=2.0)
+  tversky = monai.TverskyLoss(sigmoid=True, alpha=0.3, beta=0.7, smooth_nr=1.0, smooth_dr=1.0, batch=True)
   theirs = {
     'cross_entropy': torch.nn.BCEWithLogitsLoss(),
     'cross_entropy_dice': lambda logits, truth: torch.nn.BCEWithLogitsLoss()(logits, truth) + of_batch(logits, truth),
     'dice': of_batch,
     'focal': monai.FocalLoss(gamma=2.0),
+    'focal_dice': lambda logits, truth: monai.FocalLoss(gamma=2.0)(logits, truth) + of_batch(logits, truth),
+    'tversky': tversky,
+    'focal_tversky': lambda logits, truth: tversky(logits, truth) ** (3 / 4),
   }[name]
   logits = np.random.default_rng(1).normal(scale=3, size=(3, 8, 8, 1))
   arrays = logits, np.asarray(batch['mask'], float)[..., None]
@@ -91,8 +105,14 @@ def test_losses_of_extreme_logits_are_finite_and_ordered(batch, name):
   assert -1e-6 < right < 1e-6 < undecided < wrong
 
 
+@pytest.mark.parametrize('name', losses.LOSSES)
+def test_gradients_of_perfect_predictions_are_finite(batch, name):
+  sure = 200.0 * (2 * jnp.asarray(batch['mask'], jnp.float32) - 1)[..., None]
+  assert np.isfinite(jax.grad(losses.get_loss(name))(sure, batch['mask'])).all()
+
+
 def test_an_unknown_loss_is_refused_with_the_list():
   with pytest.raises(
-    UserError, match=r"^train\.loss: 'x' is unknown; give one of cross_entropy, cross_entropy_dice, dice, focal$"
+    UserError, match=r"^train\.loss: 'x' is unknown; give one of cross_entropy, cross_entropy_dice, dice, focal, "
   ):
     losses.get_loss('x')

@@ -44,13 +44,19 @@ def test_warm_up_takes_at_most_half_of_the_steps():
   assert rates[0] == 0 and rates[20] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize('clip_norm', [None, 3.0])
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
-def test_each_optimizer_equals_pytorchs(name):
-  """Twelve steps with a falling learning rate on a kernel (with weight decay) and a bias (without)."""
+def test_each_optimizer_equals_pytorchs(name, clip_norm):
+  """Twelve steps with a falling learning rate on a kernel (with weight decay) and a bias (without).
+
+  The gradients have norms from 2 to 6, so that clipping changes only some of them.
+  """
   torch = pytest.importorskip('torch')
   rng = np.random.default_rng(0)
   start = {'kernel': rng.normal(size=(3, 4)), 'bias': rng.normal(size=4)}
-  optimizer, schedule = optimizers.make_optimizer(config_with(optimizer=name, schedule='polynomial'))
+  optimizer, schedule = optimizers.make_optimizer(
+    config_with(optimizer=name, schedule='polynomial', clip_norm=clip_norm)
+  )
 
   theirs = {key: torch.nn.Parameter(torch.from_numpy(value.copy())) for key, value in start.items()}
   groups = [
@@ -63,18 +69,20 @@ def test_each_optimizer_equals_pytorchs(name):
   }[name]()
 
   ours = {key: jnp.asarray(value, jnp.float32) for key, value in start.items()}
-  state, update = optimizer.init(ours), jax.jit(optimizer.update)
+  state, update, norms = optimizer.init(ours), jax.jit(optimizer.update), []
   for step in range(12):
     gradients = {key: rng.normal(size=value.shape) for key, value in start.items()}
     for group in reference.param_groups:
       group['lr'] = FORMULAS['polynomial'](step)
     for key, parameter in theirs.items():
       parameter.grad = torch.from_numpy(gradients[key])
+    norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.values(), clip_norm or float('inf'))))
     reference.step()
     updates, state = update({key: jnp.asarray(value, jnp.float32) for key, value in gradients.items()}, state, ours)
     ours = optax.apply_updates(ours, updates)
   for key, parameter in theirs.items():
     np.testing.assert_allclose(ours[key], parameter.detach().numpy(), rtol=1e-4, atol=1e-5, err_msg=key)
+  assert min(norms) < 3 < max(norms)
   assert float(schedule(11)) == pytest.approx(reference.param_groups[0]['lr'], rel=1e-5)
 
 

@@ -1,6 +1,8 @@
 """The training loop: the same result on any devices, with and without resuming; and errors that stop it."""
 
+import dataclasses
 import json
+import math
 import pathlib
 
 import flax
@@ -15,10 +17,11 @@ from configs import cls, seg
 from data import prepare
 from fusa_jax import tasks
 from fusa_jax.chips import hlo
-from fusa_jax.runs import checkpoint, run_config
+from fusa_jax.inference import trained
+from fusa_jax.runs import checkpoint, results, run_config
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
-from fusa_jax.training import augment, datasets, input_pipeline, optimizers, scorer, train
+from fusa_jax.training import augment, datasets, evaluate, input_pipeline, length, optimizers, scorer, train
 
 
 def log_of(workdir: pathlib.Path) -> list[dict]:
@@ -131,9 +134,14 @@ def test_a_config_that_would_change_the_result_is_refused(runs, data_dir):
     ({'model.name': 'resnet18'}, 'resnet18 is not for segmentation; give one of deeplabv3'),
     ({'model.name': 'unet'}, "'unet' is unknown"),
     ({'task': 'detection'}, "'detection' is unknown"),
-    ({'train.loss': 'x'}, "train.loss: 'x' is unknown; give one of cross_entropy, cross_entropy_dice, dice, focal"),
+    ({'train.loss': 'x'}, "train.loss: 'x' is unknown; give one of cross_entropy, cross_entropy_dice, dice, focal, "),
     ({'train.optimizer': 'x'}, "train.optimizer: 'x' is unknown; give one of adamw, sgd"),
     ({'train.schedule': 'x'}, "train.schedule: 'x' is unknown; give one of warmup_cosine, polynomial, constant"),
+    (
+      {'train.deep_supervision': True},
+      'train.deep_supervision: needs resunet or fusa_resunet with at least three levels, but the model is fusa_resunet',
+    ),
+    ({'train.deep_supervision': True, 'model.name': 'linknet'}, 'needs resunet .* but the model is linknet; leave'),
     ({'mesh.data': 3}, 'does not match the 8 devices'),
     ({'data.image_size': 40, 'model.multiples': None}, '40 must be a multiple of 16 for ResUNet; give 48'),
     ({'model.multiples': ()}, r'model.multiples: \(\) must be a list of whole numbers above 0; give'),
@@ -217,17 +225,150 @@ def test_step_and_scores_are_compiled_with_the_options_of_train_deterministic(mo
 
 def losses(config, mesh, data_dir):
   """Runs the parts of the loop on the given mesh and returns the losses."""
+  return np.array([float(scalars['loss']) for _, scalars in steps(config, mesh, data_dir)])
+
+
+def steps(config, mesh, data_dir):
+  """Runs the parts of the loop on the given mesh; yields (state, scalars) after each step, on the host."""
   task = tasks.create(config)
   optimizer, _ = optimizers.make_optimizer(config)
   step = train.compile_step(task, optimizer, config, mesh, train.state_shapes(task, optimizer, config, mesh))
-  state, out = train.compile_init(task, optimizer, config, meshes.replicated(mesh))(), []
+  state = train.compile_init(task, optimizer, config, meshes.replicated(mesh))()
   dataset = datasets.load_dataset(data_dir, config.data.fold, SIZE)
   for batch in input_pipeline.train_batches(
     dataset.train, mesh, batch_size=8, seed=0, first_step=0, last_step=config.train.steps, balanced=True
   ):
     state, scalars = step(state, batch)
-    out.append(float(scalars['loss']))
-  return np.array(out)
+    yield jax.device_get((state, scalars))
+
+
+def test_epochs_are_converted_to_steps(runs, data_dir, tmp_path):
+  """Half an epoch: the run is that of as many steps, and is finished. Its config.json keeps the epochs."""
+  dataset = datasets.load_dataset(data_dir, 0, SIZE)
+  wanted = 4 * 8 / len(dataset.train)
+  config = tiny(**{'train.epochs': wanted, 'train.steps': 999})
+  assert length.with_steps(config, dataset).train.steps == 4
+  assert length.with_steps(tiny(**{'train.epochs': 2.0}), dataset).train.steps == math.ceil(2 * len(dataset.train) / 8)
+  train.train(config, tmp_path, data_dir)
+  (step, state), (_, expected) = final_state(config, tmp_path), final_state(tiny(), runs['seg'])
+  assert step == 4
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  assert run_config.load_config(tmp_path).train.epochs == wanted
+  evaluate.evaluate(config, tmp_path, data_dir)
+  assert evaluate.is_finished(config, tmp_path, data_dir)
+
+
+class Scores:
+  """Replaces the summary of a validation: each call gives the next Dice. With fewer scores it fails."""
+
+  def __init__(self, monkeypatch, scores):
+    self.left, original = list(scores), results.summary
+    monkeypatch.setattr(results, 'summary', lambda *args: original(*args) | {'dice': self.left.pop(0)})
+
+
+PATIENCE = {'train.patience': 2, 'train.steps': 40, 'train.evaluate_every': 1}
+
+
+def test_training_ends_when_the_score_stops_rising(data_dir, tmp_path, monkeypatch):
+  """It ends two validations after the best one; of equal scores the later is the best. A score can be undefined."""
+  scores = (0.3, 0.5, None, 0.5, 0.1, 0.2)
+  Scores(monkeypatch, scores)
+  config, best = tiny(**PATIENCE), len(scores) - 2
+  train.train(config, tmp_path, data_dir)
+  entries = log_of(tmp_path)
+  assert [e['validation/dice'] for e in entries if 'validation/dice' in e] == list(scores)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest() == len(scores) and checkpoints.best() == best
+    assert length.is_over(config, checkpoints, len(scores))
+  train.train(config, tmp_path, data_dir)  # it is over: no further score is computed
+  monkeypatch.undo()
+  assert not evaluate.is_finished(config, tmp_path, data_dir)
+  evaluate.evaluate(config, tmp_path, data_dir)
+  assert evaluate.is_finished(config, tmp_path, data_dir)
+
+
+def test_a_resumed_run_ends_at_the_same_step(data_dir, tmp_path, monkeypatch):
+  """The run stops twice: after the best validation, and after the first one that is not better."""
+  Scores(monkeypatch, (0.3, 0.5, 0.4, 0.1))
+  for step in (2, 3):
+    with monkeypatch.context() as patch:
+      stop_at(patch, step)
+      with pytest.raises(Stop):
+        train.train(tiny(**PATIENCE), tmp_path, data_dir)
+  train.train(tiny(**PATIENCE), tmp_path, data_dir)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest() == 4
+
+
+def test_patience_needs_a_validation_fold(data_dir, tmp_path, monkeypatch):
+  dataset = dataclasses.replace(datasets.load_dataset(data_dir, 0, SIZE), validation=None)
+  monkeypatch.setattr(datasets, 'load_dataset_for', lambda *_: dataset)
+  with pytest.raises(UserError, match=r'^train.patience: needs a validation fold'):
+    train.train(tiny(**PATIENCE), tmp_path / 'run', data_dir)
+  assert not (tmp_path / 'run').exists()
+
+
+# Everything that adds to the train state, and the parts of the augmentation.
+RECIPE = {
+  **{'train.ema': 0.15, 'train.clip_norm': 1.0, 'train.deep_supervision': True, 'model.multiples': (1, 1, 2)},
+  **{f'augment.{part}_probability': 0.5 for part in ('affine', 'noise')},
+}
+
+
+@pytest.fixture(scope='module')
+def averaged(data_dir, tmp_path_factory):
+  """The workdir of a run with an average of the weights and with heads."""
+  workdir = tmp_path_factory.mktemp('averaged')
+  train.train(tiny(**RECIPE), workdir, data_dir)
+  return workdir
+
+
+def test_the_saved_average_equals_numpys(averaged, data_dir):
+  """Averages the variables after each step in float64. Weights and running statistics are averaged alike."""
+  config, average = tiny(**RECIPE), None
+  for number, (state, _) in enumerate(steps(config, meshes.create_mesh(), data_dir)):
+    decay = min(0.15, number / (number + 10))
+    wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), state.variables)
+    average = wide if not number else jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, average, wide)
+  step, items = final_state(config, averaged)
+  assert step == 4
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), items['variables'], average)
+  jax.tree.map(np.testing.assert_array_equal, items['optimizer']['variables'], state.variables)
+  apart = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (average, state.variables)), strict=True)]
+  assert max(apart) > 1e-3
+
+
+def test_checkpoints_hold_the_heads_only_for_training(averaged):
+  """Evaluation, prediction and export read the item `variables`: the model's own parameters."""
+  _, items = final_state(tiny(**RECIPE), averaged)
+  (head,) = items['optimizer']['heads']['params'].values()
+  assert head['kernel'].shape == (1, 1, 4, 1)
+  plain = jax.eval_shape(lambda: tasks.create(tiny(**{'model.multiples': (1, 1, 2)})).init(jax.random.key(0), SIZE))
+  assert jax.tree.structure(plain) == jax.tree.structure(items['variables'])
+
+
+def test_the_average_is_validated_and_tested(averaged, data_dir):
+  config, mesh = tiny(**RECIPE), meshes.create_mesh()
+  _, items = final_state(config, averaged)
+  task = tasks.create(config)
+  validation = datasets.load_dataset(data_dir, config.data.fold, SIZE).validation
+  score = scorer.Scorer(task, mesh, 8)
+  of = lambda variables: results.summary(task.type, score.table(variables, validation))['dice']
+  logged = {e['step']: e['validation/dice'] for e in log_of(averaged) if 'validation/dice' in e}
+  assert logged[4] == of(items['variables']) != of(items['optimizer']['variables'])
+  step, best = trained.load_best(config, task, averaged, mesh)
+  assert of(best) == logged[step] == max(logged.values())
+
+
+def test_a_stopped_run_with_average_and_heads_resumes_bit_exactly(averaged, data_dir, tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    stop_at(patch, 3)
+    with pytest.raises(Stop):
+      train.train(tiny(**RECIPE), tmp_path, data_dir)
+  train.train(tiny(**RECIPE), tmp_path, data_dir)
+  whole, resumed = (final_state(tiny(**RECIPE), workdir) for workdir in (averaged, tmp_path))
+  assert jax.tree.structure(whole) == jax.tree.structure(resumed)
+  jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
 def test_a_step_equals_loss_and_optimizer_by_hand():
