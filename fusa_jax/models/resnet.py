@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import ImageHead, layers, max_pool, wide_dtype
+from fusa_jax.models.layers import ImageHead, ProjectionKernel, layers, max_pool, relu, wide_dtype
 from fusa_jax.system.errors import UserError
 
 
@@ -39,9 +39,19 @@ class _Residual(nn.Module):
     if self.attention is not None:
       y = self.attention(name='attention')(y)
     if x.shape != y.shape:
-      x = self.conv(y.shape[-1], (1, 1), self.stride, name='shortcut_conv')(x)
-      x = self.norm(name='shortcut_norm')(x)
-    return nn.relu(y + x)
+      x = self.shortcut(x, y.shape[-1])
+    return relu(y + x)
+
+  def shortcut(self, x, features):
+    if x.shape[-1] < features:
+      return self.projection(x, features, self.stride, 'shortcut_conv', 'shortcut_norm')
+    x = self.conv(features, (1, 1), self.stride, name='shortcut_conv')(x)
+    return self.norm(name='shortcut_norm')(x)
+
+  def projection(self, x, features, stride, conv, norm, **options):
+    """A 1x1 convolution and its norm, as one operation for GPUs. It pays if there are more features than channels."""
+    kernel = ProjectionKernel(features, name=conv)(x)
+    return self.norm(name=norm, **options)(x, kernel, stride)
 
 
 class BasicBlock(_Residual):
@@ -49,7 +59,7 @@ class BasicBlock(_Residual):
 
   def branch(self, x):
     x = self.conv3x3(self.stride, name='conv1')(x)
-    x = nn.relu(self.norm(name='norm1')(x))
+    x = self.norm(relu=True, name='norm1')(x)
     x = self.conv3x3(name='conv2')(x)
     return self.norm(scale_init=nn.initializers.zeros, name='norm2')(x)
 
@@ -60,10 +70,10 @@ class Bottleneck(_Residual):
   expansion = 4
 
   def branch(self, x):
-    x = nn.relu(self.norm(name='norm1')(self.conv(self.features, (1, 1), name='conv1')(x)))
-    x = nn.relu(self.norm(name='norm2')(self.conv3x3(self.stride, name='conv2')(x)))
-    x = self.conv(self.features * self.expansion, (1, 1), name='conv3')(x)
-    return self.norm(scale_init=nn.initializers.zeros, name='norm3')(x)
+    x = self.norm(relu=True, name='norm1')(self.conv(self.features, (1, 1), name='conv1')(x))
+    x = self.norm(relu=True, name='norm2')(self.conv3x3(self.stride, name='conv2')(x))
+    features = self.features * self.expansion
+    return self.projection(x, features, 1, 'conv3', 'norm3', scale_init=nn.initializers.zeros)
 
 
 class Encoder(nn.Module):
@@ -86,7 +96,7 @@ class Encoder(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
     parts = layers(train, self.dtype)
     x = parts['conv'](self.width, (7, 7), 2, 3, name='conv1')(x)
-    x = nn.relu(parts['norm'](name='norm1')(x))
+    x = parts['norm'](relu=True, name='norm1')(x)
     features = [x]
     x = max_pool(x, 3, 2, padding=1)
     for stage, size in enumerate(self.stage_sizes):
