@@ -53,7 +53,19 @@ def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTra
   """
   train = config.train
   schedule = look_up(SCHEDULES, train.schedule, 'train.schedule')(train)
-  return look_up(OPTIMIZERS, train.optimizer, 'train.optimizer')(schedule, train.weight_decay), schedule
+  optimizer = look_up(OPTIMIZERS, train.optimizer, 'train.optimizer')(schedule, train.weight_decay)
+  return optax.GradientTransformation(optimizer.init, lambda g, *rest: optimizer.update(_stored(g), *rest)), schedule
+
+
+def _stored(gradients):
+  """Makes GPUs store each gradient in the layout of its parameter first.
+
+  Otherwise XLA transposes the gradients of convolutions within the update. It then cannot write parameters and moments
+  to where they are, and copies all three of them.
+  """
+  # Flat, since XLA would otherwise store them in the layout of the convolution.
+  barrier = lambda x: jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
+  return jax.tree.map(lambda x: jax.lax.platform_dependent(x, cuda=barrier, default=lambda x: x), gradients)
 
 
 def _is_kernel(params):
