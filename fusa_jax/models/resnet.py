@@ -29,6 +29,9 @@ class _Residual(nn.Module):
   attention: Callable | None = None
 
   expansion = 1
+  # Whether the branch ends with a 1x1 convolution. On GPUs, such a convolution also applies its norm and adds the other
+  # branch (gpu/projection.py). For images of one channel this always saves bytes: there it is a multiplication.
+  joined = False
 
   def conv3x3(self, stride: int = 1, name: str | None = None):
     return self.conv(self.features, (3, 3), stride, self.dilation, kernel_dilation=self.dilation, name=name)
@@ -43,13 +46,13 @@ class _Residual(nn.Module):
     return relu(y + x)
 
   def shortcut(self, x, features):
-    if x.shape[-1] < features:
+    if self.joined or x.shape[-1] == 1:
       return self.projection(x, features, self.stride, 'shortcut_conv', 'shortcut_norm')
     x = self.conv(features, (1, 1), self.stride, name='shortcut_conv')(x)
     return self.norm(name='shortcut_norm')(x)
 
   def projection(self, x, features, stride, conv, norm, **options):
-    """A 1x1 convolution and its norm, as one operation for GPUs. It pays if there are more features than channels."""
+    """A 1x1 convolution and its norm as one operation, for GPUs."""
     kernel = ProjectionKernel(features, name=conv)(x)
     return self.norm(name=norm, **options)(x, kernel, stride)
 
@@ -68,6 +71,7 @@ class Bottleneck(_Residual):
   """A 1x1, a 3x3 and a 1x1 convolution; the last one has four times the features."""
 
   expansion = 4
+  joined = True
 
   def branch(self, x):
     x = self.norm(relu=True, name='norm1')(self.conv(self.features, (1, 1), name='conv1')(x))
@@ -83,6 +87,7 @@ class Encoder(nn.Module):
     stage_sizes: number of blocks in each stage; fewer stages make a shallower encoder.
     output_stride: the largest stride. Stages that would exceed it use dilation instead of stride. The dilation applies
       to all of their 3x3 convolutions, as in segmentation_models_pytorch.
+    remat: keep only the input of each block for the backward pass, which computes the rest again.
   """
 
   stage_sizes: Sequence[int]
@@ -91,10 +96,12 @@ class Encoder(nn.Module):
   attention: Callable | None = None
   output_stride: int = 32
   dtype: jnp.dtype | None = None
+  remat: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
     parts = layers(train, self.dtype)
+    block = nn.remat(self.block) if self.remat and train else self.block
     x = parts['conv'](self.width, (7, 7), 2, 3, name='conv1')(x)
     x = parts['norm'](relu=True, name='norm1')(x)
     features = [x]
@@ -102,7 +109,7 @@ class Encoder(nn.Module):
     for stage, size in enumerate(self.stage_sizes):
       dilation = max(4 * 2**stage // self.output_stride, 1)
       for index in range(size):
-        x = self.block(
+        x = block(
           self.width * 2**stage,
           stride=2 if stage > 0 and index == 0 and dilation == 1 else 1,
           dilation=dilation,
@@ -123,10 +130,12 @@ class ResNet(nn.Module):
   width: int = 64
   attention: Callable | None = None
   dtype: jnp.dtype | None = None
+  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    encoder = Encoder(self.stage_sizes, self.block, self.width, self.attention, dtype=self.dtype, name='encoder')
+    options = {'dtype': self.dtype, 'remat': self.remat}
+    encoder = Encoder(self.stage_sizes, self.block, self.width, self.attention, **options, name='encoder')
     x = encoder(images, train)[-1]
     return ImageHead(self.num_classes)(x.mean((1, 2), dtype=wide_dtype(x)))
 

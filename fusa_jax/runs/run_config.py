@@ -15,7 +15,7 @@ _WRITTEN = ('checkpoints', 'log.jsonl', 'operating_point.json', 'split.json', 's
 _RESUMABLE = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.')
 
 # Keys that configs of older runs may lack: the default does what these runs did.
-_ADDED = {'data.coloured', 'train.deterministic'}
+_ADDED = {'data.coloured', 'train.deterministic', 'train.remat'}
 
 
 def save_config(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
