@@ -63,9 +63,11 @@ def _stored(gradients):
   Otherwise XLA transposes the gradients of convolutions within the update. It then cannot write parameters and moments
   to where they are, and copies all three of them.
   """
-  # Flat, since XLA would otherwise store them in the layout of the convolution.
+  # Flat, since XLA would otherwise store them in the layout of the convolution. Each alone, so that none waits for all.
   barrier = lambda x: jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
-  return jax.tree.map(lambda x: jax.lax.platform_dependent(x, cuda=barrier, default=lambda x: x), gradients)
+  leaves, tree = jax.tree.flatten(gradients)
+  on_gpu = lambda *leaves: tuple(map(barrier, leaves))
+  return tree.unflatten(jax.lax.platform_dependent(*leaves, cuda=on_gpu, default=lambda *leaves: leaves))
 
 
 def _is_kernel(params):
