@@ -93,6 +93,9 @@ def paper() -> ml_collections.ConfigDict:
   # On GPUs: add in a fixed order and choose kernels without timing them, so that a repeated run gives the same bits
   # (docs/models.md has cost and limits). On CPUs and TPUs this key changes nothing.
   config.train.deterministic = False
+  # Save memory, for larger batches: keep only the input of each residual block for the backward pass, and compute the
+  # rest again (docs/models.md has cost and gain). For the ResNets and ResUnets.
+  config.train.remat = False
 
   config.evaluate = ml_collections.ConfigDict()
   config.evaluate.num_overlays = 12  # pictures of test slices to draw

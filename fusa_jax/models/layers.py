@@ -11,6 +11,7 @@ import numpy as np
 from fusa_jax.fusa import stored
 from fusa_jax.models.cpu import pooling
 from fusa_jax.models.cpu.convolution import convolve
+from fusa_jax.models.gpu import norms, projection
 from fusa_jax.system.errors import UserError
 
 # torchvision's initialisation of convolutions: normal, variance 2 / fan_out.
@@ -23,8 +24,19 @@ Conv = functools.partial(nn.Conv, conv_general_dilated_cls=lambda: convolve)
 # For products that promise float32. By default, a TPU multiplies float32 numbers in bfloat16 and a GPU in TF32.
 HIGHEST = jax.lax.Precision.HIGHEST
 # The last layer of a model: logits of pixels or of images, in at least float32 if x is.
-PixelHead = functools.partial(Conv, precision=HIGHEST, name='head')
+PixelHead = functools.partial(
+  nn.Conv, precision=HIGHEST, name='head', conv_general_dilated_cls=lambda: _convolve_to_logits
+)
 ImageHead = functools.partial(nn.Dense, precision=HIGHEST, name='head')
+
+
+def _convolve_to_logits(x, kernel, *window, **options):
+  """`convolve`; on GPUs, a 1x1 convolution is a sum over channels, which reads the activations as they are stored."""
+  general = lambda x, kernel: convolve(x, kernel, *window, **options)
+  if kernel.shape[:2] != (1, 1):
+    return general(x, kernel)
+  sums = lambda x, kernel: jnp.stack([(x * weights).sum(-1) for weights in kernel[0, 0].T], axis=-1)
+  return jax.lax.platform_dependent(x, kernel, cuda=sums, default=general)
 
 
 class BatchNorm(nn.Module):
@@ -33,6 +45,9 @@ class BatchNorm(nn.Module):
   In training it normalises by the biased variance of the batch, sum / n. For the running variance PyTorch, and this
   class, use the unbiased variance, sum / (n - 1); Flax uses the biased one. The difference is largest if a norm
   sees few values, as in the last stages of small images.
+
+  Attributes:
+    relu: also apply a ReLU; only without a kernel. GPUs then compute both at once (gpu/norms.py).
   """
 
   use_running_average: bool
@@ -40,20 +55,29 @@ class BatchNorm(nn.Module):
   epsilon: float
   scale_init: Callable = nn.initializers.ones
   dtype: jnp.dtype | None = None
+  relu: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    shape = x.shape[-1:]
+  def __call__(self, x: jax.Array, kernel: jax.Array | None = None, stride: int = 1) -> jax.Array:
+    """Normalises x [..., C]; with a kernel [1, 1, C, O], the 1x1 convolution of x [B, H, W, C] with this kernel."""
+    shape = (x if kernel is None else kernel).shape[-1:]
     mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
     var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
     scale = self.param('scale', self.scale_init, shape)
     bias = self.param('bias', nn.initializers.zeros, shape)
     dtype = nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
     if self.use_running_average:
-      return _affine(x, mean.value, jax.lax.rsqrt(var.value + self.epsilon), scale, bias).astype(dtype)
-    out, batch_mean, batch_var = batch_norm(x, scale, bias, self.epsilon, dtype)
+      x = x if kernel is None else project(x, kernel, stride, dtype)
+      out = _affine(x, mean.value, jax.lax.rsqrt(var.value + self.epsilon), scale, bias).astype(dtype)
+      return nn.relu(out) if self.relu else out
+    if self.relu:
+      out, batch_mean, batch_var = batch_norm_relu(x, scale, bias, self.epsilon, dtype)
+    elif kernel is None:
+      out, batch_mean, batch_var = batch_norm(x, scale, bias, self.epsilon, dtype)
+    else:
+      out, batch_mean, batch_var = norm_of_projection(x, kernel, scale, bias, stride, self.epsilon, dtype)
     if not self.is_initializing():
-      count = x.size // x.shape[-1]
+      count = out.size // out.shape[-1]
       kept = lambda old, new: self.momentum * old + (1 - self.momentum) * new
       mean.value = kept(mean.value, batch_mean)
       var.value = kept(var.value, batch_var * (count / max(count - 1, 1)))
@@ -98,6 +122,56 @@ def _batch_norm_backward(epsilon, dtype, residuals, cotangents):
 batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
+def project(x, kernel, stride, dtype):
+  """The 1x1 convolution of x [B, H, W, C] with a kernel [1, 1, C, O], as nn.Conv computes it."""
+  x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=dtype)
+  return convolve(
+    x,
+    kernel,
+    (stride, stride),
+    'VALID',
+    lhs_dilation=(1, 1),
+    rhs_dilation=(1, 1),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    feature_group_count=1,
+    precision=None,
+  )
+
+
+def norm_of_projection(x, kernel, scale, bias, stride, epsilon, dtype):
+  """`batch_norm` of `project`; returns (output, mean, variance). GPUs do not store its input (gpu/projection.py)."""
+  general = lambda x, kernel, scale, bias: batch_norm(project(x, kernel, stride, dtype), scale, bias, epsilon, dtype)
+  on_gpu = lambda *arrays: projection.normalised(*arrays, stride, epsilon, dtype)
+  x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=dtype)
+  return jax.lax.platform_dependent(x, kernel, scale, bias, cuda=on_gpu, default=general)
+
+
+def batch_norm_relu(x, scale, bias, epsilon, dtype):
+  """relu of `batch_norm`; returns (output, mean, variance)."""
+
+  def general(x, scale, bias):
+    out, *moments = batch_norm(x, scale, bias, epsilon, dtype)
+    return nn.relu(out), *moments
+
+  on_gpu = lambda *arrays: norms.batch_norm_relu(*arrays, epsilon, dtype)
+  return jax.lax.platform_dependent(x, scale, bias, cuda=on_gpu, default=general)
+
+
+def relu(x: jax.Array) -> jax.Array:
+  """max(x, 0) of a sum x that nothing else reads. GPUs store only the output (gpu/norms.py)."""
+  return jax.lax.platform_dependent(x, cuda=norms.relu, default=nn.relu)
+
+
+class ProjectionKernel(nn.Module):
+  """Creates the kernel of a 1x1 convolution as `Conv` does (name, layout, initialiser), but does not apply it."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.param('kernel', kaiming, (1, 1, x.shape[-1], self.features))
+
+
 class Doubling(nn.Module):
   """2x2 transposed convolution with stride 2 and bias: doubles height and width. Parameters as in nn.ConvTranspose.
 
@@ -115,6 +189,8 @@ class Doubling(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
     batch, height, width, _ = x.shape
+    # XLA on GPUs would compute a ReLU within the product, and store its input beside its output.
+    (x,) = jax.lax.platform_dependent((x,), cuda=jax.lax.optimization_barrier, default=lambda x: x)
     # lax.conv_transpose mirrors its kernel, so this does too. The kernel is transposed once, here. Otherwise XLA would
     # transpose it in each of the three products of a training step.
     matrix = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)

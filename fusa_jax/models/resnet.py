@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import ImageHead, layers, max_pool, wide_dtype
+from fusa_jax.models.layers import ImageHead, ProjectionKernel, layers, max_pool, relu, wide_dtype
 from fusa_jax.system.errors import UserError
 
 
@@ -29,6 +29,9 @@ class _Residual(nn.Module):
   attention: Callable | None = None
 
   expansion = 1
+  # Whether the branch ends with a 1x1 convolution. On GPUs, such a convolution also applies its norm and adds the other
+  # branch (gpu/projection.py). For images of one channel this always saves bytes: there it is a multiplication.
+  joined = False
 
   def conv3x3(self, stride: int = 1, name: str | None = None):
     return self.conv(self.features, (3, 3), stride, self.dilation, kernel_dilation=self.dilation, name=name)
@@ -39,9 +42,19 @@ class _Residual(nn.Module):
     if self.attention is not None:
       y = self.attention(name='attention')(y)
     if x.shape != y.shape:
-      x = self.conv(y.shape[-1], (1, 1), self.stride, name='shortcut_conv')(x)
-      x = self.norm(name='shortcut_norm')(x)
-    return nn.relu(y + x)
+      x = self.shortcut(x, y.shape[-1])
+    return relu(y + x)
+
+  def shortcut(self, x, features):
+    if self.joined or x.shape[-1] == 1:
+      return self.projection(x, features, self.stride, 'shortcut_conv', 'shortcut_norm')
+    x = self.conv(features, (1, 1), self.stride, name='shortcut_conv')(x)
+    return self.norm(name='shortcut_norm')(x)
+
+  def projection(self, x, features, stride, conv, norm, **options):
+    """A 1x1 convolution and its norm as one operation, for GPUs."""
+    kernel = ProjectionKernel(features, name=conv)(x)
+    return self.norm(name=norm, **options)(x, kernel, stride)
 
 
 class BasicBlock(_Residual):
@@ -49,7 +62,7 @@ class BasicBlock(_Residual):
 
   def branch(self, x):
     x = self.conv3x3(self.stride, name='conv1')(x)
-    x = nn.relu(self.norm(name='norm1')(x))
+    x = self.norm(relu=True, name='norm1')(x)
     x = self.conv3x3(name='conv2')(x)
     return self.norm(scale_init=nn.initializers.zeros, name='norm2')(x)
 
@@ -58,12 +71,13 @@ class Bottleneck(_Residual):
   """A 1x1, a 3x3 and a 1x1 convolution; the last one has four times the features."""
 
   expansion = 4
+  joined = True
 
   def branch(self, x):
-    x = nn.relu(self.norm(name='norm1')(self.conv(self.features, (1, 1), name='conv1')(x)))
-    x = nn.relu(self.norm(name='norm2')(self.conv3x3(self.stride, name='conv2')(x)))
-    x = self.conv(self.features * self.expansion, (1, 1), name='conv3')(x)
-    return self.norm(scale_init=nn.initializers.zeros, name='norm3')(x)
+    x = self.norm(relu=True, name='norm1')(self.conv(self.features, (1, 1), name='conv1')(x))
+    x = self.norm(relu=True, name='norm2')(self.conv3x3(self.stride, name='conv2')(x))
+    features = self.features * self.expansion
+    return self.projection(x, features, 1, 'conv3', 'norm3', scale_init=nn.initializers.zeros)
 
 
 class Encoder(nn.Module):
@@ -73,6 +87,7 @@ class Encoder(nn.Module):
     stage_sizes: number of blocks in each stage; fewer stages make a shallower encoder.
     output_stride: the largest stride. Stages that would exceed it use dilation instead of stride. The dilation applies
       to all of their 3x3 convolutions, as in segmentation_models_pytorch.
+    remat: keep only the input of each block for the backward pass, which computes the rest again.
   """
 
   stage_sizes: Sequence[int]
@@ -81,18 +96,20 @@ class Encoder(nn.Module):
   attention: Callable | None = None
   output_stride: int = 32
   dtype: jnp.dtype | None = None
+  remat: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
     parts = layers(train, self.dtype)
+    block = nn.remat(self.block) if self.remat and train else self.block
     x = parts['conv'](self.width, (7, 7), 2, 3, name='conv1')(x)
-    x = nn.relu(parts['norm'](name='norm1')(x))
+    x = parts['norm'](relu=True, name='norm1')(x)
     features = [x]
     x = max_pool(x, 3, 2, padding=1)
     for stage, size in enumerate(self.stage_sizes):
       dilation = max(4 * 2**stage // self.output_stride, 1)
       for index in range(size):
-        x = self.block(
+        x = block(
           self.width * 2**stage,
           stride=2 if stage > 0 and index == 0 and dilation == 1 else 1,
           dilation=dilation,
@@ -113,10 +130,12 @@ class ResNet(nn.Module):
   width: int = 64
   attention: Callable | None = None
   dtype: jnp.dtype | None = None
+  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-    encoder = Encoder(self.stage_sizes, self.block, self.width, self.attention, dtype=self.dtype, name='encoder')
+    options = {'dtype': self.dtype, 'remat': self.remat}
+    encoder = Encoder(self.stage_sizes, self.block, self.width, self.attention, **options, name='encoder')
     x = encoder(images, train)[-1]
     return ImageHead(self.num_classes)(x.mean((1, 2), dtype=wide_dtype(x)))
 

@@ -23,6 +23,7 @@ class ResUNet(nn.Module):
     width: channels at full resolution; the five levels have width * (1, 2, 4, 8, 16).
     multiples: channels of each level, relative to `width`; one number per level.
     attention: constructor of the module that scales each block's branch (FUSA), or None for the plain baseline.
+    remat: keep only the input of each block for the backward pass, which computes the rest again.
 
   Raises:
     UserError: height or width is not a multiple of 16; the message names the next size that fits.
@@ -33,14 +34,16 @@ class ResUNet(nn.Module):
   multiples: Sequence[int] = (1, 2, 4, 8, 16)
   attention: Callable | None = None
   dtype: jnp.dtype | None = None
+  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     check_sides(images, 'ResUNet', multiple=2 ** (len(self.multiples) - 1))
     parts = layers(train, self.dtype)
+    block_type = nn.remat(BasicBlock) if self.remat and train else BasicBlock
 
     def block(x, level, name, attention=self.attention):
-      return BasicBlock(self.width * self.multiples[level], attention=attention, **parts, name=name)(x)
+      return block_type(self.width * self.multiples[level], attention=attention, **parts, name=name)(x)
 
     skips = [block(images, 0, 'stem', attention=None)]
     for level in range(1, len(self.multiples)):

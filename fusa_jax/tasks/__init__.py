@@ -147,6 +147,8 @@ def create(config: ml_collections.ConfigDict) -> Task:
   options = {key: value for key, value in options.items() if value is not None}
   for key in _DEPTHS & options.keys():
     options[key] = tuple(options[key])  # a run's config.json holds a list
+  if config.train.remat:
+    options['remat'] = True  # an error for models without this option
   model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(resolved_dtype(config)), **options)
   return Task(task_type, model, inputs, loss, _heads(config, model))
 

@@ -58,7 +58,20 @@ def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTra
   optimizer = look_up(OPTIMIZERS, train.optimizer, 'train.optimizer')(schedule, train.weight_decay)
   if train.clip_norm is not None:
     optimizer = optax.chain(optax.clip_by_global_norm(train.clip_norm), optimizer)
-  return optimizer, schedule
+  return optax.GradientTransformation(optimizer.init, lambda g, *rest: optimizer.update(_stored(g), *rest)), schedule
+
+
+def _stored(gradients):
+  """Makes GPUs store each gradient in the layout of its parameter first.
+
+  Otherwise XLA transposes the gradients of convolutions within the update. It then cannot write parameters and moments
+  to where they are, and copies all three of them.
+  """
+  # Flat, since XLA would otherwise store them in the layout of the convolution. Each alone, so that none waits for all.
+  barrier = lambda x: jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
+  leaves, tree = jax.tree.flatten(gradients)
+  on_gpu = lambda *leaves: tuple(map(barrier, leaves))
+  return tree.unflatten(jax.lax.platform_dependent(*leaves, cuda=on_gpu, default=lambda *leaves: leaves))
 
 
 def _is_kernel(params):

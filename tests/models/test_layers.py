@@ -8,6 +8,7 @@ import pytest
 import scipy.ndimage
 
 from fusa_jax.models import layers
+from fusa_jax.models.cpu import pooling
 
 
 def images(height, width):
@@ -111,3 +112,5 @@ def test_pooling_equals_pytorchs_with_ties(shape, size, stride, padding):
   value, pull = jax.vjp(lambda x: layers.max_pool(x, size, stride, padding), x)
   np.testing.assert_array_equal(value, out.detach())
   np.testing.assert_allclose(pull(jnp.asarray(g))[0], theirs.grad, rtol=1e-6, atol=1e-6)
+  on_gpu = pooling.by_number((size, stride, padding), x, value, jnp.asarray(g))
+  np.testing.assert_allclose(on_gpu, theirs.grad, rtol=1e-6, atol=1e-6)

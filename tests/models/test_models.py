@@ -152,6 +152,36 @@ def test_attention_sits_between_branch_and_shortcut():
   np.testing.assert_array_equal(out, np.maximum(x, 0))
 
 
+# At this size, the stem of a ResNet, which has no blocks, keeps as much as its stages.
+@pytest.mark.parametrize(('name', 'share'), [('fusa_resunet', 0.5), ('resnet18', 0.7)])
+def test_rematerialisation_keeps_less_and_changes_no_gradient(name, share):
+  """Gradients are compared in float64."""
+  options = {'width': 4, **({'multiples': (1, 2)} if name == 'fusa_resunet' else {'stage_sizes': (2, 2)})}
+  with jax.enable_x64(True):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 1)))
+    plain, remat = (models.create(name, **options, remat=remat) for remat in (False, True))
+    variables = jax.jit(lambda: plain.init(jax.random.key(0), x))()
+    variables = jax.tree.map(lambda v: v.astype(jnp.float64) + 0.1, variables)  # no norm has scale 0
+
+    def loss_of(module):
+      def loss(params):
+        out, updates = module.apply({**variables, 'params': params}, x, train=True, mutable=['batch_stats'])
+        return (out**2).mean(), updates
+
+      return loss
+
+    def kept(loss):
+      """The number of values in maps [2, side, side, C] that the backward pass keeps."""
+      pull = jax.eval_shape(lambda params: jax.vjp(loss, params, has_aux=True)[1], variables['params'])
+      maps = [leaf for leaf in jax.tree.leaves(pull) if leaf.ndim == 4 and leaf.shape[0] == 2]
+      return sum(leaf.size for leaf in maps if leaf.shape[1] == leaf.shape[2])
+
+    losses = [loss_of(module) for module in (plain, remat)]
+    assert kept(losses[1]) < share * kept(losses[0])
+    results = [jax.jit(jax.value_and_grad(loss, has_aux=True))(variables['params']) for loss in losses]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), *results)
+
+
 @pytest.mark.parametrize(
   ('name', 'reason'),
   [

@@ -62,10 +62,11 @@ def test_configs_of_older_runs_lack_keys_that_were_added(tmp_path):
   """The default of an added key does what older runs did."""
   run_config.save_config(tmp_path, seg.get_config('demo'))
   saved = json.loads((tmp_path / 'config.json').read_text())
-  del saved['data']['coloured'], saved['train']['deterministic']
+  del saved['data']['coloured'], saved['train']['deterministic'], saved['train']['remat']
   (tmp_path / 'config.json').write_text(json.dumps(saved))
   assert run_config.load_config(tmp_path).data.coloured == 'refuse'
   assert run_config.load_config(tmp_path).train.deterministic is False
+  assert run_config.load_config(tmp_path).train.remat is False
   run_config.save_config(tmp_path, seg.get_config('demo'))  # resumed: not refused
 
 

@@ -1,0 +1,1 @@
+"""Forms of layers that move fewer bytes on GPUs. Every form computes what the layer's general form computes."""
