@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from fusa_jax import fusa_gpu
+
 # By default, a TPU multiplies float32 numbers in bfloat16 and a GPU in TF32. These products are small, so the highest
 # precision costs little (docs/models.md).
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -157,23 +159,49 @@ def _logits(offset, score, slope):
 # cotangent separately. The backward passes below keep only x and the small tensors. They recompute the rest from x,
 # elementwise, inside the two sweeps over x that the backward pass needs anyway. On a whole block, a TPU's compiler gets
 # most of this from plain autodiff too, if the barrier above stores x once (figures: docs/models.md).
+# XLA on NVIDIA GPUs needs a sweep per axis of a reduction, so the kernels of fusa_gpu.py do these there.
+
+
+def _by_platform(x, *arrays, cuda, default):
+  """Applies `cuda` to the arrays on an NVIDIA GPU if its kernels take the map x, else `default`."""
+  if fusa_gpu.suits(x):
+    return jax.lax.platform_dependent(*arrays, cuda=cuda, default=default)
+  return default(*arrays)
 
 
 @jax.custom_vjp
 def pools(x):
   """Pools x [B, *space, C]: returns max and mean over space [B, C], then max and mean over channels [B, *space]."""
-  space = tuple(range(1, x.ndim - 1))
-  wide = x.astype(_wide(x.dtype))
-  return x.max(space).astype(wide.dtype), wide.mean(space), x.max(-1).astype(wide.dtype), wide.mean(-1)
+  return _pools_forward(x)[0]
 
 
 def _pools_forward(x):
-  out = pools(x)
-  return out, (x, out[0], out[2])
+  maxima, means, counts = _by_platform(x, x, cuda=fusa_gpu.pools, default=_pools)
+  return (maxima[0], means[0], maxima[1], means[1]), (x, maxima, counts)
+
+
+def _pools(x):
+  """What fusa_gpu.pools returns, except the counts: here the backward pass counts."""
+  space = tuple(range(1, x.ndim - 1))
+  wide = x.astype(_wide(x.dtype))
+  maxima = x.max(space).astype(wide.dtype), x.max(-1).astype(wide.dtype)
+  return maxima, (wide.mean(space), wide.mean(-1)), jax.tree.map(jnp.zeros_like, maxima)
 
 
 def _pools_backward(residuals, cotangents):
-  x, channel_max, spatial_max = residuals
+  return (_by_platform(residuals[0], residuals, cotangents, cuda=_pools_gradient, default=_pools_gradient_counting),)
+
+
+def _pools_gradient_counting(residuals, cotangents):
+  x, maxima, _ = residuals
+  wide = x.astype(_wide(x.dtype))
+  count = lambda maximum, axes: jnp.sum(wide == jnp.expand_dims(maximum, axes), axis=axes, dtype=wide.dtype)
+  space = tuple(range(1, x.ndim - 1))
+  return _pools_gradient((x, maxima, (count(maxima[0], space), count(maxima[1], -1))), cotangents)
+
+
+def _pools_gradient(residuals, cotangents):
+  x, (channel_max, spatial_max), (channel_count, spatial_count) = residuals
   d_channel_max, d_channel_mean, d_spatial_max, d_spatial_mean = cotangents
   space = tuple(range(1, x.ndim - 1))
   wide = x.astype(_wide(x.dtype))
@@ -183,14 +211,13 @@ def _pools_backward(residuals, cotangents):
   # Places that tie for a maximum share its gradient equally, as in JAX's own max and in torch.amax. Normally at least
   # one place equals the maximum. If the compiler recomputes x with another rounding, there may be none (XLA's CPU
   # backend did this at a low optimisation level). `maximum(..., 1)` then prevents 0 / 0 in the gradient.
-  count = lambda where, axes: jnp.maximum(jnp.sum(where, axis=axes, dtype=wide.dtype), 1)
-  d_channel_max = d_channel_max / count(is_channel_max, space)
-  d_spatial_max = d_spatial_max / count(is_spatial_max, -1)
+  d_channel_max = d_channel_max / jnp.maximum(channel_count, 1)
+  d_spatial_max = d_spatial_max / jnp.maximum(spatial_count, 1)
   size = x.size // (x.shape[0] * x.shape[-1])
   dx = over_space(d_channel_mean / size) + (d_spatial_mean / x.shape[-1])[..., None]
   dx += jnp.where(is_channel_max, over_space(d_channel_max), 0)
   dx += jnp.where(is_spatial_max, d_spatial_max[..., None], 0)
-  return (dx.astype(x.dtype),)
+  return dx.astype(x.dtype)
 
 
 pools.defvjp(_pools_forward, _pools_backward)
@@ -209,13 +236,19 @@ def _gate_forward(x, offset, score, slope):
 
 def _gate_backward(residuals, g):
   x, offset, score, slope = residuals
+  attention = nn.sigmoid(_logits(offset, score, slope))
+  sums = _by_platform(x, x, g, offset, score, slope, cuda=fusa_gpu.gate_sums, default=_gate_sums)
+  return (g * attention).astype(x.dtype), *sums
+
+
+def _gate_sums(x, g, offset, score, slope):
   space = tuple(range(1, x.ndim - 1))
   attention = nn.sigmoid(_logits(offset, score, slope))
   d_logits = g * x.astype(attention.dtype) * attention * (1 - attention)
   d_offset = d_logits.sum(space)
   d_score = (d_logits * slope).sum(-1)
   d_slope = (d_logits * score[..., None]).sum(range(x.ndim - 1))
-  return (g * attention).astype(x.dtype), d_offset, d_score, d_slope
+  return d_offset, d_score, d_slope
 
 
 gate.defvjp(_gate_forward, _gate_backward)
