@@ -26,11 +26,11 @@ _TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x2', 'topology to compile for'
 class PlainAutodiff(FUSA):
   """The factored form without its hand-written backward passes."""
 
-  def __call__(self, x):
+  def after(self, norm, x):
     pools, gate = fusa.pools, fusa.gate
     try:
       fusa.pools, fusa.gate = pools.fun, gate.fun
-      return super().__call__(x)
+      return super().after(norm, x)
     finally:
       fusa.pools, fusa.gate = pools, gate
 

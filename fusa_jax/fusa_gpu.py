@@ -1,16 +1,17 @@
-"""The sums and maxima of FUSA on NVIDIA GPUs, as Pallas kernels: each one reads a feature map once.
+"""The maxima and sums of FUSA on NVIDIA GPUs, as Pallas kernels: each one reads a feature map once.
 
-XLA on GPUs does not join reductions over different axes. Each of FUSA's four pools, and each of the three sums of its
+XLA on GPUs does not join reductions over different axes. Each of FUSA's four pools, and each of the sums of its
 backward pass, would read the whole map from memory (docs/models.md). Here a program of the GPU reads a part of the map,
-all channels of some pixels, in tiles that fit its registers. It finishes the reductions over channels. The reductions
-over space it leaves as one partial result per program, a few per cent of the map, which XLA joins.
+all channels of some pixels, in tiles that fit its registers. It finishes the reductions over channels. It leaves the
+reductions over space as one partial result per program, a few per cent of the map, which XLA joins.
 
-The kernels compute in float32. They take any number of pixels, and any number of channels up to 4096. `suits` says
-which maps they take; fusa.py computes everything else with XLA.
+The map y is that of a norm, (x - mean) * scale + shift. The kernels compute it from the norm's input x, so that nobody
+stores it. They compute in float32 and take any number of pixels. `suits` says which maps they take.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,30 +23,31 @@ try:
 except ImportError:  # Pallas is experimental: without it, XLA does all work
   pl = None
 
-# A tile of 4096 values on 8 warps is 16 values per thread. With the running results of a kernel, that many fit into its
-# registers twice, so that an H100 keeps enough reads in flight.
-_TILE, _WARPS = 4096, 8
+# 8 warps hold a tile of 4096 values in 16 registers of each thread. The kernel of the backward pass keeps six running
+# sums of the size of its tile, so its tile is half as large. At least two programs then fit on a core of an H100.
+_POOLS_TILE, _SUMS_TILE, _WARPS = 4096, 2048, 8
 # About eight programs for each of the 132 cores of an H100, but at least 64 pixels each: a partial result of 4 bytes
 # per channel is then small beside the 2 bytes per pixel and channel that are read.
 _PROGRAMS, _LEAST_PIXELS, _MOST_PIXELS = 1024, 64, 1024
+_MOST_CHANNELS = 4096
 
-_BATCHED, _MAP = PartitionSpec('data'), PartitionSpec('data', 'space')
+_EVERYWHERE, _BATCHED, _MAP = PartitionSpec(), PartitionSpec('data'), PartitionSpec('data', 'space')
 
 
 def suits(x: jax.Array) -> bool:
   """Whether the kernels take the map x [B, *space, C] on the current mesh of devices; without a mesh, on one device.
 
-  They do not take float64, batch sizes that are not numbers yet (jax.export), and more than 4096 channels. XLA cannot
-  split a kernel over devices. So this module does it for the mesh of system/meshes.py, ('data', 'space'), if the map
-  splits evenly; another mesh of several devices has no kernels.
+  They do not take float64, batch sizes that are not numbers yet (jax.export), and more than 4096 channels. Without a
+  mesh, the process must have a GPU. XLA cannot split a kernel over devices. So this module does it for the mesh of
+  system/meshes.py, ('data', 'space'), if the map splits evenly; another mesh of several devices has no kernels.
   """
-  if pl is None or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32) or x.shape[-1] > _TILE:
+  if pl is None or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32) or x.shape[-1] > _MOST_CHANNELS:
     return False
   if not all(isinstance(size, int) for size in x.shape) or not x.size:
     return False
   mesh = jax.sharding.get_abstract_mesh()
-  if _device_kind(mesh) == 'cpu':
-    return False  # spares CPUs the time to trace the kernels; without a mesh the platform is not known yet
+  if not _on_gpus(mesh):
+    return False
   if mesh.size <= 1:
     return True
   if mesh.axis_names != ('data', 'space') or any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -53,8 +55,63 @@ def suits(x: jax.Array) -> bool:
   return x.shape[0] % mesh.shape['data'] == 0 and x.shape[1] % mesh.shape['space'] == 0
 
 
-def _device_kind(mesh):
-  return mesh.abstract_device.device_kind if mesh.abstract_device else None
+def _on_gpus(mesh):
+  """Whether the program may run on GPUs. Otherwise nobody needs to wait until the kernels are traced."""
+  if mesh.abstract_device is None:
+    return jax.default_backend() == 'gpu'
+  return not mesh.abstract_device.device_kind.startswith(('cpu', 'TPU'))
+
+
+def pools(x, affine, dtype):
+  """Pools y = (x - mean) * scale + shift, rounded to dtype: x [B, *space, C], affine = (mean, scale, shift), each [C].
+
+  Returns the maximum of y and the mean of x - mean over space [B, C], then maximum and mean of y over channels
+  [B, *space], all float32.
+  """
+  local = _on_each_device(functools.partial(_local_pools, dtype), (_MAP, (_EVERYWHERE,) * 3), (_MAP,) * 4)
+  part_max, part_sum, spatial_max, spatial_sum = local(x, affine)
+  return part_max.max(1), part_sum.sum(1) / math.prod(x.shape[1:-1]), spatial_max, spatial_sum / x.shape[-1]
+
+
+class Sums(NamedTuple):
+  """Sums of the backward pass of FUSA of y, for n = x - mean and the cotangent g of y * A.
+
+  Attributes:
+    d_offset [B, C], d_slope [C], d_score [B, *space]: cotangents of the variables of A = sigmoid(offset + score *
+      slope).
+    channel_count [B, C], spatial_count [B, *space]: number of values that equal the maximum, over space and channels.
+    channel_n [B, C]: sum over space of n where y equals its maximum.
+    d_shift, d_scale [C]: sums over images and space of d and d * n, for d the cotangent of y without its pools over
+      space.
+  """
+
+  d_offset: jax.Array
+  d_slope: jax.Array
+  d_score: jax.Array
+  channel_count: jax.Array
+  spatial_count: jax.Array
+  channel_n: jax.Array
+  d_shift: jax.Array
+  d_scale: jax.Array
+
+
+def sums(x, g, affine, gating, maxima, weights, dtype) -> Sums:
+  """The sums of the backward pass of FUSA of y.
+
+  Args:
+    x, affine, dtype: as in `pools`. g: the cotangent of y * A.
+    gating: offset [B, C], score [B, *space] and slope [C].
+    maxima: of y over space [B, C] and over channels [B, *space].
+    weights: two numbers, of which score = weights[0] * maximum of y + weights[1] * mean of y + constant.
+  """
+  in_specs = (_MAP, _MAP, (_EVERYWHERE,) * 3, (_BATCHED, _MAP, _EVERYWHERE), (_BATCHED, _MAP), _EVERYWHERE)
+  local = _on_each_device(functools.partial(_local_sums, dtype), in_specs, (_MAP,) * 8)
+  d_offset, count, channel_n, d_slope, d_shift, d_scale, d_score, spatial_count = local(
+    x, g, affine, gating, maxima, weights
+  )
+  d_offset, count, channel_n = (partial.sum(1) for partial in (d_offset, count, channel_n))
+  d_slope, d_shift, d_scale = (partial.sum((0, 1)) for partial in (d_slope, d_shift, d_scale))
+  return Sums(d_offset, d_slope, d_score, count, spatial_count, channel_n, d_shift, d_scale)
 
 
 def _on_each_device(function, in_specs, out_specs):
@@ -65,53 +122,27 @@ def _on_each_device(function, in_specs, out_specs):
   return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def pools(x):
-  """Pools x [B, *space, C]: returns (maxima, means, counts), each ([B, C] over space, [B, *space] over channels).
-
-  A count is the number of values that are equal to the maximum; the gradient needs it. All are float32.
-  """
-  local = _on_each_device(_local_pools, (_MAP,), ((_MAP,) * 3, (_MAP,) * 3))
-  (part_max, part_count, part_sum), (spatial_max, spatial_count, spatial_sum) = local(x)
-  channel_max = part_max.max(1)
-  channel_count = jnp.where(part_max == channel_max[:, None], part_count, 0).sum(1)
-  pixels = math.prod(x.shape[1:-1])
-  return (
-    (channel_max, spatial_max),
-    (part_sum.sum(1) / pixels, spatial_sum / x.shape[-1]),
-    (channel_count, spatial_count),
-  )
-
-
-def gate_sums(x, g, offset, score, slope):
-  """The sums of the backward pass of fusa.gate, with its arguments and g, the cotangent of its result.
-
-  Returns the cotangents of offset [B, C], score [B, *space] and slope [C].
-  """
-  in_specs = (_MAP, _MAP, _BATCHED, _MAP, PartitionSpec())
-  local = _on_each_device(_local_gate_sums, in_specs, (_MAP, _MAP, _MAP))
-  part_offset, part_slope, d_score = local(x, g, offset, score, slope)
-  return part_offset.sum(1), d_score, part_slope.sum((0, 1))
-
-
 class _Tiling:
-  """How the programs of a kernel share a map [B, *space, C]: program (b, k) has a run of pixels of image b.
+  """How the programs of a kernel share the map x: program (b, k) has a run of pixels of image b.
 
   Attributes:
     pixels, channels: those of an image.
     rows, width: pixels and channels of a tile, powers of two, as Triton demands; the tile may reach beyond the map.
     steps: number of tiles that a program reads, one after the other.
+    dtype: to which y is rounded.
   """
 
-  def __init__(self, x):
+  def __init__(self, x, dtype, tile):
     batch, self.channels, self.pixels = x.shape[0], x.shape[-1], math.prod(x.shape[1:-1])
+    self.dtype = dtype
     self.width = pl.next_power_of_2(self.channels)
     most = pl.next_power_of_2(self.pixels)
-    self.rows = min(_TILE // self.width, most)
+    self.rows = min(max(tile // self.width, 1), most)
     share = pl.next_power_of_2(max(batch * self.pixels // _PROGRAMS, 1))
     run = max(min(max(share, _LEAST_PIXELS), _MOST_PIXELS, most), self.rows)
     self.steps = run // self.rows
     self.grid = (batch, pl.cdiv(self.pixels, run))
-    # Blocks of the arrays [B, pixels, C], [B, pixels], [B, C], [C], and [B, programs per image, C] for partial results.
+    # Blocks of arrays [B, pixels, C], [B, pixels], [B, C], [C], and [B, programs per image, C] for partial results.
     self.map = pl.BlockSpec((None, run, self.width), lambda b, k: (b, k, 0))
     self.per_pixel = pl.BlockSpec((None, run), lambda b, k: (b, k))
     self.per_image = pl.BlockSpec((None, self.width), lambda b, k: (b, 0))
@@ -120,16 +151,20 @@ class _Tiling:
     self.pixel_shape = jax.ShapeDtypeStruct((batch, self.pixels), jnp.float32)
     self.partial_shape = jax.ShapeDtypeStruct((*self.grid, self.channels), jnp.float32)
 
-  def call(self, kernel, arrays, in_specs, per_channel, per_pixel):
-    """Calls a kernel of that many outputs per program and channel, then per pixel."""
+  def call(self, kernel, arrays, in_specs, partials, per_pixel):
+    """Calls a kernel with that many partial results and results per pixel."""
     return pl.pallas_call(
       functools.partial(kernel, self),
       grid=self.grid,
       in_specs=in_specs,
-      out_specs=[self.partial] * per_channel + [self.per_pixel] * per_pixel,
-      out_shape=[self.partial_shape] * per_channel + [self.pixel_shape] * per_pixel,
+      out_specs=[self.partial] * partials + [self.per_pixel] * per_pixel,
+      out_shape=[self.partial_shape] * partials + [self.pixel_shape] * per_pixel,
       compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=2),
     )(*arrays)
+
+  def at(self, step):
+    """The pixels of a tile, in the block of its program."""
+    return pl.ds(step * self.rows, self.rows)
 
   def inside(self, program, step):
     """Which values of a program's tile are in the map: masks [rows, width], [rows] and [width]; None if all are."""
@@ -143,9 +178,14 @@ class _Tiling:
     both = both if columns is None else both & columns[None]
     return both, rows, columns
 
-  def at(self, step):
-    """The pixels of a tile, in the block of its program."""
-    return pl.ds(step * self.rows, self.rows)
+  def normalised(self, x, affine):
+    """x - mean, and y."""
+    mean, scale, shift = affine
+    n = x - mean
+    return n, (n * scale + shift).astype(self.dtype).astype(jnp.float32)
+
+  def zeros(self):
+    return jnp.zeros((self.rows, self.width), jnp.float32)
 
 
 def _load(ref, mask):
@@ -153,67 +193,91 @@ def _load(ref, mask):
   return values.astype(jnp.float32)
 
 
-def _local_pools(x):
-  tiling = _Tiling(x)
-  flat = x.reshape(x.shape[0], tiling.pixels, tiling.channels)
-  out = tiling.call(_pools_kernel, (flat,), [tiling.map], 3, 3)
-  return tuple(out[:3]), tuple(array.reshape(x.shape[:-1]) for array in out[3:])
+def _where(mask, values, other):
+  return values if mask is None else jnp.where(mask, values, other)
 
 
-def _pools_kernel(tiling, x_ref, part_max, part_count, part_sum, spatial_max, spatial_count, spatial_sum):
+def _flat(x, array):
+  """An array over the space of x, [B, *space, ...], as [B, pixels, ...]."""
+  return array.reshape(x.shape[0], -1, *array.shape[x.ndim - 1 :])
+
+
+def _local_pools(dtype, x, affine):
+  tiling = _Tiling(x, dtype, _POOLS_TILE)
+  specs = [tiling.map, *[tiling.per_channel] * 3]
+  *partials, spatial_max, spatial_sum = tiling.call(_pools_kernel, (_flat(x, x), *affine), specs, 2, 2)
+  return *partials, spatial_max.reshape(x.shape[:-1]), spatial_sum.reshape(x.shape[:-1])
+
+
+def _pools_kernel(tiling, x_ref, mean_ref, scale_ref, shift_ref, part_max, part_sum, spatial_max, spatial_sum):
   program = pl.program_id(1)
+  *_, columns = tiling.inside(program, 0)
+  affine = [_load(ref.at[:], columns)[None] for ref in (mean_ref, scale_ref, shift_ref)]
 
   def read(step, running):
-    highest, count, total = running
+    highest, total = running
     both, rows, _ = tiling.inside(program, step)
     at = tiling.at(step)
-    x = _load(x_ref.at[at, :], both)
-    total += x
-    triton.store(spatial_sum.at[at], x.sum(1), mask=rows)
-    if both is not None:
-      x = jnp.where(both, x, -jnp.inf)
-    is_highest = lambda of: ((x == of) if both is None else (x == of) & both).astype(jnp.float32)
-    row_max = x.max(1)
-    triton.store(spatial_max.at[at], row_max, mask=rows)
-    triton.store(spatial_count.at[at], is_highest(row_max[:, None]).sum(1), mask=rows)
-    count = jnp.where(x > highest, 1.0, count + is_highest(highest))
-    return jnp.maximum(highest, x), count, total
+    n, y = tiling.normalised(_load(x_ref.at[at, :], both), affine)
+    triton.store(spatial_sum.at[at], _where(both, y, 0.0).sum(1), mask=rows)
+    y = _where(both, y, -jnp.inf)
+    triton.store(spatial_max.at[at], y.max(1), mask=rows)
+    return jnp.maximum(highest, y), total + _where(both, n, 0.0)
 
-  zeros = jnp.zeros((tiling.rows, tiling.width), jnp.float32)
-  highest, count, total = jax.lax.fori_loop(0, tiling.steps, read, (zeros - jnp.inf, zeros, zeros))
-  *_, columns = tiling.inside(program, 0)
-  column_max = highest.max(0)
-  triton.store(part_max.at[:], column_max, mask=columns)
-  triton.store(part_count.at[:], jnp.where(highest == column_max[None], count, 0.0).sum(0), mask=columns)
+  running = (tiling.zeros() - jnp.inf, tiling.zeros())
+  highest, total = jax.lax.fori_loop(0, tiling.steps, read, running)
+  triton.store(part_max.at[:], highest.max(0), mask=columns)
   triton.store(part_sum.at[:], total.sum(0), mask=columns)
 
 
-def _local_gate_sums(x, g, offset, score, slope):
-  tiling = _Tiling(x)
-  flat = lambda array: array.reshape(x.shape[0], tiling.pixels, *array.shape[x.ndim - 1 :])
-  specs = [tiling.map, tiling.map, tiling.per_image, tiling.per_pixel, tiling.per_channel]
-  arrays = (flat(x), flat(g), offset, flat(score), slope)
-  part_offset, part_slope, d_score = tiling.call(_gate_sums_kernel, arrays, specs, 2, 1)
-  return part_offset, part_slope, d_score.reshape(score.shape)
+def _local_sums(dtype, x, g, affine, gating, maxima, weights):
+  tiling = _Tiling(x, dtype, _SUMS_TILE)
+  (offset, score, slope), (channel_max, spatial_max) = gating, maxima
+  arrays = (
+    _flat(x, x),
+    _flat(x, g),
+    *affine,
+    slope,
+    offset,
+    channel_max,
+    _flat(x, score),
+    _flat(x, spatial_max),
+    weights,
+  )
+  specs = [tiling.map] * 2 + [tiling.per_channel] * 4 + [tiling.per_image] * 2 + [tiling.per_pixel] * 2
+  specs.append(pl.BlockSpec((2,), lambda *_: (0,)))
+  *partials, d_score, spatial_count = tiling.call(_sums_kernel, arrays, specs, 6, 2)
+  return *partials, d_score.reshape(score.shape), spatial_count.reshape(score.shape)
 
 
-def _gate_sums_kernel(tiling, x_ref, g_ref, offset_ref, score_ref, slope_ref, part_offset, part_slope, d_score):
+def _sums_kernel(tiling, x_ref, g_ref, *refs):
+  vectors, (score_ref, spatial_max_ref, weights_ref), partials = refs[:6], refs[6:9], refs[9:15]
+  d_score_ref, spatial_count_ref = refs[15:]
   program = pl.program_id(1)
   *_, columns = tiling.inside(program, 0)
-  offset, slope = (_load(ref.at[:], columns)[None] for ref in (offset_ref, slope_ref))
+  *affine, slope, offset, channel_max = (_load(ref.at[:], columns)[None] for ref in vectors)
+  of_max, of_mean = weights_ref[0], weights_ref[1] / tiling.channels
 
   def read(step, running):
-    d_offset, d_slope = running
     both, rows, _ = tiling.inside(program, step)
     at = tiling.at(step)
-    x, g = (_load(ref.at[at, :], both) for ref in (x_ref, g_ref))
-    score = _load(score_ref.at[at], rows)[:, None]
+    x, g = (_load(ref.at[at, :], both) for ref in (x_ref, g_ref))  # g is zero beyond the map
+    score, spatial_max = (_load(ref.at[at], rows)[:, None] for ref in (score_ref, spatial_max_ref))
+    n, y = tiling.normalised(x, affine)
+    equals = lambda maximum: _where(both, (y == maximum).astype(jnp.float32), 0.0)
+    is_channel_max, is_spatial_max = equals(channel_max), equals(spatial_max)
     attention = jax.nn.sigmoid(offset + score * slope)
-    d_logits = g * x * attention * (1 - attention)  # zero beyond the map, as g and x are
-    triton.store(d_score.at[at], (d_logits * slope).sum(1), mask=rows)
-    return d_offset + d_logits, d_slope + d_logits * score
+    through = g * attention
+    d_logits = through * y * (1 - attention)
+    d_score = (d_logits * slope).sum(1)
+    count = is_spatial_max.sum(1)
+    triton.store(d_score_ref.at[at], d_score, mask=rows)
+    triton.store(spatial_count_ref.at[at], count, mask=rows)
+    share = is_spatial_max * (of_max / jnp.maximum(count, 1))[:, None] + of_mean
+    d_y = through + _where(both, share * d_score[:, None], 0.0)
+    terms = (d_logits, is_channel_max, is_channel_max * n, d_logits * score, d_y, d_y * n)
+    return tuple(total + term for total, term in zip(running, terms, strict=True))
 
-  zeros = jnp.zeros((tiling.rows, tiling.width), jnp.float32)
-  d_offset, d_slope = jax.lax.fori_loop(0, tiling.steps, read, (zeros, zeros))
-  triton.store(part_offset.at[:], d_offset.sum(0), mask=columns)
-  triton.store(part_slope.at[:], d_slope.sum(0), mask=columns)
+  totals = jax.lax.fori_loop(0, tiling.steps, read, (tiling.zeros(),) * 6)
+  for ref, total in zip(partials, totals, strict=True):
+    triton.store(ref.at[:], total.sum(0), mask=columns)

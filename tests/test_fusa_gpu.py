@@ -7,12 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusa_jax import FUSA, fusa_gpu
+from fusa_jax import FUSA, fusa, fusa_gpu
 from fusa_jax.chips import hlo
 from fusa_jax.system import meshes
 
 # One to three spatial axes; sizes that fill no tile, and sizes that fill several.
-SHAPES = [(2, 9, 6), (2, 5, 7, 6), (2, 3, 4, 5, 6), (1, 1, 1, 3), (2, 33, 35, 64), (1, 16, 16, 512), (1, 9, 8, 2048)]
+MAPS = [
+  ((2, 9, 6), jnp.bfloat16),
+  ((2, 5, 7, 6), jnp.float32),
+  ((2, 3, 4, 5, 6), jnp.float16),
+  ((1, 1, 1, 3), jnp.float32),
+  ((2, 33, 35, 64), jnp.bfloat16),
+  ((1, 16, 16, 512), jnp.float32),
+  ((1, 9, 8, 2048), jnp.bfloat16),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -20,60 +28,97 @@ def interpreted(monkeypatch):
   """Runs kernels on the CPU, and everything that depends on the platform as on a GPU."""
   call = functools.partial(fusa_gpu.pl.pallas_call, interpret=True)
   monkeypatch.setattr(fusa_gpu.pl, 'pallas_call', call)
-  monkeypatch.setattr(fusa_gpu, '_device_kind', lambda _: 'H100')
+  monkeypatch.setattr(fusa_gpu, '_on_gpus', lambda _: True)
   monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *x, default, cuda=None, **_: (cuda or default)(*x))
-
-
-def inputs(shape, dtype, seed=0):
-  """x with few distinct values, so that many are equal to a maximum, and a cotangent."""
-  rng = np.random.default_rng(seed)
-  x = np.round(rng.normal(size=shape) * 4) / 4
-  return jnp.asarray(x, dtype), jnp.asarray(rng.normal(size=shape), dtype)
 
 
 def exact(array):
   return np.asarray(array).astype(np.float64)
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize('shape', SHAPES)
-def test_pools_and_counts(shape, dtype):
-  x, _ = inputs(shape, dtype)
-  maxima, means, counts = jax.jit(fusa_gpu.pools)(x)
-  x = exact(x)
-  for axes, maximum, mean, count in zip((tuple(range(1, x.ndim - 1)), -1), maxima, means, counts, strict=True):
-    np.testing.assert_array_equal(maximum, x.max(axes))
-    np.testing.assert_array_equal(count, (x == x.max(axes, keepdims=True)).sum(axes))
-    np.testing.assert_allclose(mean, x.mean(axes), atol=1e-6)
+def inputs(shape, dtype):
+  """A map x, a norm's affine, and a cotangent. Many y are equal to a maximum, and all y are numbers of bfloat16."""
+  rng = np.random.default_rng(0)
+  x, g = np.round(rng.normal(size=shape) * 4) / 4, rng.normal(size=shape)
+  affine = [rng.choice(values, shape[-1]) for values in ([-1.0, 0.5], [-1.0, 0.0, 0.5, 2.0], [-0.5, 0.25])]
+  return jnp.asarray(x, dtype), tuple(jnp.asarray(a, jnp.float32) for a in affine), jnp.asarray(g, dtype)
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize('shape', SHAPES)
+def axes_of(x):
+  """The axes of the pools: space, and channels."""
+  return tuple(range(1, x.ndim - 1)), -1
+
+
+@pytest.mark.parametrize(('shape', 'dtype'), MAPS)
+def test_pools(shape, dtype):
+  x, affine, _ = inputs(shape, dtype)
+  channel_max, mean_n, spatial_max, spatial_mean = jax.jit(fusa_gpu.pools, static_argnums=2)(x, affine, dtype)
+  x, (mean, scale, shift) = exact(x), map(exact, affine)
+  y, (space, channels) = (x - mean) * scale + shift, axes_of(x)
+  np.testing.assert_array_equal(channel_max, y.max(space))
+  np.testing.assert_array_equal(spatial_max, y.max(channels))
+  np.testing.assert_allclose(mean_n, (x - mean).mean(space), atol=1e-6)
+  np.testing.assert_allclose(spatial_mean, y.mean(channels), atol=1e-6)
+
+
+@pytest.mark.parametrize(('shape', 'dtype'), MAPS)
 def test_sums_of_the_backward_pass(shape, dtype):
-  (x, g), rng = inputs(shape, dtype), np.random.default_rng(1)
-  small = [rng.normal(size=s) for s in ((shape[0], shape[-1]), shape[:-1], shape[-1:])]
-  found = jax.jit(fusa_gpu.gate_sums)(x, g, *(jnp.asarray(a, jnp.float32) for a in small))
-  offset, score, slope = small
-  attention = 1 / (1 + np.exp(-np.expand_dims(offset, tuple(range(1, x.ndim - 1))) - score[..., None] * slope))
-  d_logits = exact(g) * exact(x) * attention * (1 - attention)
-  space = tuple(range(1, x.ndim - 1))
-  expected = [d_logits.sum(space), d_logits @ slope, (d_logits * score[..., None]).sum((0, *space))]
-  for ours, theirs in zip(found, expected, strict=True):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+  (x, affine, g), rng = inputs(shape, dtype), np.random.default_rng(1)
+  offset, score, slope = (rng.normal(size=size) for size in ((shape[0], shape[-1]), shape[:-1], shape[-1:]))
+  weights = np.array([0.7, -1.3])
+  single = lambda *arrays: tuple(jnp.asarray(a, jnp.float32) for a in arrays)
+  mean, scale, shift = map(exact, affine)
+  n = exact(x) - mean
+  y, (space, channels) = n * scale + shift, axes_of(x)
+  maxima = single(y.max(space), y.max(channels))
+  found = jax.jit(fusa_gpu.sums, static_argnums=6)(
+    x, g, affine, single(offset, score, slope), maxima, *single(weights), dtype
+  )
+  attention = 1 / (1 + np.exp(-np.expand_dims(offset, space) - score[..., None] * slope))
+  d_logits = exact(g) * y * attention * (1 - attention)
+  is_channel_max, is_spatial_max = (y == y.max(axes, keepdims=True) for axes in (space, channels))
+  count = is_spatial_max.sum(channels, keepdims=True)
+  of_pools = weights[0] * is_spatial_max / count + weights[1] / shape[-1]
+  d_y = exact(g) * attention + (d_logits @ slope)[..., None] * of_pools
+  expected = fusa_gpu.Sums(
+    d_offset=d_logits.sum(space),
+    d_slope=(d_logits * score[..., None]).sum((0, *space)),
+    d_score=d_logits @ slope,
+    channel_count=is_channel_max.sum(space),
+    spatial_count=count[..., 0],
+    channel_n=(n * is_channel_max).sum(space),
+    d_shift=d_y.sum((0, *space)),
+    d_scale=(d_y * n).sum((0, *space)),
+  )
+  for name in fusa_gpu.Sums._fields:
+    theirs = getattr(expected, name)
+    np.testing.assert_allclose(getattr(found, name), theirs, 1e-5, 1e-5 * np.abs(theirs).max(), err_msg=name)
 
 
-def value_and_gradients(module, variables, x, weight):
-  """A weighted sum of the module's output, and its gradients by the variables and by x."""
-  loss = lambda v, x: (module.apply(v, x).astype(weight.dtype) * weight).sum()
-  return jax.jit(jax.value_and_grad(loss, (0, 1)))(variables, x)
+class Normalised(fusa.nn.Module):
+  """FUSA after a norm with the given affine."""
+
+  literal: bool = False
+
+  @fusa.nn.compact
+  def __call__(self, x, affine):
+    mean, scale, shift = affine
+    apply = lambda x: ((x - mean) * scale + shift, ())
+    return FUSA(literal=self.literal, name='fusa').after(fusa.Norm(apply, lambda x: (affine, ()), x.dtype), x)[0]
 
 
-def variables_of(channels, spatial_axes, seed=2):
-  rng = np.random.default_rng(seed)
-  x = jax.ShapeDtypeStruct((1,) * (spatial_axes + 1) + (channels,), jnp.float32)
+def variables_of(shape):
+  rng = np.random.default_rng(2)
+  x = jax.ShapeDtypeStruct((1,) * (len(shape) - 1) + shape[-1:], jnp.float32)
   shapes = jax.eval_shape(FUSA().init, jax.random.key(0), x)
   # Small values, to keep every sigmoid from saturation.
   return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / s.shape[-1], jnp.float32), shapes)
+
+
+def output_and_gradients(module, weight, arguments):
+  """The module's output for (variables, *inputs), and the gradients of its weighted sum."""
+  out, pull = jax.vjp(module.apply, *arguments)
+  return out, pull(weight.astype(out.dtype))
 
 
 def difference(a, b):
@@ -81,45 +126,55 @@ def difference(a, b):
   return max(np.linalg.norm(exact(p) - exact(q)) / np.linalg.norm(exact(q)) for p, q in pairs)
 
 
-@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.bfloat16, 2**-7), (jnp.float32, 2e-6)])
-@pytest.mark.parametrize('shape', [(2, 9, 6), (2, 5, 7, 6), (2, 3, 4, 5, 6)])
-def test_module_equals_the_literal_form(shape, dtype, tolerance):
-  """In float64, with ties for most of the maxima."""
-  x, weight = inputs(shape, dtype)
-  variables = variables_of(shape[-1], len(shape) - 2)
-  found = value_and_gradients(FUSA(), variables, x, weight.astype(jnp.float32))
-  assert 'pallas_call' in str(jax.make_jaxpr(FUSA().apply)(variables, x))
+@pytest.mark.parametrize(
+  ('norm', 'shape', 'dtype', 'tolerance'),
+  [
+    (False, (2, 5, 7, 6), jnp.float32, 5e-6),
+    (False, (2, 5, 7, 6), jnp.bfloat16, 2**-7),
+    (True, (2, 9, 6), jnp.float32, 5e-6),
+    (True, (2, 5, 7, 6), jnp.bfloat16, 2**-7),
+    (True, (2, 3, 4, 5, 6), jnp.float32, 5e-6),
+  ],
+)
+def test_module_equals_the_literal_form(norm, shape, dtype, tolerance):
+  """Values and gradients in float64, with ties for most of the maxima, and channels that a norm makes constant."""
+  x, affine, weight = inputs(shape, dtype)
+  variables = variables_of(shape)
+  arguments = ({'params': {'fusa': variables['params']}}, x, affine) if norm else (variables, x)
+  module = Normalised if norm else FUSA
+  run = jax.jit(output_and_gradients, static_argnums=0)
+  found = run(module(), weight, arguments)
+  assert 'pallas_call' in str(jax.make_jaxpr(module().apply)(*arguments))
   with jax.enable_x64(True):
-    wide = jax.tree.map(lambda a: jnp.asarray(exact(a)), (variables, x, weight))
-    expected = value_and_gradients(FUSA(literal=True), *wide)
+    expected = run(module(literal=True), *jax.tree.map(lambda a: jnp.asarray(exact(a)), (weight, arguments)))
   assert difference(found, expected) < tolerance
 
 
 @pytest.mark.parametrize(('data', 'space'), [(8, 1), (4, 2), (2, 4)])
 def test_devices_of_a_mesh_share_the_work(data, space):
   shape = (8, 16, 16, 24)
-  x, weight = inputs(shape, jnp.float32)
-  variables = variables_of(24, 2)
-  expected = value_and_gradients(FUSA(), variables, x, weight)
+  x, affine, weight = inputs(shape, jnp.float32)
+  arguments = ({'params': {'fusa': variables_of(shape)['params']}}, x, affine)
+  run = functools.partial(output_and_gradients, Normalised())
+  expected = jax.jit(run)(weight, arguments)
   mesh = meshes.create_mesh(data, space)
-  x, weight = (jax.device_put(a, meshes.batched(mesh, 4)) for a in (x, weight))
-  loss = lambda v, x: (FUSA().apply(v, x) * weight).sum()
-  placed = (meshes.replicated(mesh), (meshes.replicated(mesh), meshes.batched(mesh, 4)))
+  everywhere, split = meshes.replicated(mesh), meshes.batched(mesh, 4)
+  x, weight = (jax.device_put(a, split) for a in (x, weight))
+  arguments = (arguments[0], x, affine)
   with jax.set_mesh(mesh):
     assert fusa_gpu.suits(x)
-    step = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=placed)
-    compiled = step.lower(variables, x).compile()
-  assert difference(compiled(variables, x), expected) < 1e-5  # float32 sums in another order
-  exchanged = hlo.collectives(compiled.as_text(), mesh.size)
-  assert 0 < max(c.nbytes for c in exchanged) < x.nbytes / mesh.size  # vectors, but no map
+    compiled = jax.jit(run, out_shardings=(split, (everywhere, split, everywhere))).lower(weight, arguments).compile()
+  assert difference(compiled(weight, arguments), expected) < 1e-5  # float32 sums in another order
+  sent = hlo.collectives(compiled.as_text(), mesh.size)
+  assert 0 < max(exchange.nbytes for exchange in sent) < x.nbytes / mesh.size  # vectors, but no map
 
 
 def test_nan_reaches_the_whole_image_as_in_the_literal_form():
-  x, _ = inputs((2, 5, 7, 6), jnp.float32)
+  x, _, _ = inputs((2, 5, 7, 6), jnp.float32)
   x = x.at[0, 1, 2, 3].set(jnp.nan)
-  variables = variables_of(6, 2)
-  missing = np.isnan(jax.jit(FUSA().apply)(variables, x))
-  np.testing.assert_array_equal(missing, np.isnan(jax.jit(FUSA(literal=True).apply)(variables, x)))
+  variables = variables_of(x.shape)
+  missing, expected = (np.isnan(jax.jit(FUSA(literal=form).apply)(variables, x)) for form in (False, True))
+  np.testing.assert_array_equal(missing, expected)
   assert missing[0].all() and not missing[1].any()
 
 
@@ -132,17 +187,26 @@ def test_maps_that_have_no_kernels(monkeypatch):
     assert fits() and not fits(shape=(6, 8, 4, 6)) and not fits(shape=(8, 7, 4, 6))
   with jax.set_mesh(jax.make_mesh((8,), ('batch',))):
     assert not fits()
-  monkeypatch.undo()
-  with jax.set_mesh(meshes.create_mesh(4, 2)):
-    assert not fits()  # these are CPUs
   monkeypatch.setattr(fusa_gpu, 'pl', None)
   assert not fits()
+  monkeypatch.undo()
+  assert not fits()  # the devices are CPUs, without a mesh
+  with jax.set_mesh(meshes.create_mesh(4, 2)):
+    assert not fits()  # and with one
+
+
+def test_the_attention_map_can_be_read():
+  """To return the map, XLA computes it; the result is the same."""
+  x, _, _ = inputs((2, 5, 7, 6), jnp.float32)
+  variables = variables_of(x.shape)
+  out, state = jax.jit(functools.partial(FUSA().apply, mutable=['intermediates']))(variables, x)
+  (attention,) = state['intermediates']['attention']
+  np.testing.assert_allclose(out, x * attention, rtol=1e-6)
+  np.testing.assert_allclose(out, jax.jit(FUSA().apply)(variables, x), rtol=1e-5)
 
 
 def test_images_can_be_mapped():
-  x, _ = inputs((3, 2, 5, 4, 6), jnp.float32)
-  variables = variables_of(6, 2)
-  apply = jax.jit(FUSA().apply)
+  x, _, _ = inputs((3, 2, 5, 4, 6), jnp.float32)
+  variables, apply = variables_of(x.shape[1:]), jax.jit(FUSA().apply)
   mapped = jax.jit(jax.vmap(FUSA().apply, (None, 0)))(variables, x)
-  one = jnp.stack([apply(variables, image) for image in x])
-  np.testing.assert_allclose(mapped, one, rtol=1e-6)
+  np.testing.assert_allclose(mapped, jnp.stack([apply(variables, image) for image in x]), rtol=1e-5)
