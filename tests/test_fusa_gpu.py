@@ -1,6 +1,12 @@
 """The kernels for NVIDIA GPUs, interpreted on a CPU, against NumPy in float64 and against the literal form of FUSA."""
 
 import functools
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +15,8 @@ import pytest
 
 from fusa_jax import FUSA, fusa, fusa_gpu
 from fusa_jax.chips import hlo
+from fusa_jax.models.layers import layers
+from fusa_jax.models.resnet import BasicBlock
 from fusa_jax.system import meshes
 
 # One to three spatial axes; sizes that fill no tile, and sizes that fill several.
@@ -150,6 +158,33 @@ def test_module_equals_the_literal_form(norm, shape, dtype, tolerance):
   assert difference(found, expected) < tolerance
 
 
+@pytest.mark.parametrize('train', [True, False])
+def test_residual_block_equals_the_literal_form(train):
+  """Its last norm and FUSA are one function here. Output, running statistics and gradients in float64."""
+  rng, shape = np.random.default_rng(3), (2, 6, 5, 8)
+  make = lambda literal: BasicBlock(8, attention=functools.partial(FUSA, literal=literal), **layers(train, None))
+  variables = jax.eval_shape(make(True).init, jax.random.key(0), jnp.ones(shape))
+  draw = lambda s: jnp.asarray(rng.normal(size=s.shape) / np.sqrt(s.size), jnp.float32)
+  params, stats = (jax.tree.map(draw, variables[name]) for name in ('params', 'batch_stats'))
+  stats = jax.tree.map(jnp.square, stats)
+  x, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+
+  def run(block, params, x, weight, stats):
+    apply = lambda *arguments: block.apply(
+      {'params': arguments[0], 'batch_stats': stats}, arguments[1], mutable=['batch_stats']
+    )
+    out, pull, stats = jax.vjp(apply, params, x, has_aux=True)
+    return out, stats, pull(weight)
+
+  arguments = (params, x, weight, stats)
+  assert 'pallas_call' in str(jax.make_jaxpr(functools.partial(run, make(False)))(*arguments))
+  found = jax.jit(run, static_argnums=0)(make(False), *arguments)
+  with jax.enable_x64(True):
+    wide = jax.tree.map(lambda a: jnp.asarray(exact(a)), arguments)
+    expected = jax.jit(run, static_argnums=0)(make(True), *wide)
+  assert difference(found, expected) < 1e-5
+
+
 @pytest.mark.parametrize(('data', 'space'), [(8, 1), (4, 2), (2, 4)])
 def test_devices_of_a_mesh_share_the_work(data, space):
   shape = (8, 16, 16, 24)
@@ -210,3 +245,26 @@ def test_images_can_be_mapped():
   variables, apply = variables_of(x.shape[1:]), jax.jit(FUSA().apply)
   mapped = jax.jit(jax.vmap(FUSA().apply, (None, 0)))(variables, x)
   np.testing.assert_allclose(mapped, jnp.stack([apply(variables, image) for image in x]), rtol=1e-5)
+
+
+@pytest.mark.skipif(
+  not importlib.util.find_spec('jax_plugins') or not importlib.util.find_spec('jax_plugins.xla_cuda12'),
+  reason='the GPU compiler is not installed: requirements-aot-gpu.txt',
+)
+@pytest.mark.slow
+def test_a_compiled_block_moves_few_more_maps_with_fusa():
+  """Compiled for an H100. One sweep for the pools is needed; XLA also keeps the input of the ReLU, in some blocks."""
+  shape = (4, 64, 64, 64)
+  code = f"""
+import json
+from benchmarks import fusa
+from fusa_jax.chips import topology
+print(json.dumps([fusa.cost(form, {shape}, topology.parse('h100:1'))[0] for form in fusa.FORMS.values()]))
+"""
+  command = [sys.executable, '-c', code]
+  result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | {'XLA_FLAGS': ''})
+  assert result.returncode == 0, result.stderr
+  none, literal, plain, factored = json.loads(result.stdout.splitlines()[-1])
+  one_map = 2 * math.prod(shape)
+  assert 1 < (factored - none) / one_map < 4.5
+  assert (plain - none) / one_map > 12 and literal > plain

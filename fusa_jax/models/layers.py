@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusa_jax.fusa import stored
+from fusa_jax.fusa import FUSA, Norm, stored
 from fusa_jax.models.cpu import pooling
 from fusa_jax.models.cpu.convolution import convolve
 from fusa_jax.system.errors import UserError
@@ -42,7 +42,8 @@ class BatchNorm(nn.Module):
   dtype: jnp.dtype | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, attention: FUSA | None = None) -> jax.Array:
+    """Returns the normalised x; with `attention`, what that returns for it. GPUs compute both together."""
     shape = x.shape[-1:]
     mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
     var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
@@ -50,14 +51,29 @@ class BatchNorm(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, shape)
     dtype = nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
     if self.use_running_average:
-      return _affine(x, mean.value, jax.lax.rsqrt(var.value + self.epsilon), scale, bias).astype(dtype)
-    out, batch_mean, batch_var = batch_norm(x, scale, bias, self.epsilon, dtype)
-    if not self.is_initializing():
+      inverse = jax.lax.rsqrt(var.value + self.epsilon)
+      apply = lambda x: (_affine(x, mean.value, inverse, scale, bias).astype(dtype), ())
+      affine = lambda x: ((mean.value, inverse * scale, bias), ())
+    else:
+      apply = lambda x: _with_statistics(batch_norm(x, scale, bias, self.epsilon, dtype))
+      affine = lambda x: _affine_of_batch(x, scale, bias, self.epsilon)
+    out, statistics = attention.after(Norm(apply, affine, dtype), x) if attention else apply(x)
+    if statistics and not self.is_initializing():
       count = x.size // x.shape[-1]
       kept = lambda old, new: self.momentum * old + (1 - self.momentum) * new
+      batch_mean, batch_var = statistics
       mean.value = kept(mean.value, batch_mean)
       var.value = kept(var.value, batch_var * (count / max(count - 1, 1)))
     return out
+
+
+def _with_statistics(out_mean_var):
+  return out_mean_var[0], out_mean_var[1:]
+
+
+def _affine_of_batch(x, scale, bias, epsilon):
+  mean, var = statistics(x)
+  return (mean, jax.lax.rsqrt(var + epsilon) * scale, bias), (mean, var)
 
 
 def _affine(x, mean, inverse, scale, bias):
@@ -76,10 +92,30 @@ def batch_norm(x, scale, bias, epsilon, dtype):
   return _batch_norm_forward(x, scale, bias, epsilon, dtype)[0]
 
 
-def _batch_norm_forward(x, scale, bias, epsilon, dtype):
+@jax.custom_vjp
+def statistics(x):
+  """Mean and variance [C] of x [..., C] over all other axes."""
   axes = tuple(range(x.ndim - 1))
   mean = wide(x).mean(axes)
-  var = jnp.maximum(jnp.square(wide(x)).mean(axes) - jnp.square(mean), 0)
+  return mean, jnp.maximum(jnp.square(wide(x)).mean(axes) - jnp.square(mean), 0)
+
+
+def _statistics_forward(x):
+  mean, var = statistics(x)
+  return (mean, var), (x, mean)
+
+
+def _statistics_backward(residuals, cotangents):
+  x, mean = residuals
+  d_mean, d_var = cotangents
+  return (((d_mean + 2 * d_var * (wide(x) - mean)) / (x.size // x.shape[-1])).astype(x.dtype),)
+
+
+statistics.defvjp(_statistics_forward, _statistics_backward)
+
+
+def _batch_norm_forward(x, scale, bias, epsilon, dtype):
+  mean, var = statistics.fun(x)
   inverse = jax.lax.rsqrt(var + epsilon)
   return (_affine(x, mean, inverse, scale, bias).astype(dtype), mean, var), (x, mean, inverse, scale)
 

@@ -35,9 +35,7 @@ class _Residual(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    y = self.branch(x)
-    if self.attention is not None:
-      y = self.attention(name='attention')(y)
+    y = self.branch(x, self.attention and self.attention(name='attention'))
     if x.shape != y.shape:
       x = self.conv(y.shape[-1], (1, 1), self.stride, name='shortcut_conv')(x)
       x = self.norm(name='shortcut_norm')(x)
@@ -47,11 +45,11 @@ class _Residual(nn.Module):
 class BasicBlock(_Residual):
   """Two 3x3 convolutions."""
 
-  def branch(self, x):
+  def branch(self, x, attention):
     x = self.conv3x3(self.stride, name='conv1')(x)
     x = nn.relu(self.norm(name='norm1')(x))
     x = self.conv3x3(name='conv2')(x)
-    return self.norm(scale_init=nn.initializers.zeros, name='norm2')(x)
+    return self.norm(scale_init=nn.initializers.zeros, name='norm2')(x, attention)
 
 
 class Bottleneck(_Residual):
@@ -59,11 +57,11 @@ class Bottleneck(_Residual):
 
   expansion = 4
 
-  def branch(self, x):
+  def branch(self, x, attention):
     x = nn.relu(self.norm(name='norm1')(self.conv(self.features, (1, 1), name='conv1')(x)))
     x = nn.relu(self.norm(name='norm2')(self.conv3x3(self.stride, name='conv2')(x)))
     x = self.conv(self.features * self.expansion, (1, 1), name='conv3')(x)
-    return self.norm(scale_init=nn.initializers.zeros, name='norm3')(x)
+    return self.norm(scale_init=nn.initializers.zeros, name='norm3')(x, attention)
 
 
 class Encoder(nn.Module):
