@@ -69,11 +69,10 @@ class FUSA(nn.Module):
     """
     if x.ndim < 3:
       raise ValueError(f'FUSA: x has shape {x.shape}; give an array [batch, *space, channels]')
-    x, vector = x.astype(self.dtype or x.dtype), (x.shape[-1],)
+    x = x.astype(self.dtype or x.dtype)
     if fusa_gpu.suits(x):
       x = _cotangent_in_dtype(x)
-    unchanged = jnp.zeros(vector, jnp.float32), jnp.ones(vector, jnp.float32), jnp.zeros(vector, jnp.float32)
-    return self.after(Norm(lambda x: (x, ()), lambda x: (unchanged, ()), x.dtype), x)[0]
+    return self.after(Norm(lambda x: (x, ()), lambda x: (_unchanged(x), ()), x.dtype), x)[0]
 
   @nn.compact
   def after(self, norm: Norm, x: jax.Array) -> tuple[jax.Array, Any]:
@@ -93,7 +92,12 @@ class FUSA(nn.Module):
       return gate(y, *gating), statistics, gating
 
     def by_kernels(x, parameters):
-      affine, statistics = norm.affine(x)
+      if jnp.finfo(dtype).bits > 16:
+        # Values that are computed twice may differ in the last digit of float32, and then equal no maximum.
+        x, statistics = norm.apply(x)
+        x, affine = jax.lax.optimization_barrier(x), _unchanged(x)
+      else:
+        affine, statistics = norm.affine(x)
       return gate_normalised(dtype, x, affine, *parameters), statistics
 
     if self.literal:
@@ -117,6 +121,12 @@ def stored(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   On GPUs it does nothing. XLA recomputes less there, and the barrier costs a pass over the arrays (docs/models.md).
   """
   return jax.lax.platform_dependent(*arrays, cuda=lambda *x: x, default=lambda *x: jax.lax.optimization_barrier(x))
+
+
+def _unchanged(x):
+  """The affine of a norm that changes nothing: (mean, scale, shift)."""
+  zeros = jnp.zeros(x.shape[-1], jnp.float32)
+  return zeros, zeros + 1, zeros
 
 
 @jax.custom_vjp
