@@ -16,15 +16,33 @@ s is constant over channels. Therefore exactly:
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from fusa_jax import fusa_gpu
+
 # By default, a TPU multiplies float32 numbers in bfloat16 and a GPU in TF32. These products are small, so the highest
 # precision costs little (docs/models.md).
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+class Norm(NamedTuple):
+  """A norm in front of FUSA, which GPUs compute together with it.
+
+  Attributes:
+    apply: x [B, *space, C] -> (normalised x in dtype, statistics), as all other devices compute it.
+    affine: x -> ((mean, scale, shift), statistics), each [C]; the normalised x is (x - mean) * scale + shift.
+    dtype: of the normalised x.
+  """
+
+  apply: Callable
+  affine: Callable
+  dtype: jnp.dtype
 
 
 class FUSA(nn.Module):
@@ -43,7 +61,6 @@ class FUSA(nn.Module):
   dtype: jnp.dtype | None = None
   literal: bool = False
 
-  @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [B, *space, C] -> x * A, same shape.
 
@@ -52,23 +69,50 @@ class FUSA(nn.Module):
     """
     if x.ndim < 3:
       raise ValueError(f'FUSA: x has shape {x.shape}; give an array [batch, *space, channels]')
+    x = x.astype(self.dtype or x.dtype)
+    if fusa_gpu.suits(x):
+      x = _cotangent_in_dtype(x)
+    return self.after(Norm(lambda x: (x, ()), lambda x: (_unchanged(x), ()), x.dtype), x)[0]
+
+  @nn.compact
+  def after(self, norm: Norm, x: jax.Array) -> tuple[jax.Array, Any]:
+    """x [B, *space, C] -> (y * A for the normalised x y, the norm's statistics)."""
     space, channels = x.ndim - 2, x.shape[-1]
     channel = _Affine((2 * channels, channels), name='channel')()
     spatial = _Affine((1,) * space + (2, 1), name='spatial')()
     fuse = _Affine((1,) * space + (2 * channels, channels), name='fuse')()
-    dtype = self.dtype or x.dtype
-    x = x.astype(dtype)
+    parameters, dtype = (channel, spatial, fuse), self.dtype or norm.dtype
+
+    def by_xla(x, parameters):
+      y, statistics = norm.apply(x)
+      # Otherwise a TPU's compiler recomputes y in each pool from the input of the preceding norm. The block then moves
+      # 48% more bytes than without FUSA; with the barrier it moves 6% more (benchmarks/fusa.py).
+      (y,) = stored(y.astype(dtype))
+      gating = factors(y, *parameters)
+      return gate(y, *gating), statistics, gating
+
+    def by_kernels(x, parameters):
+      if jnp.finfo(dtype).bits > 16:
+        # Values that are computed twice may differ in the last digit of float32, and then equal no maximum.
+        x, statistics = norm.apply(x)
+        x, affine = jax.lax.optimization_barrier(x), _unchanged(x)
+      else:
+        affine, statistics = norm.affine(x)
+      return gate_normalised(dtype, x, affine, *parameters), statistics
+
     if self.literal:
-      attention = literal_attention(x, *jax.tree.map(lambda p: p.astype(dtype), (channel, spatial, fuse)))
+      y, statistics = norm.apply(x)
+      y = y.astype(dtype)
+      attention = literal_attention(y, *jax.tree.map(lambda p: p.astype(dtype), parameters))
       self.sow('intermediates', 'attention', attention)
-      return x * attention
-    # Otherwise a TPU's compiler recomputes x in each pool from the input of the preceding norm. The block then moves
-    # 48% more bytes than without FUSA; with the barrier it moves 6% more (benchmarks/fusa.py).
-    (x,) = stored(x)
-    offset, score, slope = factors(x, channel, spatial, fuse)
+      return y * attention, statistics
+    if dtype == norm.dtype and fusa_gpu.suits(x) and not self.is_mutable_collection('intermediates'):
+      default = lambda *arguments: by_xla(*arguments)[:2]
+      return jax.lax.platform_dependent(x, parameters, cuda=by_kernels, default=default)
+    out, statistics, gating = by_xla(x, parameters)
     # Sow outside of `gate`, so the backward pass of `gate` does not need the map. The compiler drops an unused map.
-    self.sow('intermediates', 'attention', nn.sigmoid(_logits(offset, score, slope)).astype(dtype))
-    return gate(x, offset, score, slope)
+    self.sow('intermediates', 'attention', nn.sigmoid(_logits(*gating)).astype(dtype))
+    return out, statistics
 
 
 def stored(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -77,6 +121,25 @@ def stored(*arrays: jax.Array) -> tuple[jax.Array, ...]:
   On GPUs it does nothing. XLA recomputes less there, and the barrier costs a pass over the arrays (docs/models.md).
   """
   return jax.lax.platform_dependent(*arrays, cuda=lambda *x: x, default=lambda *x: jax.lax.optimization_barrier(x))
+
+
+def _unchanged(x):
+  """The affine of a norm that changes nothing: (mean, scale, shift)."""
+  zeros = jnp.zeros(x.shape[-1], jnp.float32)
+  return zeros, zeros + 1, zeros
+
+
+@jax.custom_vjp
+def _cotangent_in_dtype(x):
+  """Returns x. On GPUs, its cotangent is stored in x's dtype; XLA would store float32 for a norm to read."""
+  return x
+
+
+def _cotangent_in_dtype_backward(_, g):
+  return (jax.lax.platform_dependent(g, cuda=jax.lax.optimization_barrier, default=lambda g: g),)
+
+
+_cotangent_in_dtype.defvjp(lambda x: (x, None), _cotangent_in_dtype_backward)
 
 
 class _Affine(nn.Module):
@@ -110,8 +173,11 @@ def literal_attention(x, channel, spatial, fuse):
 
 def factors(x, channel, spatial, fuse):
   """Returns (offset [B, C], score [B, *space], slope [C]) in at least float32; logits = offset + score * slope."""
-  channels = x.shape[-1]
-  channel_max, channel_mean, spatial_max, spatial_mean = pools(x)
+  return _factors(*pools(x), channel, spatial, fuse)
+
+
+def _factors(channel_max, channel_mean, spatial_max, spatial_mean, channel, spatial, fuse):
+  channels = channel_max.shape[-1]
   pooled = everywhere(jnp.concatenate([channel_max, channel_mean], axis=-1), channels)
   c = _product(pooled, channel[0]) + channel[1]
   kernel = fuse[0].reshape(2 * channels, channels)
@@ -219,3 +285,61 @@ def _gate_backward(residuals, g):
 
 
 gate.defvjp(_gate_forward, _gate_backward)
+
+
+# On NVIDIA GPUs, one function does the work of a norm's affine map, `pools` and `gate`. Its backward pass needs all of
+# them at once: then the sums for FUSA and for the norm come from one sweep over x and g, and the cotangent of x from a
+# second one.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gate_normalised(dtype, x, affine, channel, spatial, fuse):
+  """FUSA of y = (x - mean) * scale + shift, rounded to dtype: x [B, *space, C], affine = (mean, scale, shift) [C].
+
+  It never stores y. fusa_gpu.py has the kernels. `channel`, `spatial` and `fuse` are (kernel, bias) pairs.
+  """
+  return _gate_normalised_forward(dtype, x, affine, channel, spatial, fuse)[0]
+
+
+def _normalised(dtype, x, affine):
+  """y in float32. XLA may drop the rounding of a cast, but not this one: y must equal its maxima as in the kernels."""
+  mean, scale, shift = affine
+  kept = jnp.finfo(dtype)
+  return jax.lax.reduce_precision((x - mean) * scale + shift, kept.nexp, kept.nmant)
+
+
+def _gate_normalised_forward(dtype, x, affine, *parameters):
+  channel_max, mean_n, spatial_max, spatial_mean = fusa_gpu.pools(x, affine, dtype)
+  channel_mean = mean_n * affine[1] + affine[2]
+  gating, pull = jax.vjp(_factors, channel_max, channel_mean, spatial_max, spatial_mean, *parameters)
+  out = (_normalised(dtype, x, affine) * nn.sigmoid(_logits(*gating))).astype(dtype)
+  weights = parameters[1][0].reshape(2)
+  return out, (x, affine, gating, (channel_max, spatial_max), mean_n, weights, pull)
+
+
+def _gate_normalised_backward(dtype, residuals, g):
+  x, affine, gating, maxima, mean_n, weights, pull = residuals
+  sums = fusa_gpu.sums(x, g, affine, gating, maxima, weights, dtype)
+  d_channel_max, d_channel_mean, d_spatial_max, d_spatial_mean, *d_parameters = pull(
+    (sums.d_offset, sums.d_score, sums.d_slope)
+  )
+  # Places that tie for a maximum share its gradient equally, as in `pools`.
+  d_channel_max = d_channel_max / jnp.maximum(sums.channel_count, 1)
+  d_spatial_max = d_spatial_max / jnp.maximum(sums.spatial_count, 1)
+
+  space = tuple(range(1, x.ndim - 1))
+  over_space = lambda value: jnp.expand_dims(value, space)
+  y = _normalised(dtype, x, affine)
+  d_y = g * nn.sigmoid(_logits(*gating))
+  d_y += over_space(d_channel_mean / (x.size // (x.shape[0] * x.shape[-1]))) + (d_spatial_mean / x.shape[-1])[..., None]
+  d_y += jnp.where(y == over_space(maxima[0]), over_space(d_channel_max), 0)
+  d_y += jnp.where(y == maxima[1][..., None], d_spatial_max[..., None], 0)
+
+  # The sums of d_y and of d_y * (x - mean): those of the kernel, and what the pools over space add.
+  d_shift = sums.d_shift + (d_channel_mean + d_channel_max * sums.channel_count).sum(0)
+  d_scale = sums.d_scale + (d_channel_mean * mean_n + d_channel_max * sums.channel_n).sum(0)
+  scale = affine[1]
+  return (d_y * scale).astype(x.dtype), (-d_shift * scale, d_scale, d_shift), *d_parameters
+
+
+gate_normalised.defvjp(_gate_normalised_forward, _gate_normalised_backward)

@@ -52,9 +52,9 @@ def oracle(x, params):
 
 
 def difference(a, b):
-  return max(
-    float(jnp.linalg.norm(p - q) / jnp.linalg.norm(q))
-    for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  # Not Python's max, which may ignore NaN.
+  return np.max(
+    [float(jnp.linalg.norm(p - q) / jnp.linalg.norm(q)) for p, q in zip(*map(jax.tree.leaves, (a, b)), strict=True)]
   )
 
 

@@ -137,7 +137,7 @@ class Topology:
       memory=int(chip.hbm),
       major=chip.capability[0],
       minor=chip.capability[1],
-      name=self.kind,
+      name=f'NVIDIA {self.kind.upper()}',  # newer releases of jax look up by this what Triton kernels may use
     )
     try:
       return topologies.get_topology_desc(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusa_jax.fusa import stored
+from fusa_jax.fusa import FUSA, Norm, stored
 from fusa_jax.models.cpu import pooling
 from fusa_jax.models.cpu.convolution import convolve
 from fusa_jax.models.gpu import norms, projection
@@ -47,7 +47,7 @@ class BatchNorm(nn.Module):
   sees few values, as in the last stages of small images.
 
   Attributes:
-    relu: also apply a ReLU; only without a kernel. GPUs then compute both at once (gpu/norms.py).
+    relu: also apply a ReLU; only without a kernel and without attention. GPUs then compute both at once (gpu/norms.py).
   """
 
   use_running_average: bool
@@ -58,8 +58,14 @@ class BatchNorm(nn.Module):
   relu: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, kernel: jax.Array | None = None, stride: int = 1) -> jax.Array:
-    """Normalises x [..., C]; with a kernel [1, 1, C, O], the 1x1 convolution of x [B, H, W, C] with this kernel."""
+  def __call__(
+    self, x: jax.Array, kernel: jax.Array | None = None, stride: int = 1, attention: FUSA | None = None
+  ) -> jax.Array:
+    """Normalises x [..., C].
+
+    With a kernel [1, 1, C, O], it normalises the 1x1 convolution of x [B, H, W, C] with this kernel. With `attention`,
+    it returns what that returns for the normalised x. GPUs compute these together with the norm.
+    """
     shape = (x if kernel is None else kernel).shape[-1:]
     mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
     var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
@@ -68,20 +74,36 @@ class BatchNorm(nn.Module):
     dtype = nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
     if self.use_running_average:
       x = x if kernel is None else project(x, kernel, stride, dtype)
-      out = _affine(x, mean.value, jax.lax.rsqrt(var.value + self.epsilon), scale, bias).astype(dtype)
-      return nn.relu(out) if self.relu else out
-    if self.relu:
-      out, batch_mean, batch_var = batch_norm_relu(x, scale, bias, self.epsilon, dtype)
-    elif kernel is None:
-      out, batch_mean, batch_var = batch_norm(x, scale, bias, self.epsilon, dtype)
+      inverse = jax.lax.rsqrt(var.value + self.epsilon)
+      activation = nn.relu if self.relu else lambda x: x
+      apply = lambda x: (activation(_affine(x, mean.value, inverse, scale, bias).astype(dtype)), ())
+      affine = lambda x: ((mean.value, inverse * scale, bias), ())
     else:
-      out, batch_mean, batch_var = norm_of_projection(x, kernel, scale, bias, stride, self.epsilon, dtype)
-    if not self.is_initializing():
+      if self.relu:
+        form = batch_norm_relu
+      elif kernel is None:
+        form = batch_norm
+      else:
+        form = lambda x, *rest: norm_of_projection(x, kernel, stride, *rest)
+      apply = lambda x: _with_statistics(form(x, scale, bias, self.epsilon, dtype))
+      affine = lambda x: _affine_of_batch(x, scale, bias, self.epsilon)
+    out, statistics = attention.after(Norm(apply, affine, dtype), x) if attention else apply(x)
+    if statistics and not self.is_initializing():
       count = out.size // out.shape[-1]
       kept = lambda old, new: self.momentum * old + (1 - self.momentum) * new
+      batch_mean, batch_var = statistics
       mean.value = kept(mean.value, batch_mean)
       var.value = kept(var.value, batch_var * (count / max(count - 1, 1)))
     return out
+
+
+def _with_statistics(out_mean_var):
+  return out_mean_var[0], out_mean_var[1:]
+
+
+def _affine_of_batch(x, scale, bias, epsilon):
+  mean, var = statistics(x)
+  return (mean, jax.lax.rsqrt(var + epsilon) * scale, bias), (mean, var)
 
 
 def _affine(x, mean, inverse, scale, bias):
@@ -100,10 +122,30 @@ def batch_norm(x, scale, bias, epsilon, dtype):
   return _batch_norm_forward(x, scale, bias, epsilon, dtype)[0]
 
 
-def _batch_norm_forward(x, scale, bias, epsilon, dtype):
+@jax.custom_vjp
+def statistics(x):
+  """Mean and variance [C] of x [..., C] over all other axes."""
   axes = tuple(range(x.ndim - 1))
   mean = wide(x).mean(axes)
-  var = jnp.maximum(jnp.square(wide(x)).mean(axes) - jnp.square(mean), 0)
+  return mean, jnp.maximum(jnp.square(wide(x)).mean(axes) - jnp.square(mean), 0)
+
+
+def _statistics_forward(x):
+  mean, var = statistics(x)
+  return (mean, var), (x, mean)
+
+
+def _statistics_backward(residuals, cotangents):
+  x, mean = residuals
+  d_mean, d_var = cotangents
+  return (((d_mean + 2 * d_var * (wide(x) - mean)) / (x.size // x.shape[-1])).astype(x.dtype),)
+
+
+statistics.defvjp(_statistics_forward, _statistics_backward)
+
+
+def _batch_norm_forward(x, scale, bias, epsilon, dtype):
+  mean, var = statistics.fun(x)
   inverse = jax.lax.rsqrt(var + epsilon)
   return (_affine(x, mean, inverse, scale, bias).astype(dtype), mean, var), (x, mean, inverse, scale)
 
@@ -138,7 +180,7 @@ def project(x, kernel, stride, dtype):
   )
 
 
-def norm_of_projection(x, kernel, scale, bias, stride, epsilon, dtype):
+def norm_of_projection(x, kernel, stride, scale, bias, epsilon, dtype):
   """`batch_norm` of `project`; returns (output, mean, variance). GPUs do not store its input (gpu/projection.py)."""
   general = lambda x, kernel, scale, bias: batch_norm(project(x, kernel, stride, dtype), scale, bias, epsilon, dtype)
   on_gpu = lambda *arrays: projection.normalised(*arrays, stride, epsilon, dtype)

@@ -38,9 +38,7 @@ class _Residual(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    y = self.branch(x)
-    if self.attention is not None:
-      y = self.attention(name='attention')(y)
+    y = self.branch(x, self.attention and self.attention(name='attention'))
     if x.shape != y.shape:
       x = self.shortcut(x, y.shape[-1])
     return relu(y + x)
@@ -60,11 +58,11 @@ class _Residual(nn.Module):
 class BasicBlock(_Residual):
   """Two 3x3 convolutions."""
 
-  def branch(self, x):
+  def branch(self, x, attention):
     x = self.conv3x3(self.stride, name='conv1')(x)
     x = self.norm(relu=True, name='norm1')(x)
     x = self.conv3x3(name='conv2')(x)
-    return self.norm(scale_init=nn.initializers.zeros, name='norm2')(x)
+    return self.norm(scale_init=nn.initializers.zeros, name='norm2')(x, attention=attention)
 
 
 class Bottleneck(_Residual):
@@ -73,11 +71,14 @@ class Bottleneck(_Residual):
   expansion = 4
   joined = True
 
-  def branch(self, x):
+  def branch(self, x, attention):
     x = self.norm(relu=True, name='norm1')(self.conv(self.features, (1, 1), name='conv1')(x))
     x = self.norm(relu=True, name='norm2')(self.conv3x3(self.stride, name='conv2')(x))
-    features = self.features * self.expansion
-    return self.projection(x, features, 1, 'conv3', 'norm3', scale_init=nn.initializers.zeros)
+    features, options = self.features * self.expansion, {'scale_init': nn.initializers.zeros}
+    if attention is None:
+      return self.projection(x, features, 1, 'conv3', 'norm3', **options)
+    x = self.conv(features, (1, 1), name='conv3')(x)
+    return self.norm(**options, name='norm3')(x, attention=attention)
 
 
 class Encoder(nn.Module):

@@ -143,8 +143,9 @@ def test_attention_sits_between_branch_and_shortcut():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 8)), jnp.float32)
 
   class Zero(FUSA):
-    def __call__(self, x):
-      return jnp.zeros_like(x)
+    def after(self, norm, x):
+      y, statistics = norm.apply(x)
+      return jnp.zeros_like(y), statistics
 
   module = BasicBlock(8, attention=Zero, **layers(train=True, dtype=None))
   variables = jax.tree.map(jnp.ones_like, module.init(jax.random.key(0), x))

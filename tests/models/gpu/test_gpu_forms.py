@@ -76,7 +76,7 @@ def test_a_projection_in_bfloat16_is_as_exact_as_the_general_form():
     out, pull = jax.vjp(norm, *arguments)
     return out, *pull(g.astype(out.dtype))
 
-  general = lambda *a: layers.norm_of_projection(*a, 1, EPSILON, jnp.bfloat16)[0]
+  general = lambda x, kernel, *a: layers.norm_of_projection(x, kernel, 1, *a, EPSILON, jnp.bfloat16)[0]
   ours = lambda *a: projection.normalised(*a, 1, EPSILON, jnp.bfloat16)[0]
   results = [run(norm, (*half, *vectors), g) for norm in (ours, general)]
   with jax.enable_x64(True):
