@@ -92,3 +92,16 @@ def test_each_optimizer_equals_pytorchs(name, clip_norm):
 def test_unknown_names_are_refused_with_the_list(key, names):
   with pytest.raises(UserError, match=rf"^train\.{key}: 'x' is unknown; give one of {names}$"):
     optimizers.make_optimizer(config_with(**{key: 'x'}))
+
+
+def test_gpus_update_as_other_devices(monkeypatch):
+  """GPUs store the gradients first, which changes no bit."""
+  params = {'kernel': jnp.arange(24.0).reshape(2, 3, 4) / 7, 'bias': jnp.ones(4)}
+  optimizer, _ = optimizers.make_optimizer(config_with(schedule='constant'))
+  gradients = jax.tree.map(jnp.sin, params)
+  update = lambda: jax.jit(lambda *a: optimizer.update(*a))(gradients, optimizer.init(params), params)
+  general = update()
+  chosen = []
+  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, cuda, default: chosen.append(cuda) or cuda(*args))
+  jax.tree.map(np.testing.assert_array_equal, update(), general)
+  assert chosen

@@ -85,6 +85,7 @@ def test_a_projection_in_bfloat16_is_as_exact_as_the_general_form():
       lambda x, kernel, *rest: plain_norm(x @ kernel[0, 0], *rest), exact, jnp.asarray(np.asarray(g, np.float64))
     )
   for found, usual, expected in zip(*results, truth, strict=True):
+    expected = np.asarray(expected)
     error, allowed = (np.linalg.norm(np.asarray(a, np.float64) - expected) for a in (found, usual))
     assert error <= 1.5 * allowed
     assert error < 0.02 * np.linalg.norm(expected)
