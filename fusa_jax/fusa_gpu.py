@@ -24,8 +24,9 @@ except ImportError:  # Pallas is experimental: without it, XLA does all work
   pl = None
 
 # 8 warps hold a tile of 4096 values in 16 registers of each thread. The kernel of the backward pass keeps six running
-# sums of the size of its tile, so its tile is half as large. At least two programs then fit on a core of an H100.
-_POOLS_TILE, _SUMS_TILE, _WARPS = 4096, 2048, 8
+# sums of the size of its tile, so its tile is smaller. For 128 channels the kernels then take 101 and 95 registers of
+# a thread (170 with tiles of 2048), so that a core of an H100 holds two programs of each.
+_POOLS_TILE, _SUMS_TILE, _WARPS = 4096, 1024, 8
 # About eight programs for each of the 132 cores of an H100, but at least 64 pixels each: a partial result of 4 bytes
 # per channel is then small beside the 2 bytes per pixel and channel that are read.
 _PROGRAMS, _LEAST_PIXELS, _MOST_PIXELS = 1024, 64, 1024
