@@ -53,6 +53,7 @@ class FUSA(nn.Module):
       input. The factored form computes in at least float32 for every dtype, because it stores no full-size tensor.
     literal: follow the paper's text step by step, including the [B, *space, 2C] tensor. This form is slow. The tests
       compare the default, factored form with it. Both forms have the same parameters.
+    pixels: above 1, the input and the output are packed maps [B, *space, pixels * C] (models/tpu/packing.py).
 
   The attention map A [B, *space, C] is sown as 'attention' into the collection 'intermediates'. It costs nothing if the
   caller does not make that collection mutable.
@@ -60,6 +61,7 @@ class FUSA(nn.Module):
 
   dtype: jnp.dtype | None = None
   literal: bool = False
+  pixels: int = 1
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [B, *space, C] -> x * A, same shape.
@@ -70,14 +72,14 @@ class FUSA(nn.Module):
     if x.ndim < 3:
       raise ValueError(f'FUSA: x has shape {x.shape}; give an array [batch, *space, channels]')
     x = x.astype(self.dtype or x.dtype)
-    if fusa_gpu.suits(x):
+    if self.pixels == 1 and fusa_gpu.suits(x):
       x = _cotangent_in_dtype(x)
     return self.after(Norm(lambda x: (x, ()), lambda x: (_unchanged(x), ()), x.dtype), x)[0]
 
   @nn.compact
   def after(self, norm: Norm, x: jax.Array) -> tuple[jax.Array, Any]:
     """x [B, *space, C] -> (y * A for the normalised x y, the norm's statistics)."""
-    space, channels = x.ndim - 2, x.shape[-1]
+    space, channels = x.ndim - 2, x.shape[-1] // self.pixels
     channel = _Affine((2 * channels, channels), name='channel')()
     spatial = _Affine((1,) * space + (2, 1), name='spatial')()
     fuse = _Affine((1,) * space + (2 * channels, channels), name='fuse')()
@@ -88,8 +90,8 @@ class FUSA(nn.Module):
       # Otherwise a TPU's compiler recomputes y in each pool from the input of the preceding norm. The block then moves
       # 48% more bytes than without FUSA; with the barrier it moves 6% more (benchmarks/fusa.py).
       (y,) = stored(y.astype(dtype))
-      gating = factors(y, *parameters)
-      return gate(y, *gating), statistics, gating
+      gating = factors(y, *parameters, self.pixels)
+      return gate(y, *gating, self.pixels), statistics, gating
 
     def by_kernels(x, parameters):
       if jnp.finfo(dtype).bits > 16:
@@ -106,12 +108,14 @@ class FUSA(nn.Module):
       attention = literal_attention(y, *jax.tree.map(lambda p: p.astype(dtype), parameters))
       self.sow('intermediates', 'attention', attention)
       return y * attention, statistics
-    if dtype == norm.dtype and fusa_gpu.suits(x) and not self.is_mutable_collection('intermediates'):
+    if (
+      self.pixels == 1 and dtype == norm.dtype and fusa_gpu.suits(x) and not self.is_mutable_collection('intermediates')
+    ):
       default = lambda *arguments: by_xla(*arguments)[:2]
       return jax.lax.platform_dependent(x, parameters, cuda=by_kernels, default=default)
     out, statistics, gating = by_xla(x, parameters)
     # Sow outside of `gate`, so the backward pass of `gate` does not need the map. The compiler drops an unused map.
-    self.sow('intermediates', 'attention', nn.sigmoid(_logits(*gating)).astype(dtype))
+    self.sow('intermediates', 'attention', nn.sigmoid(_logits(*gating, self.pixels)).astype(dtype))
     return out, statistics
 
 
@@ -171,9 +175,9 @@ def literal_attention(x, channel, spatial, fuse):
   return nn.sigmoid(_product(jnp.concatenate([c, s], axis=-1), kernel) + fuse[1])
 
 
-def factors(x, channel, spatial, fuse):
+def factors(x, channel, spatial, fuse, pixels=1):
   """Returns (offset [B, C], score [B, *space], slope [C]) in at least float32; logits = offset + score * slope."""
-  return _factors(*pools(x), channel, spatial, fuse)
+  return _factors(*pools(x, pixels), channel, spatial, fuse)
 
 
 def _factors(channel_max, channel_mean, spatial_max, spatial_mean, channel, spatial, fuse):
@@ -213,9 +217,41 @@ def _wide(dtype):
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def _logits(offset, score, slope):
-  space = tuple(range(1, score.ndim))
-  return jnp.expand_dims(offset, space) + score[..., None] * slope
+# A packed map [B, *space, pixels * C] holds neighbouring pixels of a row in its last axis (models/tpu/packing.py). Its
+# values per pixel have the shape [pixels, B, *space]. The next four functions are all that knows of it.
+
+
+def _over_space(vectors, space, pixels):
+  """Vectors [B, C] -> [B, 1, ..., 1, pixels * C]."""
+  return jnp.expand_dims(jnp.tile(vectors, pixels), tuple(range(1, 1 + space)))
+
+
+def _over_channels(values, channels, pixels):
+  """Values per pixel -> [B, *space, 1], or [B, *space, pixels * C] of a packed map."""
+  if pixels == 1:
+    return values[..., None]
+  pixel = jnp.arange(pixels * channels) // channels
+  select = lambda out, i: jnp.where(pixel == i, values[i][..., None], out)
+  return functools.reduce(select, range(1, pixels), values[0][..., None])
+
+
+def _of_space(reduce, x, pixels):
+  """Reduces space: [B, *space, pixels * C] -> [B, C]."""
+  vectors = reduce(x, axis=tuple(range(1, x.ndim - 1)))
+  return vectors if pixels == 1 else reduce(vectors.reshape(len(x), pixels, -1), axis=1)
+
+
+def _of_channels(reduce, x, pixels):
+  """Reduces the channels of each pixel: [B, *space, pixels * C] -> values per pixel."""
+  if pixels == 1:
+    return reduce(x, axis=-1)
+  return jnp.stack([reduce(part, axis=-1) for part in jnp.split(x, pixels, axis=-1)])
+
+
+def _logits(offset, score, slope, pixels=1):
+  space = score.ndim - (1 if pixels == 1 else 2)
+  score = _over_channels(score, slope.size, pixels)
+  return _over_space(offset, space, pixels) + score * jnp.tile(slope, pixels)
 
 
 # The two functions below do all full-size work. Autodiff would keep tensors of x's size for the backward pass of both:
@@ -225,62 +261,66 @@ def _logits(offset, score, slope):
 # most of this from plain autodiff too, if the barrier above stores x once (figures: docs/models.md).
 
 
-@jax.custom_vjp
-def pools(x):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def pools(x, pixels=1):
   """Pools x [B, *space, C]: returns max and mean over space [B, C], then max and mean over channels [B, *space]."""
-  space = tuple(range(1, x.ndim - 1))
   wide = x.astype(_wide(x.dtype))
-  return x.max(space).astype(wide.dtype), wide.mean(space), x.max(-1).astype(wide.dtype), wide.mean(-1)
+  return tuple(
+    reduce(operation, values, pixels).astype(wide.dtype)
+    for reduce in (_of_space, _of_channels)
+    for operation, values in ((jnp.max, x), (jnp.mean, wide))
+  )
 
 
-def _pools_forward(x):
-  out = pools(x)
+def _pools_forward(x, pixels):
+  out = pools(x, pixels)
   return out, (x, out[0], out[2])
 
 
-def _pools_backward(residuals, cotangents):
+def _pools_backward(pixels, residuals, cotangents):
   x, channel_max, spatial_max = residuals
   d_channel_max, d_channel_mean, d_spatial_max, d_spatial_mean = cotangents
-  space = tuple(range(1, x.ndim - 1))
+  channels = channel_max.shape[-1]
   wide = x.astype(_wide(x.dtype))
-  over_space = lambda value: jnp.expand_dims(value, space)
+  over_space = lambda vectors: _over_space(vectors, x.ndim - 2, pixels)
+  over_channels = lambda values: _over_channels(values, channels, pixels)
   is_channel_max = wide == over_space(channel_max)
-  is_spatial_max = wide == spatial_max[..., None]
+  is_spatial_max = wide == over_channels(spatial_max)
   # Places that tie for a maximum share its gradient equally, as in JAX's own max and in torch.amax. Normally at least
   # one place equals the maximum. If the compiler recomputes x with another rounding, there may be none (XLA's CPU
   # backend did this at a low optimisation level). `maximum(..., 1)` then prevents 0 / 0 in the gradient.
-  count = lambda where, axes: jnp.maximum(jnp.sum(where, axis=axes, dtype=wide.dtype), 1)
-  d_channel_max = d_channel_max / count(is_channel_max, space)
-  d_spatial_max = d_spatial_max / count(is_spatial_max, -1)
-  size = x.size // (x.shape[0] * x.shape[-1])
-  dx = over_space(d_channel_mean / size) + (d_spatial_mean / x.shape[-1])[..., None]
+  count = functools.partial(jnp.sum, dtype=wide.dtype)
+  d_channel_max = d_channel_max / jnp.maximum(_of_space(count, is_channel_max, pixels), 1)
+  d_spatial_max = d_spatial_max / jnp.maximum(_of_channels(count, is_spatial_max, pixels), 1)
+  size = x.size // channel_max.size
+  dx = over_space(d_channel_mean / size) + over_channels(d_spatial_mean / channels)
   dx += jnp.where(is_channel_max, over_space(d_channel_max), 0)
-  dx += jnp.where(is_spatial_max, d_spatial_max[..., None], 0)
+  dx += jnp.where(is_spatial_max, over_channels(d_spatial_max), 0)
   return (dx.astype(x.dtype),)
 
 
 pools.defvjp(_pools_forward, _pools_backward)
 
 
-@jax.custom_vjp
-def gate(x, offset, score, slope):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def gate(x, offset, score, slope, pixels=1):
   """Returns x * sigmoid(offset + score * slope): x [B, *space, C], offset [B, C], score [B, *space], slope [C]."""
-  attention = nn.sigmoid(_logits(offset, score, slope))
+  attention = nn.sigmoid(_logits(offset, score, slope, pixels))
   return (x * attention).astype(x.dtype)
 
 
-def _gate_forward(x, offset, score, slope):
-  return gate(x, offset, score, slope), (x, offset, score, slope)
+def _gate_forward(x, offset, score, slope, pixels):
+  return gate(x, offset, score, slope, pixels), (x, offset, score, slope)
 
 
-def _gate_backward(residuals, g):
+def _gate_backward(pixels, residuals, g):
   x, offset, score, slope = residuals
-  space = tuple(range(1, x.ndim - 1))
-  attention = nn.sigmoid(_logits(offset, score, slope))
+  attention = nn.sigmoid(_logits(offset, score, slope, pixels))
   d_logits = g * x.astype(attention.dtype) * attention * (1 - attention)
-  d_offset = d_logits.sum(space)
-  d_score = (d_logits * slope).sum(-1)
-  d_slope = (d_logits * score[..., None]).sum(range(x.ndim - 1))
+  d_offset = _of_space(jnp.sum, d_logits, pixels)
+  d_score = _of_channels(jnp.sum, d_logits * jnp.tile(slope, pixels), pixels)
+  d_slope = (d_logits * _over_channels(score, slope.size, pixels)).sum(range(x.ndim - 1))
+  d_slope = d_slope if pixels == 1 else d_slope.reshape(pixels, -1).sum(axis=0)
   return (g * attention).astype(x.dtype), d_offset, d_score, d_slope
 
 

@@ -34,6 +34,10 @@ SEGMENTERS = tuple(sorted(_SEGMENTERS))
 NAMES = CLASSIFIERS + SEGMENTERS
 
 
+# Models with `packed`, a form for TPUs.
+PACKED = ('resunet', 'fusa_resunet')
+
+
 def create(name: str, num_classes: int = 1, dtype=None, **options) -> nn.Module:
   """Creates a model by name; `module.apply(variables, images [B, H, W, C], train=...)` returns float32 logits.
 

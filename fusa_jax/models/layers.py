@@ -12,6 +12,7 @@ from fusa_jax.fusa import FUSA, Norm, stored
 from fusa_jax.models.cpu import pooling
 from fusa_jax.models.cpu.convolution import convolve
 from fusa_jax.models.gpu import norms, projection
+from fusa_jax.models.tpu import packing
 from fusa_jax.system.errors import UserError
 
 # torchvision's initialisation of convolutions: normal, variance 2 / fan_out.
@@ -47,6 +48,7 @@ class BatchNorm(nn.Module):
   sees few values, as in the last stages of small images.
 
   Attributes:
+    pixels: above 1, x is a packed map [..., pixels * C] (tpu/packing.py).
     relu: also apply a ReLU; only without a kernel and without attention. GPUs then compute both at once (gpu/norms.py).
   """
 
@@ -56,6 +58,7 @@ class BatchNorm(nn.Module):
   scale_init: Callable = nn.initializers.ones
   dtype: jnp.dtype | None = None
   relu: bool = False
+  pixels: int = 1
 
   @nn.compact
   def __call__(
@@ -66,7 +69,7 @@ class BatchNorm(nn.Module):
     With a kernel [1, 1, C, O], it normalises the 1x1 convolution of x [B, H, W, C] with this kernel. With `attention`,
     it returns what that returns for the normalised x. GPUs compute these together with the norm.
     """
-    shape = (x if kernel is None else kernel).shape[-1:]
+    shape = ((x if kernel is None else kernel).shape[-1] // self.pixels,)
     mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
     var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
     scale = self.param('scale', self.scale_init, shape)
@@ -89,7 +92,7 @@ class BatchNorm(nn.Module):
       affine = lambda x: _affine_of_batch(x, scale, bias, self.epsilon)
     out, statistics = attention.after(Norm(apply, affine, dtype), x) if attention else apply(x)
     if statistics and not self.is_initializing():
-      count = out.size // out.shape[-1]
+      count = out.size // mean.value.size
       kept = lambda old, new: self.momentum * old + (1 - self.momentum) * new
       batch_mean, batch_var = statistics
       mean.value = kept(mean.value, batch_mean)
@@ -108,7 +111,19 @@ def _affine_of_batch(x, scale, bias, epsilon):
 
 def _affine(x, mean, inverse, scale, bias):
   # Subtract the mean first: if it is much larger than the deviation, rounding x * slope would cost precision.
-  return (wide(x) - mean) * (inverse * scale) + bias
+  repeated = lambda vector: _repeated(vector, x)
+  return (wide(x) - repeated(mean)) * repeated(inverse * scale) + repeated(bias)
+
+
+def _repeated(vector, x):
+  """The vector [C] for each pixel of a packed map x [..., pixels * C]."""
+  return jnp.tile(vector, x.shape[-1] // vector.size)
+
+
+def _over_pixels(reduce, x, channels):
+  """Reduces x [..., pixels * C] over all axes, and the pixels of a packed map: [C]."""
+  vector = reduce(x, axis=tuple(range(x.ndim - 1)))
+  return vector if vector.size == channels else reduce(vector.reshape(-1, channels), axis=0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -125,9 +140,12 @@ def batch_norm(x, scale, bias, epsilon, dtype):
 @jax.custom_vjp
 def statistics(x):
   """Mean and variance [C] of x [..., C] over all other axes."""
-  axes = tuple(range(x.ndim - 1))
-  mean = wide(x).mean(axes)
-  return mean, jnp.maximum(jnp.square(wide(x)).mean(axes) - jnp.square(mean), 0)
+  return _moments(x, x.shape[-1])
+
+
+def _moments(x, channels):
+  mean, mean_square = (_over_pixels(jnp.mean, terms, channels) for terms in (wide(x), jnp.square(wide(x))))
+  return mean, jnp.maximum(mean_square - jnp.square(mean), 0)
 
 
 def _statistics_forward(x):
@@ -145,7 +163,7 @@ statistics.defvjp(_statistics_forward, _statistics_backward)
 
 
 def _batch_norm_forward(x, scale, bias, epsilon, dtype):
-  mean, var = statistics.fun(x)
+  mean, var = _moments(x, scale.size)
   inverse = jax.lax.rsqrt(var + epsilon)
   return (_affine(x, mean, inverse, scale, bias).astype(dtype), mean, var), (x, mean, inverse, scale)
 
@@ -153,11 +171,10 @@ def _batch_norm_forward(x, scale, bias, epsilon, dtype):
 def _batch_norm_backward(epsilon, dtype, residuals, cotangents):
   x, mean, inverse, scale = residuals
   x, g = map(wide, stored(x, cotangents[0]))
-  axes = tuple(range(x.ndim - 1))
-  normal = (x - mean) * inverse
-  d_bias, d_scale = g.sum(axes), (g * normal).sum(axes)
-  count = x.size // x.shape[-1]
-  dx = scale * inverse * (g - d_bias / count - normal * (d_scale / count))
+  normal = (x - _repeated(mean, x)) * _repeated(inverse, x)
+  d_bias, d_scale = (_over_pixels(jnp.sum, terms, scale.size) for terms in (g, g * normal))
+  count = x.size // scale.size
+  dx = _repeated(scale * inverse, x) * (g - _repeated(d_bias / count, x) - normal * _repeated(d_scale / count, x))
   return dx.astype(residuals[0].dtype), d_scale.astype(scale.dtype), d_bias.astype(scale.dtype)
 
 
@@ -195,6 +212,8 @@ def batch_norm_relu(x, scale, bias, epsilon, dtype):
     out, *moments = batch_norm(x, scale, bias, epsilon, dtype)
     return nn.relu(out), *moments
 
+  if x.shape[-1] != scale.size:  # a packed map, which only TPUs use
+    return general(x, scale, bias)
   on_gpu = lambda *arrays: norms.batch_norm_relu(*arrays, epsilon, dtype)
   return jax.lax.platform_dependent(x, scale, bias, cuda=on_gpu, default=general)
 
@@ -220,10 +239,12 @@ class Doubling(nn.Module):
   Each output pixel depends on one input pixel. The layer is therefore a matrix product to four times the features,
   which are then arranged as 2 x 2 pixels. As a convolution, its gradients would be dilated convolutions, which XLA's
   CPU backend computes slowly. They took 2.7 of the 5.8 s of a training step of ResUNet (docs/benchmarks.md).
+  With `pixels` above 1, the output is a packed map (tpu/packing.py).
   """
 
   features: int
   dtype: jnp.dtype | None = None
+  pixels: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -237,7 +258,7 @@ class Doubling(nn.Module):
     # transpose it in each of the three products of a training step.
     matrix = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(x.shape[-1], -1)
     out = jnp.einsum('bhwi,io->bhwo', x, matrix).reshape(batch, height, width, 2, 2, self.features) + bias
-    return out.swapaxes(2, 3).reshape(batch, 2 * height, 2 * width, self.features)
+    return out.swapaxes(2, 3).reshape(batch, 2 * height, 2 * width // self.pixels, self.pixels * self.features)
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
@@ -245,11 +266,16 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Arra
   return pooling.max_pool(x, (size, stride, padding))
 
 
-def layers(train: bool, dtype) -> dict[str, Callable]:
-  """Returns the constructors `conv` and `norm` for all blocks, so the blocks need not handle dtypes or train mode."""
+def layers(train: bool, dtype, pixels: int = 1) -> dict[str, Callable]:
+  """Returns the constructors `conv` and `norm` for all blocks, so the blocks need not handle dtypes or train mode.
+
+  With `pixels` above 1, they are for packed maps (tpu/packing.py).
+  """
+  conv = functools.partial(packing.Conv, pixels=pixels) if pixels > 1 else Conv
+  norm = functools.partial(BatchNorm, pixels=pixels)
   return {
-    'conv': functools.partial(Conv, use_bias=False, kernel_init=kaiming, dtype=dtype),
-    'norm': functools.partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype),
+    'conv': functools.partial(conv, use_bias=False, kernel_init=kaiming, dtype=dtype),
+    'norm': functools.partial(norm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype),
   }
 
 

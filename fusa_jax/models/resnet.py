@@ -18,7 +18,8 @@ from fusa_jax.system.errors import UserError
 class _Residual(nn.Module):
   """relu(attention(F(x)) + shortcut(x)); the shortcut is a projection if the shape changes.
 
-  The last norm of F starts with scale zero, so the block starts as its shortcut (Goyal et al. 2017, 5.1).
+  The last norm of F starts with scale zero, so the block starts as its shortcut (Goyal et al. 2017, 5.1). The input may
+  be a tuple of packed maps, a join, if `conv` takes them (tpu/packing.py).
   """
 
   features: int
@@ -39,12 +40,12 @@ class _Residual(nn.Module):
   @nn.compact
   def __call__(self, x):
     y = self.branch(x, self.attention and self.attention(name='attention'))
-    if x.shape != y.shape:
-      x = self.shortcut(x, y.shape[-1])
+    if isinstance(x, tuple) or x.shape != y.shape:
+      x = self.shortcut(x, self.features * self.expansion)
     return relu(y + x)
 
   def shortcut(self, x, features):
-    if self.joined or x.shape[-1] == 1:
+    if self.joined or (not isinstance(x, tuple) and x.shape[-1] == 1):
       return self.projection(x, features, self.stride, 'shortcut_conv', 'shortcut_norm')
     x = self.conv(features, (1, 1), self.stride, name='shortcut_conv')(x)
     return self.norm(name='shortcut_norm')(x)

@@ -128,8 +128,13 @@ def resolved_dtype(config: ml_collections.ConfigDict, platform: str | None = Non
   return 'float32' if (platform or jax.default_backend()) == 'cpu' else 'bfloat16'
 
 
-def create(config: ml_collections.ConfigDict) -> Task:
+def create(config: ml_collections.ConfigDict, platform: str | None = None) -> Task:
   """Creates the task of a config.
+
+  Args:
+    config: the config of a run.
+    platform: 'cpu', 'gpu' or 'tpu': the only devices that the model will run on. On 'tpu', models that have a packed
+      form use it. None: the devices of this process, and forms that work on every platform.
 
   Raises:
     UserError: the task, loss, model or data.intensity is unknown. The model is for another type of task, or does not
@@ -149,7 +154,9 @@ def create(config: ml_collections.ConfigDict) -> Task:
     options[key] = tuple(options[key])  # a run's config.json holds a list
   if config.train.remat:
     options['remat'] = True  # an error for models without this option
-  model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(resolved_dtype(config)), **options)
+  if platform == 'tpu' and config.model.name in models.PACKED:
+    options['packed'] = True
+  model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(resolved_dtype(config, platform)), **options)
   return Task(task_type, model, inputs, loss, _heads(config, model))
 
 

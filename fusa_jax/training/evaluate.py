@@ -74,7 +74,7 @@ def evaluate(
     _check_point_is_kept(config, workdir, name)
   if not overwrite:
     hosts.on_main(lambda: results.check_own(workdir / name))
-  task = tasks.create(config)
+  task = tasks.create(config, jax.default_backend())
   step, variables = trained.load_best(config, task, workdir, mesh)
   weights = {'step': step, 'sha256': checkpoint.sha256_of_variables(variables)}
   made_of = _made_of(config, dataset, weights, is_own=name == split.TEST)

@@ -91,7 +91,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   dataset = datasets.load_dataset_for(config, data_dir)
   planned = config
   config = length.with_steps(config, dataset)
-  task = tasks.create(config)
+  task = tasks.create(config, jax.default_backend())
   optimizer, learning_rate = optimizers.make_optimizer(config)
   code = provenance.code()
   facts = {'code (SHA-256)': code['sha256'], **code['libraries'], 'dtype': tasks.resolved_dtype(config)}

@@ -1,0 +1,1 @@
+"""Versions of layers for TPUs."""
