@@ -32,8 +32,8 @@ def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
   """Compiles a config's training step for a topology; returns memory, traffic and least times per device and step.
 
   Sizes are in bytes.
-  - `flops`: as the TPU's compiler counts them. The GPU's compiler states none; there they are those of the lowered
-    program, before its convolutions are chosen.
+  - `flops`: of the lowered program of the whole batch, divided by the chips. They do not include what a form for a
+    chip adds, as the zeros of a packed kernel (models/tpu/packing.py).
   - `bytes_moved`: bytes between memory and core. `bytes_accessed` is XLA's own number, which also counts data that
     stays in the core; None for GPUs.
   - `cycles`: the sum of the TPU compiler's estimates. None for GPUs.
@@ -52,10 +52,9 @@ def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
     DoesNotFitError: the step needs more memory than the chip has.
   """
   config = config.copy_and_resolve_references()
-  config.model.dtype = tasks.resolved_dtype(config, topology.platform)  # not that of this process
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space, topology.devices())
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
-  task = tasks.create(config)
+  task = tasks.create(config, topology.platform)
   optimizer, _ = optimizers.make_optimizer(config)
   shapes = train.state_shapes(task, optimizer, config, mesh)
   lowered = train.lower_step(task, optimizer, config, mesh, shapes)
@@ -69,7 +68,16 @@ def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
   compile_seconds = time.perf_counter() - began
 
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  flops = cost['flops'] if 'flops' in cost else _lowered_flops(config, task, optimizer) / topology.chips
+  peak = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes
+  )
+  if peak > topology.chip.hbm:  # the TPU's compiler refuses by itself, the GPU's does not
+    raise DoesNotFitError(_missing(peak / 2**30, topology.chip.hbm / 2**30))
+  flops = _lowered_flops(config, optimizer, topology.platform) / topology.chips
   parameters, state = _nbytes(shapes.variables['params']), _nbytes(shapes)
   program = compiled.as_text()
   network, operations = hlo.collectives(program, mesh.devices.size), hlo.operations(program)
@@ -99,11 +107,7 @@ def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
       'batch': memory.argument_size_in_bytes - state,
       'activations': memory.temp_size_in_bytes,
       'program': memory.generated_code_size_in_bytes,
-      'peak': memory.argument_size_in_bytes
-      + memory.output_size_in_bytes
-      - memory.alias_size_in_bytes
-      + memory.temp_size_in_bytes
-      + memory.generated_code_size_in_bytes,
+      'peak': peak,
       'chip': chip.hbm,
     },
     'flops': flops,
@@ -140,13 +144,15 @@ def _by_layer(operations):
   return dict(sorted(layers.items(), key=lambda item: (item[1]['cycles'], item[1]['nbytes']), reverse=True))
 
 
-def _lowered_flops(config, task, optimizer):
-  """The FLOPs of the whole batch in the step that is lowered for GPUs, on one device."""
+def _lowered_flops(config, optimizer, platform):
+  """The FLOPs of the whole batch in the step that is lowered for one device of a platform."""
   config = config.copy_and_resolve_references()
   config.mesh.update(data=1, space=1)
-  mesh = meshes.create_mesh(1, 1, jax.devices('cpu')[:1])
+  config.model.dtype = tasks.resolved_dtype(config, platform)
+  mesh, task = meshes.create_mesh(1, 1, jax.devices('cpu')[:1]), tasks.create(config)
   shapes = train.state_shapes(task, optimizer, config, mesh)
-  return train.lower_step(task, optimizer, config, mesh, shapes, platform='cuda').cost_analysis()['flops']
+  platform = {'gpu': 'cuda'}.get(platform, platform)
+  return train.lower_step(task, optimizer, config, mesh, shapes, platform).cost_analysis()['flops']
 
 
 def _shortage(message: str) -> str:
@@ -154,7 +160,10 @@ def _shortage(message: str) -> str:
   amounts = [float(amount) for amount in re.findall(r'([\d.]+)Gi?B?', message)]
   if len(amounts) < 2:
     return message.splitlines()[0]
-  needed, available = amounts[:2]
+  return _missing(*amounts[:2])
+
+
+def _missing(needed, available):
   return f'needs {needed:.2f} GiB, has {available:.2f} GiB, {needed - available:.2f} GiB are missing'
 
 
@@ -349,9 +358,10 @@ def scaling_page(folder: pathlib.Path) -> str:
 
 _PAGE_HEAD = """# Scaling
 
-`python launch.py --config=configs/seg.py --mode=aot --sweep` writes this page from the reports in [scaling/](scaling).
-The TPU's own compiler compiled the training step for TPU slices of 8 to 256 chips, on a CPU machine. Nothing here ran
-on a TPU.
+`python launch.py --config=configs/seg.py --mode=aot --sweep --config.train.batch_size=64` and the same with
+`configs/cls.py` write this page and the reports in [scaling/](scaling). The TPU's own compiler compiled the training
+step for TPU slices of 8 to 256 chips, on a CPU machine. Nothing here ran on a TPU. The batch is for the smallest slice:
+eight CT slices per chip ([pods.md](pods.md) says why).
 
 The first columns are the compiler's own estimate. The later ones are lower limits: the work that the compiler counted
 in one chip's program, at the chip's published rates.

@@ -88,7 +88,8 @@ def operations(program: str) -> list[Operation]:
   Each operation reads its operands from HBM and writes its results to HBM. Data that stays in the core's own memory
   between two operations does not count here; in XLA's "bytes accessed" it does. An operand counts in full even if the
   operation needs only a part. Bodies of loops do not count: in a training step they only draw random numbers.
-  The TPU's compiler writes its estimate of the cycles into each operation that it has scheduled.
+  The TPU's compiler writes its estimate of the cycles into each operation that it has scheduled. The largest 64-bit
+  number stands for an operation that it cannot estimate.
   """
   entry = program[program.index('\nENTRY') :]
   entry = re.sub(r'\n\s*(?![\s%]|ROOT)', ' ', entry[: entry.index('\n}')])  # join types that span several lines
@@ -114,7 +115,7 @@ def operations(program: str) -> list[Operation]:
     source = re.search(r'op_name="([^"]*)"', line)
     sources[match['name']] = source[1] if source else sources.get(operands[0], '') if operands else ''
     estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-    cycles = int(estimate[1]) if estimate else 0
+    cycles = int(estimate[1]) if estimate and int(estimate[1]) < 2**63 - 1 else 0
     if moved or cycles:
       found.append(Operation(match['name'], moved, cycles, sources[match['name']]))
   return found

@@ -146,6 +146,7 @@ backend_config={"window_config":{},"estimated_cycles":"123","used_scoped_memory_
   %c = (bf16[1024]{0:T(1024)S(1)}, bf16[1024]{0:T(1024)}, u32[]{:S(2)}) copy-start(%b)
   %d = bf16[1024]{0:T(1024)S(1)} copy-done(%c)
   %i = f32[1024]{0:T(1024)S(1)} fusion(%d), kind=kLoop, calls=%k, backend_config={"estimated_cycles":"7"}
+  %j = f32[]{:T(128)S(1)} fusion(%d), kind=kLoop, backend_config={"estimated_cycles":"9223372036854775807"}
   ROOT %e = f32[1024]{0:T(1024)} fusion(%d), kind=kLoop, calls=%h
 }
 """
