@@ -50,8 +50,9 @@ class Chip:
     return self.flops / (self.units * 128**2 * 2)
 
 
-_PLANE = ('2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-_CUBE = ('2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8')
+# 8, 32 and 128 or 256 chips. With the same batch per chip, only the exchanges between chips differ.
+_PLANE = ('2x4', '4x8', '16x16')
+_CUBE = ('2x2x2', '2x4x4', '4x8x8')
 CHIPS = {
   'v4': Chip(275e12, 8, 32 * 2**30, 1228e9, 300e9, 6.25e9, 4, 4096, _CUBE),
   'v5e': Chip(197e12, 4, 16 * 2**30, 819e9, 200e9, 3.125e9, 16, 256, _PLANE),
