@@ -132,7 +132,7 @@ def operations(running: workload.Running, steps: int, chip: gpu.Chip | tpu.Chip 
     took = [operation_seconds(path) for path in pathlib.Path(folder).rglob('*.xplane.pb')]
   if not took or not took[0]:
     raise UserError('the profiler recorded no operation')
-  moves = {movement.operation: movement for movement in hlo.movements(running.program())}
+  moves = {operation.name: operation for operation in hlo.operations(running.program())}
   total, rows = sum(took[0].values()), []
   for name, seconds in sorted(took[0].items(), key=lambda item: -item[1]):
     moved = moves[name].nbytes if name in moves else None
@@ -190,7 +190,7 @@ def main(_):
     steps, waits = ({key: getattr(each, do) for key, each in models.items()} for do in ('step', 'wait'))
     seconds = workload.in_turn(steps, waits, sizes)
     logging.info('%s: %.2f ms per step', name, seconds[name] * 1e3)
-    moved = sum(movement.nbytes for movement in hlo.movements(text))
+    moved = sum(operation.nbytes for operation in hlo.operations(text))
     rows.append(row(name, seconds[name], 3 * workload.forward_gflops(name, sizes), moved, sizes.batch_size, chip))
     rows[-1] |= {'peak_bytes': running.memory(), 'compile_seconds': compile_seconds}
     print(line(rows[-1]), flush=True)

@@ -218,12 +218,17 @@ def _wide(dtype):
 
 
 # A packed map [B, *space, pixels * C] holds neighbouring pixels of a row in its last axis (models/tpu/packing.py). Its
-# values per pixel have the shape [pixels, B, *space]. The next four functions are all that knows of it.
+# values per pixel have the shape [pixels, B, *space]. The next five functions are all that knows of it.
+
+
+def _repeated(vectors, pixels):
+  """Vectors [..., C] -> [..., pixels * C]."""
+  return vectors if pixels == 1 else jnp.tile(vectors, pixels)
 
 
 def _over_space(vectors, space, pixels):
   """Vectors [B, C] -> [B, 1, ..., 1, pixels * C]."""
-  return jnp.expand_dims(jnp.tile(vectors, pixels), tuple(range(1, 1 + space)))
+  return jnp.expand_dims(_repeated(vectors, pixels), tuple(range(1, 1 + space)))
 
 
 def _over_channels(values, channels, pixels):
@@ -251,7 +256,7 @@ def _of_channels(reduce, x, pixels):
 def _logits(offset, score, slope, pixels=1):
   space = score.ndim - (1 if pixels == 1 else 2)
   score = _over_channels(score, slope.size, pixels)
-  return _over_space(offset, space, pixels) + score * jnp.tile(slope, pixels)
+  return _over_space(offset, space, pixels) + score * _repeated(slope, pixels)
 
 
 # The two functions below do all full-size work. Autodiff would keep tensors of x's size for the backward pass of both:
@@ -318,7 +323,7 @@ def _gate_backward(pixels, residuals, g):
   attention = nn.sigmoid(_logits(offset, score, slope, pixels))
   d_logits = g * x.astype(attention.dtype) * attention * (1 - attention)
   d_offset = _of_space(jnp.sum, d_logits, pixels)
-  d_score = _of_channels(jnp.sum, d_logits * jnp.tile(slope, pixels), pixels)
+  d_score = _of_channels(jnp.sum, d_logits * _repeated(slope, pixels), pixels)
   d_slope = (d_logits * _over_channels(score, slope.size, pixels)).sum(range(x.ndim - 1))
   d_slope = d_slope if pixels == 1 else d_slope.reshape(pixels, -1).sum(axis=0)
   return (g * attention).astype(x.dtype), d_offset, d_score, d_slope

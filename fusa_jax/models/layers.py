@@ -117,7 +117,7 @@ def _affine(x, mean, inverse, scale, bias):
 
 def _repeated(vector, x):
   """The vector [C] for each pixel of a packed map x [..., pixels * C]."""
-  return jnp.tile(vector, x.shape[-1] // vector.size)
+  return vector if vector.size == x.shape[-1] else jnp.tile(vector, x.shape[-1] // vector.size)
 
 
 def _over_pixels(reduce, x, channels):

@@ -97,7 +97,7 @@ def test_operations_of_a_step_have_their_time_and_bytes():
   rows = step_times.operations(running, 3, H100)
   assert len(calls) == 3 and sum(row['share'] for row in rows) == pytest.approx(1)
   assert [row['seconds'] for row in rows] == sorted((row['seconds'] for row in rows), reverse=True)
-  moved = {movement.operation: movement.nbytes for movement in hlo.movements(compiled.as_text())}
+  moved = {operation.name: operation.nbytes for operation in hlo.operations(compiled.as_text())}
   known = [row for row in rows if row['bytes_moved']]
   assert len(known) >= 2 and all(row['bytes_moved'] == moved[row['operation']] for row in known)
   assert all(row['least_seconds'] == pytest.approx(row['bytes_moved'] / 3350e9) for row in known)
@@ -213,7 +213,7 @@ def test_the_command(tmp_path):
   assert fusa['gflops'] == pytest.approx(3 * workload.forward_gflops('fusa_resnet18', SETTINGS))
   assert fusa['bytes_moved'] > plain['bytes_moved'] > 0
   compiled = gzip.decompress((tmp_path / 'step-resnet18.hlo.gz').read_bytes()).decode()
-  assert plain['bytes_moved'] == sum(movement.nbytes for movement in hlo.movements(compiled))
+  assert plain['bytes_moved'] == sum(operation.nbytes for operation in hlo.operations(compiled))
   assert re.search(r"FUSA's share of the step of `fusa_resnet18`: -?[\d.]+% \(", texts['step-fusa_resnet18'])
   assert json.loads((tmp_path / 'operations-fusa_resnet18.json').read_text())['operations'][0]['seconds'] > 0
   assert re.search(r'\d+ slices/s of 32 x 32 on cpu', texts['input'])
