@@ -110,7 +110,7 @@ class Workload:
 def create(config: ml_collections.ConfigDict, **changes) -> Workload:
   """Returns the workload of a config; `changes` replace attributes of the model, for example `attention=None`."""
   mesh = meshes.create_mesh(1, 1, jax.devices()[:1])
-  task = tasks.create(config)
+  task = tasks.create(config, jax.default_backend())  # as in training
   task = dataclasses.replace(task, model=task.model.clone(**changes))
   optimizer, _ = optimizers.make_optimizer(config)
   init = train.compile_init(task, optimizer, config, meshes.replicated(mesh))

@@ -70,7 +70,7 @@ def paper() -> ml_collections.ConfigDict:
   config.train.steps = 20_000  # number of training steps; fixed once a run has started
   # Number of epochs, in place of train.steps if given. An epoch has as many slices as the training folds.
   config.train.epochs = config_dict.placeholder(float)
-  # Ends the run early after so many validations without a higher score; None: never. The schedule does not change.
+  # Ends the run early after so many validations below the best score; None: never. The schedule does not change.
   config.train.patience = config_dict.placeholder(int)
   config.train.batch_size = 16  # slices per step, over all devices of all hosts
   # 'cross_entropy', 'cross_entropy_dice', 'dice', 'focal', 'focal_dice', 'tversky' or 'focal_tversky'

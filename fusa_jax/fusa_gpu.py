@@ -49,7 +49,9 @@ def suits(x: jax.Array) -> bool:
   mesh = jax.sharding.get_abstract_mesh()
   if not _on_gpus(mesh):
     return False
-  if mesh.size <= 1:
+  if mesh.empty:  # XLA would gather the map on each of several devices
+    return jax.device_count() == 1
+  if mesh.size == 1:
     return True
   if mesh.axis_names != ('data', 'space') or any(kind != AxisType.Auto for kind in mesh.axis_types):
     return False

@@ -37,6 +37,7 @@ def interpreted(monkeypatch):
   call = functools.partial(fusa_gpu.pl.pallas_call, interpret=True)
   monkeypatch.setattr(fusa_gpu.pl, 'pallas_call', call)
   monkeypatch.setattr(fusa_gpu, '_on_gpus', lambda _: True)
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
   monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *x, default, cuda=None, **_: (cuda or default)(*x))
 
 
@@ -234,6 +235,9 @@ def test_maps_that_have_no_kernels(monkeypatch):
   with jax.set_mesh(meshes.create_mesh(4, 2)):
     assert fits() and not fits(shape=(6, 8, 4, 6)) and not fits(shape=(8, 7, 4, 6))
   with jax.set_mesh(jax.make_mesh((8,), ('batch',))):
+    assert not fits()
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, 'device_count', lambda: 2)  # without a mesh, XLA would gather the map on both
     assert not fits()
   monkeypatch.setattr(fusa_gpu, 'pl', None)
   assert not fits()

@@ -32,8 +32,8 @@ def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
   """Compiles a config's training step for a topology; returns memory, traffic and least times per device and step.
 
   Sizes are in bytes.
-  - `flops`: of the lowered program of the whole batch, divided by the chips. They do not include what a form for a
-    chip adds, as the zeros of a packed kernel (models/tpu/packing.py).
+  - `flops`: of the lowered program of the whole batch in its general form, divided by the chips. They do not include
+    what a form for a chip adds, as the zeros of a packed kernel (models/tpu/packing.py).
   - `bytes_moved`: bytes between memory and core. `bytes_accessed` is XLA's own number, which also counts data that
     stays in the core; None for GPUs.
   - `cycles`: the sum of the TPU compiler's estimates. None for GPUs.
@@ -145,14 +145,14 @@ def _by_layer(operations):
 
 
 def _lowered_flops(config, optimizer, platform):
-  """The FLOPs of the whole batch in the step that is lowered for one device of a platform."""
+  """The FLOPs of the whole batch in the general form of the step, with the dtype of a platform."""
   config = config.copy_and_resolve_references()
   config.mesh.update(data=1, space=1)
   config.model.dtype = tasks.resolved_dtype(config, platform)
   mesh, task = meshes.create_mesh(1, 1, jax.devices('cpu')[:1]), tasks.create(config)
   shapes = train.state_shapes(task, optimizer, config, mesh)
-  platform = {'gpu': 'cuda'}.get(platform, platform)
-  return train.lower_step(task, optimizer, config, mesh, shapes, platform).cost_analysis()['flops']
+  # Lowered for TPUs, layers have their general forms; those for GPUs and CPUs have other products.
+  return train.lower_step(task, optimizer, config, mesh, shapes, platform='tpu').cost_analysis()['flops']
 
 
 def _shortage(message: str) -> str:
@@ -383,7 +383,8 @@ in one chip's program, at the chip's published rates.
 - **compiled in**: seconds on the machine that wrote the report. Other work on that machine may have slowed it down."""
 
 
-_IN_MODEL = re.compile(r'(transpose\()?jvp\(\w*\)\)?/(.*)')  # JAX's path of an operation in the model
+# JAX's path of an operation in the model. Rematerialised blocks repeat the model's name.
+_IN_MODEL = re.compile(r'(transpose\()?jvp\(\w*\)\)?/(?:jvp\(\w*\)/)?(?:checkpoint/)?(?:rematted_computation/)?(.*)')
 
 
 def _place(source: str) -> str:

@@ -44,7 +44,7 @@ class ResUNet(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     check_sides(images, 'ResUNet', multiple=2 ** (len(self.multiples) - 1))
-    top = 2 if self.packed and 2 * self.width <= 128 else 1
+    top = 2 if self.packed and 2 * self.width <= 128 and images.shape[2] % 2 == 0 else 1
     pixels = [top] + [1] * (len(self.multiples) - 1)  # of each level's maps
     block_type = nn.remat(BasicBlock) if self.remat and train else BasicBlock
 

@@ -1,4 +1,4 @@
-"""How long a run trains: train.steps or train.epochs, and at most until its validation score stops rising."""
+"""How long a run trains: train.steps or train.epochs, and at most until its validation score falls behind."""
 
 import math
 
@@ -31,7 +31,7 @@ def with_steps(config: ml_collections.ConfigDict, dataset: Dataset) -> ml_collec
 
 
 def is_over(config: ml_collections.ConfigDict, checkpoints: checkpoint.Checkpoints, step: int) -> bool:
-  """Whether a run ends at a step: the last one, or the last train.patience validations did not exceed the best score.
+  """Whether a run ends at a step: the last one, or the last train.patience validations are below the best.
 
   The checkpoints' scores decide, so that a resumed run ends at the same step. All processes must call it together.
 
