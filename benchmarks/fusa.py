@@ -65,7 +65,7 @@ def cost(attention, shape, chips: topology.Topology) -> tuple[float, float]:
     run = jax.jit(jax.grad(loss, (0, 2)))
     compiled = run.lower(*place((variables['params'], variables['batch_stats'], x))).compile()
   counted = compiled.cost_analysis() or {}
-  of_program = lambda: sum(operation.nbytes for operation in hlo.operations(compiled.as_text()))
+  of_program = lambda: hlo.bytes_moved(compiled.as_text())
   return counted['bytes accessed'] if 'flops' in counted else of_program(), counted.get('flops', float('nan'))
 
 

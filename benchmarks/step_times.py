@@ -190,7 +190,7 @@ def main(_):
     steps, waits = ({key: getattr(each, do) for key, each in models.items()} for do in ('step', 'wait'))
     seconds = workload.in_turn(steps, waits, sizes)
     logging.info('%s: %.2f ms per step', name, seconds[name] * 1e3)
-    moved = sum(operation.nbytes for operation in hlo.operations(text))
+    moved = hlo.bytes_moved(text)
     rows.append(row(name, seconds[name], 3 * workload.forward_gflops(name, sizes), moved, sizes.batch_size, chip))
     rows[-1] |= {'peak_bytes': running.memory(), 'compile_seconds': compile_seconds}
     print(line(rows[-1]), flush=True)

@@ -218,7 +218,7 @@ def _wide(dtype):
 
 
 # A packed map [B, *space, pixels * C] holds neighbouring pixels of a row in its last axis (models/tpu/packing.py). Its
-# values per pixel have the shape [pixels, B, *space]. The next five functions are all that knows of it.
+# values per pixel have the shape [pixels, B, *space]. The next five functions hide most of this.
 
 
 def _repeated(vectors, pixels):

@@ -220,8 +220,8 @@ def self_check(config: ml_collections.ConfigDict):
 def compilers():
   """Yields (line, problem or None) for the compilers of --mode=aot: the chips that each compiles a small program for.
 
-  The compilers are optional, so a missing one is no problem. It is one if a compiler is installed, but in a release
-  that does not belong to jax, or if it rejects a chip.
+  The compilers are optional: the line names a missing one, and the problem is None. A compiler of a release that does
+  not belong to the installed jax is a problem, and so is a chip that the compiler rejects.
   """
   from fusa_jax.chips import gpu, tpu
 

@@ -121,6 +121,11 @@ def operations(program: str) -> list[Operation]:
   return found
 
 
+def bytes_moved(program: str) -> int:
+  """The bytes that all operations of a program read from HBM and write to HBM."""
+  return sum(operation.nbytes for operation in operations(program))
+
+
 def _group(line: str, devices: int) -> int:
   """Number of devices that exchange with each other, for each form in which XLA writes replica_groups."""
   if match := re.search(r'replica_groups=\[\d+,(\d+)\]', line):

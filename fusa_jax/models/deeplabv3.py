@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import PixelHead, check_sides, layers, resize_corners, wide, wide_dtype
+from fusa_jax.models.layers import PixelHead, check_sides, layers, resize_corners
+from fusa_jax.models.precision import wide, wide_dtype
 from fusa_jax.models.resnet import encoder_of
 
 _STRIDE = 8

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import ImageHead, check_sides, layers, max_pool, wide_dtype
+from fusa_jax.models.layers import ImageHead, check_sides, layers, max_pool
+from fusa_jax.models.precision import wide_dtype
 
 
 class DenseNet121(nn.Module):

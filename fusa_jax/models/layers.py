@@ -12,6 +12,7 @@ from fusa_jax.fusa import FUSA, Norm, stored
 from fusa_jax.models.cpu import pooling
 from fusa_jax.models.cpu.convolution import convolve
 from fusa_jax.models.gpu import norms, projection
+from fusa_jax.models.precision import HIGHEST, wide, wide_dtype
 from fusa_jax.models.tpu import packing
 from fusa_jax.system.errors import UserError
 
@@ -22,8 +23,6 @@ kaiming = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 # nn.Conv with the same parameters and results; `convolve` only computes it faster on CPUs.
 Conv = functools.partial(nn.Conv, conv_general_dilated_cls=lambda: convolve)
 
-# For products that promise float32. By default, a TPU multiplies float32 numbers in bfloat16 and a GPU in TF32.
-HIGHEST = jax.lax.Precision.HIGHEST
 # The last layer of a model: logits of pixels or of images, in at least float32 if x is.
 PixelHead = functools.partial(
   nn.Conv, precision=HIGHEST, name='head', conv_general_dilated_cls=lambda: _convolve_to_logits
@@ -184,17 +183,7 @@ batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 def project(x, kernel, stride, dtype):
   """The 1x1 convolution of x [B, H, W, C] with a kernel [1, 1, C, O], as nn.Conv computes it."""
   x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=dtype)
-  return convolve(
-    x,
-    kernel,
-    (stride, stride),
-    'VALID',
-    lhs_dilation=(1, 1),
-    rhs_dilation=(1, 1),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    feature_group_count=1,
-    precision=None,
-  )
+  return convolve(x, kernel, (stride, stride), 'VALID')
 
 
 def norm_of_projection(x, kernel, stride, scale, bias, epsilon, dtype):
@@ -277,15 +266,6 @@ def layers(train: bool, dtype, pixels: int = 1) -> dict[str, Callable]:
     'conv': functools.partial(conv, use_bias=False, kernel_init=kaiming, dtype=dtype),
     'norm': functools.partial(norm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype),
   }
-
-
-def wide_dtype(x: jax.Array) -> jnp.dtype:
-  """At least float32: the dtype of means and of the last layers, for any dtype of the activations."""
-  return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def wide(x: jax.Array) -> jax.Array:
-  return x.astype(wide_dtype(x))
 
 
 def adaptive_mean(x: jax.Array, size: int) -> jax.Array:

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import PixelHead, check_sides, layers, wide
+from fusa_jax.models.layers import PixelHead, check_sides, layers
+from fusa_jax.models.precision import wide
 from fusa_jax.models.resnet import encoder_of
 
 

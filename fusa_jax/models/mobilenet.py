@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import ImageHead, layers, wide_dtype
+from fusa_jax.models.layers import ImageHead, layers
+from fusa_jax.models.precision import wide_dtype
 
 # For each group: expansion, channels, number of blocks, stride of the first block (the paper's Table 2).
 GROUPS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import PixelHead, adaptive_mean, check_sides, layers, resize_corners, wide
+from fusa_jax.models.layers import PixelHead, adaptive_mean, check_sides, layers, resize_corners
+from fusa_jax.models.precision import wide
 from fusa_jax.models.resnet import encoder_of
 
 _STRIDE = 8

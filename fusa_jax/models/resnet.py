@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import ImageHead, ProjectionKernel, layers, max_pool, relu, wide_dtype
+from fusa_jax.models.layers import ImageHead, ProjectionKernel, layers, max_pool, relu
+from fusa_jax.models.precision import wide_dtype
 from fusa_jax.system.errors import UserError
 
 

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import HIGHEST, Doubling, PixelHead, check_sides, layers, max_pool, wide
+from fusa_jax.models.layers import Doubling, PixelHead, check_sides, layers, max_pool
+from fusa_jax.models.precision import HIGHEST, wide
 from fusa_jax.models.resnet import BasicBlock
 from fusa_jax.models.tpu import packing
 

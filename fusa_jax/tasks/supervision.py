@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import PixelHead, wide
+from fusa_jax.models.layers import PixelHead
+from fusa_jax.models.precision import wide
 
 
 class Heads(nn.Module):

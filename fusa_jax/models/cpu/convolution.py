@@ -68,11 +68,11 @@ def convolve(
   strides: Sequence[int],
   padding: str | Sequence[tuple[int, int]],
   *,
-  lhs_dilation: Sequence[int],
-  rhs_dilation: Sequence[int],
-  dimension_numbers: lax.ConvDimensionNumbers,
-  feature_group_count: int,
-  precision: lax.PrecisionLike,
+  lhs_dilation: Sequence[int] = (1, 1),
+  rhs_dilation: Sequence[int] = (1, 1),
+  dimension_numbers: lax.ConvDimensionNumbers = None,
+  feature_group_count: int = 1,
+  precision: lax.PrecisionLike = None,
 ) -> jax.Array:
   """x [B, H, W, C] and kernel [kh, kw, C / groups, O] -> [B, h, w, O], the result of `lax.conv_general_dilated`.
 

@@ -10,7 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.gpu.sums import total, wide
+from fusa_jax.models.gpu.sums import total
+from fusa_jax.models.precision import wide
 
 
 @jax.custom_vjp

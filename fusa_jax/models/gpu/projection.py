@@ -27,10 +27,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.gpu.sums import products, total, wide
+from fusa_jax.models.gpu.sums import products, total
+from fusa_jax.models.precision import HIGHEST, wide
 
 # Products of small matrices, in float32.
-_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+_product = functools.partial(jnp.matmul, precision=HIGHEST)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

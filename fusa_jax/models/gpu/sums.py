@@ -1,11 +1,8 @@
 """Sums over pixels in at least float32."""
 
 import jax
-import jax.numpy as jnp
 
-
-def wide(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+from fusa_jax.models.precision import HIGHEST, wide, wide_dtype
 
 
 def total(x: jax.Array) -> jax.Array:
@@ -18,6 +15,5 @@ def products(x: jax.Array, y: jax.Array) -> jax.Array:
   if x.shape[-1] == 1:
     return total(wide(x) * wide(y))[None]
   pixels = tuple(range(x.ndim - 1))
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
   dimensions = ((pixels, pixels), ((), ()))
-  return jax.lax.dot_general(x, y, dimensions, jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+  return jax.lax.dot_general(x, y, dimensions, HIGHEST, preferred_element_type=wide_dtype(x))

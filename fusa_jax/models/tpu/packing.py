@@ -74,17 +74,7 @@ class Conv(nn.Module):
     kernel = jnp.concatenate([pack_kernel(part, self.pixels) for part in kernels], axis=2)
     x = jnp.concatenate(maps, axis=-1)
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    out = convolve(
-      x,
-      kernel,
-      (1, 1),
-      'SAME',
-      lhs_dilation=(1, 1),
-      rhs_dilation=(1, 1),
-      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-      feature_group_count=1,
-      precision=self.precision,
-    )
+    out = convolve(x, kernel, (1, 1), 'SAME', precision=self.precision)
     return out if bias is None else out + jnp.tile(bias, self.pixels)
 
 
