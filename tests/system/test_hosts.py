@@ -145,7 +145,9 @@ def test_sigterm_to_one_host_saves_the_same_step_on_all(data_dir, tmp_path):
   assert 3 <= saved < 400
   files = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / 'run').rglob('*') if path.is_file()}
   with several_hosts.Hosts(2, 1, run, tmp_path / 'again') as two:
-    wait_until(lambda: f'at step {saved} of 400' in two.log(0), two)
+    starts = tmp_path / 'run' / 'starts.json'
+    wait_until(lambda: len(json.loads(starts.read_text())) == 2, two)  # the last file before the first step
+    assert f'at step {saved} of 400' in two.log(0)
     before = files()
     two.processes[1].send_signal(signal.SIGTERM)
     assert two.wait(30) == [143, 143]
