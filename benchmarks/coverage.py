@@ -4,7 +4,8 @@
 
 It draws `--cohorts` cohorts for each distribution of the values and each number of patients. A cell is the share of
 intervals that contain the true mean, which should be 0.95, and their mean width. `ours` is statistics.mean_interval;
-the other methods are for comparison.
+the other methods are for comparison. A second table does the same for differences by seed and patient, where `ours` is
+crossed.interval; widths are then medians.
 """
 
 import datetime
@@ -14,7 +15,7 @@ import numpy as np
 from absl import app, flags
 from scipy import stats
 
-from fusa_jax.measures import statistics
+from fusa_jax.measures import crossed, statistics
 from fusa_jax.system import provenance
 
 _COHORTS = flags.DEFINE_integer('cohorts', 1000, 'number of simulated cohorts per cell')
@@ -92,6 +93,50 @@ OF_ANY = {'expanded percentiles': expanded, "Student's t": student, 'bootstrap-t
 OF_SCORES = {"Gaffke's bounds": gaffke, "Anderson's bounds": anderson}
 
 
+# Standard deviations of the effects of the seed, of the patient, and the rest.
+EFFECTS = ((0.0, 0.03, 0.05), (0.01, 0.03, 0.05), (0.02, 0.03, 0.05), (0.01, 0.06, 0.03), (0.03, 0.01, 0.02))
+_CROSSED_PATIENTS, _CROSSED_SEEDS = 17, (2, 3, 5)
+
+
+def bootstrap_of_both(differences):
+  """Returns percentiles over draws of patients and, independently, of seeds (Owen 2007)."""
+  rng, sizes = np.random.default_rng(0), differences.shape
+  seeds, patients = (rng.multinomial(n, np.full(n, 1 / n), 1000) / n for n in sizes)
+  return np.quantile(np.einsum('ds,sp,dp->d', seeds, differences, patients), [0.025, 0.975])
+
+
+OF_CROSSED = {
+  'patients alone': lambda differences: statistics.mean_interval(differences.mean(axis=0), DIFFERENCE),
+  'bootstrap of both': bootstrap_of_both,
+  'ours': crossed.interval,
+}
+
+
+def crossed_table(cohorts: int) -> str:
+  """Returns coverage and median widths of intervals of a mean over seeds and patients, as a Markdown table."""
+  lines = [
+    f'| sd of seed, patient, rest | method | {" | ".join(f"{n} seeds" for n in _CROSSED_SEEDS)} |',
+    f'| --- | --- |{" ---: |" * len(_CROSSED_SEEDS)}',
+  ]
+  for deviations in EFFECTS:
+    drawn = [_drawn_differences(deviations, seeds, cohorts) for seeds in _CROSSED_SEEDS]
+    for name, method in OF_CROSSED.items():
+      ends = [np.transpose([method(one) for one in each]) for each in drawn]
+      cells = [f'{np.mean((low <= 0) & (high >= 0)):.3f}, {np.median(high - low):.3g}' for low, high in ends]
+      lines.append(f'| {", ".join(map(str, deviations))} | {name} | {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
+def _drawn_differences(deviations, seeds, cohorts):
+  """Draws differences [cohorts, seeds, patients] around 0."""
+  rng, (of_seed, of_patient, rest) = np.random.default_rng(seeds), deviations
+  return (
+    of_seed * rng.standard_normal((cohorts, seeds, 1))
+    + of_patient * rng.standard_normal((cohorts, 1, _CROSSED_PATIENTS))
+    + rest * rng.standard_normal((cohorts, seeds, _CROSSED_PATIENTS))
+  )
+
+
 def coverage(title: str, method, patients: int, cohorts: int) -> tuple[float, float]:
   """Returns the share of intervals that contain the true mean of a shape, and the mean width of the intervals."""
   support, draw = SHAPES[title]
@@ -124,6 +169,7 @@ def table(cohorts: int, patients: list[int]) -> str:
 
 def main(_):
   print(table(_COHORTS.value, [int(n) for n in _PATIENTS.value]))
+  print(f'\n{crossed_table(_COHORTS.value)}')
   print(f'\n{_COHORTS.value} cohorts, {datetime.date.today()}, commit {provenance.commit()}')
 
 

@@ -120,20 +120,20 @@ def _record(config, name, workdir, seeds):
   return record | {
     'parameters': model_table.count(module),
     'gflops': model_table.forward_gflops(module, config.data.image_size),
-    'slices_per_second': statistics.fmean(_rate(log) for run in runs for log in _logs(run)),
+    'slices_per_second': statistics.fmean(training_rate(run) for run in runs),
   }
 
 
-def _logs(run):
-  """Returns the log of a run, or the logs of all folds."""
-  return [run / 'log.jsonl'] if (run / 'log.jsonl').exists() else sorted(run.glob('fold*/log.jsonl'))
-
-
-def _rate(log):
-  """Returns the training speed in slices per second: the median over a run's log.
+def training_rate(run: pathlib.Path) -> float:
+  """Returns the training speed in slices per second: the median over a run's log, the mean over the folds.
 
   The log's speeds exclude compilation and validation.
   """
+  logs = [run / 'log.jsonl'] if (run / 'log.jsonl').exists() else sorted(run.glob('fold*/log.jsonl'))
+  return statistics.fmean(_rate(log) for log in logs)
+
+
+def _rate(log):
   entries = map(json.loads, log.read_text().splitlines())
   return statistics.median(e['train/slices_per_second'] for e in entries if 'train/slices_per_second' in e)
 

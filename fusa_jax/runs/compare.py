@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusa_jax import tasks
-from fusa_jax.measures import metrics, statistics
+from fusa_jax.measures import crossed, metrics, statistics
 from fusa_jax.runs import results, run_config
 from fusa_jax.runs.split import TEST
 from fusa_jax.system.errors import UserError
@@ -88,6 +88,10 @@ def paired(
   sign-flip test. The score is Dice over the pixels of a patient; for classification, accuracy over the slices of a
   patient. Patients with an undefined score in any table are left out and counted in `left_out`.
 
+  If both models have the same number of runs, and more than one, `with_other_runs` has the interval over patients and
+  runs, the variances of the differences (`crossed.Variances`), and the difference that this design detects. Run k of
+  one model is paired with run k of the other.
+
   Args:
     task_type: the type of task of both models.
     one: the tables of slices of the runs of the first model.
@@ -108,8 +112,8 @@ def paired(
   values = [statistics.estimates(s, patients) for s in (*statistic, difference)]
   spread = statistics.intervals(difference, patients)
   estimates_of = dict(zip(('run', 'against', 'difference'), values, strict=True))
-  scores = [np.mean([task_type.patient_score(each.sums) for each in side], axis=0) for side in sides]
-  gains = scores[0] - scores[1]
+  scores = [np.stack([task_type.patient_score(each.sums) for each in side]) for side in sides]
+  gains = scores[0].mean(axis=0) - scores[1].mean(axis=0)
   mean = lambda weights: {'difference': statistics.mean(gains, weights)}
   return {
     'threshold': 0.5,
@@ -126,8 +130,24 @@ def paired(
       **statistics.estimates(mean, len(gains)),
       'interval': statistics.mean_interval(gains, (-np.inf, np.inf)),
       'p': statistics.sign_flip_p(gains),
+      **(_with_other_runs(scores[0] - scores[1]) if len(one) == len(other) > 1 else {}),
     },
     'intervals': statistics.method(),
+  }
+
+
+def _with_other_runs(differences):
+  """Returns the part of `per_patient` that needs several runs, from differences [runs, patients]."""
+  differences = differences[:, np.isfinite(differences).all(axis=0)]
+  if differences.shape[1] < 2:
+    return {}
+  effects = crossed.variances(crossed.mean_squares(differences))
+  return {
+    'with_other_runs': {
+      'interval': crossed.interval(differences),
+      'variances': effects._asdict(),
+      'detectable': crossed.detectable(effects, *differences.shape),
+    }
   }
 
 
@@ -144,10 +164,17 @@ def per_patient_line(per_patient: dict) -> str:
   """Returns `per_patient` of a comparison as one line."""
   left_out = f', {per_patient["left_out"]} left out' if per_patient['left_out'] else ''
   difference, p = statistics.shown(per_patient['difference']), statistics.shown(per_patient['p'])
-  return (
+  line = (
     f'{per_patient["score"]}: {difference} {_interval(per_patient["interval"])}, sign-flip p {p} '
     f'({per_patient["patients"]} patients: {per_patient["better"]} better, {per_patient["worse"]} worse{left_out})'
   )
+  others = per_patient.get('with_other_runs')
+  if others:
+    line += (
+      f'; with other runs and patients {_interval(others["interval"])}, detectable with 80% power '
+      f'{statistics.shown(others["detectable"])}'
+    )
+  return line
 
 
 def _interval(pair):

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import PATIENTS, SIZE, SLICES, tiny
 
-from benchmarks import jobs, study, study_table
+from benchmarks import ablation, jobs, power, study, study_table
 from configs import seg
-from fusa_jax.measures import metrics
+from fusa_jax.measures import crossed, metrics
 from fusa_jax.runs import compare, results
 from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
@@ -96,6 +96,14 @@ def test_fusa_minus_plain_over_all_seeds_and_per_seed(made):
     mine = each['per_patient']
     assert mine['patients'] == len(gains)
     assert mine['difference'] == pytest.approx(statistics.mean(gains))
+    if len(each['seeds']) > 1:
+      each_seed = [
+        [one[patient] - other[patient] for patient in everywhere]
+        for one, other in zip(dice['fusa_resunet'], dice['resunet'], strict=True)
+      ]
+      assert mine['with_other_runs']['interval'] == pytest.approx(crossed.interval(np.array(each_seed)))
+    else:
+      assert 'with_other_runs' not in mine
     assert f'\nfusa_resunet minus resunet, {title}: Dice: {mine["difference"]:.4f} [' in text
     pooled = [statistics.mean(numbers(made / f'{name}-seed{s}')['dice'] for s in each['seeds']) for name in dice]
     assert each['numbers']['dice']['difference'] == pytest.approx(pooled[0] - pooled[1])
@@ -125,6 +133,33 @@ def test_only_seeds_of_both_models_are_compared(made, tmp_path):
   assert found['per_patient'] == json.loads((made / 'differences.json').read_text())[1]['per_patient']
   assert 'Unfinished: fusa_resunet 1 of 2 seeds.' in text
   assert 'in training, on 4 x H100 shared by 4 runs at a time.' in text
+
+
+@pytest.mark.slow
+def test_recipes_are_compared_per_patient(made, tmp_path):
+  """Two studies of one model and seed, which are in truth two seeds. Every number follows from slices.csv and logs."""
+  for name, seed in (('paper', 3), ('other', 4)):
+    run = tmp_path / name / 'resunet-seed3'
+    shutil.copytree(made / f'resunet-seed{seed}', run)
+    config = json.loads((run / 'config.json').read_text())
+    config['seed'], config['train']['clip_norm'] = 3, 12.0 if name == 'other' else None
+    (run / 'config.json').write_text(json.dumps(config))
+  lines = ablation.table([ablation.load_study(tmp_path / name) for name in ('paper', 'other')]).splitlines()
+  assert lines[-1] == '- other: train.clip_norm=12.0'
+  for row, seed in zip(lines[2:4], (3, 4), strict=True):
+    of_patient = dice_of_patients(made / f'resunet-seed{seed}')
+    cells = [cell.strip() for cell in row.strip('|').split('|')]
+    assert cells[:3] == ['resunet', 'paper' if seed == 3 else 'other', '1']
+    assert cells[4] == f'{statistics.mean(of_patient.values()):.4f}'
+    entries = map(json.loads, (made / f'resunet-seed{seed}' / 'log.jsonl').read_text().splitlines())
+    step = numbers(made / f'resunet-seed{seed}')['step']
+    (validated,) = [e['validation/dice_per_patient'] for e in entries if e['step'] == step and 'validation/dice' in e]
+    assert cells[3] == f'{validated:.4f}'
+  first, second = (dice_of_patients(made / f'resunet-seed{seed}') for seed in (3, 4))
+  gain = statistics.mean(second[patient] - first[patient] for patient in first.keys() & second.keys())
+  assert f'| Dice: {gain:.4f} [' in lines[3]
+  with pytest.raises(UserError, match='has no finished run of a study'):
+    ablation.load_study(tmp_path)
 
 
 @pytest.mark.slow
@@ -271,3 +306,20 @@ def test_two_jobs_at_a_time_from_the_command_line(data_dir, tmp_path):
   again = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=600)
   assert again.returncode == 0, again.stderr
   assert again.stderr == '10 of 10 runs are finished\n'
+
+
+def test_power_of_a_study(tmp_path):
+  """The plan of a study of two seeds: its own design, and the patients that other designs need."""
+  effects = {'seed': 0.0, 'patient': 0.05**2, 'rest': 0.0}
+  of_patients = {'score': 'Dice', 'patients': 17, 'with_other_runs': {'variances': effects, 'detectable': 0.0372}}
+  one = {'run': 'fusa_resunet', 'against': 'resunet', 'seeds': [0, 1], 'per_patient': of_patients}
+  single = {**one, 'seeds': [0], 'per_patient': {'score': 'Dice', 'patients': 17}}
+  (tmp_path / 'differences.json').write_text(json.dumps([one, single]))
+  (found,) = power.compared(tmp_path)
+  *_, row = power.table(found, [0.011], [5]).splitlines()
+  # A t-test of 165 patients has 80% power to find 0.22 standard deviations (Cohen 1988: 163 to 165).
+  seeds, _, needed = (cell.strip() for cell in row.strip('|').split('|'))
+  assert (seeds, int(needed)) == ('5', pytest.approx(165, abs=2))
+  (tmp_path / 'differences.json').write_text(json.dumps([single]))
+  with pytest.raises(UserError, match='no comparison over several seeds'):
+    power.compared(tmp_path)
