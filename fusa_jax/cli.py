@@ -82,6 +82,7 @@ def predict() -> None:
     FLAGS.dicom,
     FLAGS.overwrite,
     FLAGS.strict,
+    FLAGS.explain,
   )
   next_steps.after_prediction(FLAGS.input, FLAGS.output)
   if counts.refused or counts.failed:
@@ -178,7 +179,7 @@ MODES = {
     predict,
     'marks lesions in new scans',
     ('workdir', 'input', 'output'),
-    ('config', *arguments.POINT, 'probabilities', 'dicom', 'overwrite', 'strict'),
+    ('config', *arguments.POINT, 'probabilities', 'explain', 'dicom', 'overwrite', 'strict'),
     True,
     survives=True,
   ),

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fusa_jax import tasks
-from fusa_jax.inference import manifest
+from fusa_jax.inference import explanation, manifest
 from fusa_jax.inference.predictor import Prediction, Predictor
 from fusa_jax.scans import dicom_seg, nifti, pictures, volumes
 from fusa_jax.scans.archives import unpacking
@@ -64,6 +64,7 @@ def predict(
   as_dicom: bool = False,
   overwrite: bool = False,
   strict: bool = False,
+  explain: str | None = None,
 ) -> Counts:
   """Finds the lesions in one scan or picture, or in all scans and pictures of a folder or archive.
 
@@ -78,6 +79,10 @@ def predict(
   contain the patient's name. With `as_dicom` the mask is also written as a DICOM SEG, `NAME_mask.dcm`; this file does
   contain it.
 
+  With `explain` a classification model also writes class-activation maps (inference/explanation.py):
+  `NAME_explanation.png` shows the positive slices with the highest scores; `NAME_gradcam_explanation.nii.gz` and
+  `NAME_fusa_explanation.nii.gz` (float32) hold the maps of all slices, on the scan's grid.
+
   `predictions.csv` has a row per input, also for the inputs of earlier predictions into the folder.
 
   Args:
@@ -88,6 +93,7 @@ def predict(
     as_dicom: also write masks as DICOM SEG.
     overwrite: replace files that this program did not write, or that were changed since.
     strict: predict nothing if an input is refused.
+    explain: one of explanation.KINDS: only the picture of maps, or also the volumes; None: neither.
 
   Returns:
     The counts of all processes.
@@ -95,17 +101,25 @@ def predict(
   Raises:
     UserError: nothing was predicted: the source holds no scans; all are refused; with `strict`, one is refused; the
       output folder has files that this program did not write, and `overwrite` is not set; or DICOM SEG is requested,
-      but the model predicts no masks or an input is not a DICOM series. Or a result cannot be written.
+      but the model predicts no masks or an input is not a DICOM series; or maps are requested, but the model has none,
+      or volumes of them, but an input is a picture. Or a result cannot be written.
     HostLost: another process was lost, and some inputs are left.
     Terminated: on SIGTERM, which stops all processes after the inputs at hand.
   """
+  if explain:
+    if explain not in explanation.KINDS:
+      raise UserError(f'explain: {explain!r} is unknown; give one of {", ".join(explanation.KINDS)}')
+    run.check_explains()
   with unpacking() as unpacked:
     sources = find_sources(source, run.model.values, unpacked)
+    pictured = [source for source in sources if source.is_picture]
+    if explain == explanation.VOLUMES and pictured:
+      raise UserError(f'explain: {pictured[0]} is a picture and has no volume; give --explain={explanation.OVERLAYS}')
     if as_dicom:
       if not tasks.type_of(run.model.task).has_masks:
         raise UserError('dicom: applies to masks only, and this model gives none; leave it out')
       dicom_seg.check_series(sources)
-    job = _Job(run, output, probabilities, as_dicom, source if source.is_dir() else source.parent)
+    job = _Job(run, output, probabilities, as_dicom, explain, source if source.is_dir() else source.parent)
     job.has_one_input = len(sources) == 1
     with manifest.locked(output) if hosts.is_main() else contextlib.nullcontext():
       return _predict(job, sources, overwrite, strict)
@@ -201,6 +215,7 @@ class _Input:
     image: the scan or picture; None once `row` is known.
     prepared: the network's input, int16 [S, size, size].
     probability: the network's output for it.
+    maps: the class-activation maps for it, or None.
     seconds: the time that was spent on it, without waiting.
     row: its row in predictions.csv, as soon as it is known.
   """
@@ -210,6 +225,7 @@ class _Input:
   image: volumes.Scan | np.ndarray | None = None
   prepared: np.ndarray | None = None
   probability: np.ndarray | None = None
+  maps: dict[str, np.ndarray] | None = None
   seconds: float = 0.0
   row: dict | None = None
 
@@ -218,15 +234,23 @@ class _Input:
     seconds = round(self.seconds, 2) or None
     values = self.source.place, self.sha256, status, reason, lesion_ml, seconds, run_sha256
     self.row = dict(zip(manifest.COLUMNS, values, strict=True))
-    self.image = self.prepared = self.probability = None
+    self.image = self.prepared = self.probability = self.maps = None
 
 
 class _Job:
   """The steps of a prediction: `read`, `compute` and `write`. Each settles the inputs that cannot go on."""
 
-  def __init__(self, run: Predictor, output: pathlib.Path, probabilities: bool, as_dicom: bool, folder: pathlib.Path):
+  def __init__(
+    self,
+    run: Predictor,
+    output: pathlib.Path,
+    probabilities: bool,
+    as_dicom: bool,
+    explain: str | None,
+    folder: pathlib.Path,
+  ):
     self.run, self.output, self._probabilities, self._as_dicom = run, output, probabilities, as_dicom
-    self._folder = folder  # of the inputs
+    self._explain, self._folder = explain, folder  # the folder of the inputs
     self.has_one_input = False
     self._has_masks = tasks.type_of(run.model.task).has_masks
 
@@ -240,6 +264,10 @@ class _Job:
     if self._has_masks:
       ending = '.png' if source.is_picture else '.nii.gz'
       names += [f'_mask{ending}'] + [f'_probability{ending}'] * self._probabilities + ['_mask.dcm'] * self._as_dicom
+    if self._explain:
+      names.append('_explanation.png')
+    if self._explain == explanation.VOLUMES:
+      names += [f'_{name}_explanation.nii.gz' for name in self.run.map_names]
     return self.output / f'{source.stem}.json', [self.output / f'{source.stem}{name}' for name in names]
 
   def check_inputs(self, sources: list[Source]) -> None:
@@ -309,10 +337,14 @@ class _Job:
       return inputs
     began = time.monotonic()
     try:
-      probability = self.run.probabilities(np.concatenate([one.prepared for one in ready]))
+      prepared = np.concatenate([one.prepared for one in ready])
+      probability = self.run.probabilities(prepared)
+      maps = self.run.maps(prepared) if self._explain else {}
       is_scan = isinstance(ready[0].image, volumes.Scan)  # a scan is alone
-      for one, own in zip(ready, [probability] if is_scan else probability, strict=True):
-        one.probability, one.prepared = own, None
+      for k, one in enumerate(ready):
+        one.probability, one.prepared = probability if is_scan else probability[k], None
+        if self._explain:
+          one.maps = {name: values if is_scan else values[k : k + 1] for name, values in maps.items()}
     except Exception as error:  # for example, the devices are out of memory
       for one in ready:
         self._fail(one, error)
@@ -330,7 +362,7 @@ class _Job:
       if one.row is not None:
         continue
       with self._on(one):
-        prediction = self.run.result(one.image, one.probability)
+        prediction = self.run.result(one.image, one.probability, one.maps)
         self._write(one, prediction)
       if one.row is None:
         one.settle(manifest.PREDICTED, self.sha256, lesion_ml=prediction.numbers.get('lesion_ml'))
@@ -385,12 +417,23 @@ class _Job:
     if path.suffix == '.dcm':
       dicom_seg.write_seg(partial, prediction.mask, one.image, {key: prediction.numbers[key] for key in _ABOUT})
       return
-    values = prediction.mask if path.name.startswith(f'{one.source.stem}_mask') else prediction.probability
+    ending, description = path.name.removeprefix(f'{one.source.stem}_'), ''
+    if ending == 'explanation.png':
+      shown = self.run.model.explainer.black_and_white
+      title, numbers = printable(one.source.name), prediction.numbers
+      explanation.write_picture(partial, title, one.image, numbers, prediction.maps, shown)
+      return
+    if self._explain:
+      name = ending.removesuffix('_explanation.nii.gz')
+      values = volumes.resize(prediction.maps[name], one.image.values.shape[1:])
+      description = explanation.description(name)
+    else:
+      values = prediction.mask if ending.startswith('mask') else prediction.probability
     if one.source.is_picture:
       pictures.write_picture(partial, np.rint(values * 255).astype(np.uint8))
     else:
       with partial.open('wb') as file:
-        nifti.write_volume_to(file, values, one.image, compressed=True)
+        nifti.write_volume_to(file, values, one.image, compressed=True, description=description)
 
 
 def _check(sources, values):

@@ -1,5 +1,6 @@
 """Applies a trained run to one scan or to pictures: returns probabilities, mask and numbers."""
 
+import functools
 import json
 import os
 import pathlib
@@ -9,7 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fusa_jax.inference import bundle, postprocessing, trained
+from fusa_jax import tasks
+from fusa_jax.inference import bundle, explanation, postprocessing, trained
 from fusa_jax.runs import operating_point
 from fusa_jax.scans import volumes
 from fusa_jax.scans.archives import unpacking
@@ -68,11 +70,13 @@ class Prediction(NamedTuple):
     numbers: the results that NAME.json holds.
     mask: uint8 {0, 1} in the image's shape; None if the model predicts no masks.
     probability: float32 in the image's shape; None if the model predicts no masks.
+    maps: the output of `Predictor.maps` for a scan or picture, if asked for.
   """
 
   numbers: dict
   mask: np.ndarray | None = None
   probability: np.ndarray | None = None
+  maps: dict[str, np.ndarray] | None = None
 
 
 class Predictor:
@@ -90,7 +94,10 @@ class Predictor:
     self._probabilities = jax.jit(model.function, out_shardings=meshes.replicated(mesh))
 
   def __call__(
-    self, image: str | pathlib.Path | volumes.Scan | np.ndarray, spacing: Sequence[float] | None = None
+    self,
+    image: str | pathlib.Path | volumes.Scan | np.ndarray,
+    spacing: Sequence[float] | None = None,
+    explain: bool = False,
   ) -> Prediction:
     """Predicts one scan or picture.
 
@@ -99,19 +106,24 @@ class Predictor:
         has the axes of `volumes.Scan`, [S, H, W], and the values that the model takes (HU or 8-bit). An 8-bit array may
         also be one picture [H, W].
       spacing: for an array [S, H, W]: mm between slices, rows and columns. Without it a voxel counts as 1 mm³.
+      explain: also compute the class-activation maps of a classifier.
 
     Raises:
       UserError: as `paths.check_local`, `find_sources`, `Source.read_image` and `volumes.from_volume`; the source holds
-        several scans; the array has other dimensions; or the operating point uses lungs or lesion volumes and the array
-        has no spacing.
+        several scans; the array has other dimensions; the operating point uses lungs or lesion volumes and the array
+        has no spacing; or `explain` is set and the model has no maps.
     """
+    if explain:
+      self.check_explains()
     if isinstance(image, (str, pathlib.Path)):
       paths.check_local('image', image)
       image = self._read(pathlib.Path(image))
     elif isinstance(image, np.ndarray):
       image = self._from_array(image, spacing)
-    probability = self.probabilities(self.prepare([image]))
-    return self.result(image, probability if isinstance(image, volumes.Scan) else probability[0])
+    prepared = self.prepare([image])
+    probability = self.probabilities(prepared)
+    maps = self.maps(prepared) if explain else None
+    return self.result(image, probability if isinstance(image, volumes.Scan) else probability[0], maps)
 
   def _read(self, path):
     with unpacking() as unpacked:
@@ -139,6 +151,40 @@ class Predictor:
 
   def probabilities(self, images: np.ndarray) -> np.ndarray:
     """Probabilities for the output of `prepare`: float32 [S] or [S, size, size]."""
+    return self._in_batches(self._probabilities, images)
+
+  def check_explains(self) -> None:
+    """Raises a UserError if the model has no class-activation maps."""
+    if self.model.explainer is not None:
+      return
+    if tasks.type_of(self.model.task).has_masks:
+      raise UserError('explain: applies to classification only, and this model gives masks; leave it out')
+    raise UserError(
+      'explain: needs the features inside the network, and a bundle gives only its output; give the folder of the run '
+      'that was exported'
+    )
+
+  def maps(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Class-activation maps for the output of `prepare`: {name of explanation.MAPS: float32 [S, h, w]}.
+
+    The maps are coarse; `volumes.resize` brings them to the size of the image, as their pictures and volumes have it.
+    """
+    maps = self._in_batches(self._maps, images)
+    return {name: maps[name] for name in explanation.MAPS if name in maps}  # jit sorts the names
+
+  @functools.cached_property
+  def _maps(self):
+    return jax.jit(self.model.explainer.function, out_shardings=meshes.replicated(self._mesh))
+
+  @functools.cached_property
+  def map_names(self) -> list[str]:
+    """The names of the maps that `maps` returns."""
+    slices = jax.ShapeDtypeStruct((1, self.model.image_size, self.model.image_size), np.int16)
+    shapes = jax.eval_shape(self.model.explainer.function, self.model.variables, slices)
+    return [name for name in explanation.MAPS if name in shapes]
+
+  def _in_batches(self, function, images):
+    """Applies a jitted function to all images, in batches; returns its arrays on the host."""
     size, out = self._batch_size, []
     rows = meshes.local_rows(self._mesh, size)
     for start in range(0, len(images), size):
@@ -146,22 +192,25 @@ class Predictor:
       batch = np.zeros((size, *part.shape[1:]), part.dtype)
       batch[: len(part)] = part
       put = meshes.to_devices(self._mesh, size, rows, batch[rows])
-      out.append(self._probabilities(self.model.variables, put))
+      out.append(function(self.model.variables, put))
       if len(out) > 1:  # fetch the last result while the devices compute the next one
-        out[-2] = np.asarray(out[-2])
-    return np.concatenate(out)[: len(images)]
+        out[-2] = jax.tree.map(np.asarray, out[-2])
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *out)
 
   def sha256(self) -> str:
     """The digest of all that decides a result beside the input: the model, and the operating point."""
     point = {key: value for key, value in self.point.about().items() if key != 'chosen_by'}
     return sha256(json.dumps([self.model.sha256, self.model.values, self.model.image_size, point]).encode())
 
-  def result(self, image: volumes.Scan | np.ndarray, probability: np.ndarray) -> Prediction:
+  def result(
+    self, image: volumes.Scan | np.ndarray, probability: np.ndarray, maps: dict[str, np.ndarray] | None = None
+  ) -> Prediction:
     """Makes the mask and the numbers of a scan or picture from its probabilities.
 
     Args:
       image: a scan, or a picture [H, W].
       probability: the output of `probabilities` for the image: all slices of a scan, or the one slice of a picture.
+      maps: the output of `maps` for the image. The numbers then have `explanation`.
     """
     about = {'model': self.model.name, 'step': self.model.step, 'values': self.model.values, **self.point.about()}
     if isinstance(image, volumes.Scan):
@@ -169,7 +218,10 @@ class Predictor:
     else:
       prediction = self._predict_picture(image, probability)
       del about['lungs'], about['smallest_ml']  # these settings apply to scans only
-    return prediction._replace(numbers=about | prediction.numbers)
+    numbers = about | prediction.numbers
+    if maps is not None:
+      numbers['explanation'] = explanation.about(maps, np.atleast_1d(probability), self.point.threshold)
+    return prediction._replace(numbers=numbers, maps=maps)
 
   def _predict_scan(self, scan, probability):
     numbers, mask = {'num_slices': len(scan.values)}, None

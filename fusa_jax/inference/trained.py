@@ -14,10 +14,12 @@ import ml_collections
 import numpy as np
 
 from fusa_jax import tasks
+from fusa_jax.inference import explanation
 from fusa_jax.runs import checkpoint, operating_point, results, run_config
 from fusa_jax.runs.split import TEST
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
+from fusa_jax.tasks import window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Model:
     name: name of the network; for several networks, one text with all names.
     step: step of the checkpoint; for several networks, a list of steps.
     sha256: digest of the program and the weights; '' in a model that is exported.
+    explainer: computes class-activation maps; None for segmentation, and for a bundle: its program has one output.
   """
 
   function: Callable[[Any, jax.Array], jax.Array]
@@ -45,6 +48,7 @@ class Model:
   name: str
   step: int | list[int]
   sha256: str
+  explainer: explanation.Explainer | None = None
 
 
 class Network(NamedTuple):
@@ -157,15 +161,21 @@ def create(networks: Sequence[Network], flips: bool, sha256: str = '') -> Model:
     groups.setdefault(_program(network.config), []).append(network)
   of_groups = [tasks.create(group[0].config) for group in groups.values()]
 
-  def function(variables, slices):
+  def of_networks(compute, variables, slices):
     # `lax.map` compiles networks of the same architecture once.
-    probabilities = [
-      jax.lax.map(lambda one, task=task: task.probabilities(one['variables'], slices, one['temperature'], flips), each)
+    return [
+      jax.lax.map(lambda one, task=task: compute(task, one['variables'], slices, one['temperature'], flips), each)
       for task, each in zip(of_groups, variables, strict=True)
     ]
-    return jnp.concatenate(probabilities).mean(axis=0)
+
+  def function(variables, slices):
+    return jnp.concatenate(of_networks(tasks.Task.probabilities, variables, slices)).mean(axis=0)
+
+  def maps(variables, slices):
+    return explanation.mean_of_networks(of_networks(explanation.activation_maps, variables, slices))
 
   first = networks[0].config
+  shown = window.black_and_white(first.data.intensity, first.data.window)
   names = list(dict.fromkeys(network.config.model.name for network in networks))
   return Model(
     function=function,
@@ -177,6 +187,7 @@ def create(networks: Sequence[Network], flips: bool, sha256: str = '') -> Model:
     name=names[0] if len(networks) == 1 else f'mean of {len(networks)}: {", ".join(names)}',
     step=networks[0].step if len(networks) == 1 else [network.step for network in networks],
     sha256=sha256,
+    explainer=None if of_groups[0].type.has_masks else explanation.Explainer(maps, shown),
   )
 
 

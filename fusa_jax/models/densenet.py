@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import ImageHead, check_sides, layers, max_pool
+from fusa_jax.models.layers import ImageHead, check_sides, last_level, layers, max_pool
 from fusa_jax.models.precision import wide_dtype
 
 
@@ -42,7 +42,7 @@ class DenseNet121(nn.Module):
         x = nn.relu(norm(name=f'transition{block}_norm')(x))
         x = conv(x.shape[-1] // 2, (1, 1), name=f'transition{block}_conv')(x)
         x = nn.avg_pool(x, (2, 2), (2, 2))
-    x = nn.relu(norm(name='norm5')(x))
+    x = last_level(self, nn.relu(norm(name='norm5')(x)))
     return ImageHead(self.num_classes)(x.mean((1, 2), dtype=wide_dtype(x)))
 
 

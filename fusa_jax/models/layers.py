@@ -255,6 +255,18 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Arra
   return pooling.max_pool(x, (size, stride, padding))
 
 
+def last_level(model: nn.Module, x: jax.Array) -> jax.Array:
+  """Marks x [B, h, w, C] as the last level of a classifier: the features that its head pools. Returns x.
+
+  Each classifier calls it once, in `__call__`. Explanations read x from the collection 'intermediates', and its
+  gradient from 'perturbations', both as 'last_level' (inference/explanation.py). Otherwise it does nothing:
+  variables, programs and their cost stay the same.
+  """
+  model.sow('intermediates', 'last_level', x)
+  # Otherwise `init` would return the perturbation with the parameters.
+  return x if model.is_initializing() else model.perturb('last_level', x)
+
+
 def layers(train: bool, dtype, pixels: int = 1) -> dict[str, Callable]:
   """Returns the constructors `conv` and `norm` for all blocks, so the blocks need not handle dtypes or train mode.
 

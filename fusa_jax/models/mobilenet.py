@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import ImageHead, layers
+from fusa_jax.models.layers import ImageHead, last_level, layers
 from fusa_jax.models.precision import wide_dtype
 
 # For each group: expansion, channels, number of blocks, stride of the first block (the paper's Table 2).
@@ -43,7 +43,7 @@ class MobileNetV2(nn.Module):
         x = _InvertedResidual(
           _rounded(features * scale), expansion, stride if index == 0 else 1, **parts, name=f'block{number}'
         )(x)
-    x = unit(x, _rounded(1280 * max(scale, 1)), 'last', kernel_size=(1, 1))
+    x = last_level(self, unit(x, _rounded(1280 * max(scale, 1)), 'last', kernel_size=(1, 1)))
     x = x.mean((1, 2), dtype=wide_dtype(x))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     return ImageHead(self.num_classes, kernel_init=nn.initializers.normal(0.01))(x)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import ImageHead, ProjectionKernel, layers, max_pool, relu
+from fusa_jax.models.layers import ImageHead, ProjectionKernel, last_level, layers, max_pool, relu
 from fusa_jax.models.precision import wide_dtype
 from fusa_jax.system.errors import UserError
 
@@ -139,7 +139,7 @@ class ResNet(nn.Module):
   def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
     options = {'dtype': self.dtype, 'remat': self.remat}
     encoder = Encoder(self.stage_sizes, self.block, self.width, self.attention, **options, name='encoder')
-    x = encoder(images, train)[-1]
+    x = last_level(self, encoder(images, train)[-1])
     return ImageHead(self.num_classes)(x.mean((1, 2), dtype=wide_dtype(x)))
 
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusa_jax.models.layers import ImageHead, adaptive_mean, check_sides, layers, max_pool
+from fusa_jax.models.layers import ImageHead, adaptive_mean, check_sides, last_level, layers, max_pool
 
 # For each of the five max-pools: the number of convolutions before it, and their channels relative to the first level.
 STAGES = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
@@ -35,6 +35,8 @@ class VGG16(nn.Module):
         # A norm follows, but these convolutions have a bias, as in torchvision and its published weights.
         x = parts['conv'](self.width * multiple, (3, 3), padding=1, use_bias=True, name=f'conv{stage}_{index}')(x)
         x = nn.relu(parts['norm'](name=f'norm{stage}_{index}')(x))
+      if stage == len(STAGES):
+        x = last_level(self, x)  # the last convolution, before its pool: as in the paper of Grad-CAM
       x = max_pool(x, 2, 2)
     x = adaptive_mean(x, 7)
     x = x.reshape(x.shape[0], -1)  # not len(x): in an exported function the batch size is symbolic

@@ -80,6 +80,13 @@ def define_flags(modes: list[str]) -> None:
   yes_or_no('lungs', None, 'limit masks to the lungs, which are segmented by HU; default: as in the run')
   flags.DEFINE_float('smallest_ml', None, 'remove lesions smaller than this volume in mL; default: as in the run')
   yes_or_no('probabilities', False, 'also write the probabilities as volumes')
+  flags.DEFINE_enum(
+    'explain',
+    None,
+    ['overlays', 'volumes'],
+    'classification: also write where the scores come from, as pictures with class-activation maps (overlays), or as '
+    'these and volumes of the maps (volumes)',
+  )
   yes_or_no('verbose', False, 'print details, such as the shape of every parameter')
   yes_or_no('dicom', False, 'also write the masks of DICOM series as DICOM SEG')
   yes_or_no('overwrite', False, 'replace result files that this program did not write, or that were changed since')

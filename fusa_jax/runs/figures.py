@@ -7,6 +7,7 @@ import functools
 import io
 import pathlib
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
@@ -17,6 +18,7 @@ from fusa_jax.measures import histogram, metrics
 from fusa_jax.system.files import replacing
 
 TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE = (0.1, 0.35, 1.0), (0.1, 0.8, 0.2), (0.95, 0.1, 0.1)
+_OF_MAPS = 'plasma'
 _BLUE, _ORANGE, _GREY = '#3b78c2', '#d9822b', '#8a8f98'
 # Replaced by the colour of the text in SVG, so that a chart is readable on a light and on a dark page.
 _INK = '#010203'
@@ -312,11 +314,66 @@ def write_overview(
     figure.savefig(partial, dpi=110)
 
 
-def _pictures(values, mask, predictions, black_and_white):
-  """Returns the slice in grey and once per prediction in colour, and the coloured parts by name."""
+def write_explanation(
+  path: pathlib.Path,
+  title: str,
+  rows: Sequence[tuple[str, np.ndarray, Sequence[np.ndarray]]],
+  scales: Sequence[tuple[str, tuple[float, float]]],
+  black_and_white: tuple[float, float],
+) -> None:
+  """Draws slices below each other, each beside itself with a map laid over it, in the colours of one scale per map.
+
+  The colours are none of those of masks. At the lower end of its scale a map is transparent.
+
+  Args:
+    path: the PNG file.
+    title: text above the picture, and in its metadata.
+    rows: per slice: title, values [H, W], and its maps [H, W], in the order of `scales`; no maps: the slice alone.
+    scales: per map: its title, and the values at the ends of its colours.
+    black_and_white: the values that are drawn black and white.
+  """
+  figure = Figure(figsize=(3.2 * (1 + len(scales)), 3.45 * len(rows) + 1), layout='constrained', facecolor='white')
+  *panels, bars = figure.subplots(
+    len(rows) + 1, 1 + len(scales), squeeze=False, height_ratios=[*(1 for _ in rows), 0.04]
+  )
+  for axes, (of_slice, values, maps) in zip(panels, rows, strict=True):
+    plain = _grey(values, black_and_white)
+    axes[0].imshow(plain)
+    axes[0].set_title(of_slice, loc='left', fontsize=9, parse_math=False)
+    for one, values_of_map, (_, limits) in zip(axes[1:], maps, scales, strict=False):
+      one.imshow(_under_map(plain, values_of_map, limits))
+      one.set_title(f'{values_of_map.min():.3g} to {values_of_map.max():.3g}', loc='left', fontsize=9)
+    for one in axes:
+      one.set_axis_off()
+  bars[0].set_axis_off()
+  for bar, (name, limits) in zip(bars[1:], scales, strict=True):
+    colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*limits), _OF_MAPS)
+    figure.colorbar(colours, cax=bar, orientation='horizontal').set_label(name, fontsize=8)
+    bar.tick_params(labelsize=8)
+  per_line = int(13 * figure.get_figwidth())  # characters
+  lines = [part for line in title.splitlines() for part in textwrap.wrap(line, per_line)]
+  figure.suptitle('\n'.join(lines), fontsize=9, parse_math=False)
+  with replacing(path) as partial:
+    figure.savefig(partial, dpi=110, metadata={'Title': title})
+
+
+def _under_map(plain, values, limits):
+  """Returns a grey slice [H, W, 3] in the colours of a map, which covers the more of it, the higher its value."""
+  low, high = limits
+  share = np.clip((values - low) / (high - low), 0, 1)
+  opacity = 0.6 * share[..., None]
+  return (1 - opacity) * plain + opacity * matplotlib.colormaps[_OF_MAPS](share)[..., :3]
+
+
+def _grey(values, black_and_white):
   black, white = black_and_white
   grey = np.clip((values.astype(np.float32) - black) / (white - black), 0, 1)
-  plain = np.repeat(grey[..., None], 3, axis=-1)
+  return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def _pictures(values, mask, predictions, black_and_white):
+  """Returns the slice in grey and once per prediction in colour, and the coloured parts by name."""
+  plain = _grey(values, black_and_white)
   mask = None if mask is None else np.asarray(mask, bool)
   parts = [_parts(mask, predicted) for predicted in (predictions.values() if predictions else [None])]
   return [plain, *(_coloured(plain, one) for one in parts)], parts[0]

@@ -133,8 +133,8 @@ def write_volume(path: pathlib.Path, volume: np.ndarray, scan: Scan) -> None:
     write_volume_to(file, volume, scan, compressed=path.suffix == '.gz')
 
 
-def write_volume_to(file: BinaryIO, volume: np.ndarray, scan: Scan, compressed: bool) -> None:
-  """As `write_volume`, to an open file."""
+def write_volume_to(file: BinaryIO, volume: np.ndarray, scan: Scan, compressed: bool, description: str = '') -> None:
+  """As `write_volume`, to an open file. The header holds the description, of at most 79 ASCII characters."""
   data = volumes.to_own_axes(volume, scan)
   header = _image_class(scan.header).header_class()
   header.set_data_shape(scan.header.get_data_shape())
@@ -143,6 +143,7 @@ def write_volume_to(file: BinaryIO, volume: np.ndarray, scan: Scan, compressed: 
   fields += [f'quatern_{axis}' for axis in 'bcd'] + [f'qoffset_{axis}' for axis in 'xyz']
   for field in fields:
     header[field] = scan.header[field]
+  header['descrip'] = description
   # affine=None keeps both affines of the header; any other value would rewrite one of them.
   image = _image_class(scan.header)(data, None, header)
   # No name and no time in the gzip header: equal volumes give equal files.

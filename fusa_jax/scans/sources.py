@@ -18,9 +18,9 @@ from fusa_jax.system.files import printable, sha256
 # A file belongs to the first format that claims it. Formats that check only names come before those that open files.
 FORMATS: tuple[type[Source], ...] = (volume_files.VolumeFile, pictures.PictureFile, dicom.Series)
 # Endings of the names of masks and results, which often lie beside scans.
-_RESULTS = ('_seg', '_mask', '_probability')
-# The longest stem of results in bytes: file names have at most 255, and the longest ending is _probability.nii.gz.
-_LONGEST = 255 - len('_probability.nii.gz')
+_RESULTS = ('_seg', '_mask', '_probability', '_explanation')
+# The longest stem of results in bytes: file names have at most 255, and this is the longest ending.
+_LONGEST = 255 - len('_gradcam_explanation.nii.gz')
 # Number of left-out files whose names are shown.
 _LISTED = 6
 
@@ -34,7 +34,7 @@ def find_sources(path: pathlib.Path, intensity: str | None, unpacked: pathlib.Pa
 
   Args:
     path: a file, or a folder or .zip of files of any format and depth (see `archives.in_folder`). Names that end in
-      `_seg`, `_mask` or `_probability` are left out.
+      `_seg`, `_mask`, `_probability` or `_explanation` are left out.
     intensity: one of volumes.VALUES; None accepts scans of both.
     unpacked: the folder for unpacked archives.
 

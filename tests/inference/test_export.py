@@ -248,3 +248,9 @@ def test_invalid_uses_of_a_bundle_are_refused(bundles, runs, tmp_path):
 def test_predict_takes_a_bundle(bundles, raw_dir, tmp_path):
   predict.predict(predictor.load_predictor([bundles['seg']]), raw_dir / SCAN, tmp_path)
   assert json.loads((tmp_path / SCAN.replace('.nii.gz', '.json')).read_text())['num_slices'] == SLICES
+
+
+def test_a_bundle_does_not_explain(bundles, raw_dir, tmp_path):
+  with pytest.raises(UserError, match=r'^explain: needs the features inside the network, and a bundle gives only'):
+    predict.predict(predictor.load_predictor(bundles['cls']), raw_dir / SCAN, tmp_path / 'out', explain='overlays')
+  assert not (tmp_path / 'out').exists()

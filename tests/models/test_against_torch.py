@@ -13,36 +13,15 @@ from fusa_jax import models
 from fusa_jax.torch_weights import from_torch
 
 torch = pytest.importorskip('torch')
-from benchmarks import torch_reference  # noqa: E402 (needs torch)
+from originals import CHANNELS, CLASSES, as_torch, original  # noqa: E402 (needs torch)
 
 DROPOUT = ('vgg16', 'mobilenet_v2', 'pspnet', 'deeplabv3', 'fusa_pspnet', 'fusa_deeplabv3')
 # These take 5 to 10 s each.
 LARGE = ('densenet121', 'fusa_deeplabv3', 'fusa_resnet50')
-CLASSES, CHANNELS = 2, 3
-
-
-def original(name, **options):
-  """Returns a PyTorch model with random tensors, including biases and the scales and statistics of norms."""
-  torch.manual_seed(0)
-  model = torch_reference.create(name, num_classes=CLASSES, in_channels=CHANNELS, **options)
-  with torch.no_grad():
-    for key, buffer in model.named_buffers():
-      if key.endswith('running_mean'):
-        buffer.normal_(0, 0.1)
-      if key.endswith('running_var'):
-        buffer.uniform_(0.5, 1.5)
-    for parameter in model.parameters():
-      if parameter.ndim == 1:
-        parameter.add_(torch.randn_like(parameter) * 0.1)
-  return model
 
 
 def images(height, width, dtype=np.float32):
   return np.random.default_rng(0).normal(size=(2, height, width, CHANNELS)).astype(dtype)
-
-
-def as_torch(array):
-  return torch.tensor(np.moveaxis(array, -1, 1)) if array.ndim == 4 else torch.tensor(array)
 
 
 def distance(ours, theirs, floor=0.0):

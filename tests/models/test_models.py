@@ -56,16 +56,23 @@ def test_classifiers_have_torchvisions_number_of_parameters(name, parameters):
 
 @pytest.mark.parametrize('name', models.NAMES)
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_logits_have_the_agreed_shape_and_are_float32(name, dtype):
+def test_logits_and_the_last_level_have_the_agreed_shape(name, dtype):
   module = models.create(name, num_classes=2, dtype=dtype, width=4)
   images = jnp.zeros(SHAPE)
   variables = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), images)
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
-  apply = functools.partial(module.apply, train=True, mutable=['batch_stats'], rngs={'dropout': jax.random.key(0)})
+  assert variables.keys() == {'params', 'batch_stats'}
+  read = ['batch_stats', 'intermediates', 'perturbations']
+  apply = functools.partial(module.apply, train=True, mutable=read, rngs={'dropout': jax.random.key(0)})
   logits, updates = jax.eval_shape(apply, variables, images)
   assert logits.dtype == jnp.float32
   assert logits.shape == ((2, 2) if name in models.CLASSIFIERS else (*SHAPE[:3], 2))
   assert jax.tree.structure(updates['batch_stats']) == jax.tree.structure(variables['batch_stats'])
+  if name in models.CLASSIFIERS:  # each marks its last level, once
+    (features,) = updates['intermediates']['last_level']
+    stride = 16 if name == 'vgg16' else 32
+    assert features.shape[:3] == (SHAPE[0], SHAPE[1] // stride, SHAPE[2] // stride)
+    assert features.dtype == dtype and updates['perturbations'] == {'last_level': features}
 
 
 @pytest.mark.parametrize('plain', list(FUSA_MODULES))

@@ -103,7 +103,7 @@ def test_long_and_odd_names_get_stems_that_fit(tmp_path):
   stems = {source.stem for source in of_all}
   assert len(stems) == 4 and os.fsdecode(b'M\xfcller') in stems
   for source in of_all:
-    (tmp_path / f'{source.stem}_probability.nii.gz').write_bytes(b'')
+    (tmp_path / f'{source.stem}_gradcam_explanation.nii.gz').write_bytes(b'')
     source.place.encode()  # it can be written to a table
     assert source.read_image('hu').values.shape == chest().shape[::-1]
 
