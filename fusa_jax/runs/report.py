@@ -25,6 +25,7 @@ _OVERLAYS = 6
 _ALT = {
   'confusion_matrix': 'Confusion matrix',
   'roc': 'ROC curve of slices',
+  'roc_of_patients': 'ROC curve of patients',
   'precision_recall': 'Precision against recall',
   'calibration': 'Share with lesion against predicted probability',
   'patients': 'Score of each patient with lesion',
@@ -52,7 +53,8 @@ def write_report(workdir: pathlib.Path, data_card: dict, test: str = TEST) -> pa
   folds = sorted(path for path in workdir.glob('fold*') if path.is_dir())
   runs = folds if run_config.is_cross_validation(config) else [workdir]
   volumes = {row['case']: row for row in results.read_volumes(workdir, test)}
-  charts = {name: figures.svg(figure, _ALT[name]) for name, figure in figures.charts(table, result).items()}
+  drawn = figures.charts(table, result, results.read_patients(workdir, test))
+  charts = {name: figures.svg(figure, _ALT[name]) for name, figure in drawn.items()}
   curves = figures.learning_curves({run.name: _log(run) for run in runs}, task_type.selection)
   points = {run.name: operating_point.load_point(run) for run in runs}
   path = workdir / test / results.REPORT
