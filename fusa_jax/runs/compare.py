@@ -47,6 +47,9 @@ def compare(workdir: pathlib.Path, against: pathlib.Path) -> dict:
     raise UserError(
       f'against: {workdir} and {against} were tested with different lesion masks; evaluate both on the same data'
     )
+  if not all(map(results.scores_slices, tests)):
+    # Labels are of patients: the differences of slices would count inherited labels.
+    differences |= {'numbers': {}, 'per_patient': None}
   result = {
     'run': str(workdir),
     'against': str(against),
@@ -173,7 +176,8 @@ def report(result: dict) -> str:
   for name, row in result['numbers'].items():
     cells = [statistics.shown(row[key]) for key in ('run', 'against', 'difference')]
     lines.append('{:24}{:>10}{:>10}{:>12}  {}'.format(name, *cells, _interval(row['interval'])))
-  lines.append(f'per patient, {per_patient_line(result["per_patient"])}{results.caveat(result)}')
+  if result['per_patient']:
+    lines.append(f'per patient, {per_patient_line(result["per_patient"])}{results.caveat(result)}')
   return '\n'.join([*lines, _patient_line(result['patient'])])
 
 

@@ -41,14 +41,15 @@ def charts(
     of_patients: the table of patients; None draws no ROC curve of patients.
   """
   with matplotlib.rc_context(_STYLE):
-    figures = {
-      'confusion_matrix': _confusion_matrix(result),
-      'roc': _roc(table['label'], table['logit'], result['operating_point']['slices'], 'slices'),
-      'roc_of_patients': _roc_of_patients(of_patients, result),
-      'precision_recall': _precision_recall(table, result),
-      'calibration': _calibration(table, result),
-      'patients': _patients(table, 'F1' if result['counted'] == 'slices' else 'Dice'),
-    }
+    figures = {'roc_of_patients': _roc_of_patients(of_patients, result)}
+    if 'labels' not in result:  # else labels are of patients, and slices are not scored
+      figures |= {
+        'confusion_matrix': _confusion_matrix(result),
+        'roc': _roc(table['label'], table['logit'], result['operating_point']['slices'], 'slices'),
+        'precision_recall': _precision_recall(table, result),
+        'calibration': _calibration(table, result),
+        'patients': _patients(table, 'F1' if result['counted'] == 'slices' else 'Dice'),
+      }
   return {name: figure for name, figure in figures.items() if figure is not None}
 
 

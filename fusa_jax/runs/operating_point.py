@@ -25,6 +25,9 @@ SMALLEST_ML = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 # Why a run of an earlier version gives no answer for patients.
 NO_RULE = 'the run has no rule for patients; choose one with --mode=evaluate'
 
+# Why a run on labels of patients has no threshold for slices of its own.
+NO_SLICE_LABELS = 'default: the labels are of patients, so no slice has a known label'
+
 
 @dataclasses.dataclass(frozen=True)
 class OperatingPoint:

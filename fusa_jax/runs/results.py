@@ -24,7 +24,11 @@ PATIENTS = 'patients.npz'
 _FILES = (TABLE, 'slices.csv', 'patients.csv', PATIENTS, VOLUMES)
 # The texts that describe the split of a test.
 BY_PATIENT, BY_SLICE = 'by patient', 'by slice, not by patient: the patients of the slices are unknown'
-_OF_PATIENTS = ('auc', 'sensitivity', 'specificity', 'ppv', 'npv')
+# The text that says that labels are of patients.
+LABELS_OF_PATIENTS = 'of patients: each slice has the label of its patient in training, so slices are not scored'
+# The validation score that selects the checkpoint where labels are of patients.
+PATIENT_SELECTION = 'patient_auc'
+_PATIENT_NUMBERS = ('auc', 'sensitivity', 'specificity', 'ppv', 'npv')
 # Numbers that do not depend on the threshold.
 _WITHOUT_THRESHOLD = ('auc', 'brier', 'ece')
 
@@ -62,6 +66,35 @@ def numbers(task_type: TaskType, table: dict[str, np.ndarray], prevalences=()) -
   }
 
 
+def without_slices(result: dict) -> dict:
+  """Returns the contents of metrics.json of a cohort with labels of patients: numbers of slices are null.
+
+  The key `labels` says so. Nobody has said which slices of a patient show the lesion.
+  """
+
+  def blank(part):
+    names = {*metrics.COUNTS, *part.get('intervals', {})} - statistics.method().keys()
+    empty = dict.fromkeys(names & part.keys())
+    intervals = {key: None if key in names else value for key, value in part.get('intervals', {}).items()}
+    return part | empty | {'intervals': intervals}
+
+  point = result['operating_point']
+  point = blank(point) | {'slices': blank(point['slices']) | {'at_prevalence': []}}
+  return blank(result) | {'operating_point': point, 'labels': LABELS_OF_PATIENTS}
+
+
+def scores_slices(result: dict) -> bool:
+  """Whether the slices of a test have labels of their own, so that metrics.json has numbers of slices."""
+  return result.get('labels') != LABELS_OF_PATIENTS
+
+
+def patient_summary(table: dict[str, np.ndarray]) -> dict[str, float | None]:
+  """Returns the AUC of patients with the default rule, for validation where labels are of patients."""
+  of_patients = patients.table_of(table, patients.HIGHEST[0])
+  counted = patients.counted(of_patients['label'], of_patients['mean_of_highest'])
+  return {PATIENT_SELECTION: patients.estimate(counted, patients.auc)['auc']}
+
+
 def patient_numbers(table: dict[str, np.ndarray], rule: dict, prevalences=()) -> dict:
   """Returns the part `patient` of metrics.json: the numbers of a table with one row per patient.
 
@@ -73,23 +106,26 @@ def patient_numbers(table: dict[str, np.ndarray], rule: dict, prevalences=()) ->
   known = np.isfinite(table['score'])
   label, score, positive = (table[key][known] for key in ('label', 'score', 'positive'))
   has_call = bool(np.isfinite(positive).all())
-  reasons = [] if has_call else _distinct(rule['chosen_by'])
+  thresholds, texts = (
+    value if isinstance(value, list) else [value] for value in (rule['threshold'], rule['chosen_by'])
+  )
+  reasons = list(dict.fromkeys(why for why, one in zip(texts, thresholds, strict=True) if one is None))
   if not known.any():
     reasons = ['the score is unknown for all test patients']
   elif label.all() or not label.any():
-    kind, other = ('all test patients have a lesion', 'specificity'), ('no test patient has a lesion', 'sensitivity')
-    kind = kind if label.all() else other
-    reasons.append(f'{kind[0]}, so AUC, {kind[1]}, PPV and NPV are undefined')
+    ill, healthy = ('all test patients have a lesion', 'specificity'), ('no test patient has a lesion', 'sensitivity')
+    which, undefined = ill if label.all() else healthy
+    reasons.append(f'{which}, so AUC, {undefined}, PPV and NPV are undefined')
   numbers = {**rule, 'num_patients': len(known), 'num_with_lesion': int(table['label'].sum())}
   numbers |= {'left_out': int((~known).sum()), 'reason': '; '.join(reasons) or None}
   if not known.any():
-    return numbers | dict.fromkeys(_OF_PATIENTS)
+    return numbers | dict.fromkeys(_PATIENT_NUMBERS)
   counted = patients.counted(label, score, positive == 1 if has_call else None)
   numbers |= _detection(counted, patients.detection, prevalences)
   if has_call:
     numbers |= _counts(counted)
   else:
-    _undefine(numbers, _OF_PATIENTS[1:])
+    _undefine(numbers, _PATIENT_NUMBERS[1:])
     numbers['at_prevalence'] = []
   others = [name for name in (*patients.OF_SLICES, *patients.OF_MASKS) if name in table]
   numbers['auc_by_score'] = {}
@@ -103,11 +139,7 @@ def patient_numbers(table: dict[str, np.ndarray], rule: dict, prevalences=()) ->
 
 def no_patient_numbers(reason: str) -> dict:
   """Returns the part `patient` of metrics.json of a test without a table of patients."""
-  return {'reason': reason, **dict.fromkeys(_OF_PATIENTS)}
-
-
-def _distinct(texts):
-  return list(dict.fromkeys(texts if isinstance(texts, list) else [texts]))
+  return {'reason': reason, **dict.fromkeys(_PATIENT_NUMBERS)}
 
 
 def _undefine(numbers, names):
@@ -139,7 +171,8 @@ def patient_line(result: dict) -> str:
     for name in ('auc', 'sensitivity', 'specificity')
     if numbers.get(name) is not None
   ]
-  return ', '.join(shown) + (f' ({numbers["reason"]})' if numbers['reason'] else '') + caveat(result)
+  line = ', '.join(shown) + (f' ({numbers["reason"]})' if numbers['reason'] else '')
+  return line.strip() + caveat(result)
 
 
 def one_line(task_type: TaskType, summary: dict) -> str:
@@ -191,11 +224,14 @@ def write_test(
   """
   for each in (folder, folder / 'figures'):
     remove_partials(each)
-  slices = zip(*(table[key] for key in COLUMNS), strict=True)
+  unknown = () if scores_slices(result) else ('label', *metrics.COUNTS)
+  slices = zip(*([None] * len(table[key]) if key in unknown else table[key] for key in COLUMNS), strict=True)
   half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
   rows = metrics.patient_rows(half)
   for row, other, num_scans in zip(rows, metrics.patient_rows(chosen), half.num_scans.tolist(), strict=True):
     row |= {'dice_at_operating_point': other['dice'], 'num_scans': num_scans}
+  if not scores_slices(result):
+    rows = [{key: row[key] for key in ('patient', 'num_slices', 'num_scans')} for row in rows]
   if of_patients is not None:
     for row, columns in zip(rows, _patient_columns(of_patients, result['patient']['score_name']), strict=True):
       row |= columns

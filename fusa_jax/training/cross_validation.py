@@ -160,6 +160,8 @@ def _pool(config, workdir, data_dir, overwrite):
   volumes = [row for rows in volumes for row in rows] if all(volumes) else []
   result = results.numbers(task_type, table, config.evaluate.prevalences)
   result['operating_point'] = points | result['operating_point']
+  if not results.scores_slices(tests[0]):
+    result = results.without_slices(result)
   of_patients, result['patient'] = _pool_patients(
     [results.read_patients(run, test) for run in folders], points['patient'], config.evaluate.prevalences, tests
   )
@@ -182,8 +184,9 @@ def _pool(config, workdir, data_dir, overwrite):
   if volumes:
     result['volumes'] = masks.summary(volumes, results.owners_of(table, [row['case'] for row in volumes]))
   results.write_test(workdir / test, table, result, volumes, {}, of_patients)
-  logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(task_type, result))
-  logging.info('patients: %s', results.patient_line(result))
+  if results.scores_slices(result):
+    logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(task_type, result))
+  logging.info('all %d folds, patients: %s', len(folders), results.patient_line(result))
   for name, spread in result['over_folds'].items():
     if spread:
       logging.info('%s of single folds: %.4f to %.4f, mean %.4f, sd %.4f', name, *spread.values())

@@ -75,6 +75,8 @@ def evaluate(
   name = split.test_name(workdir, data, _source(config, data_dir))
   if name != split.TEST:
     _check_point_is_kept(config, workdir, name)
+  else:
+    datasets.check_labels(config, dataset)
   if not overwrite:
     hosts.on_main(lambda: results.check_own(workdir / name))
   task = tasks.create(config, jax.default_backend())
@@ -90,8 +92,9 @@ def evaluate(
   if hosts.is_main():
     pictures = _pictures(test, table, point, volumes_of_scans)
     results.write_test(test.folder, table, result, volumes_of_scans, pictures, of_patients)
-    logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.type, result))
-    logging.info('patients: %s', results.patient_line(result))
+    if results.scores_slices(result):
+      logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.type, result))
+    logging.info('test fold %s, step %d, patients: %s', config.data.fold, step, results.patient_line(result))
   return result
 
 
@@ -252,6 +255,9 @@ def _choose_point(test):
   validation = None
   if dataset.validation is not None:
     validation = scorer.table(test.variables, dataset.validation, stage='Validating')
+  if dataset.patient_labels:
+    point = dataclasses.replace(point, chosen_by=operating_point.NO_SLICE_LABELS)
+  elif validation is not None:
     point = operating_point.choose(
       validation,
       step=test.step,
@@ -286,10 +292,7 @@ def _choose_rule(test, point, validation):
   has_scans = has_masks and len(test.scanned(validated)) == len(validated.patients)
   score_name = test.config.evaluate.patient_score or ('lesion_ml' if has_scans else 'mean_of_highest')
   if score_name in patients.OF_MASKS and not has_scans:
-    raise UserError(
-      f'evaluate.patient_score: {score_name} needs the released scans as volumes, on one host; give data.raw_dir, or '
-      f'give one of {", ".join(patients.OF_SLICES)}'
-    )
+    raise UserError(_needs_scans(score_name))
   if validation is None:
     return patient_rule.PatientRule(score_name)
   of_masks = {}
@@ -342,6 +345,8 @@ def _numbers(test, point, table, volumes_of_scans, of_patients):
   """Returns the contents of metrics.json."""
   prevalences = test.config.evaluate.prevalences
   result = results.numbers(test.task.type, table, prevalences)
+  if test.dataset.patient_labels:
+    result = results.without_slices(result)
   if of_patients is not None:
     result['patient'] = results.patient_numbers(of_patients, point.patient.about(), prevalences)
   else:
@@ -371,6 +376,15 @@ def check_scans(config: ml_collections.ConfigDict, scans: Collection[str] | None
       'evaluate.fit_smallest: needs the released scans and masks as volumes, on one host; give data.raw_dir, or leave '
       'evaluate.fit_smallest out'
     )
+  if config.evaluate.patient_score in patients.OF_MASKS and not scans:
+    raise UserError(_needs_scans(config.evaluate.patient_score))
+
+
+def _needs_scans(score_name):
+  return (
+    f'evaluate.patient_score: {score_name} needs the released scans and masks as volumes, on one host; give '
+    f'data.raw_dir, or give one of {", ".join(patients.OF_SLICES)}'
+  )
 
 
 def score_volumes(run: predictor.Predictor, scans, patients: list[str]) -> list[dict]:
@@ -390,8 +404,11 @@ def _true_volumes(run, read):
 def _pictures(test, table, point, volumes_of_scans):
   """Returns functions that draw some slices to a path, by the names of the files.
 
-  They compute on one device of this process alone: the other processes do not read them.
+  They compute on one device of this process alone: the other processes do not read them. Where labels are of patients,
+  it is not known what a slice should show, and none is drawn.
   """
+  if test.dataset.patient_labels:
+    return {}
   config, task, dataset = test.config, test.task, test.dataset
   variables = jax.tree.map(lambda x: x.addressable_data(0), test.variables)
   options = point.temperature, point.flips

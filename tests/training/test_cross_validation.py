@@ -92,6 +92,11 @@ def test_folds_with_different_scores_of_patients_get_no_call():
   both = np.concatenate([one['mean_of_highest'] for one in tables])
   assert got['auc'] == pytest.approx(sk.roc_auc_score(table['label'], both), abs=1e-9)
   assert got['sensitivity'] is None and 'different scores of patients (lesion_ml, mean_of_highest)' in got['reason']
+  # A fold without a threshold: only its reason is named.
+  tables[1] = patients.with_call(tables[0], 'lesion_ml', None)
+  rules[1] = PatientRule('lesion_ml').without_call('no validation patient has a lesion').about()
+  _, got = cross_validation._pool_patients(tables, rules, (0.1,), [{}, {}])
+  assert got['sensitivity'] is None and got['reason'] == 'not chosen: no validation patient has a lesion'
   table, got = cross_validation._pool_patients([tables[0], None], [rules[0], None], (0.1,), [{}, {}])
   assert table is None and got['auc'] is None and got['reason'] == operating_point.NO_RULE
 

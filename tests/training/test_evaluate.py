@@ -307,9 +307,11 @@ def test_scores_of_masks_need_masks_and_scans(runs, data_dir, tmp_path):
   with pytest.raises(UserError, match="evaluate.patient_score: mean must be one of mean_of_highest, .*, or ''"):
     evaluate.evaluate(tiny(cls, **{'evaluate.patient_score': 'mean'}), runs['cls'], data_dir)
   workdir = copy_of(runs['seg'], tmp_path / 'run')
-  with pytest.raises(UserError, match='evaluate.patient_score: lung_share needs the released scans as volumes'):
+  with pytest.raises(UserError, match='evaluate.patient_score: lung_share needs the released scans and masks'):
     evaluate.evaluate(tiny(seg, **{'evaluate.patient_score': 'lung_share'}), workdir, data_dir)
   assert not (workdir / 'test').exists()
+  with pytest.raises(UserError, match='evaluate.patient_score: lesion_ml needs the released scans and masks'):
+    evaluate.check_scans(tiny(seg, **{'evaluate.patient_score': 'lesion_ml'}), None)  # before the training
 
 
 def test_the_share_of_the_lungs_can_be_the_score(runs, raw_dir, data_dir, tmp_path):
