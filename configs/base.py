@@ -100,13 +100,18 @@ def paper() -> ml_collections.ConfigDict:
   config.evaluate = ml_collections.ConfigDict()
   config.evaluate.num_overlays = 12  # pictures of test slices to draw
   # How the threshold is chosen on the validation fold. None: the best Dice (classification: F1). A number above 0, up
-  # to 1: the highest threshold with at least this sensitivity, over pixels (classification: over slices).
+  # to 1: the highest threshold with at least this sensitivity, over pixels (classification: over slices). The threshold
+  # of patients is chosen in the same way, over patients.
   config.evaluate.target_sensitivity = config_dict.placeholder(float)
   config.evaluate.fit_temperature = False  # calibrate the probabilities on the validation fold; ranks do not change
   config.evaluate.flips = False  # average the probabilities of each slice and its left-right mirror image
   config.evaluate.lungs = False  # limit masks to the lungs, which are segmented by HU
   config.evaluate.fit_smallest = False  # leave out small lesions; the validation fold decides below which volume
-  config.evaluate.prevalences = (0.01, 0.05, 0.1, 0.3, 0.5)  # shares of slices with lesion to compute PPV and NPV for
+  # The score of a patient: 'mean_of_highest', 'noisy_or' or 'maximum' of the slices; or of the mask 'lesion_ml' or
+  # 'lung_share'. '': the lesion volume if masks and scans are at hand, else 'mean_of_highest'.
+  config.evaluate.patient_score = ''
+  # Shares of slices, and of patients, with lesion to compute PPV and NPV for.
+  config.evaluate.prevalences = (0.01, 0.05, 0.1, 0.3, 0.5)
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # devices that a batch is split over; -1: all devices / mesh.space

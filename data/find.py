@@ -22,6 +22,7 @@ from data.cohorts import (
   nnunet,
   only_folder,
   pairs,
+  patient_labels,
   refuse,
   slices,
   zenodo_20,
@@ -32,6 +33,7 @@ from fusa_jax.system.errors import UserError
 
 # Layouts are tried in this order: the more specific ones first.
 COHORTS = {
+  'patient_labels': patient_labels,
   'covid19_20': covid19_20,
   'zenodo_20': zenodo_20,
   'mosmed': mosmed,
@@ -74,7 +76,10 @@ def find(
       if not found:
         raise UserError(f'{place}: has the layout of {name}, but no scans; unpack it again')
       refuse([f'{path}: {_missing(path)}' for case in found for path in case.files if not path.exists()])
-      found = _of_intensity(folder, identity.identified(found, place, quiet), options)
+      found = identity.identified(found, place, quiet)
+      if cohort is patient_labels:
+        found = patient_labels.labelled(found, place)
+      found = _of_intensity(folder, found, options)
       found = _of_known_patients(folder, found, options)
       if not quiet:
         _log_left_out(place, found, [entry(place, name) for name in (identity.LIST, getattr(cohort, 'LIST', ''))])
@@ -83,7 +88,8 @@ def find(
   raise UserError(
     f'{folder}: no known layout of scans and masks (X_ct.nii.gz with X_seg.nii.gz, X.nii.gz or a DICOM folder X with '
     'X_mask.nii.gz, X/ct.nii.gz with X/mask.nii.gz, imagesTr with labelsTr, dataset.json, images with masks, one '
-    'folder per class, others in docs/data.md); give the folder of the scans, or rename the files'
+    'folder per class, scans with labels.csv (patient,class), others in docs/data.md); '
+    'give the folder of the scans, or rename the files'
   )
 
 

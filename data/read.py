@@ -24,9 +24,10 @@ class Slices(NamedTuple):
   Attributes:
     images: per slice, HU or grey values [H, W]; pictures of one patient may differ in size.
     masks: per slice, uint8 {0, 1} [H, W]; all 0 if a case has only labels.
-    lesion_voxels: per slice, the number of lesion voxels; if a case has only labels, the label.
+    lesion_voxels: per slice, the number of lesion voxels; if a case has only labels, the label of the slice or patient.
     spacing: mm between slices, rows and columns; NaN for pictures, because it is unknown.
-    lesion_ml: volume of the lesions in mL; None for pictures and loose slices.
+    lesion_ml: volume of the lesions in mL; None for pictures and loose slices, and without masks where patients have
+      labels.
     values: the distinct values of each mask file; {} for DICOM SEG, and without masks.
   """
 
@@ -57,12 +58,12 @@ def _volume(case):
     scan = volume_files.read_scan(case.ct, case.intensity or 'hu', case.windowed, loose=case.slice is not None)
   except UserError as error:
     raise UserError('\n'.join([str(error), *_problems_of_mask(case)])) from None
-  if case.mask is None:
-    return scan, np.zeros(scan.values.shape, np.uint8), {}
   return _with_mask(scan, case)
 
 
 def _with_mask(scan, case):
+  if case.mask is None:
+    return scan, np.zeros(scan.values.shape, np.uint8), {}
   mask, values = volume_files.read_mask_and_values(case.mask, scan, case.lesion_labels)
   return scan, mask, {case.mask: values}
 
@@ -174,6 +175,8 @@ def slices(case: Case) -> Slices:
     one = slice(case.slice, case.slice + 1)
     return Slices(scan.values[one], mask[one], (int(mask[one].sum()),), scan.spacing, None, values)
   scan, mask, values = _volume(case)
+  if case.patient_label is not None:
+    return Slices(scan.values, mask, (case.patient_label,) * len(scan.values), scan.spacing, None, {})
   voxels = mask.sum(axis=(1, 2), dtype=np.int64)
   lesion_ml = float(voxels.sum() * scan.voxel_ml)
   return Slices(scan.values, mask, tuple(map(int, voxels)), scan.spacing, lesion_ml, values)

@@ -235,8 +235,8 @@ def _measure(case: Case) -> _Measured | str:
     slices = read.slices(case)
   except UserError as error:
     return str(error)
-  truth = slices.lesion_voxels if case.labels else slices.masks
-  is_scan = slices.lesion_ml is not None
+  truth = slices.masks if case.labels is None and case.patient_label is None else slices.lesion_voxels
+  is_scan = case.slice is None and not isinstance(case.ct, tuple)
   if is_scan:
     images = (_digest(*slices.images),)
   else:
@@ -374,7 +374,7 @@ def _label_problems(values, labels, has_seg):
 
 
 def _log_labels(patients, values):
-  if any(patient.case.labels is not None for patient in patients):
+  if any(patient.case.labels is not None or patient.case.patient_label is not None for patient in patients):
     return
   without = sum(not any(patient.lesion_voxels) for patient in patients)
   labels = set(patients[0].case.lesion_labels) if patients else set()
@@ -419,10 +419,16 @@ def case_digests(cases: Sequence[Case], fingerprint: Sequence) -> dict[str, str]
         [digest[path] for path in case.files],
         len(case.ct) if isinstance(case.ct, tuple) else None,
         *(case.labels, case.slice, case.lesion_labels, case.intensity, case.windowed),
+        *_of_patient(case),
       ]
     )
     for case in cases
   }
+
+
+def _of_patient(case):
+  """The label of a patient for digests; [] without one, so that the digests of other cohorts stay as they were."""
+  return [] if case.patient_label is None else [f'patient {case.patient_label}']
 
 
 def _text_digest(values):
@@ -440,6 +446,9 @@ def fingerprint(
     progress: wraps an iterable and shows its progress.
   """
   paths = dict.fromkeys(path for case in cases for path in case.files)
-  described = [[case.patient, case.owner, len(case.files), list(case.labels or ()), case.slice] for case in cases]
+  described = [
+    [case.patient, case.owner, len(case.files), list(case.labels or ()), case.slice, *_of_patient(case)]
+    for case in cases
+  ]
   found = digests.of(list(paths), cache, progress)
   return described + [[printable(path.name), digest] for path, digest in zip(paths, found, strict=True)]

@@ -30,6 +30,8 @@ class Case(NamedTuple):
     intensity: 'hu' or 'grey', if the release states it; None uses the user's choice (`CohortOptions`).
     named: False if the patient is unknown; `patient` is then only the name of the slice.
     labels: per picture, 1 with lesion or 0 without; None if there are masks.
+    patient_label: 1 if the patient of the scan has a lesion, 0 if not, where labels are of patients: its slices inherit
+      the label. None if there are masks or labels of slices.
     slice: the index of this case in a volume of loose slices of many patients; None is the whole scan.
     windowed: True if HU above a window are known to be lost; other windowed scans are refused.
     owner: the person, if the release has several scans of one; these stay in one fold. '' is the same as `patient`.
@@ -44,6 +46,7 @@ class Case(NamedTuple):
   intensity: str | None = None
   named: bool = True
   labels: tuple[int, ...] | None = None
+  patient_label: int | None = None
   slice: int | None = None
   windowed: bool = False
   owner: str = ''

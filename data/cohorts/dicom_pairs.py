@@ -11,15 +11,15 @@ from fusa_jax.scans import archives, dicom, sources
 
 
 def recognises(folder: pathlib.Path) -> bool:
-  patients, masks = dict(_patients(folder)), dict(with_ending(folder, *MASKS))
-  beside_mask = patients.keys() & masks.keys()
+  found, masks = dict(patients(folder)), dict(with_ending(folder, *MASKS))
+  beside_mask = found.keys() & masks.keys()
   # This is a folder of NIfTI pairs, perhaps with the original DICOM beside them, if no mask has only DICOM.
   in_nifti = masks.keys() & dict(with_ending(folder, '')).keys()
   if in_nifti and beside_mask <= in_nifti:
     return False
   # A folder that contains only one folder may be an unpacked archive: the patients are then inside that folder.
   alone = len(entries(folder)) == 1
-  return bool(beside_mask) or (not alone and any(path.is_dir() and _holds_dicom(path) for path in patients.values()))
+  return bool(beside_mask) or (not alone and any(path.is_dir() and _holds_dicom(path) for path in found.values()))
 
 
 def find(folder: pathlib.Path) -> list[Case]:
@@ -35,12 +35,12 @@ def find(folder: pathlib.Path) -> list[Case]:
       if not path.exists() and path.suffix.lower() in ('', '.zip')
     ]
   )
-  patients, masks = unique(_patients(folder)), by_name(folder, *MASKS)
-  refuse(lonely(masks, patients, 'the DICOM folder {} is missing; add it, or remove the mask'))
-  return [Case(name, path, masks.get(name, path), intensity='hu') for name, path in sorted(patients.items())]
+  found, masks = unique(patients(folder)), by_name(folder, *MASKS)
+  refuse(lonely(masks, found, 'the DICOM folder {} is missing; add it, or remove the mask'))
+  return [Case(name, path, masks.get(name, path), intensity='hu') for name, path in sorted(found.items())]
 
 
-def _patients(folder):
+def patients(folder: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
   """The archives, and the folders with DICOM or an archive inside, with their patients."""
   return [
     (name_of(path.stem if archives.is_archive(path) else path.name), path)

@@ -46,6 +46,17 @@ def find(folder: pathlib.Path) -> list[Case]:
   return sorted(cases)
 
 
+def without_ct(stem: str) -> str:
+  """The name of a scan's file without an ending such as `_ct`; '' if nothing is left."""
+  return _SCAN.sub('', stem)
+
+
+def is_mask(path: pathlib.Path, folder: pathlib.Path) -> bool:
+  """Whether the name of a volume, or of the folder below `folder` that it is in, is that of masks."""
+  in_masks = path.parent != folder and _MASK.search(path.parent.name)
+  return bool(in_masks or _MASK.search(name_of(volume_files.stem(path))))
+
+
 def _groups(folder):
   """{(folder, patient): (scans, masks)}. In a folder of masks, the one named lesion counts if there is one."""
   groups = defaultdict(lambda: ([], []))
@@ -54,11 +65,10 @@ def _groups(folder):
       continue
     place, stem = path.parent, name_of(volume_files.stem(path))
     if place != folder and _MASK.search(place.name):
-      place, name, is_mask = place.parent, '', True
+      place, name = place.parent, ''
     else:
-      is_mask = _MASK.search(stem) is not None
-      name = _SCAN.sub('', _MASK.sub('', stem))
-    groups[place, name][is_mask].append(path)
+      name = without_ct(_MASK.sub('', stem))
+    groups[place, name][is_mask(path, folder)].append(path)
   for _, masks in groups.values():
     lesions = [path for path in masks if re.match('lesion|infection', volume_files.stem(path), re.IGNORECASE)]
     masks[:] = lesions if len(masks) > 1 and len(lesions) == 1 else masks

@@ -1,4 +1,4 @@
-"""Reads lists in CSV as spreadsheets save them: `slices.csv` and `patients.csv`."""
+"""Reads lists in CSV as spreadsheets save them: `slices.csv`, `patients.csv` and `labels.csv`."""
 
 import csv
 import io
@@ -6,6 +6,15 @@ import pathlib
 
 from data.cohorts import name_of
 from fusa_jax.system.errors import UserError
+
+
+def has_columns(path: pathlib.Path, columns: tuple[str, ...]) -> bool:
+  """Whether a file is a list with these columns; False if it cannot be read."""
+  try:
+    read(path, columns)
+  except UserError:
+    return False
+  return True
 
 
 def read(path: pathlib.Path, columns: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:

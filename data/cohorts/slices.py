@@ -52,6 +52,16 @@ def find(folder: pathlib.Path) -> list[Case]:
   return [_case(patient, group, named=True) for patient, group in sorted(grouped.items())]
 
 
+def has_masks(folder: pathlib.Path) -> bool:
+  return bool(_images_and_masks(folder))
+
+
+def is_without_lesion(name: str) -> bool:
+  """Whether the name of a class says that it is without lesion, for example CT_NonCOVID or healthy."""
+  words = re.sub(r'(?<=[A-Za-z])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])', ' ', name).lower()
+  return bool(_WITHOUT_LESION.search(words))
+
+
 def _lonely(paths, partners, folder, kind, own):
   """A line for each picture without a partner in a folder. It names a partner of a format that cannot be read."""
   others = {name_of(path.stem): path.name for path in entries(folder)}
@@ -102,8 +112,7 @@ def _labels(folder, classes):
       f'{folder / odd[0]}: looks like a folder of masks, not a class of slices; rename it to masks and the folder of '
       'slices to images, or remove it'
     )
-  words = {name: re.sub(r'(?<=[A-Za-z])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])', ' ', name).lower() for name in classes}
-  labels = {name: int(not _WITHOUT_LESION.search(text)) for name, text in words.items()}
+  labels = {name: int(not is_without_lesion(name)) for name in classes}
   logging.info(
     '%s: with lesion: %s; without: %s',
     folder,

@@ -52,8 +52,8 @@ class Builder(tfds.core.ShardBasedBuilder):
   For each fold, the metadata lists the patients in this order with the lesion voxels of each slice. This is the index
   that training samples from, without opening a shard. Each patient has digests (`survey.Patient`,
   `survey.case_digests`) and the values of its masks. The metadata also contains how the files were read
-  (`survey.taken`), their digests, and whether there are masks or only labels. `thumbnails.npy` has the thumbnails of
-  all scans, in the order of their names.
+  (`survey.taken`), their digests, whether there are masks or only labels, and whether these are of patients.
+  `thumbnails.npy` has the thumbnails of all scans, in the order of their names.
   If the cohort grows, its survey reads them instead of the scans.
   """
 
@@ -144,7 +144,10 @@ class Builder(tfds.core.ShardBasedBuilder):
     self.info.metadata['size'] = self.builder_config.size
     self.info.metadata['files'] = list(self.files)
     self.info.metadata.update(survey.taken(self.cases))
-    self.info.metadata['masks'] = all(case.labels is None for case in self.cases)
+    of_patients = any(case.patient_label is not None for case in self.cases)
+    self.info.metadata['masks'] = not of_patients and all(case.labels is None for case in self.cases)
+    if of_patients:  # only then: the content of other datasets stays as it was
+      self.info.metadata['patient_labels'] = True
     self.info.metadata['folds'] = {
       f'fold{k}': [
         {

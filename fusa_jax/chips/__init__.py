@@ -1,1 +1,1 @@
-"""Facts about machines: ahead-of-time compilation for TPUs and GPUs, and the doctor. To add a chip, edit this package."""
+"""Facts about machines: programs compiled for TPUs and GPUs ahead of time, and the doctor. To add a chip, edit this."""

@@ -221,4 +221,6 @@ def _test(workdir, step):
     'caveat': results.caveat(result),
     'flips': any(np.atleast_1d(point.get('flips', False))),
     'at': [('0.5', shown(result)), (', '.join(f'{threshold:.4g}' for threshold in thresholds), shown(point))],
+    'labels': result.get('labels', ''),
+    'patient': results.patient_line(result) if 'patient' in result else '',
   }

@@ -13,7 +13,8 @@ from fusa_jax.system import files, locks, own_files
 from fusa_jax.system.errors import UserError
 
 NAME = 'predictions.csv'
-COLUMNS = ('input', 'input_sha256', 'status', 'reason', 'lesion_ml', 'seconds', 'run_sha256')
+_FIRST_COLUMNS = ('input', 'input_sha256', 'status', 'reason', 'lesion_ml', 'seconds', 'run_sha256')
+COLUMNS = (*_FIRST_COLUMNS, 'patient_score', 'patient_positive')
 PREDICTED, REFUSED, FAILED = 'predicted', 'refused', 'failed'
 _PARTS = '.predictions.*.csv'
 # Seconds between two joins while the prediction runs.
@@ -49,7 +50,8 @@ class Manifest:
     try:
       with path.open(newline='', encoding='utf-8') as file:
         first, *others = csv.reader(file)
-      is_own = tuple(first) == COLUMNS and all(map(_is_row, others))
+      columns = tuple(first)
+      is_own = columns in (COLUMNS, _FIRST_COLUMNS) and all(_is_row(cells, columns) for cells in others)
     except FileNotFoundError:
       return
     except (ValueError, csv.Error, OSError):
@@ -113,15 +115,20 @@ class Manifest:
 
   @staticmethod
   def _read(path):
-    """The rows of a file by input; a row that was not written to its end is left out."""
+    """The rows of a file by input; a row that was not written to its end is left out.
+
+    Files of earlier versions have fewer columns; the others are empty.
+    """
     with contextlib.suppress(OSError, ValueError, csv.Error), path.open(newline='', encoding='utf-8') as file:
-      rows = [cells for cells in csv.reader(file) if _is_row(cells)]
-      return {cells[0]: dict(zip(COLUMNS, cells, strict=True)) for cells in rows}
+      rows = list(csv.reader(file))
+      columns = _FIRST_COLUMNS if rows and tuple(rows[0]) == _FIRST_COLUMNS else COLUMNS
+      empty = dict.fromkeys(COLUMNS, '')
+      return {cells[0]: empty | dict(zip(columns, cells, strict=True)) for cells in rows if _is_row(cells, columns)}
     return {}
 
 
-def _is_row(cells):
-  return len(cells) == len(COLUMNS) and cells[2] in (PREDICTED, REFUSED, FAILED)
+def _is_row(cells, columns):
+  return len(cells) == len(columns) and cells[2] in (PREDICTED, REFUSED, FAILED)
 
 
 def refused(folder: pathlib.Path) -> set[str]:

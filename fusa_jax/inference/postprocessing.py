@@ -29,6 +29,15 @@ def lesions(mask: np.ndarray, voxel_ml: float) -> tuple[np.ndarray, np.ndarray]:
   return labels, np.bincount(labels.ravel(), minlength=count + 1)[1:] * voxel_ml
 
 
+def score_of_mask(mask: np.ndarray, scan: volumes.Scan, name: str) -> float:
+  """One of `patients.OF_MASKS` for the mask [S, H, W] of a scan; NaN if no lungs are found to divide by."""
+  lesion_ml = float(mask.sum(dtype=np.int64) * scan.voxel_ml)
+  if name == 'lesion_ml':
+    return lesion_ml
+  field = lungs.field(scan)
+  return np.nan if field.all() else lesion_ml / float(field.sum(dtype=np.int64) * scan.voxel_ml)
+
+
 def true_volumes(mask: np.ndarray, truth: np.ndarray, voxel_ml: float) -> tuple[np.ndarray, np.ndarray, float]:
   """Compares the lesions of a mask with the reference mask `truth`.
 

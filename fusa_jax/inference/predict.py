@@ -229,10 +229,14 @@ class _Input:
   seconds: float = 0.0
   row: dict | None = None
 
-  def settle(self, status: str, run_sha256: str, reason: str = '', lesion_ml: float | None = None) -> None:
-    """Sets the row, and drops the arrays."""
-    seconds = round(self.seconds, 2) or None
-    values = self.source.place, self.sha256, status, reason, lesion_ml, seconds, run_sha256
+  def settle(self, status: str, run_sha256: str, reason: str = '', numbers: dict | None = None) -> None:
+    """Sets the row, with some of the numbers of the result, and drops the arrays."""
+    seconds, numbers = round(self.seconds, 2) or None, numbers or {}
+    patient = numbers.get('patient', {})
+    score, positive = patient.get('score'), patient.get('positive')
+    positive = None if positive is None else int(positive)
+    about = self.source.place, self.sha256, status, reason
+    values = *about, numbers.get('lesion_ml'), seconds, run_sha256, score, positive
     self.row = dict(zip(manifest.COLUMNS, values, strict=True))
     self.image = self.prepared = self.probability = self.maps = None
 
@@ -306,7 +310,7 @@ class _Job:
         raise
       if record := self._done(one):
         one.seconds = 0.0
-        one.settle(manifest.PREDICTED, self.sha256, lesion_ml=record.get('lesion_ml'))
+        one.settle(manifest.PREDICTED, self.sha256, numbers=record)
         return one
       image = source.read_image(self.run.model.values)
       one.prepared, one.image = self.run.prepare([image]), image
@@ -365,7 +369,7 @@ class _Job:
         prediction = self.run.result(one.image, one.probability, one.maps)
         self._write(one, prediction)
       if one.row is None:
-        one.settle(manifest.PREDICTED, self.sha256, lesion_ml=prediction.numbers.get('lesion_ml'))
+        one.settle(manifest.PREDICTED, self.sha256, numbers=prediction.numbers)
     return inputs
 
   @contextlib.contextmanager
@@ -492,4 +496,6 @@ def _one_line(result):
     pixels = f', {result["lesion_pixels"]} pixels' if 'lesion_pixels' in result else ''
     return f'{"lesion" if result["positive"] else "no lesion"} (score {result["score"]}){pixels}'
   volume = f'{result["lesion_ml"]:.1f} mL of lesion, ' if 'lesion_ml' in result else ''
-  return f'{volume}{len(result["positive_slices"])} of {result["num_slices"]} slices positive'
+  slices = f'{len(result["positive_slices"])} of {result["num_slices"]} slices positive'
+  called = result['patient']['positive']
+  return f'{volume}{slices}' + ('' if called is None else f', patient {"positive" if called else "negative"}')

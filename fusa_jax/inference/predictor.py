@@ -12,7 +12,8 @@ import numpy as np
 
 from fusa_jax import tasks
 from fusa_jax.inference import bundle, explanation, postprocessing, trained
-from fusa_jax.runs import operating_point
+from fusa_jax.measures import patients
+from fusa_jax.runs import operating_point, patient_rule
 from fusa_jax.scans import volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.sources import find_sources
@@ -115,15 +116,26 @@ class Predictor:
     """
     if explain:
       self.check_explains()
+    unknown = None
     if isinstance(image, (str, pathlib.Path)):
       paths.check_local('image', image)
       image = self._read(pathlib.Path(image))
     elif isinstance(image, np.ndarray):
       image = self._from_array(image, spacing)
+      if spacing is None and self._calls_by_mask:
+        unknown = patient_rule.no_answer(
+          'the array has no spacing, so the volume of its mask is unknown; give it in mm'
+        )
     prepared = self.prepare([image])
     probability = self.probabilities(prepared)
     maps = self.maps(prepared) if explain else None
-    return self.result(image, probability if isinstance(image, volumes.Scan) else probability[0], maps)
+    prediction = self.result(image, probability if isinstance(image, volumes.Scan) else probability[0], maps)
+    return prediction._replace(numbers=prediction.numbers | ({'patient': unknown} if unknown else {}))
+
+  @property
+  def _calls_by_mask(self):
+    rule = self.point.patient
+    return rule is not None and rule.score_name in patients.OF_MASKS
 
   def _read(self, path):
     with unpacking() as unpacked:
@@ -213,6 +225,7 @@ class Predictor:
       maps: the output of `maps` for the image. The numbers then have `explanation`.
     """
     about = {'model': self.model.name, 'step': self.model.step, 'values': self.model.values, **self.point.about()}
+    about.pop('patient', None)  # the answer for the patient repeats the rule
     if isinstance(image, volumes.Scan):
       prediction = self._predict_scan(image, probability)
     else:
@@ -225,6 +238,7 @@ class Predictor:
 
   def _predict_scan(self, scan, probability):
     numbers, mask = {'num_slices': len(scan.values)}, None
+    highest = probability.reshape(len(probability), -1).max(axis=1)  # in the network's size, as for the choice
     if probability.ndim == 1:
       positive, scores, probability = probability >= self.point.threshold, probability, None
     else:
@@ -237,7 +251,16 @@ class Predictor:
     # Slice 0 is the most inferior one, for any order of slices in the file.
     numbers['positive_slices'] = [int(index) for index in np.flatnonzero(positive)]
     numbers['slice_scores'] = [round(float(score), 4) for score in scores]
+    numbers['patient'] = self._answer(scan, highest, mask)
     return Prediction(numbers, mask, probability)
+
+  def _answer(self, scan, highest, mask):
+    """Returns the score and the call of a scan's patient (`PatientRule.answer`)."""
+    rule = self.point.patient
+    if rule is None:
+      return patient_rule.no_answer(operating_point.NO_RULE)
+    of_mask = postprocessing.score_of_mask(mask, scan, rule.score_name) if self._calls_by_mask else None
+    return rule.answer(highest, of_mask)
 
   def _predict_picture(self, image, probability):
     score = float(probability.max())

@@ -17,7 +17,8 @@ COUNTS = ('tp', 'fp', 'fn', 'tn')
 # Means of one score per patient, from 0 to 1: the sums that hold the scores, and where they are defined.
 MEANS = {'dice_per_patient': ('patient_dice', 'patient_dice_defined')}
 
-# The definition of each metric, which the report shows. TP, FP, FN and TN count slices or pixels, as the report states.
+# The definition of each metric, which the report shows. TP, FP, FN and TN count slices or pixels, as the report states;
+# in the metrics of patients, patients.
 DEFINITIONS = {
   'accuracy': 'slice accuracy: (TP + TN) / all',
   'precision': 'positive predictive value (PPV): TP / (TP + FP)',
@@ -36,6 +37,17 @@ DEFINITIONS = {
   'ece': 'expected calibration error: mean of |lesion fraction - mean probability|, over 20 bins weighted by count',
   'sensitivity': 'sensitivity of slices: TP / (TP + FN)',
   'ppv': 'positive predictive value of slices: TP / (TP + FP)',
+  # Of patients (patients.py). A patient with several scans has the highest score of these scans.
+  'mean_of_highest': 'mean of the k highest probabilities of the slices of a scan; k is chosen on validation patients',
+  'noisy_or': 'noisy-or: 1 - prod(1 - p) over the slices of a scan',
+  'maximum': 'highest probability of the slices of a scan',
+  'lesion_ml': 'volume of the mask of a scan at the operating point, in mL',
+  'lung_share': 'volume of the mask of a scan at the operating point / volume of the lungs (fusa_jax/scans/lungs.py)',
+  'patient_auc': 'area under the ROC curve: P(score of a patient with lesion > score of one without); ties count half',
+  'patient_sensitivity': 'patients with lesion that are called positive: TP / (TP + FN)',
+  'patient_specificity': 'patients without lesion that are called negative: TN / (TN + FP)',
+  'patient_ppv': 'positive predictive value of patients: TP / (TP + FP)',
+  'patient_npv': 'negative predictive value of patients: TN / (TN + FN)',
 }
 
 # What the report and the model card call each number.
@@ -57,6 +69,16 @@ LABELS = {
   'ece': 'Expected calibration error',
   'sensitivity': 'Sensitivity',
   'ppv': 'PPV',
+  'mean_of_highest': 'Mean of the highest slices',
+  'noisy_or': 'Noisy-or of the slices',
+  'maximum': 'Highest slice',
+  'lesion_ml': 'Lesion volume, mL',
+  'lung_share': 'Share of the lungs',
+  'patient_auc': 'AUC',
+  'patient_sensitivity': 'Sensitivity',
+  'patient_specificity': 'Specificity',
+  'patient_ppv': 'PPV',
+  'patient_npv': 'NPV',
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusa_jax import tasks
-from fusa_jax.measures import crossed, metrics, statistics
+from fusa_jax.measures import crossed, metrics, patients, statistics
 from fusa_jax.runs import results, run_config
 from fusa_jax.runs.split import TEST
 from fusa_jax.system.errors import UserError
@@ -47,15 +47,54 @@ def compare(workdir: pathlib.Path, against: pathlib.Path) -> dict:
     raise UserError(
       f'against: {workdir} and {against} were tested with different lesion masks; evaluate both on the same data'
     )
+  if not all(map(results.scores_slices, tests)):
+    # Labels are of patients: the differences of slices would count inherited labels.
+    differences |= {'numbers': {}, 'per_patient': None}
   result = {
     'run': str(workdir),
     'against': str(against),
     'split': tests[0]['split'],
     'made_of': dict(zip(('run', 'against'), (test['made_of'] for test in tests), strict=True)),
     **differences,
+    'patient': _paired_auc(tests, [results.read_patients(folder) for folder in (workdir, against)]),
   }
   logging.info('%s', report(result))
   return result
+
+
+def _paired_auc(tests, tables):
+  """Returns the AUC of patients of both runs and their difference, for the same draws of the same patients.
+
+  Args:
+    tests: metrics.json of both.
+    tables: the tables of patients of both, of the same patients; None if a test has none.
+  """
+  reasons = {
+    name: test.get('patient', {}).get('reason') or 'its test has no numbers of patients; evaluate it again'
+    for name, test, table in zip(('run', 'against'), tests, tables, strict=True)
+    if table is None
+  }
+  empty = {'auc': None, 'interval': None}
+  if reasons:
+    return empty | {'reason': '; '.join(f'{name}: {reason}' for name, reason in reasons.items())}
+  order = [np.argsort(table['owner']) for table in tables]
+  scores = [table['score'][rows] for table, rows in zip(tables, order, strict=True)]
+  label = tables[0]['label'][order[0]]
+  known = np.isfinite(scores[0]) & np.isfinite(scores[1])
+  about = {
+    'score_name': {name: test['patient']['score_name'] for name, test in zip(('run', 'against'), tests, strict=True)},
+    'patients': int(known.sum()),
+    'left_out': int((~known).sum()),
+  }
+  if len(set(label[known].tolist())) < 2:
+    return empty | about | {'reason': 'the patients are not of both kinds, so AUC is undefined'}
+  sides = [patients.counted(label[known], score[known]) for score in scores]
+  statistic = [side.statistic(patients.auc) for side in sides]
+  difference = statistics.difference(*statistic)
+  values = [statistics.estimates(one, about['patients'])['auc'] for one in (*statistic, difference)]
+  interval = statistics.intervals(difference, about['patients'])['auc']
+  auc = dict(zip(('run', 'against', 'difference'), values, strict=True))
+  return {'auc': auc, 'interval': interval, **about, 'reason': None}
 
 
 def _difference_of_tests(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str | None:
@@ -157,7 +196,21 @@ def report(result: dict) -> str:
   for name, row in result['numbers'].items():
     cells = [statistics.shown(row[key]) for key in ('run', 'against', 'difference')]
     lines.append('{:24}{:>10}{:>10}{:>12}  {}'.format(name, *cells, _interval(row['interval'])))
-  return '\n'.join([*lines, f'per patient, {per_patient_line(result["per_patient"])}{results.caveat(result)}'])
+  if result['per_patient']:
+    lines.append(f'per patient, {per_patient_line(result["per_patient"])}{results.caveat(result)}')
+  return '\n'.join([*lines, _patient_line(result['patient'])])
+
+
+def _patient_line(patient):
+  """Returns `patient` of a comparison as one line."""
+  if patient['auc'] is None:
+    return f'AUC of patients: undefined ({patient["reason"]})'
+  run, against, difference = (statistics.shown(patient['auc'][key]) for key in ('run', 'against', 'difference'))
+  left_out = f', {patient["left_out"]} left out' if patient['left_out'] else ''
+  return (
+    f'AUC of patients: {run} - {against} = {difference} {_interval(patient["interval"])} '
+    f'({patient["patients"]} patients{left_out})'
+  )
 
 
 def per_patient_line(per_patient: dict) -> str:

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 
 from fusa_jax import tasks
+from fusa_jax.measures import patients
 from fusa_jax.system.errors import UserError
 
 
@@ -114,6 +115,10 @@ _DOMAINS = {
   'train.evaluate_every': _at_least(1),
   'evaluate.num_overlays': _at_least(0),
   'evaluate.target_sensitivity': _range(0, 1, high_too=True),
+  'evaluate.patient_score': _Domain(
+    lambda name: name in ('', *patients.OF_SLICES, *patients.OF_MASKS),
+    f"one of {', '.join((*patients.OF_SLICES, *patients.OF_MASKS))}, or ''",
+  ),
   'evaluate.prevalences': _each(_range(0, 1), '(0.1, 0.3)'),
   'mesh.data': _Domain(lambda count: count == -1 or (_is_whole(count) and count >= 1), '-1 or at least 1'),
   'mesh.space': _at_least(1),
@@ -139,5 +144,12 @@ def check(config: ml_collections.ConfigDict) -> None:
   mask_options = [key for key in ('lungs', 'fit_smallest') if options[key]]
   if mask_options and not tasks.type_of(config.task).has_masks:
     raise UserError(f'evaluate.{mask_options[0]}: applies to masks only, and {config.task} gives none; leave it out')
+  if options.patient_score in patients.OF_MASKS and not tasks.type_of(config.task).has_masks:
+    raise UserError(
+      f'evaluate.patient_score: {options.patient_score} applies to masks only, and {config.task} gives none; give one '
+      f'of {", ".join(patients.OF_SLICES)}'
+    )
+  if options.patient_score == 'lung_share' and config.data.intensity != 'hu':
+    raise UserError('evaluate.patient_score: lung_share needs HU to find the lungs, but these are 8-bit images')
   if options.lungs and config.data.intensity != 'hu':
     raise UserError('evaluate.lungs: needs HU to find the lungs, but these are 8-bit images; leave it out')

@@ -32,29 +32,36 @@ _STYLE = {
 }
 
 
-def charts(table: dict[str, np.ndarray], result: dict) -> dict[str, Figure]:
+def charts(
+  table: dict[str, np.ndarray], result: dict, of_patients: dict[str, np.ndarray] | None = None
+) -> dict[str, Figure]:
   """Returns the charts of a test by name, without those that are undefined (if all slices have the same label).
 
   Args:
     table: of slices, from the evaluation.
     result: the contents of metrics.json.
+    of_patients: the table of patients; None draws no ROC curve of patients.
   """
   with matplotlib.rc_context(_STYLE):
-    figures = {
-      'confusion_matrix': _confusion_matrix(result),
-      'roc': _roc(table, result),
-      'precision_recall': _precision_recall(table, result),
-      'calibration': _calibration(table, result),
-      'patients': _patients(table, 'F1' if result['counted'] == 'slices' else 'Dice'),
-    }
+    figures = {'roc_of_patients': _roc_of_patients(of_patients, result)}
+    if 'labels' not in result:  # else labels are of patients, and slices are not scored
+      figures |= {
+        'confusion_matrix': _confusion_matrix(result),
+        'roc': _roc(table['label'], table['logit'], result['operating_point']['slices'], 'slices'),
+        'precision_recall': _precision_recall(table, result),
+        'calibration': _calibration(table, result),
+        'patients': _patients(table, 'F1' if result['counted'] == 'slices' else 'Dice'),
+      }
   return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def chart_writers(table: dict[str, np.ndarray], result: dict) -> dict[str, Callable[[pathlib.Path], None]]:
+def chart_writers(
+  table: dict[str, np.ndarray], result: dict, of_patients: dict[str, np.ndarray] | None = None
+) -> dict[str, Callable[[pathlib.Path], None]]:
   """Returns a function for each of `charts`, by the name of its file, that writes it to a path."""
   return {
     f'{name}.png': functools.partial(figure.savefig, dpi=120, facecolor='white')
-    for name, figure in charts(table, result).items()
+    for name, figure in charts(table, result, of_patients).items()
   }
 
 
@@ -124,18 +131,26 @@ def _confusion_matrix(result):
   return figure
 
 
-def _roc(table, result):
-  label = np.asarray(table['label']) > 0
+def _roc(label, score, point, counted):
+  """The ROC curve, with the operating point if it has a specificity and a sensitivity."""
+  label = np.asarray(label) > 0
   if label.all() or not label.any():
     return None
   figure, (axes,) = _figure(1)
-  axes.plot(*_thinned(*metrics.roc(label, table['logit'])), color=_BLUE)
+  axes.plot(*_thinned(*metrics.roc(label, score)), color=_BLUE)
   axes.plot([0, 1], [0, 1], color=_GREY, linestyle=':')
-  point = result['operating_point']['slices']
-  axes.plot(1 - point['specificity'], point['sensitivity'], 'o', color=_ORANGE, label='operating point')
-  axes.set(xlabel='1 - specificity (slices)', ylabel='sensitivity (slices)', aspect='equal')
-  axes.legend(frameon=False, loc='lower right')
+  if point['specificity'] is not None:
+    axes.plot(1 - point['specificity'], point['sensitivity'], 'o', color=_ORANGE, label='operating point')
+    axes.legend(frameon=False, loc='lower right')
+  axes.set(xlabel=f'1 - specificity ({counted})', ylabel=f'sensitivity ({counted})', aspect='equal')
   return figure
+
+
+def _roc_of_patients(of_patients, result):
+  if of_patients is None:
+    return None
+  known = np.isfinite(of_patients['score'])
+  return _roc(of_patients['label'][known], of_patients['score'][known], result['patient'], 'patients')
 
 
 def _precision_recall(table, result):

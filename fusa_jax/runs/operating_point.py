@@ -11,8 +11,9 @@ import numpy as np
 from scipy import optimize, special
 
 from fusa_jax import tasks
-from fusa_jax.measures import histogram, metrics
+from fusa_jax.measures import histogram, metrics, patients
 from fusa_jax.measures.statistics import defined, ratio
+from fusa_jax.runs import patient_rule
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import read_json, write_json
 
@@ -20,6 +21,12 @@ FILE = 'operating_point.json'
 # The candidates for `smallest_ml`. They are few and round, because a validation fold has too few patients for a finer
 # choice. The largest, 2 mL, is the volume of a ball of 16 mm: larger lesions must stay visible in any case.
 SMALLEST_ML = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
+# Why a run of an earlier version gives no answer for patients.
+NO_RULE = 'the run has no rule for patients; choose one with --mode=evaluate'
+
+# Why a run on labels of patients has no threshold for slices of its own.
+NO_SLICE_LABELS = 'default: the labels are of patients, so no slice has a known label'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +44,7 @@ class OperatingPoint:
     step: the step of the checkpoint that it was chosen for; None if it was chosen for no checkpoint.
     validation: Dice, sensitivity, specificity and precision on the validation fold, at this threshold and at 0.5.
     curve: the same numbers at every threshold, as lists.
+    patient: how the score and the call of a patient are made; None in runs of earlier versions.
   """
 
   threshold: float = 0.5
@@ -49,11 +57,17 @@ class OperatingPoint:
   step: int | None = None
   validation: dict = dataclasses.field(default_factory=dict)
   curve: dict = dataclasses.field(default_factory=dict)
+  patient: patient_rule.PatientRule | None = None
+
+  def __post_init__(self):
+    if isinstance(self.patient, dict):  # from a JSON file
+      object.__setattr__(self, 'patient', patient_rule.PatientRule(**self.patient))
 
   def about(self) -> dict:
     """Returns the attributes that every JSON file repeats."""
     names = ('threshold', 'temperature', 'flips', 'lungs', 'smallest_ml', 'chosen_by')
-    return {name: getattr(self, name) for name in names}
+    about = {name: getattr(self, name) for name in names}
+    return about | ({'patient': self.patient.about()} if self.patient else {})
 
   def with_options(
     self,
@@ -64,6 +78,9 @@ class OperatingPoint:
   ) -> 'OperatingPoint':
     """Returns a copy with the given options; None keeps an option.
 
+    A call of patients by their masks is valid only for masks as they were made when it was chosen. If another option
+    is given, the copy has no such call.
+
     Raises:
       UserError: the threshold is not between 0 and 1, or the volume is below zero.
     """
@@ -73,7 +90,12 @@ class OperatingPoint:
       raise UserError(f'smallest_ml: {smallest_ml} mL must be at least 0; 0 keeps all lesions')
     given = {'threshold': threshold, 'flips': flips, 'lungs': lungs, 'smallest_ml': smallest_ml}
     given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(self, **given, **({'chosen_by': 'given'} if 'threshold' in given else {}))
+    changed = [name for name, value in given.items() if value != getattr(self, name)]
+    patient = self.patient
+    if changed and patient and patient.threshold is not None and patient.score_name in patients.OF_MASKS:
+      patient = patient.without_call(f'it was chosen with another {" and ".join(changed)}')
+    chosen_by = {'chosen_by': 'given'} if 'threshold' in given else {}
+    return dataclasses.replace(self, **given, **chosen_by, patient=patient)
 
   def for_model(self, task: str, intensity: str, lungs: bool | None = None, smallest_ml: float | None = None, **given):
     """Does the same as `with_options`, after checking that the options fit the model.
@@ -116,7 +138,8 @@ def load_point(workdir: pathlib.Path) -> OperatingPoint:
 
 
 def mean(points: Sequence[OperatingPoint]) -> OperatingPoint:
-  """Returns the operating point for the mean probabilities of several runs: their mean threshold and smallest lesion.
+  """Returns the operating point for the mean probabilities of several runs: their mean threshold and smallest lesion,
+  and the mean of their rules for patients (`patient_rule.mean`).
 
   It cannot be chosen on data, because the validation patients of one fold are training patients of other folds.
 
@@ -137,6 +160,7 @@ def mean(points: Sequence[OperatingPoint]) -> OperatingPoint:
     lungs=points[0].lungs,
     smallest_ml=float(np.mean([point.smallest_ml for point in points])),
     chosen_by=f'mean of {len(points)} runs',
+    patient=patient_rule.mean([point.patient for point in points]),
   )
 
 

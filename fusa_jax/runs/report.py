@@ -25,6 +25,7 @@ _OVERLAYS = 6
 _ALT = {
   'confusion_matrix': 'Confusion matrix',
   'roc': 'ROC curve of slices',
+  'roc_of_patients': 'ROC curve of patients',
   'precision_recall': 'Precision against recall',
   'calibration': 'Share with lesion against predicted probability',
   'patients': 'Score of each patient with lesion',
@@ -52,8 +53,11 @@ def write_report(workdir: pathlib.Path, data_card: dict, test: str = TEST) -> pa
   folds = sorted(path for path in workdir.glob('fold*') if path.is_dir())
   runs = folds if run_config.is_cross_validation(config) else [workdir]
   volumes = {row['case']: row for row in results.read_volumes(workdir, test)}
-  charts = {name: figures.svg(figure, _ALT[name]) for name, figure in figures.charts(table, result).items()}
-  curves = figures.learning_curves({run.name: _log(run) for run in runs}, task_type.selection)
+  drawn = figures.charts(table, result, results.read_patients(workdir, test))
+  charts = {name: figures.svg(figure, _ALT[name]) for name, figure in drawn.items()}
+  has_slices = results.scores_slices(result)
+  selection = task_type.selection if has_slices else results.PATIENT_SELECTION
+  curves = figures.learning_curves({run.name: _log(run) for run in runs}, selection)
   points = {run.name: operating_point.load_point(run) for run in runs}
   path = workdir / test / results.REPORT
   if own_files.has_changed(path, None):
@@ -83,8 +87,10 @@ def write_report(workdir: pathlib.Path, data_card: dict, test: str = TEST) -> pa
     caveat=results.caveat(result),
     low_high=window.black_and_white(config.data.intensity, config.data.window),
     validated=data_card['validated'],
-    overlays=list(_overlays(task_type, table, [run / test for run in runs], volumes)),
+    overlays=list(_overlays(task_type, table, [run / test for run in runs], volumes)) if has_slices else [],
     healthy=healthy(table, volumes),
+    has_slices=has_slices,
+    selection=selection,
     is_phantom='phantom' in result['dataset'],
     libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
     device=jax.devices()[0].device_kind,

@@ -1,6 +1,7 @@
 """Computes numbers with intervals from a table of slices; writes and reads the files in test/ of a run."""
 
 import csv
+import functools
 import io
 import pathlib
 import zipfile
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from fusa_jax.measures import metrics, statistics
+from fusa_jax.measures import metrics, patients, statistics
 from fusa_jax.runs import figures
 from fusa_jax.runs.split import TEST
 from fusa_jax.system import own_files, paths
@@ -19,17 +20,23 @@ from fusa_jax.tasks import TaskType
 
 COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS, 'owner')
 TABLE, NUMBERS, REPORT, VOLUMES = 'table.npz', 'metrics.json', 'report.html', 'volumes.csv'
-_FILES = (TABLE, 'slices.csv', 'patients.csv', VOLUMES)
+PATIENTS = 'patients.npz'
+_FILES = (TABLE, 'slices.csv', 'patients.csv', PATIENTS, VOLUMES)
 # The texts that describe the split of a test.
 BY_PATIENT, BY_SLICE = 'by patient', 'by slice, not by patient: the patients of the slices are unknown'
+# The text that says that labels are of patients.
+LABELS_OF_PATIENTS = 'of patients: each slice has the label of its patient in training, so slices are not scored'
+# The validation score that selects the checkpoint where labels are of patients.
+PATIENT_SELECTION = 'patient_auc'
+_PATIENT_NUMBERS = ('auc', 'sensitivity', 'specificity', 'ppv', 'npv')
 # Numbers that do not depend on the threshold.
 _WITHOUT_THRESHOLD = ('auc', 'brier', 'ece')
 
 
 def summary(task_type: TaskType, table: dict[str, np.ndarray]) -> dict[str, float | int | None]:
   """Returns the numbers and counts of a table of slices at threshold 0.5, without intervals, for validation."""
-  patients = metrics.by_patient(table)
-  return statistics.estimates(patients.statistic(task_type.definition), len(patients)) | _counts(patients)
+  summed = metrics.by_patient(table)
+  return statistics.estimates(summed.statistic(task_type.definition), len(summed)) | _counts(summed)
 
 
 def numbers(task_type: TaskType, table: dict[str, np.ndarray], prevalences=()) -> dict:
@@ -45,11 +52,6 @@ def numbers(task_type: TaskType, table: dict[str, np.ndarray], prevalences=()) -
   for name in _WITHOUT_THRESHOLD:
     at_chosen.pop(name, None)
     at_chosen['intervals'].pop(name, None)
-  detection = _with_intervals(chosen, metrics.detection)
-  detection['at_prevalence'] = [
-    {'prevalence': share, **_with_intervals(chosen, lambda totals, at=share: metrics.detection_at(totals, at))}
-    for share in prevalences
-  ]
   at_half = _with_intervals(half, task_type.definition)
   return {
     **{name: value for name, value in at_half.items() if name != 'intervals'},
@@ -60,17 +62,117 @@ def numbers(task_type: TaskType, table: dict[str, np.ndarray], prevalences=()) -
     'num_patients': len(half),
     'num_scans': int(half.num_scans.sum()),
     'intervals': {**statistics.method(), **at_half['intervals']},
-    'operating_point': {**at_chosen, **_counts(chosen), 'slices': detection},
+    'operating_point': {**at_chosen, **_counts(chosen), 'slices': _detection(chosen, metrics.detection, prevalences)},
   }
 
 
-def _with_intervals(patients, definition):
-  estimates = statistics.estimates(patients.statistic(definition), len(patients))
-  return {**estimates, 'intervals': patients.intervals(definition)}
+def without_slices(result: dict) -> dict:
+  """Returns the contents of metrics.json of a cohort with labels of patients: numbers of slices are null.
+
+  The key `labels` says so. Nobody has said which slices of a patient show the lesion.
+  """
+
+  def blank(part):
+    names = {*metrics.COUNTS, *part.get('intervals', {})} - statistics.method().keys()
+    empty = dict.fromkeys(names & part.keys())
+    intervals = {key: None if key in names else value for key, value in part.get('intervals', {}).items()}
+    return part | empty | {'intervals': intervals}
+
+  point = result['operating_point']
+  point = blank(point) | {'slices': blank(point['slices']) | {'at_prevalence': []}}
+  return blank(result) | {'operating_point': point, 'labels': LABELS_OF_PATIENTS}
 
 
-def _counts(patients):
-  return {key: int(patients.sums[key].sum()) for key in metrics.COUNTS}
+def scores_slices(result: dict) -> bool:
+  """Whether the slices of a test have labels of their own, so that metrics.json has numbers of slices."""
+  return result.get('labels') != LABELS_OF_PATIENTS
+
+
+def patient_summary(table: dict[str, np.ndarray]) -> dict[str, float | None]:
+  """Returns the AUC of patients with the default rule, for validation where labels are of patients."""
+  of_patients = patients.table_of(table, patients.HIGHEST[0])
+  counted = patients.counted(of_patients['label'], of_patients['mean_of_highest'])
+  return {PATIENT_SELECTION: patients.estimate(counted, patients.auc)['auc']}
+
+
+def patient_numbers(table: dict[str, np.ndarray], rule: dict, prevalences=()) -> dict:
+  """Returns the part `patient` of metrics.json: the numbers of a table with one row per patient.
+
+  Args:
+    table: from `patients.with_call`.
+    rule: the attributes of the rule (`PatientRule.about`); in a cross-validation, lists with the values of the folds.
+    prevalences: shares of patients with lesion to compute PPV and NPV for.
+  """
+  known = np.isfinite(table['score'])
+  label, score, positive = (table[key][known] for key in ('label', 'score', 'positive'))
+  has_call = bool(np.isfinite(positive).all())
+  thresholds, texts = (
+    value if isinstance(value, list) else [value] for value in (rule['threshold'], rule['chosen_by'])
+  )
+  reasons = list(dict.fromkeys(why for why, one in zip(texts, thresholds, strict=True) if one is None))
+  if not known.any():
+    reasons = ['the score is unknown for all test patients']
+  elif label.all() or not label.any():
+    ill, healthy = ('all test patients have a lesion', 'specificity'), ('no test patient has a lesion', 'sensitivity')
+    which, undefined = ill if label.all() else healthy
+    reasons.append(f'{which}, so AUC, {undefined}, PPV and NPV are undefined')
+  numbers = {**rule, 'num_patients': len(known), 'num_with_lesion': int(table['label'].sum())}
+  numbers |= {'left_out': int((~known).sum()), 'reason': '; '.join(reasons) or None}
+  if not known.any():
+    return numbers | dict.fromkeys(_PATIENT_NUMBERS)
+  counted = patients.counted(label, score, positive == 1 if has_call else None)
+  numbers |= _detection(counted, patients.detection, prevalences)
+  if has_call:
+    numbers |= _counts(counted)
+  else:
+    _undefine(numbers, _PATIENT_NUMBERS[1:])
+    numbers['at_prevalence'] = []
+  others = [name for name in (*patients.OF_SLICES, *patients.OF_MASKS) if name in table]
+  numbers['auc_by_score'] = {}
+  for name in others:
+    known = np.isfinite(table[name])
+    if known.any():
+      of_score = patients.counted(table['label'][known], table[name][known])
+      numbers['auc_by_score'][name] = _with_intervals(of_score, patients.auc)
+  return numbers
+
+
+def no_patient_numbers(reason: str) -> dict:
+  """Returns the part `patient` of metrics.json of a test without a table of patients."""
+  return {'reason': reason, **dict.fromkeys(_PATIENT_NUMBERS)}
+
+
+def _undefine(numbers, names):
+  for name in names:
+    numbers[name] = numbers['intervals'][name] = None
+
+
+def _detection(summed, definition, prevalences):
+  """Numbers with intervals of `metrics.detection`, or of a definition like it, also at other prevalences."""
+  at = lambda share: functools.partial(metrics.detection_at, prevalence=share)
+  rows = [{'prevalence': share, **_with_intervals(summed, at(share))} for share in prevalences]
+  return _with_intervals(summed, definition) | {'at_prevalence': rows}
+
+
+def _with_intervals(summed, definition):
+  estimates = statistics.estimates(summed.statistic(definition), len(summed))
+  return {**estimates, 'intervals': summed.intervals(definition)}
+
+
+def _counts(summed):
+  return {key: int(summed.sums[key].sum()) for key in metrics.COUNTS}
+
+
+def patient_line(result: dict) -> str:
+  """Returns a line with the numbers of patients for the log: with intervals, and the reason if some are undefined."""
+  numbers = result['patient']
+  shown = [
+    f'{name} {statistics.shown(numbers[name], (numbers.get("intervals") or {}).get(name))}'
+    for name in ('auc', 'sensitivity', 'specificity')
+    if numbers.get(name) is not None
+  ]
+  line = ', '.join(shown) + (f' ({numbers["reason"]})' if numbers['reason'] else '')
+  return line.strip() + caveat(result)
 
 
 def one_line(task_type: TaskType, summary: dict) -> str:
@@ -108,6 +210,7 @@ def write_test(
   result: dict,
   volumes: list[dict] | None,
   pictures: Mapping[str, Callable[[pathlib.Path], None]],
+  of_patients: dict[str, np.ndarray] | None = None,
 ) -> None:
   """Writes the files of a test in place of those of an earlier one; metrics.json states the digest of each.
 
@@ -117,14 +220,21 @@ def write_test(
     result: the content of metrics.json.
     volumes: the rows of volumes.csv; None or [] writes none.
     pictures: functions that write pictures to a temporary path, by name.
+    of_patients: the table of patients (`patients.with_call`); None if the test has none.
   """
   for each in (folder, folder / 'figures'):
     remove_partials(each)
-  slices = zip(*(table[key] for key in COLUMNS), strict=True)
+  unknown = () if scores_slices(result) else ('label', *metrics.COUNTS)
+  slices = zip(*([None] * len(table[key]) if key in unknown else table[key] for key in COLUMNS), strict=True)
   half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
   rows = metrics.patient_rows(half)
   for row, other, num_scans in zip(rows, metrics.patient_rows(chosen), half.num_scans.tolist(), strict=True):
     row |= {'dice_at_operating_point': other['dice'], 'num_scans': num_scans}
+  if not scores_slices(result):
+    rows = [{key: row[key] for key in ('patient', 'num_slices', 'num_scans')} for row in rows]
+  if of_patients is not None:
+    for row, columns in zip(rows, _patient_columns(of_patients, result['patient']['score_name']), strict=True):
+      row |= columns
   writers = {
     'slices.csv': lambda path: write_csv(path, (dict(zip(COLUMNS, row, strict=True)) for row in slices)),
     'patients.csv': lambda path: write_csv(path, rows),
@@ -132,13 +242,25 @@ def write_test(
   }
   if volumes:
     writers[VOLUMES] = lambda path: write_csv(path, volumes)
-  pictures = {**pictures, **figures.chart_writers(table, result)}
+  if of_patients is not None:
+    writers[PATIENTS] = lambda path: np.savez_compressed(path, **of_patients)
+  pictures = {**pictures, **figures.chart_writers(table, result, of_patients)}
   writers |= {f'figures/{name}': write for name, write in pictures.items()}
   files = {folder / name: write for name, write in writers.items()}
   own_files.write_together(folder / NUMBERS, result, files, _old_files(folder))
   for path in folder.glob('against-*/'):
     if not any(path.iterdir()):
       path.rmdir()
+
+
+def _patient_columns(of_patients, score_name):
+  """The columns that a table of patients adds to patients.csv, by row; scores of slices as probabilities."""
+  names = [name for name in (*patients.OF_SLICES, *patients.OF_MASKS) if name in of_patients]
+  columns = {'label': of_patients['label'].tolist()}
+  columns['score'] = patients.shown(score_name, of_patients['score']).tolist()
+  columns['positive'] = [int(value) if np.isfinite(value) else None for value in of_patients['positive'].tolist()]
+  columns |= {name: patients.shown(name, of_patients[name]).tolist() for name in names}
+  return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _old_files(folder):
@@ -233,6 +355,24 @@ def read_table(workdir: pathlib.Path, test: str = TEST) -> dict[str, np.ndarray]
     raise UserError(
       f'{path}: damaged, or from another version ({error}); write it again with --mode=evaluate --workdir={workdir}'
     ) from None
+
+
+def read_patients(workdir: pathlib.Path, test: str = TEST) -> dict[str, np.ndarray] | None:
+  """Returns the table of patients that the evaluation of a run saved; None if it saved none.
+
+  Raises:
+    UserError: as `read_numbers`, or the file was changed since the test.
+  """
+  files, path = read_numbers(workdir, test)['files'], workdir / test / PATIENTS
+  if PATIENTS not in files:
+    return None
+  if own_files.has_changed(path, files[PATIENTS]):
+    raise UserError(
+      f'{path}: was changed since the test; restore it, or replace it with --mode=evaluate --workdir={workdir} '
+      '--overwrite'
+    )
+  with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+    return dict(archive)
 
 
 def owners_of(table: dict[str, np.ndarray], scans: Sequence[str]) -> list[str]:

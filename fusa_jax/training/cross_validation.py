@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from fusa_jax import tasks
-from fusa_jax.measures import masks
+from fusa_jax.measures import masks, patients
 from fusa_jax.runs import config_checks, operating_point, report, results, run_config, workdir_lock
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
@@ -140,11 +140,12 @@ def _pool(config, workdir, data_dir, overwrite):
   made_of = _common_making(folders, tests, datasets.truth_sha256(truth))
   volumes = [results.read_volumes(run, test) for run in folders]
   points = [one['operating_point'] for one in tests]
-  points = {name: [point[name] for point in points] for name in operating_point.OperatingPoint().about()}
+  names = (*operating_point.OperatingPoint().about(), 'patient')
+  points = {name: [point.get(name) for point in points] for name in names}
   if results.made_of(workdir / test) == made_of and bool(results.read_volumes(workdir, test)) == all(volumes):
     pooled = results.read_numbers(workdir, test)
     # On other data than the runs' own, `made_of` does not say which operating points the folds had.
-    if all(pooled['operating_point'][name] == of_folds for name, of_folds in points.items()):
+    if all(pooled['operating_point'].get(name) == of_folds for name, of_folds in points.items()):
       return pooled
   tables = [results.read_table(run, test) for run in folders]
   tested = [patient for one in tables for patient in np.unique(one['patient']).tolist()]
@@ -159,6 +160,11 @@ def _pool(config, workdir, data_dir, overwrite):
   volumes = [row for rows in volumes for row in rows] if all(volumes) else []
   result = results.numbers(task_type, table, config.evaluate.prevalences)
   result['operating_point'] = points | result['operating_point']
+  if not results.scores_slices(tests[0]):
+    result = results.without_slices(result)
+  of_patients, result['patient'] = _pool_patients(
+    [results.read_patients(run, test) for run in folders], points['patient'], config.evaluate.prevalences, tests
+  )
   result |= {
     'folds': [
       {
@@ -177,12 +183,41 @@ def _pool(config, workdir, data_dir, overwrite):
   }
   if volumes:
     result['volumes'] = masks.summary(volumes, results.owners_of(table, [row['case'] for row in volumes]))
-  results.write_test(workdir / test, table, result, volumes, {})
-  logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(task_type, result))
+  results.write_test(workdir / test, table, result, volumes, {}, of_patients)
+  if results.scores_slices(result):
+    logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(task_type, result))
+  logging.info('all %d folds, patients: %s', len(folders), results.patient_line(result))
   for name, spread in result['over_folds'].items():
     if spread:
       logging.info('%s of single folds: %.4f to %.4f, mean %.4f, sd %.4f', name, *spread.values())
   return result
+
+
+def _pool_patients(tables, rules, prevalences, tests):
+  """Returns the table of all patients, each called by the rule of its own fold, and their numbers.
+
+  AUC ranks the scores of different models together. If the folds have different scores, there is no call.
+
+  Args:
+    tables: the table of patients of each fold, or None.
+    rules: the rule of each fold, as in its metrics.json, or None.
+    prevalences: as in `results.patient_numbers`.
+    tests: the metrics.json of the folds.
+  """
+  if any(one is None for one in (*tables, *rules)):
+    reasons = [test.get('patient', {}).get('reason') or operating_point.NO_RULE for test in tests]
+    return None, results.no_patient_numbers('; '.join(dict.fromkeys(reasons)))
+  shared = [name for name in tables[0] if all(name in one for one in tables)]
+  table = {name: np.concatenate([one[name] for one in tables]) for name in shared}
+  pooled = {name: [rule[name] for rule in rules] for name in rules[0]}
+  names = set(pooled['score_name'])
+  if len(names) > 1:
+    why = f'not chosen: the folds have different scores of patients ({", ".join(sorted(names))})'
+    pooled |= {'score_name': 'mean_of_highest', 'threshold': [None] * len(rules), 'chosen_by': [why] * len(rules)}
+    table = patients.with_call(table, 'mean_of_highest', None)
+  else:
+    pooled['score_name'] = names.pop()
+  return table, results.patient_numbers(table, pooled, prevalences)
 
 
 def _common_making(folders, tests, truth_sha256):

@@ -68,7 +68,8 @@ class Dataset:
     image_size: the side of its square slices, in pixels.
     intensity: 'hu' or 'grey'.
     by_patient: whether patients are divided into folds; False if the patients of some slices are unknown.
-    masks: whether it has masks; False if it has only a label per slice.
+    masks: whether it has masks; False if it has only labels.
+    patient_labels: whether the labels are of patients; each slice then inherits the label of its patient.
     sha256: the digest of its content: size, intensity, and the folds with the scans and lesion masks of their patients.
     train: the training folds.
     validation: the validation fold, or None.
@@ -80,6 +81,7 @@ class Dataset:
   intensity: str
   by_patient: bool
   masks: bool
+  patient_labels: bool
   sha256: str
   train: Split
   validation: Split | None
@@ -108,10 +110,17 @@ def load_dataset_for(config: ml_collections.ConfigDict, data_dir: str | pathlib.
       f'{dataset.intensity}, or name another dataset'
     )
   if tasks.type_of(config.task).has_masks and not dataset.masks:
+    unit = 'patients' if dataset.patient_labels else 'slices'
     raise UserError(
-      f'data: {data_dir} has labels of slices but no masks; train a classifier with --config=configs/cls.py'
+      f'data: {data_dir} has labels of {unit} but no masks; train a classifier with --config=configs/cls.py'
     )
   return dataset
+
+
+def check_labels(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+  """Raises a UserError if a key of the config needs labels of slices, and the labels are of patients."""
+  if dataset.patient_labels and config.evaluate.fit_temperature:
+    raise UserError('evaluate.fit_temperature: needs labels of slices, but these are of patients; leave it out')
 
 
 def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
@@ -147,6 +156,9 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
     )
   split = {part: _split(builder, folds, chosen) if chosen else None for part, chosen in parts(fold, len(folds)).items()}
   content = [builder.info.full_name, *(metadata[key] for key in _OF_CONTENT)]
+  patient_labels = metadata.get('patient_labels', False)
+  if patient_labels:
+    content.append('patient_labels')
   content += [[name, *(patient[key] for key in _OF_PATIENT)] for name, fold in folds.items() for patient in fold]
   digest = sha256(json.dumps(content, sort_keys=True).encode())
   return Dataset(
@@ -155,6 +167,7 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
     intensity=metadata['intensity'],
     by_patient=metadata['patients'] == 'named',
     masks=metadata['masks'],
+    patient_labels=patient_labels,
     sha256=digest,
     **split,
   )

@@ -1,5 +1,7 @@
 """The protocol of a test: choose the operating point on validation patients, score the test fold, write test/."""
 
+import copy
+import dataclasses
 import functools
 import logging
 import pathlib
@@ -12,12 +14,13 @@ import numpy as np
 
 from fusa_jax import tasks
 from fusa_jax.inference import postprocessing, predictor, trained
-from fusa_jax.measures import masks
+from fusa_jax.measures import masks, patients
 from fusa_jax.runs import (
   checkpoint,
   config_checks,
   figures,
   operating_point,
+  patient_rule,
   results,
   run_config,
   split,
@@ -32,7 +35,7 @@ from fusa_jax.training import datasets, length
 from fusa_jax.training.scorer import Scorer
 
 # The options that choose the operating point.
-_OF_POINT = ('target_sensitivity', 'fit_temperature', 'flips', 'lungs', 'fit_smallest')
+_OF_POINT = ('target_sensitivity', 'fit_temperature', 'flips', 'lungs', 'fit_smallest', 'patient_score')
 
 
 @workdir_lock.alone_in_workdir
@@ -72,6 +75,8 @@ def evaluate(
   name = split.test_name(workdir, data, _source(config, data_dir))
   if name != split.TEST:
     _check_point_is_kept(config, workdir, name)
+  else:
+    datasets.check_labels(config, dataset)
   if not overwrite:
     hosts.on_main(lambda: results.check_own(workdir / name))
   task = tasks.create(config, jax.default_backend())
@@ -79,14 +84,17 @@ def evaluate(
   weights = {'step': step, 'sha256': checkpoint.sha256_of_variables(variables)}
   made_of = _made_of(config, dataset, weights, is_own=name == split.TEST)
   _say_what_differs(workdir, name, made_of)
-  test = _Test(config, workdir, workdir / name, dataset, task, mesh, step, variables, scans or {}, made_of)
+  test = _Test(config, workdir, workdir / name, dataset, task, mesh, step, variables, scans or {}, made_of, {})
   point, scorer = _choose_point(test)
   table, volumes_of_scans = _score(test, point, scorer)
-  result = _numbers(test, point, table, volumes_of_scans)
+  of_patients = _patients(test, point, table, volumes_of_scans)
+  result = _numbers(test, point, table, volumes_of_scans, of_patients)
   if hosts.is_main():
     pictures = _pictures(test, table, point, volumes_of_scans)
-    results.write_test(test.folder, table, result, volumes_of_scans, pictures)
-    logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.type, result))
+    results.write_test(test.folder, table, result, volumes_of_scans, pictures, of_patients)
+    if results.scores_slices(result):
+      logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.type, result))
+    logging.info('test fold %s, step %d, patients: %s', config.data.fold, step, results.patient_line(result))
   return result
 
 
@@ -144,7 +152,7 @@ def _is_at_point_of_run(workdir):
     point = operating_point.load_point(workdir)
   except UserError:  # damaged: the next evaluation chooses it again
     return False
-  return all(tested[name] == value for name, value in point.about().items())
+  return all(tested.get(name) == value for name, value in point.about().items())
 
 
 def _made_of(config, dataset, weights, is_own=True, platform=None):
@@ -208,6 +216,7 @@ class _Test(NamedTuple):
   variables: dict
   scans: Mapping[str, Callable]
   made_of: dict
+  predictors: dict
 
   @property
   def is_own(self) -> bool:
@@ -215,8 +224,14 @@ class _Test(NamedTuple):
     return self.folder.name == split.TEST
 
   def predictor(self, point: operating_point.OperatingPoint) -> predictor.Predictor:
-    network = trained.Network(self.config, self.step, self.variables, point.temperature)
-    return predictor.Predictor(trained.create([network], point.flips), point, self.mesh)
+    """Returns a predictor at an operating point. Those of the same temperature and flips share a compiled program."""
+    program = point.temperature, point.flips
+    if program not in self.predictors:
+      network = trained.Network(self.config, self.step, self.variables, point.temperature)
+      self.predictors[program] = predictor.Predictor(trained.create([network], point.flips), point, self.mesh)
+    one = copy.copy(self.predictors[program])
+    one.point = point
+    return one
 
   def scanned(self, part: datasets.Split) -> list[str]:
     """Returns the patients of a split that have a scan, in its order. Pictures and single slices are not scans."""
@@ -237,9 +252,14 @@ def _choose_point(test):
   scorer = Scorer(test.task, test.mesh, config.train.batch_size, flips, config.train.deterministic)
   if not test.is_own:
     return point, scorer
+  validation = None
   if dataset.validation is not None:
+    validation = scorer.table(test.variables, dataset.validation, stage='Validating')
+  if dataset.patient_labels:
+    point = dataclasses.replace(point, chosen_by=operating_point.NO_SLICE_LABELS)
+  elif validation is not None:
     point = operating_point.choose(
-      scorer.table(test.variables, dataset.validation, stage='Validating'),
+      validation,
       step=test.step,
       score=test.task.type.overlap,
       target_sensitivity=config.evaluate.target_sensitivity,
@@ -251,9 +271,65 @@ def _choose_point(test):
     check_scans(config, validated)
     run = test.predictor(point)
     point = operating_point.choose_smallest(point, [_true_volumes(run, test.scans[name]) for name in validated])
+  point = dataclasses.replace(point, patient=_choose_rule(test, point, validation))
   if hosts.is_main():
     point.save(workdir)
   return point, scorer
+
+
+def _choose_rule(test, point, validation):
+  """Chooses the rule for patients on the validation fold; None if the patients of the slices are unknown.
+
+  Args:
+    test: the test.
+    point: the operating point, which makes the masks.
+    validation: the table of slices of the validation fold, or None.
+  """
+  dataset, has_masks = test.dataset, test.task.type.has_masks
+  if not dataset.by_patient:
+    return None
+  validated = dataset.test if dataset.validation is None else dataset.validation
+  has_scans = has_masks and len(test.scanned(validated)) == len(validated.patients)
+  score_name = test.config.evaluate.patient_score or ('lesion_ml' if has_scans else 'mean_of_highest')
+  if score_name in patients.OF_MASKS and not has_scans:
+    raise UserError(_needs_scans(score_name))
+  if validation is None:
+    return patient_rule.PatientRule(score_name)
+  of_masks = {}
+  if score_name in patients.OF_MASKS:
+    of_masks[score_name] = _mask_scores(test, point, score_name, test.scanned(validated), 'Validating volumes')
+  columns = validation | {'logit': validation['logit'] / point.temperature}
+  return patient_rule.choose(columns, score_name, test.config.evaluate.target_sensitivity, of_masks)
+
+
+def _mask_scores(test, point, score_name, scanned, stage):
+  """Returns the score of the mask of each of these scans."""
+  run, scores = test.predictor(point), {}
+  for name in progress.bar(scanned, desc=stage, unit='scans'):
+    scan, _ = test.scans[name]()
+    scores[name] = postprocessing.score_of_mask(run(scan).mask, scan, score_name)
+  return scores
+
+
+def _patients(test, point, table, volumes_of_scans):
+  """Returns the table of test patients; None if the operating point has no rule for patients.
+
+  Args:
+    test: the test.
+    point: the operating point.
+    table: the table of slices of the test fold.
+    volumes_of_scans: the rows of volumes.csv, or None.
+  """
+  rule, of_masks = point.patient, {}
+  if rule is None or not test.dataset.by_patient:
+    return None
+  if volumes_of_scans:
+    of_masks['lesion_ml'] = {row['case']: row['predicted_ml'] for row in volumes_of_scans}
+  if rule.score_name == 'lung_share':
+    of_masks['lung_share'] = _mask_scores(test, point, 'lung_share', test.scanned(test.dataset.test), 'Testing volumes')
+  columns = patients.table_of(table, rule.highest, of_masks)
+  positive = rule.positive(columns[rule.score_name]) if rule.score_name in columns else None
+  return patients.with_call(columns, rule.score_name, positive)
 
 
 def _score(test, point, scorer):
@@ -265,9 +341,18 @@ def _score(test, point, scorer):
   return table, score_volumes(test.predictor(point), test.scans, scanned)
 
 
-def _numbers(test, point, table, volumes_of_scans):
+def _numbers(test, point, table, volumes_of_scans, of_patients):
   """Returns the contents of metrics.json."""
-  result = results.numbers(test.task.type, table, test.config.evaluate.prevalences)
+  prevalences = test.config.evaluate.prevalences
+  result = results.numbers(test.task.type, table, prevalences)
+  if test.dataset.patient_labels:
+    result = results.without_slices(result)
+  if of_patients is not None:
+    result['patient'] = results.patient_numbers(of_patients, point.patient.about(), prevalences)
+  else:
+    result['patient'] = results.no_patient_numbers(
+      operating_point.NO_RULE if test.dataset.by_patient else 'the patients of the slices are unknown'
+    )
   result['operating_point'] = point.about() | result['operating_point']
   result |= {
     'step': test.step,
@@ -291,6 +376,15 @@ def check_scans(config: ml_collections.ConfigDict, scans: Collection[str] | None
       'evaluate.fit_smallest: needs the released scans and masks as volumes, on one host; give data.raw_dir, or leave '
       'evaluate.fit_smallest out'
     )
+  if config.evaluate.patient_score in patients.OF_MASKS and not scans:
+    raise UserError(_needs_scans(config.evaluate.patient_score))
+
+
+def _needs_scans(score_name):
+  return (
+    f'evaluate.patient_score: {score_name} needs the released scans and masks as volumes, on one host; give '
+    f'data.raw_dir, or give one of {", ".join(patients.OF_SLICES)}'
+  )
 
 
 def score_volumes(run: predictor.Predictor, scans, patients: list[str]) -> list[dict]:
@@ -310,8 +404,11 @@ def _true_volumes(run, read):
 def _pictures(test, table, point, volumes_of_scans):
   """Returns functions that draw some slices to a path, by the names of the files.
 
-  They compute on one device of this process alone: the other processes do not read them.
+  They compute on one device of this process alone: the other processes do not read them. Where labels are of patients,
+  it is not known what a slice should show, and none is drawn.
   """
+  if test.dataset.patient_labels:
+    return {}
   config, task, dataset = test.config, test.task, test.dataset
   variables = jax.tree.map(lambda x: x.addressable_data(0), test.variables)
   options = point.temperature, point.flips

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from fusa_jax import tasks, torch_weights
+from fusa_jax.measures import statistics
 from fusa_jax.runs import checkpoint, config_checks, results, run_config, split, starts, workdir_lock
 from fusa_jax.runs.metric_log import MetricLog
 from fusa_jax.system import hosts, meshes, preemption, progress, provenance
@@ -89,6 +90,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   mesh = meshes.create_mesh(config.mesh.data, config.mesh.space)
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
   dataset = datasets.load_dataset_for(config, data_dir)
+  datasets.check_labels(config, dataset)
   planned = config
   config = length.with_steps(config, dataset)
   task = tasks.create(config, jax.default_backend())
@@ -181,11 +183,17 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       if evaluating:
         score = None
         if dataset.validation is not None:
-          summary = results.summary(task.type, validation.table(state.tested, dataset.validation))
-          score = summary[task.type.selection]
+          table = validation.table(state.tested, dataset.validation)
+          if dataset.patient_labels:
+            summary, selection = results.patient_summary(table), results.PATIENT_SELECTION
+            shown = f'{selection} {statistics.shown(summary[selection])}'
+          else:
+            summary, selection = results.summary(task.type, table), task.type.selection
+            shown = results.one_line(task.type, summary)
+          score = summary[selection]
           log.write(step, {f'validation/{name}': value for name, value in summary.items()})
           if hosts.is_main():
-            bar.write(f'step {step}: validation {results.one_line(task.type, summary)}')
+            bar.write(f'step {step}: validation {shown}')
         log.copy()
         checkpoints.save(step, **state.items(), score=score)
         began = time.perf_counter()

@@ -57,11 +57,27 @@ def test_a_bundle_predicts_the_same_as_its_run(bundles, predictors, raw_dir):
   prediction, expected = (run(raw_dir / SCAN) for run in (bundle, predictors['seg']))
   np.testing.assert_allclose(prediction.probability, expected.probability, atol=1e-5)
   np.testing.assert_array_equal(prediction.mask, expected.mask)
-  assert prediction.numbers == expected.numbers
+  assert prediction.numbers == expected.numbers and prediction.numbers['patient']['positive'] is not None
   assert np.ptp(prediction.probability) > 0.01
   scored, other = (run(raw_dir / SCAN).numbers for run in (predictor.load_predictor(bundles['cls']), predictors['cls']))
   np.testing.assert_allclose(scored.pop('slice_scores'), other.pop('slice_scores'), atol=1.01e-4)  # scores are rounded
+  calls = [numbers.pop('patient') for numbers in (scored, other)]
+  assert calls[0].pop('score') == pytest.approx(calls[1].pop('score'), abs=1e-5)
+  assert calls[0] == calls[1] and calls[0]['positive'] is not None
   assert scored == other
+
+
+def test_a_bundle_without_a_rule_gives_no_answer_for_patients(bundles, raw_dir, tmp_path):
+  """As bundles of earlier versions, which have no rule."""
+  old = tmp_path / 'old'
+  shutil.copytree(bundles['cls'], old)
+  about = json.loads((old / 'bundle.json').read_text())
+  del about['operating_point']['patient']
+  (old / 'bundle.json').write_text(json.dumps(about))
+  numbers = predictor.load_predictor(old)(raw_dir / SCAN).numbers
+  reason = 'the run has no rule for patients; choose one with --mode=evaluate'
+  assert numbers['patient'] == {'score': None, 'positive': None, 'reason': reason}
+  assert numbers['slice_scores']
 
 
 def test_the_mean_of_networks_and_flips(bundles, runs, raw_dir):

@@ -65,6 +65,10 @@ def test_bad_inputs_are_named_and_the_others_predicted(predictors, scan, tmp_pat
   assert float(of_all['a.nii.gz']['lesion_ml']) == result['lesion_ml']
   assert of_all['a.nii.gz']['input_sha256'] == files.sha256_of(scan) == result['made_of']['input_sha256']
   assert len({row['run_sha256'] for row in of_all.values()}) == 1
+  patient = result['patient']
+  assert float(of_all['a.nii.gz']['patient_score']) == patient['score'] == result['lesion_ml']
+  assert of_all['a.nii.gz']['patient_positive'] == str(int(patient['positive']))
+  assert of_all['bad1.nii.gz']['patient_score'] == of_all['bad1.nii.gz']['patient_positive'] == ''
   assert sorted(path.name for path in out.iterdir()) == sorted(
     [*(f'{name}{kind}' for name in 'ab' for kind in ('.json', '_mask.nii.gz')), 'predictions.csv', '.predictions.lock']
   )
@@ -221,6 +225,16 @@ def test_rows_of_earlier_predictions_stay(predictors, scan, tmp_path):
   assert len(rows(out)) == 2
 
 
+def test_a_table_of_an_earlier_version_is_continued(predictors, scan, tmp_path):
+  """Without the columns of patients, as versions before them wrote it; its rows stay, with empty cells."""
+  old = 'input,input_sha256,status,reason,lesion_ml,seconds,run_sha256'
+  (tmp_path / 'predictions.csv').write_text(f'{old}\nz.nii.gz,00,predicted,,1.5,0.5,11\n')
+  predict.predict(predictors['seg'], scan, tmp_path)
+  got = rows(tmp_path)
+  assert list(got) == [scan.name, 'z.nii.gz'] and got[scan.name]['patient_score']
+  assert got['z.nii.gz'] | {'patient_score': '', 'patient_positive': '', 'run_sha256': '11'} == got['z.nii.gz']
+
+
 @pytest.mark.parametrize('content', [b'\xf6', b'a;b\n', b'sum,,,,,,\n'], ids=['latin-1', 'semicolons', 'sum'])
 def test_a_table_that_was_changed_is_not_replaced(predictors, scan, tmp_path, content):
   predict.predict(predictors['seg'], scan, tmp_path)
@@ -299,7 +313,7 @@ def test_one_prediction_at_a_time_writes_to_a_folder(predictors, scan, tmp_path)
 
 def test_rows_that_were_not_written_to_their_end_are_left_out(tmp_path):
   """A killed process may leave half a row; rows of others follow it."""
-  row = dict(zip(manifest.COLUMNS, ('a, "b"', '0', 'refused', 'x, y', None, 1.5, '1'), strict=True))
+  row = dict(zip(manifest.COLUMNS, ('a, "b"', '0', 'refused', 'x, y', None, 1.5, '1', None, None), strict=True))
   (tmp_path / '.predictions.1.csv').write_text('\na.nii,0,predicted,,3')
   one = manifest.Manifest(tmp_path, 0)
   one.add(row)

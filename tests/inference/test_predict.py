@@ -28,6 +28,7 @@ from conftest import SLICES
 from nibabel import orientations
 
 from fusa_jax.inference import predict, predictor, viewer
+from fusa_jax.runs import operating_point
 from fusa_jax.scans import nifti, volume_files
 from fusa_jax.system import meshes, own_files
 from fusa_jax.system.errors import UserError
@@ -96,6 +97,37 @@ def test_predictions_equal_those_of_evaluation(predictors, runs, raw_dir, data_d
   result = json.loads((tmp_path / f'{patient}_ct.json').read_text())
   expected = [float(line.split(',')[3]) for line in lines if line.startswith(patient)]
   np.testing.assert_allclose(result['slice_scores'], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize('kind', ['seg', 'cls'])
+def test_the_answer_for_a_patient_is_that_of_the_test(predictors, runs, raw_dir, kind):
+  """The score and the call of a scan equal those of patients.csv, which were computed from logits."""
+  with (runs[kind] / 'test' / 'patients.csv').open(newline='') as file:
+    tested = list(csv.DictReader(file))
+  rule = operating_point.load_point(runs[kind]).patient
+  for row in tested:
+    answer = predictors[kind](raw_dir / f'{row["patient"]}_ct.nii.gz').numbers['patient']
+    assert answer['score'] == pytest.approx(float(row['score']), rel=1e-4)
+    assert answer['score'] == pytest.approx(float(row[rule.score_name]), rel=1e-4)
+    assert answer['positive'] == bool(int(row['positive'])) and answer['reason'] is None
+    assert answer.items() >= rule.about().items()
+
+
+def test_the_answer_is_left_out_where_it_would_be_a_guess(predictors, runs, raw_dir, tmp_path):
+  """A run of an earlier version; another threshold than that of the volumes; an array without spacing."""
+  scan, old = raw_dir / 'volume-phantom-A-0001_ct.nii.gz', tmp_path / 'old'
+  shutil.copytree(runs['seg'], old)
+  point = json.loads((old / 'operating_point.json').read_text())
+  del point['patient']
+  (old / 'operating_point.json').write_text(json.dumps(point))
+  run = predictor.load_predictor(old)
+  assert run(scan).numbers['patient'] == {'score': None, 'positive': None, 'reason': operating_point.NO_RULE}
+  assert run.sha256() != predictors['seg'].sha256()
+  given = predictor.load_predictor(runs['seg'], threshold=0.25)(scan).numbers
+  assert given['patient']['score'] == given['lesion_ml'] and given['patient']['positive'] is None
+  assert given['patient']['reason'] == 'not chosen: it was chosen with another threshold'
+  array = predictors['seg'](volume_files.read_scan(scan).values).numbers['patient']
+  assert array['score'] is None and 'no spacing' in array['reason']
 
 
 def test_classification_writes_numbers_only(predictors, raw_dir, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 from scipy import stats
+from sklearn import metrics as sk
 
 from fusa_jax.measures import metrics
 from fusa_jax.runs import compare, results, run_config
@@ -200,6 +201,34 @@ def test_two_runs_from_their_folders(runs, other_run, caplog):
   result = compare.compare(runs['seg'], other_run)
   assert result['made_of']['run'] == results.read_numbers(runs['seg'])['made_of']
   assert 'per patient, Dice: 0.0000 [+0.0000, +0.0000], sign-flip p 1.0000' in caplog.text
+
+
+def test_aucs_of_patients_are_compared_by_the_same_draws(runs, other_run, caplog):
+  """Twelve patients: the difference is scikit-learn's, in any order of the patients; the interval holds it."""
+  rng, result = np.random.default_rng(4), results.read_numbers(runs['seg'])
+  label, names = np.repeat([0, 1], 6), np.array([f'p{k}' for k in range(12)])
+  tables = [{'owner': names, 'label': label, 'score': rng.normal(label, width)} for width in (0.5, 2.0)]
+  areas = [sk.roc_auc_score(one['label'], one['score']) for one in tables]
+  mixed = rng.permutation(12)
+  tables[1] = {name: values[mixed] for name, values in tables[1].items()}
+  got = compare._paired_auc([result, result], tables)
+  assert got['auc'] == pytest.approx(
+    {'run': areas[0], 'against': areas[1], 'difference': areas[0] - areas[1]}, abs=1e-9
+  )
+  assert got['interval'][0] < got['auc']['difference'] < got['interval'][1] and got['patients'] == 12
+  unknown = [tables[0] | {'score': np.where(np.arange(12) == 8, np.nan, tables[0]['score'])}, tables[1]]
+  assert compare._paired_auc([result, result], unknown)['left_out'] == 1
+  assert compare._paired_auc([result, result], [one | {'label': label * 0} for one in tables])['auc'] is None
+  # From the folders: a run and its copy; and a copy of which the test has no table of patients.
+  caplog.set_level('INFO')
+  same = compare.compare(runs['seg'], other_run)['patient']
+  assert same['auc']['difference'] == 0 and same['auc']['run'] == result['patient']['auc']
+  assert 'AUC of patients: ' in caplog.text
+  change(other_run)
+  lacking = compare.compare(runs['seg'], other_run)['patient']
+  assert (
+    lacking['auc'] is None and lacking['reason'] == 'against: its test has no numbers of patients; evaluate it again'
+  )
 
 
 def test_other_test_sets_are_refused(runs, other_run):

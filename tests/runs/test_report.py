@@ -58,6 +58,15 @@ def test_page_is_complete_and_loads_no_other_file(runs, data_dir, kind):
     shown = 'undefined' if value is None else f'{value:.4f}'
     assert f'{metrics.LABELS[name]} {shown} {"[{:.4f}, {:.4f}]".format(*pair) if pair else "none"}' in words
     assert metrics.DEFINITIONS[name] in words
+  of = result['patient']
+  for name, pair in of['intervals'].items():
+    value, label = of[name], metrics.LABELS[f'patient_{name}']
+    shown = 'undefined' if value is None else f'{value:.4f}'
+    assert f'{label} {shown} {"[{:.4f}, {:.4f}]".format(*pair) if pair else "none"}' in words
+    assert metrics.DEFINITIONS[f'patient_{name}'] in words
+  assert metrics.DEFINITIONS['noisy_or'] in words and metrics.DEFINITIONS[of['score_name']] in words
+  assert f'{of["num_with_lesion"]} of {of["num_patients"]} test patients have a lesion' in words
+  assert 'ROC curve of patients' in text
   assert f'python launch.py --config={runs[kind]}/config.json --workdir=NEW_FOLDER' in words
   assert 'Do not use it for diagnosis' in words and 'Do not use this model for' in words
   assert not re.search(r'dice_|_ml\b|_mm\b|hd95', words)  # names for programs

@@ -13,7 +13,9 @@ from sklearn import metrics as sk
 from configs import cls
 from data import prepare
 from fusa_jax.inference import export, predictor
+from fusa_jax.measures import patients
 from fusa_jax.runs import operating_point, report, results, run_config
+from fusa_jax.runs.patient_rule import PatientRule
 from fusa_jax.scans import volume_files
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import cross_validation, datasets, evaluate, train
@@ -64,6 +66,39 @@ def test_results_of_single_folds_and_their_spread_are_reported(made):
     {'low': min(accuracies), 'high': max(accuracies), 'mean': np.mean(accuracies), 'sd': np.std(accuracies, ddof=1)}
   )
   assert result['operating_point']['threshold'] == [one['operating_point']['threshold'] for one in each]
+
+
+@pytest.mark.slow
+def test_patients_are_called_by_the_rule_of_their_own_fold(made):
+  got, folds = result_of(made)['patient'], [result_of(made / f'fold{k}')['patient'] for k in range(5)]
+  assert got['threshold'] == [one['threshold'] for one in folds] and None not in got['threshold']
+  assert got['highest'] == [one['highest'] for one in folds] and got['score_name'] == 'mean_of_highest'
+  for key in ('tp', 'fp', 'fn', 'tn', 'num_patients', 'num_with_lesion'):
+    assert got[key] == sum(one[key] for one in folds)
+  table = results.read_patients(made)
+  assert got['auc'] == pytest.approx(sk.roc_auc_score(table['label'], table['score']), abs=1e-9)
+  assert len(table['label']) == PATIENTS
+
+
+def test_folds_with_different_scores_of_patients_get_no_call():
+  rng = np.random.default_rng(0)
+  tables, rules = [], []
+  for fold, name in enumerate(('lesion_ml', 'mean_of_highest')):
+    columns = {'owner': np.array([f'p{fold}{k}' for k in range(6)]), 'label': np.arange(6) % 2}
+    columns |= {score: rng.normal(size=6) for score in ('mean_of_highest', 'noisy_or', 'maximum', name)}
+    tables.append(patients.with_call(columns, name, np.ones(6)))
+    rules.append(PatientRule(name, 3, 0.5, 'a test').about())
+  table, got = cross_validation._pool_patients(tables, rules, (0.1,), [{}, {}])
+  both = np.concatenate([one['mean_of_highest'] for one in tables])
+  assert got['auc'] == pytest.approx(sk.roc_auc_score(table['label'], both), abs=1e-9)
+  assert got['sensitivity'] is None and 'different scores of patients (lesion_ml, mean_of_highest)' in got['reason']
+  # A fold without a threshold: only its reason is named.
+  tables[1] = patients.with_call(tables[0], 'lesion_ml', None)
+  rules[1] = PatientRule('lesion_ml').without_call('no validation patient has a lesion').about()
+  _, got = cross_validation._pool_patients(tables, rules, (0.1,), [{}, {}])
+  assert got['sensitivity'] is None and got['reason'] == 'not chosen: no validation patient has a lesion'
+  table, got = cross_validation._pool_patients([tables[0], None], [rules[0], None], (0.1,), [{}, {}])
+  assert table is None and got['auc'] is None and got['reason'] == operating_point.NO_RULE
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import SIZE, SLICES, tiny
 from PIL import Image
-from scipy import ndimage
+from scipy import ndimage, special
 from sklearn import metrics as sk
 
 from configs import cls, seg
@@ -137,6 +137,41 @@ def test_every_number_has_an_interval_or_none(runs):
     )
 
 
+@pytest.mark.parametrize('kind', ['seg', 'cls'])
+def test_numbers_of_patients_follow_from_the_written_tables(runs, kind):
+  """Aggregates the saved logits and volumes by hand, and compares with scikit-learn."""
+  table, result = results.read_table(runs[kind]), read(runs[kind])[1]
+  got, rule = result['patient'], operating_point.load_point(runs[kind]).patient
+  assert rule.about() == {name: got[name] for name in rule.about()} == result['operating_point']['patient']
+  assert rule.score_name == {'seg': 'lesion_ml', 'cls': 'mean_of_highest'}[kind]
+  names = list(dict.fromkeys(table['patient'].tolist()))
+  label = np.array([table['label'][table['patient'] == name].max() for name in names])
+  assert 0 < label.sum() < len(label)  # else the test shows nothing
+  probability = [np.sort(special.expit(table['logit'][table['patient'] == name]))[::-1] for name in names]
+  count = int(np.ceil(rule.highest * SLICES)) if rule.highest < 1 else rule.highest
+  scores = {
+    'mean_of_highest': [one[:count].mean() for one in probability],
+    'noisy_or': [1 - np.prod(1 - one) for one in probability],
+    'maximum': [one[0] for one in probability],
+  }
+  if kind == 'seg':
+    volumes = {row['case']: row['predicted_ml'] for row in results.read_volumes(runs[kind])}
+    scores['lesion_ml'] = [volumes[name] for name in names]
+  with (runs[kind] / 'test' / 'patients.csv').open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  assert [row['patient'] for row in rows] == names and [int(row['label']) for row in rows] == label.tolist()
+  for name, score in scores.items():
+    area = sk.roc_auc_score(label, np.round(score, 12))
+    assert got['auc_by_score'][name]['auc'] == pytest.approx(area, abs=1e-9)
+    np.testing.assert_allclose([float(row[name]) for row in rows], score, atol=1e-9)
+  called = np.array(scores[rule.score_name]) >= rule.threshold
+  assert [int(row['positive']) for row in rows] == called.astype(int).tolist()
+  assert got['auc'] == got['auc_by_score'][rule.score_name]['auc']
+  assert got['sensitivity'] == pytest.approx(sk.recall_score(label, called), abs=1e-9)
+  assert got['specificity'] == pytest.approx(sk.recall_score(1 - label, ~called), abs=1e-9)
+  assert [row['prevalence'] for row in got['at_prevalence']] == list(tiny().evaluate.prevalences)
+
+
 def test_numbers_at_the_operating_point_use_its_threshold(runs, data_dir):
   """Recomputes the numbers with scikit-learn from probabilities and the threshold in metrics.json."""
   config, (_, result) = tiny(), read(runs['seg'])
@@ -171,7 +206,7 @@ class Untouchable:
     raise AssertionError('the test fold was looked at')
 
 
-def test_the_test_fold_is_not_read_before_the_threshold_is_saved(runs, data_dir, tmp_path, monkeypatch):
+def test_the_test_fold_is_not_read_before_the_threshold_is_saved(runs, raw_dir, data_dir, tmp_path, monkeypatch):
   """With an unreadable test fold, evaluation still chooses and saves the operating point, and then fails."""
   shutil.copytree(runs['seg'] / 'checkpoints', tmp_path / 'checkpoints')
   original = datasets.load_dataset
@@ -182,7 +217,7 @@ def test_the_test_fold_is_not_read_before_the_threshold_is_saved(runs, data_dir,
 
   monkeypatch.setattr(datasets, 'load_dataset', hidden)
   with pytest.raises(AssertionError, match='the test fold was looked at'):
-    evaluate.evaluate(tiny(), tmp_path, data_dir)
+    evaluate.evaluate(tiny(), tmp_path, data_dir, prepare.scans(raw_dir))
   point = operating_point.load_point(tmp_path)
   assert point == operating_point.load_point(runs['seg'])
   assert point.validation['chosen']['dice'] >= point.validation['half']['dice']
@@ -239,12 +274,61 @@ def test_on_another_cohort_the_run_keeps_its_own_operating_point_and_test(runs, 
   assert result['operating_point']['threshold'] == kept.threshold == 0.75
   assert result['operating_point']['flips'] and kept.flips
   assert result['brier'] != read(runs['seg'])[1]['brier']  # with flips
+  # The rule needs volumes, and this call has no scans: nothing is guessed from the slices.
+  assert kept.patient == before.patient and result['patient']['score_name'] == 'lesion_ml'
+  assert result['patient']['auc'] is None and 'unknown for all test patients' in result['patient']['reason']
   (folder,) = workdir.glob('test-*')
   assert folder.name.startswith(f'test-{data_dir.name}-')
   assert results.read_numbers(workdir, folder.name)['brier'] == result['brier']
   assert {path: path.read_bytes() for path in own} == own
   with pytest.raises(UserError, match='evaluate.target_sensitivity: the operating point is chosen on the validation'):
     evaluate.evaluate(tiny(**{'evaluate.target_sensitivity': 0.9}), workdir, data_dir)
+
+
+def test_on_another_cohort_the_run_keeps_its_rule_for_patients(runs, data_dir, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(runs['cls'], workdir)
+  changed_split(workdir, **renamed(split.load_split(workdir)))
+  point = json.loads((workdir / 'operating_point.json').read_text())
+  point['patient'] |= {'highest': 10, 'threshold': 0.999}
+  (workdir / 'operating_point.json').write_text(json.dumps(point))
+  got = evaluate.evaluate(tiny(cls), workdir, data_dir)['patient']
+  assert (got['highest'], got['threshold'], got['tp'], got['fp']) == (10, 0.999, 0, 0)
+  assert json.loads((workdir / 'operating_point.json').read_text()) == point
+  del point['patient']  # as in a run of an earlier version
+  (workdir / 'operating_point.json').write_text(json.dumps(point))
+  got = evaluate.evaluate(tiny(cls), workdir, data_dir)['patient']
+  assert got['auc'] is None and got['reason'] == operating_point.NO_RULE
+
+
+def test_scores_of_masks_need_masks_and_scans(runs, data_dir, tmp_path):
+  with pytest.raises(UserError, match='evaluate.patient_score: lesion_ml applies to masks only, and classification'):
+    evaluate.evaluate(tiny(cls, **{'evaluate.patient_score': 'lesion_ml'}), runs['cls'], data_dir)
+  with pytest.raises(UserError, match="evaluate.patient_score: mean must be one of mean_of_highest, .*, or ''"):
+    evaluate.evaluate(tiny(cls, **{'evaluate.patient_score': 'mean'}), runs['cls'], data_dir)
+  workdir = copy_of(runs['seg'], tmp_path / 'run')
+  with pytest.raises(UserError, match='evaluate.patient_score: lung_share needs the released scans and masks'):
+    evaluate.evaluate(tiny(seg, **{'evaluate.patient_score': 'lung_share'}), workdir, data_dir)
+  assert not (workdir / 'test').exists()
+  with pytest.raises(UserError, match='evaluate.patient_score: lesion_ml needs the released scans and masks'):
+    evaluate.check_scans(tiny(seg, **{'evaluate.patient_score': 'lesion_ml'}), None)  # before the training
+
+
+def test_the_share_of_the_lungs_can_be_the_score(runs, raw_dir, data_dir, tmp_path):
+  workdir = copy_of(runs['seg'], tmp_path / 'run')
+  config = tiny(seg, **{'evaluate.patient_score': 'lung_share'})
+  got = evaluate.evaluate(config, workdir, data_dir, prepare.scans(raw_dir))['patient']
+  run = predictor.load_predictor(workdir)
+  table = results.read_patients(workdir)
+  shares = []
+  for name in table['owner']:
+    scan = volume_files.read_scan(raw_dir / f'{name}_ct.nii.gz')
+    prediction = run(scan)
+    shares.append(prediction.mask.sum() / lungs.field(scan).sum())
+    assert prediction.numbers['patient']['score'] == pytest.approx(shares[-1])
+  np.testing.assert_allclose(table['lung_share'], shares, rtol=1e-9)
+  assert got['score_name'] == 'lung_share' and {'lung_share', 'lesion_ml', 'maximum'} <= got['auc_by_score'].keys()
+  assert got['auc'] == pytest.approx(sk.roc_auc_score(table['label'], shares), abs=1e-9)
 
 
 def test_corrected_masks_are_noticed(runs, data_dir, tmp_path):
@@ -476,6 +560,7 @@ def test_pictures(runs):
   charts = {
     'confusion_matrix.png',
     'roc.png',
+    'roc_of_patients.png',
     'precision_recall.png',
     'calibration.png',
     'patients.png',

@@ -1,0 +1,221 @@
+"""Scans with one label per patient: slices inherit it in training, and only patients are scored."""
+
+import csv
+import json
+import logging
+import shutil
+
+import dicom_series
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import SIZE, SLICES, tiny
+from sklearn import metrics as sk
+
+from configs import cls, seg
+from data import prepare, survey
+from data.cohorts import patient_labels
+from data.find import find
+from fusa_jax.inference import export, predictor
+from fusa_jax.runs import compare, operating_point, report, results
+from fusa_jax.system.errors import UserError
+from fusa_jax.training import cross_validation, datasets, evaluate, train
+
+
+def write_labels(folder, rows, columns='patient,class'):
+  (folder / 'labels.csv').write_text('\n'.join([columns, *(','.join(map(str, row)) for row in rows)]) + '\n')
+
+
+@pytest.fixture(scope='module')
+def cohort(raw_dir, tmp_path_factory):
+  """The ten phantoms without their masks, for nine persons: p0 has two scans. Every second one gets the class COVID.
+
+  The phantoms themselves have too few healthy patients for five folds; nothing here depends on what they show.
+  """
+  folder = tmp_path_factory.mktemp('labelled')
+  scans, labels = [], {}
+  for number, path in enumerate(sorted(raw_dir.glob('*_ct.nii.gz'))):
+    person = f'p{max(number - 1, 0)}'
+    shutil.copy(path, folder / f'scan{number}.nii.gz')
+    scans.append(f'scan{number},{person}')
+    labels[person] = max(number - 1, 0) % 2
+  (folder / 'patients.csv').write_text('\n'.join(['scan,patient', *scans]) + '\n')
+  write_labels(folder, [(person, 'COVID' if label else 'healthy') for person, label in labels.items()])
+  return folder, labels
+
+
+@pytest.fixture(scope='module')
+def prepared(cohort, tmp_path_factory):
+  return prepare.prepare(str(cohort[0]), str(tmp_path_factory.mktemp('prepared')), SIZE)
+
+
+def fold_of_both_kinds(prepared):
+  """A fold for which training, validation and test have patients of both kinds."""
+  for fold in range(5):
+    dataset = datasets.load_dataset(prepared, fold, SIZE)
+    if all(len(set(part.label.tolist())) == 2 for part in (dataset.train, dataset.test, dataset.validation)):
+      return fold
+  raise AssertionError('no such fold')
+
+
+@pytest.fixture(scope='module')
+def run(prepared, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('run') / 'run'
+  config = tiny(cls, **{'data.fold': fold_of_both_kinds(prepared)})
+  train.train(config, workdir, prepared)
+  evaluate.evaluate(config, workdir, prepared)
+  return workdir, config
+
+
+def test_every_slice_inherits_the_label_of_its_patient(cohort, prepared, caplog):
+  folder, labels = cohort
+  caplog.set_level(logging.INFO)
+  name, cases = find(folder)
+  assert name == 'patient_labels' and len(cases) == 10
+  assert {case.owner: case.patient_label for case in cases} == labels
+  assert 'patients with lesion: COVID; without: healthy' in caplog.text
+  dataset = datasets.load_dataset(prepared, 0, SIZE)
+  assert dataset.patient_labels and not dataset.masks and dataset.by_patient
+  for part in (dataset.train, dataset.validation, dataset.test):
+    for patient, owner, label in zip(part.patient.tolist(), part.owner.tolist(), part.label.tolist(), strict=True):
+      assert label == bool(labels[owner]), patient
+    example = part.source[0]
+    assert example['label'] == labels[part.owner[0]] and not example['mask'].any()
+  assert sum(len(part) for part in (dataset.train, dataset.validation, dataset.test)) == 10 * SLICES
+
+
+def test_only_patients_are_scored(run, cohort):
+  workdir, _ = run
+  result = results.read_numbers(workdir)
+  assert result['labels'].startswith('of patients: each slice has the label of its patient')
+  assert [result[name] for name in ('auc', 'accuracy', 'recall', 'tp', 'brier')] == [None] * 5
+  point = result['operating_point']
+  assert point['slices']['auc'] is None and point['slices']['at_prevalence'] == [] and point['precision'] is None
+  assert not any(value for key, value in result['intervals'].items() if key in ('auc', 'accuracy', 'brier'))
+  assert point['threshold'] == 0.5 and point['chosen_by'] == operating_point.NO_SLICE_LABELS
+  table = results.read_patients(workdir)
+  assert table['label'].tolist() == [cohort[1][owner] for owner in table['owner'].tolist()]
+  assert result['patient']['auc'] == pytest.approx(sk.roc_auc_score(table['label'], table['score']), abs=1e-9)
+  assert result['patient']['sensitivity'] is not None
+  with (workdir / 'test' / 'slices.csv').open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  assert all(row['label'] == row['tp'] == row['tn'] == '' and row['score'] for row in rows)
+  with (workdir / 'test' / 'patients.csv').open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  assert [int(row['label']) for row in rows] == table['label'].tolist() and 'dice' not in rows[0]
+  drawn = {path.name for path in (workdir / 'test').rglob('*.png')}
+  assert drawn == {'roc_of_patients.png'}
+  log = [json.loads(line) for line in (workdir / 'log.jsonl').read_text().splitlines()]
+  validated = [line for line in log if any(key.startswith('validation/') for key in line)]
+  assert validated and all('validation/patient_auc' in line and 'validation/auc' not in line for line in validated)
+
+
+def test_report_comparison_prediction_and_card_have_no_numbers_of_slices(run, prepared, cohort, tmp_path):
+  workdir, config = run
+  text = report.write_report(workdir, datasets.card(prepared, config.data.fold)).read_text()
+  assert 'Labels are of patients' in text and 'Detection of patients with lesion' in text
+  for absent in ('Detection of slices', 'Thresholds and calibration', 'slices with lesion</th>', 'Threshold 0.5'):
+    assert absent not in text
+  shutil.copytree(workdir, tmp_path / 'other')
+  compared = compare.compare(workdir, tmp_path / 'other')
+  assert compared['numbers'] == {} and compared['per_patient'] is None
+  assert compared['patient']['auc']['difference'] == 0
+  numbers = predictor.load_predictor(workdir)(cohort[0] / 'scan3.nii.gz').numbers
+  assert numbers['patient']['score'] is not None and len(numbers['slice_scores']) == SLICES
+  export.write_bundle([workdir], tmp_path / 'bundle')
+  card = (tmp_path / 'bundle' / 'README.md').read_text()
+  assert 'Labels of network 0 are of patients' in card and 'Detection of patients with lesion, network 0: ' in card
+
+
+def test_what_needs_labels_of_slices_is_refused(run, prepared, tmp_path):
+  workdir, config = run
+  fitted = tiny(cls, **{'data.fold': config.data.fold, 'evaluate.fit_temperature': True})
+  for refused in (
+    lambda: evaluate.evaluate(fitted, workdir, prepared),
+    lambda: train.train(fitted, tmp_path, prepared),
+  ):
+    with pytest.raises(UserError, match='evaluate.fit_temperature: needs labels of slices, but these are of patients'):
+      refused()
+  with pytest.raises(UserError, match='has labels of patients but no masks; train a classifier'):
+    datasets.load_dataset_for(tiny(seg), prepared)
+
+
+@pytest.mark.slow
+def test_cross_validation_pools_patients_only(prepared, cohort, tmp_path):
+  config = tiny(cls, **{'data.fold': 'all', 'train.steps': 2})
+  result = cross_validation.cross_validate(config, tmp_path, prepared)
+  assert result['auc'] is None and results.scores_slices(result) is False
+  table = results.read_patients(tmp_path)
+  assert sorted(table['owner'].tolist()) == sorted(cohort[1]) and result['patient']['auc'] is not None
+  assert 'Labels are of patients' in report.write_report(tmp_path, datasets.card(prepared, 'all')).read_text()
+
+
+def small(folder, rows, scans=('a', 'b', 'c'), columns='patient,class'):
+  folder.mkdir(exist_ok=True)
+  for name in scans:
+    (folder / f'{name}_ct.nii.gz').write_bytes(b'')
+  write_labels(folder, rows, columns)
+  return folder
+
+
+@pytest.mark.parametrize(
+  ('rows', 'lines'),
+  [
+    ([('a', 1), ('b', 0), ('c', 1), ('a', 0)], ["labels.csv: line 5: 'a' has another class in a line above"]),
+    ([('a', 1), ('b', 0), ('c', 1), ('d', 0)], ["labels.csv: line 5: no scan of the patient 'd'"]),
+    ([('a', 1), ('b', 0)], ['c_ct.nii.gz: its patient is not in labels.csv; add c, or remove it']),
+    ([('a', 1), ('b', ''), ('c', 0)], ["labels.csv: line 3: 'b' has no class"]),
+    ([('a', 1), ('b', 1), ('c', 1)], ['labels.csv: cannot tell which class (1) is without lesion']),
+    ([('a', 'x'), ('b', 'y'), ('c', 'x')], ['labels.csv: cannot tell which class (x, y) is without lesion']),
+    (
+      [('a', 1), ('a', 0), ('d', 1), ('c', 0)],
+      [
+        "labels.csv: line 3: 'a' has another class in a line above",
+        "labels.csv: line 4: no scan of the patient 'd'",
+        'b_ct.nii.gz: its patient is not in labels.csv',
+      ],
+    ),
+  ],
+)
+def test_lists_that_do_not_fit_are_refused_line_by_line(tmp_path, rows, lines):
+  folder = small(tmp_path / 'in', rows)
+  with pytest.raises(UserError) as caught:
+    prepare.prepare(str(folder), str(tmp_path / 'out'), SIZE)
+  got = str(caught.value).splitlines()
+  assert len(got) == len(lines) and all(line in one for line, one in zip(lines, got, strict=True))
+  assert not (tmp_path / 'out').exists()
+
+
+def test_scans_of_one_person_cannot_have_two_classes(tmp_path):
+  folder = small(tmp_path / 'in', [('a', 1), ('b', 0), ('c', 1)])
+  (folder / 'patients.csv').write_text('scan,patient\na,p1\nb,p1\nc,p2\n')
+  with pytest.raises(UserError, match='b_ct.nii.gz: the scans of its patient have two classes in labels.csv'):
+    find(folder)
+
+
+def test_masks_decide_where_there_are_masks(raw_dir, tmp_path):
+  """Cohorts that were known before stay what they were, whatever lists lie beside them."""
+  for path in raw_dir.glob('*000[1-3]_*.nii.gz'):
+    shutil.copy(path, tmp_path / path.name)
+  before = find(tmp_path)
+  write_labels(tmp_path, [('volume-phantom-A-0001', 1)])
+  assert find(tmp_path) == before and before[0] != 'patient_labels'
+  write_labels(tmp_path, [('x', 1)], columns='image,class')
+  assert not patient_labels.recognises(tmp_path)
+
+
+def test_a_changed_label_is_another_cohort_and_dicom_is_read(raw_dir, tmp_path):
+  folder = tmp_path / 'in'
+  for number, path in enumerate(sorted(raw_dir.glob('*_ct.nii.gz'))[:2]):
+    image = nib.load(path)
+    made = dicom_series.slices(np.asarray(image.dataobj), image.affine, number, PatientID=f'id-{number}')
+    dicom_series.save(folder / f'd{number}', made)
+  write_labels(folder, [('d0', 1), ('d1', 0)])
+  name, cases = find(folder)
+  assert name == 'patient_labels' and [case.patient_label for case in cases] == [1, 0]
+  known = [survey.case_digests(cases, survey.fingerprint(cases))]
+  assert [patient.lesion_voxels for patient in survey.survey(cases)] == [(1,) * SLICES, (0,) * SLICES]
+  write_labels(folder, [('d0', 0), ('d1', 1)])
+  cases = find(folder)[1]
+  changed = survey.case_digests(cases, survey.fingerprint(cases))
+  assert all(changed[name] != known[0][name] for name in ('d0', 'd1'))
