@@ -41,7 +41,7 @@ _READERS = min(os.cpu_count() or 1, 4)
 # Scans, or groups of pictures, that are read ahead. One more is computed and one written: at most four are in memory.
 _AHEAD = 2
 # Results that a DICOM SEG stores to say how its mask was made.
-_ABOUT = ('model', 'step', 'threshold', 'temperature', 'flips', 'lungs', 'smallest_ml')
+_ABOUT = ('model', 'step', 'threshold', 'temperature', 'flips', 'lungs', 'smallest_ml', 'context', 'context_mm')
 
 
 class Counts(NamedTuple):
@@ -95,12 +95,15 @@ def predict(
   Raises:
     UserError: nothing was predicted: the source holds no scans; all are refused; with `strict`, one is refused; the
       output folder has files that this program did not write, and `overwrite` is not set; or DICOM SEG is requested,
-      but the model predicts no masks or an input is not a DICOM series. Or a result cannot be written.
+      but the model predicts no masks or an input is not a DICOM series; or all inputs are pictures, but the model
+      sees neighbouring slices. Or a result cannot be written.
     HostLost: another process was lost, and some inputs are left.
     Terminated: on SIGTERM, which stops all processes after the inputs at hand.
   """
   with unpacking() as unpacked:
     sources = find_sources(source, run.model.values, unpacked)
+    if all(one.is_picture for one in sources):
+      run.check_picture(sources[0])
     if as_dicom:
       if not tasks.type_of(run.model.task).has_masks:
         raise UserError('dicom: applies to masks only, and this model gives none; leave it out')
@@ -117,7 +120,7 @@ def _predict(job, sources, overwrite, strict):
 
   def check():
     if strict:
-      _check(sources, job.run.model.values)
+      _check(sources, job.run)
     if not overwrite:
       rows.check_own()
       own_files.refuse(path for source in sources for path in own_files.changed(*job.paths(source)))
@@ -280,6 +283,8 @@ class _Job:
         one.seconds = 0.0
         one.settle(manifest.PREDICTED, self.sha256, lesion_ml=record.get('lesion_ml'))
         return one
+      if source.is_picture:
+        self.run.check_picture(source)
       image = source.read_image(self.run.model.values)
       one.prepared, one.image = self.run.prepare([image]), image
     return one
@@ -309,8 +314,9 @@ class _Job:
       return inputs
     began = time.monotonic()
     try:
-      probability = self.run.probabilities(np.concatenate([one.prepared for one in ready]))
       is_scan = isinstance(ready[0].image, volumes.Scan)  # a scan is alone
+      spacing = ready[0].image.spacing[0] if is_scan else None
+      probability = self.run.probabilities(np.concatenate([one.prepared for one in ready]), spacing)
       for one, own in zip(ready, [probability] if is_scan else probability, strict=True):
         one.probability, one.prepared = own, None
     except Exception as error:  # for example, the devices are out of memory
@@ -383,7 +389,8 @@ class _Job:
 
   def _write_file(self, path, one, prediction, partial):
     if path.suffix == '.dcm':
-      dicom_seg.write_seg(partial, prediction.mask, one.image, {key: prediction.numbers[key] for key in _ABOUT})
+      about = {key: prediction.numbers[key] for key in _ABOUT if key in prediction.numbers}
+      dicom_seg.write_seg(partial, prediction.mask, one.image, about)
       return
     values = prediction.mask if path.name.startswith(f'{one.source.stem}_mask') else prediction.probability
     if one.source.is_picture:
@@ -393,8 +400,8 @@ class _Job:
         nifti.write_volume_to(file, values, one.image, compressed=True)
 
 
-def _check(sources, values):
-  """Reads all sources, several at a time.
+def _check(sources, run):
+  """Reads all sources, several at a time, and checks that the model takes them.
 
   Raises:
     UserError: sources are refused; one line for each.
@@ -402,7 +409,9 @@ def _check(sources, values):
 
   def problem(source):
     try:
-      source.read_image(values)
+      source.read_image(run.model.values)
+      if source.is_picture:
+        run.check_picture(source)
     except UserError as error:
       return str(error)
     except Exception as error:

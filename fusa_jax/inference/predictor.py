@@ -4,14 +4,14 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from fusa_jax.inference import bundle, postprocessing, trained
 from fusa_jax.runs import operating_point
-from fusa_jax.scans import volumes
+from fusa_jax.scans import neighbours, volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import meshes, paths
@@ -102,16 +102,20 @@ class Predictor:
 
     Raises:
       UserError: as `paths.check_local`, `find_sources`, `Source.read_image` and `volumes.from_volume`; the source holds
-        several scans; the array has other dimensions; or the operating point uses lungs or lesion volumes and the array
-        has no spacing.
+        several scans; the array has other dimensions; the operating point uses lungs or lesion volumes, or the model
+        sees neighbouring slices, and the array has no spacing; or as `check_picture`.
     """
+    name = image if isinstance(image, (str, pathlib.Path)) else 'array'
     if isinstance(image, (str, pathlib.Path)):
       paths.check_local('image', image)
       image = self._read(pathlib.Path(image))
     elif isinstance(image, np.ndarray):
       image = self._from_array(image, spacing)
-    probability = self.probabilities(self.prepare([image]))
-    return self.result(image, probability if isinstance(image, volumes.Scan) else probability[0])
+    is_scan = isinstance(image, volumes.Scan)
+    if not is_scan:
+      self.check_picture(name)
+    probability = self.probabilities(self.prepare([image]), image.spacing[0] if is_scan else None)
+    return self.result(image, probability if is_scan else probability[0])
 
   def _read(self, path):
     with unpacking() as unpacked:
@@ -129,6 +133,8 @@ class Predictor:
       raise UserError(f'array: has {array.ndim} dimensions; give slices [S, H, W]{pictures}')
     if spacing is None and (self.point.smallest_ml or self.point.lungs):
       raise UserError('spacing: missing, but needed to remove small lesions or limit masks to the lungs; give it in mm')
+    if spacing is None and self.model.context.slices:
+      raise UserError('spacing: missing, but needed to tell which slices are neighbours; give it in mm')
     affine = np.diag([*np.multiply(_CANONICAL, (1, 1, 1) if spacing is None else spacing[::-1]), 1.0])
     return volumes.from_volume(array.transpose(2, 1, 0), affine, pathlib.Path('array'), self.model.values)
 
@@ -137,12 +143,28 @@ class Predictor:
     slices = images[0].values if isinstance(images[0], volumes.Scan) else images  # a scan is alone in `images`
     return volumes.network_slices(slices, self.model.image_size)
 
-  def probabilities(self, images: np.ndarray) -> np.ndarray:
-    """Probabilities for the output of `prepare`: float32 [S] or [S, size, size]."""
-    size, out = self._batch_size, []
+  def check_picture(self, name: Any) -> None:
+    """Raises a UserError about the picture `name` if the model sees neighbouring slices, which a picture lacks."""
+    if self.model.context.slices:
+      count = self.model.context.channels
+      raise UserError(
+        f'{name}: a single picture, but the model sees {count} neighbouring slices at once (data.context); give a scan'
+      )
+
+  def probabilities(self, images: np.ndarray, spacing: float | None = None) -> np.ndarray:
+    """Probabilities for the output of `prepare`: float32 [S] or [S, size, size].
+
+    Args:
+      images: the slices. For a model that sees neighbours: all slices of one scan, or slices with their neighbours
+        [S, size, size, C].
+      spacing: the distance between the slices of a scan in mm, for the neighbours.
+    """
+    context, size, out = self.model.context, self._batch_size, []
     rows = meshes.local_rows(self._mesh, size)
+    indices = context.indices(len(images), spacing) if context.slices and images.ndim == 3 else None
     for start in range(0, len(images), size):
-      part = images[start : start + size]
+      span = slice(start, start + size)
+      part = images[span] if indices is None else neighbours.stacked(images, indices[span])
       batch = np.zeros((size, *part.shape[1:]), part.dtype)
       batch[: len(part)] = part
       put = meshes.to_devices(self._mesh, size, rows, batch[rows])
@@ -154,7 +176,9 @@ class Predictor:
   def sha256(self) -> str:
     """The digest of all that decides a result beside the input: the model, and the operating point."""
     point = {key: value for key, value in self.point.about().items() if key != 'chosen_by'}
-    return sha256(json.dumps([self.model.sha256, self.model.values, self.model.image_size, point]).encode())
+    model = self.model
+    context = [list(model.context)] if model.context.slices else []
+    return sha256(json.dumps([model.sha256, model.values, model.image_size, point, *context]).encode())
 
   def result(self, image: volumes.Scan | np.ndarray, probability: np.ndarray) -> Prediction:
     """Makes the mask and the numbers of a scan or picture from its probabilities.
@@ -164,6 +188,8 @@ class Predictor:
       probability: the output of `probabilities` for the image: all slices of a scan, or the one slice of a picture.
     """
     about = {'model': self.model.name, 'step': self.model.step, 'values': self.model.values, **self.point.about()}
+    if self.model.context.slices:
+      about |= {'context': self.model.context.slices, 'context_mm': self.model.context.mm}
     if isinstance(image, volumes.Scan):
       prediction = self._predict_scan(image, probability)
     else:

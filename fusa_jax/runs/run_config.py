@@ -17,6 +17,7 @@ _RESUMABLE = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.
 # Keys that configs of older runs may lack: the default does what these runs did.
 _ADDED = {
   *('data.coloured', 'train.deterministic', 'train.clip_norm', 'train.ema', 'train.epochs', 'train.patience'),
+  *('data.context', 'data.context_mm'),
   *('train.deep_supervision', 'train.remat'),
   *(f'augment.{key}' for key in ('affine_probability', 'rotation', 'scaling', 'shear', 'noise_probability', 'noise')),
   *(f'augment.{key}' for key in ('blur_probability', 'blur', 'low_resolution_probability', 'low_resolution')),
