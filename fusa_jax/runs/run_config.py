@@ -52,6 +52,8 @@ def _save(workdir, config):
     # With named data no phantoms are drawn, so their options do not matter.
     names_data = any(flat[key] for flat in (before, now) for key in ('data.raw_dir', 'data.dir'))
     resumable = (*_RESUMABLE, 'data.phantom.') if names_data else _RESUMABLE
+    if not before['data.context'] and not now['data.context']:  # without neighbours, their distance does not matter
+      resumable = (*resumable, 'data.context_mm')
     differ = sorted(
       key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(resumable)
     )

@@ -13,14 +13,17 @@ import threading
 import time
 
 import jax
+import layouts
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import PATIENTS, SIZE, SLICES, tiny
+from PIL import Image
 from scipy import special
 
 from configs import seg
 from data import prepare
+from data.cohorts import CohortOptions
 from fusa_jax import tasks
 from fusa_jax.inference import export, predict, predictor, trained
 from fusa_jax.runs import results, run_config
@@ -338,6 +341,22 @@ def test_datasets_without_order_are_refused(metadata, reason):
     datasets._check_order('FOLDER', known | metadata)
 
 
+def test_pictures_have_neighbours_in_the_order_of_their_names(raw_dir, tmp_path, caplog):
+  layouts.slices(raw_dir, tmp_path)
+  options = CohortOptions(intensity='grey')
+  prepared = prepare.prepare(str(tmp_path), str(tmp_path / 'prepared'), SIZE, options=options)
+  config = tiny(seg, **CONTEXT, **{'data.intensity': 'grey'})
+  with caplog.at_level(logging.INFO):
+    split = datasets.load_dataset_for(config, prepared).test
+  assert 'the distances between the pictures of a patient are unknown' in caplog.text
+  numbered = {patient: number for number, patient in enumerate(sorted(f'p{k:02d}' for k in range(1, PATIENTS + 1)))}
+  for row in (0, 7, SLICES - 1):
+    own = numbered[str(split.patient[row])] * SLICES
+    numbers = [own + min(max(int(split.slice[row]) + offset, 0), SLICES - 1) for offset in (-1, 0, 1)]
+    pictures_of_row = [np.asarray(Image.open(tmp_path / 'images' / f'{number:04d}.jpg')) for number in numbers]
+    np.testing.assert_array_equal(split.source[row]['image'], np.dstack(pictures_of_row))
+
+
 def test_unknown_distances_are_said_once(caplog):
   known = {'patients': 'named', 'masks': True, 'folds': {'fold0': [{'lesion_voxels': [1, 0], 'lesion_ml': None}]}}
   with caplog.at_level(logging.INFO):
@@ -354,6 +373,18 @@ def test_a_refused_context_leaves_no_workdir(data_dir, tmp_path):
   with pytest.raises(UserError, match=r'data.context: slices of unknown patients have no neighbours'):
     train.train(config, tmp_path / 'run', data_dir)
   assert not (tmp_path / 'run').exists()
+
+
+def test_the_distance_matters_to_a_run_only_with_neighbours(tmp_path):
+  """Runs of earlier versions stored no distance, and the demo has another one than the default."""
+  stored = tiny(seg).to_dict()
+  del stored['data']['context'], stored['data']['context_mm']
+  (tmp_path / 'old').mkdir()
+  (tmp_path / 'old' / 'config.json').write_text(json.dumps(stored))
+  run_config.save_config(tmp_path / 'old', tiny(seg))
+  run_config.save_config(tmp_path / 'new', tiny(seg, **CONTEXT))
+  with pytest.raises(UserError, match=r'data.context_mm \(25.0 -> 10.0\)'):
+    run_config.save_config(tmp_path / 'new', tiny(seg, **CONTEXT | {'data.context_mm': 10.0}))
 
 
 def test_folds_hold_whole_scans(dataset):
