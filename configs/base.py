@@ -36,6 +36,9 @@ def paper() -> ml_collections.ConfigDict:
   # tests a run for each fold, and pools their results (cross-validation).
   config.data.fold = config_dict.FieldReference(0, field_type=object)
   config.data.image_size = 512  # side of the square slices, in pixels
+  # Neighbouring slices on each side that the model sees beside a slice, as further channels (2.5D); 0: the slice alone.
+  config.data.context = 0
+  config.data.context_mm = 10.0  # slices farther away than this, in mm, are not neighbours
   config.data.window = (-1000.0, 300.0)  # lower and upper limit, in HU; the network input is clipped to this range
   config.data.balanced = True  # train on slices with and without lesion in the ratio 1:1; False: in the data's ratio
   config.data.phantom = ml_collections.ConfigDict()  # the synthetic cohort of the demo
@@ -164,6 +167,7 @@ def demo(config: ml_collections.ConfigDict) -> None:
   """
   config.model.width = 8
   config.data.image_size = 64
+  config.data.context_mm = 25.0  # the slices of the phantoms are 12 to 23 mm apart
   config.augment.crop_probability = 0.0
   config.augment.crop_fractions = (1 / 2,)  # a smaller crop of 64 x 64 pixels shows nothing
   config.augment.flip = True

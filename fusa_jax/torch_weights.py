@@ -145,8 +145,9 @@ def initial(path: str | pathlib.Path, name: str, shapes: dict) -> tuple[dict, li
 
   It takes a complete state dict of the model. It also takes weights that differ in these ways:
   - another number of classes: it leaves out the head.
-  - three input channels instead of one: it sums the kernels of the first layer over them. On a grey image the result
-    is the same.
+  - three input channels instead of C: it sums the kernels of the first layer over them, and divides the sum evenly
+    among the C channels. On a grey image, or on C equal slices, the result is the same. A model of three channels
+    (data.context=1) takes the kernels as they are.
   - no FUSA: it leaves out the parameters of FUSA.
   - a classifier that is the encoder of this model: it leaves out the decoder.
 
@@ -187,9 +188,11 @@ def initial(path: str | pathlib.Path, name: str, shapes: dict) -> tuple[dict, li
   for key, value in needed.items():
     torch_name, shape = _torch_name(key, rules), _torch_shape(key, value.shape)
     tensor = tensors.get(torch_name)
-    if len(shape) == 4 and shape[1] == 1 and tensor is not None and tensor.shape == (shape[0], 3, *shape[2:]):
-      tensors[torch_name] = tensor.sum(axis=1, keepdims=True)
-      notes.append(f'{torch_name}: summed over its 3 input channels, for grey images')
+    channels = shape[1] if len(shape) == 4 else 3
+    if channels != 3 and tensor is not None and tensor.shape == (shape[0], 3, *shape[2:]):
+      tensors[torch_name] = np.repeat(tensor.sum(axis=1, keepdims=True) / channels, channels, axis=1)
+      purpose = 'grey images' if channels == 1 else f'{channels} slices, each with an equal share of the sum'
+      notes.append(f'{torch_name}: summed over its 3 input channels, for {purpose}')
   arrays, problems = _match(needed, tensors, rules)
   _refuse(problems, f'model.init_from: {path} does not fit {name}')
   return _nested(arrays), notes

@@ -37,9 +37,9 @@ def state_dicts():
   return get
 
 
-def shapes(name, **options):
+def shapes(name, channels=1, **options):
   module = models.create(name, **options)
-  return jax.eval_shape(lambda key: module.init(key, jnp.zeros((1, 64, 64, 1)), train=False), jax.random.key(0))
+  return jax.eval_shape(lambda key: module.init(key, jnp.zeros((1, 64, 64, channels)), train=False), jax.random.key(0))
 
 
 def save(state, path):
@@ -122,6 +122,28 @@ def test_rgb_weights_are_summed_for_grey_images(suffix, state_dicts, tmp_path):
     expected = theirs(torch.tensor(grey).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)).numpy()
   got = models.create('resnet18').apply(variables, grey, train=False)
   np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize('channels', [3, 5])
+def test_rgb_weights_of_several_slices(channels, tmp_path):
+  """Three slices take the place of red, green and blue. Five equal slices give the result of a grey image."""
+  torch.manual_seed(0)
+  theirs = torch_reference.create('resnet18', 1, in_channels=3).eval()
+  path = save(theirs.state_dict(), tmp_path / 'weights.pth')
+  variables, notes = torch_weights.initial(path, 'resnet18', shapes('resnet18', channels))
+  images = np.random.default_rng(0).normal(size=(2, 64, 64, channels if channels == 3 else 1)).astype(np.float32)
+  with torch.no_grad():
+    expected = theirs(torch.tensor(images).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)).numpy()
+  got = models.create('resnet18').apply(variables, np.broadcast_to(images, (2, 64, 64, channels)), train=False)
+  np.testing.assert_allclose(got, expected, rtol=1e-4)
+  kernel = variables['params']['encoder']['conv1']['kernel']
+  if channels == 3:
+    np.testing.assert_array_equal(kernel, theirs.conv1.weight.detach().permute(2, 3, 1, 0))
+    assert notes == []
+  else:
+    assert notes == [
+      'conv1.weight: summed over its 3 input channels, for 5 slices, each with an equal share of the sum'
+    ]
 
 
 def test_half_precision_files_are_read_as_float32(state_dicts, tmp_path):

@@ -13,11 +13,13 @@ from jax import export as jax_export
 
 from fusa_jax.inference import trained
 from fusa_jax.runs import operating_point
+from fusa_jax.scans.neighbours import SLICE_ALONE, Context
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError, one_line
 from fusa_jax.system.files import sha256
 
-FORMAT, VERSION = 'fusa_jax bundle', 1
+# Version 2 takes slices with their neighbours; a bundle without neighbours is written in version 1.
+FORMAT, VERSION = 'fusa_jax bundle', 2
 ABOUT, PROGRAM, WEIGHTS = 'bundle.json', 'model.stablehlo', 'weights.safetensors'
 FILES = (PROGRAM, WEIGHTS, 'config.json', 'README.md', 'run.py')
 # The fields of `trained.Model` that bundle.json holds, and all its fields that this module reads.
@@ -57,6 +59,7 @@ def load_bundle(
     function=exported.call,
     variables=jax.device_put(safetensors.numpy.load(content[WEIGHTS]), meshes.replicated(mesh)),
     **{key: about[key] for key in OF_MODEL},
+    context=about['context'],
     sha256=sha256(json.dumps([about['sha256'][name] for name in (PROGRAM, WEIGHTS)]).encode()),
   )
   return model, point
@@ -95,8 +98,10 @@ def _about(folder):
   if isinstance(version, int) and version > VERSION:
     raise UserError(f'{path}: has format {version}, but this fusa_jax reads {VERSION}; install a newer fusa_jax')
   try:
-    if version != VERSION or _NEEDED - about.keys() or set(FILES) - about['sha256'].keys():
+    needed = _NEEDED | {'context'} if version == VERSION else _NEEDED
+    if version not in (1, VERSION) or needed - about.keys() or set(FILES) - about['sha256'].keys():
       raise ValueError('parts are missing')
+    about['context'] = Context(**about['context']) if version == VERSION else SLICE_ALONE
     about['operating_point'] = operating_point.OperatingPoint(**about['operating_point'])
   except (AttributeError, TypeError, ValueError) as error:
     raise UserError(f'{path}: damaged ({error}); copy the bundle again from its source') from None

@@ -65,7 +65,7 @@ def activation_maps(
   flips: bool = False,
   number: int = 0,
 ) -> dict[str, jax.Array]:
-  """Returns {name of MAPS: float32 [B, h, w]} for slices [B, H, W], from the last level of one classifier.
+  """Returns {name of MAPS: float32 [B, h, w]} for slices [B, H, W] (or with their neighbours), from one classifier.
 
   'gradcam': Grad-CAM (Selvaraju et al., ICCV 2017) for the logit of lesion. For features F [h, w, C] of the last level
   (`models.layers.last_level`), the weight of channel c is the mean over space of d logit / d F[..., c], and the map is
@@ -87,7 +87,7 @@ def activation_maps(
   maps = functools.partial(_maps, task, variables, temperature=temperature, number=number)
   if not flips:
     return maps(slices)
-  both = jax.lax.map(maps, jnp.stack([slices, slices[..., ::-1]]))
+  both = jax.lax.map(maps, jnp.stack([slices, slices[:, :, ::-1]]))
   return {name: (plain + mirrored[..., ::-1]) / 2 for name, (plain, mirrored) in both.items()}
 
 

@@ -1,8 +1,8 @@
 """Exports a model as a bundle: a folder with the program, the weights and a model card, without other data of the run.
 
-The program is StableHLO from `jax.export`. Its inputs are weights and slices as in a scan. Its output is probabilities
-on the same grid. It includes the window, resizing, networks, flips, temperature and mean. To run it, a user needs jax
-but not this package.
+The program is StableHLO from `jax.export`. Its inputs are weights and slices as in a scan, with their neighbours as
+channels if the model sees these. Its output is probabilities on the same grid. It includes the window, resizing,
+networks, flips, temperature and mean. To run it, a user needs jax but not this package.
 
 It computes in float32 at the highest precision on every device, so results match the model card.
 """
@@ -64,16 +64,20 @@ def write_bundle(
   model = trained.create(networks, point.flips)
   point = point.for_model(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
   exported = program(networks, point.flips)
+  context = model.context
   about = {
     'format': bundle.FORMAT,
-    'version': bundle.VERSION,
+    'version': bundle.VERSION if context.slices else 1,
     **{key: getattr(model, key) for key in bundle.OF_MODEL},
+    **({'context': context._asdict()} if context.slices else {}),
     'operating_point': point.about(),
     'dtype': 'float32',
     'inputs': {
       'weights': f'{bundle.WEIGHTS}: a dict of arrays by name',
-      'slices': f'int16 [batch, height, width] of any size, {_VALUES[model.values]}; rows run from the front of the '
-      "chest to the back, columns from the patient's right to the left",
+      'slices': _input('batch, height, width', model.values)
+      if not context.slices
+      else _input(f'batch, height, width, {context.channels}', model.values)
+      + '; the last axis holds a slice in the middle, and its neighbours from inferior to superior',
     },
     'output': 'float32 probability of lesion ' + tasks.type_of(model.task).output,
     'platforms': list(exported.platforms),
@@ -88,7 +92,7 @@ def write_bundle(
     (partial / bundle.PROGRAM).write_bytes(exported.serialize())
     (partial / bundle.WEIGHTS).write_bytes(safetensors.numpy.save(weights_of(networks)))
     write_json(partial / 'config.json', [_without_places(network.config) for network in networks])
-    script = (_TEXTS / 'run.py').read_text()
+    script = pages.fill('bundle/run.py', context=context, mm=' MM' if context.slices else '')
     (partial / 'run.py').write_text(script)
     pages.write_page(partial / 'README.md', 'bundle/card.md', **card, script=script)
     digests = {name: sha256((partial / name).read_bytes()) for name in bundle.FILES}
@@ -98,8 +102,17 @@ def write_bundle(
 _VALUES = {'hu': 'Hounsfield units', 'grey': '8-bit grey values, 0 to 255'}
 
 
+def _input(axes, values):
+  return (
+    f'int16 [{axes}] of any size, {_VALUES[values]}; rows run from the front of the chest to the back, columns from '
+    "the patient's right to the left"
+  )
+
+
 def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Exported:
   """Exports (weights by name, slices int16 [batch, height, width]) -> probability as StableHLO, for slices of any size.
+
+  With neighbours, slices are [batch, height, width, C].
 
   Args:
     networks: the networks of the mean. Only the shapes of their variables are used.
@@ -107,6 +120,8 @@ def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Expo
   """
   config = networks[0].config
   size, is_hu, gives_masks = config.data.image_size, config.data.intensity == 'hu', tasks.type_of(config.task).has_masks
+  context = tasks.context_of(config)
+  channels = (context.channels,) if context.slices else ()
   networks = [network._replace(config=_in_float32(network.config)) for network in networks]
 
   def lesion_probability(weights, slices):
@@ -114,11 +129,14 @@ def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Expo
     each = [trees[str(number)] for number in range(len(networks))] if len(networks) > 1 else [trees]
     model = trained.create([network._replace(variables=v) for network, v in zip(networks, each, strict=True)], flips)
     values = jnp.maximum(slices, volumes.AIR) if is_hu else slices  # as in `volume_files.read_scan`
-    probability = model.function(model.variables, jnp.rint(resize(values, size, size)).astype(jnp.int16))
-    return resize(probability, *slices.shape[1:]) if gives_masks else probability
+    to_network = lambda images: resize(images, size, size)
+    resized = jax.vmap(to_network, -1, -1)(values) if channels else to_network(values)
+    probability = model.function(model.variables, jnp.rint(resized).astype(jnp.int16))
+    return resize(probability, *slices.shape[1:3]) if gives_masks else probability
 
   shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights_of(networks).items()}
-  slices = jax.ShapeDtypeStruct(jax_export.symbolic_shape('batch, height, width'), jnp.int16)
+  shape = (*jax_export.symbolic_shape('batch, height, width'), *channels)
+  slices = jax.ShapeDtypeStruct(shape, jnp.int16)
   # Without 'highest', a GPU multiplies with 10 of float32's 23 mantissa bits, and a TPU with 7.
   with jax.default_matmul_precision('highest'), _without_sources():
     return jax_export.export(jax.jit(lesion_probability), platforms=_PLATFORMS)(shapes, slices)
@@ -195,6 +213,7 @@ def _card(about, workdirs, networks):
     'about': about,
     'values': _VALUES[about['values']],
     'window': window.black_and_white(about['values'], networks[0].config.data.window),
+    'context': tasks.context_of(networks[0].config),
     'parameters': sum(x.size for network in networks for x in jax.tree.leaves(network.variables['params'])),
     'networks': list(zip(networks, patients, strict=True)),
     'tests': tests,

@@ -41,7 +41,7 @@ _READERS = min(os.cpu_count() or 1, 4)
 # Scans, or groups of pictures, that are read ahead. One more is computed and one written: at most four are in memory.
 _AHEAD = 2
 # Results that a DICOM SEG stores to say how its mask was made.
-_ABOUT = ('model', 'step', 'threshold', 'temperature', 'flips', 'lungs', 'smallest_ml')
+_ABOUT = ('model', 'step', 'threshold', 'temperature', 'flips', 'lungs', 'smallest_ml', 'context', 'context_mm')
 
 
 class Counts(NamedTuple):
@@ -102,7 +102,8 @@ def predict(
     UserError: nothing was predicted: the source holds no scans; all are refused; with `strict`, one is refused; the
       output folder has files that this program did not write, and `overwrite` is not set; or DICOM SEG is requested,
       but the model predicts no masks or an input is not a DICOM series; or maps are requested, but the model has none,
-      or volumes of them, but an input is a picture. Or a result cannot be written.
+      or volumes of them, but an input is a picture; or all inputs are pictures, but the model sees neighbouring slices.
+      Or a result cannot be written.
     HostLost: another process was lost, and some inputs are left.
     Terminated: on SIGTERM, which stops all processes after the inputs at hand.
   """
@@ -115,6 +116,8 @@ def predict(
     pictured = [source for source in sources if source.is_picture]
     if explain == explanation.VOLUMES and pictured:
       raise UserError(f'explain: {pictured[0]} is a picture and has no volume; give --explain={explanation.OVERLAYS}')
+    if all(one.is_picture for one in sources):
+      run.check_picture(sources[0])
     if as_dicom:
       if not tasks.type_of(run.model.task).has_masks:
         raise UserError('dicom: applies to masks only, and this model gives none; leave it out')
@@ -131,7 +134,7 @@ def _predict(job, sources, overwrite, strict):
 
   def check():
     if strict:
-      _check(sources, job.run.model.values)
+      _check(sources, job.run)
     if not overwrite:
       rows.check_own()
       own_files.refuse(path for source in sources for path in own_files.changed(*job.paths(source)))
@@ -312,6 +315,8 @@ class _Job:
         one.seconds = 0.0
         one.settle(manifest.PREDICTED, self.sha256, numbers=record)
         return one
+      if source.is_picture:
+        self.run.check_picture(source)
       image = source.read_image(self.run.model.values)
       one.prepared, one.image = self.run.prepare([image]), image
     return one
@@ -341,10 +346,11 @@ class _Job:
       return inputs
     began = time.monotonic()
     try:
-      prepared = np.concatenate([one.prepared for one in ready])
-      probability = self.run.probabilities(prepared)
-      maps = self.run.maps(prepared) if self._explain else {}
       is_scan = isinstance(ready[0].image, volumes.Scan)  # a scan is alone
+      spacing = ready[0].image.spacing[0] if is_scan else None
+      prepared = np.concatenate([one.prepared for one in ready])
+      probability = self.run.probabilities(prepared, spacing)
+      maps = self.run.maps(prepared, spacing) if self._explain else {}
       for k, one in enumerate(ready):
         one.probability, one.prepared = probability if is_scan else probability[k], None
         if self._explain:
@@ -419,7 +425,8 @@ class _Job:
 
   def _write_file(self, path, one, prediction, partial):
     if path.suffix == '.dcm':
-      dicom_seg.write_seg(partial, prediction.mask, one.image, {key: prediction.numbers[key] for key in _ABOUT})
+      about = {key: prediction.numbers[key] for key in _ABOUT if key in prediction.numbers}
+      dicom_seg.write_seg(partial, prediction.mask, one.image, about)
       return
     ending, description = path.name.removeprefix(f'{one.source.stem}_'), ''
     if ending == 'explanation.png':
@@ -440,8 +447,8 @@ class _Job:
         nifti.write_volume_to(file, values, one.image, compressed=True, description=description)
 
 
-def _check(sources, values):
-  """Reads all sources, several at a time.
+def _check(sources, run):
+  """Reads all sources, several at a time, and checks that the model takes them.
 
   Raises:
     UserError: sources are refused; one line for each.
@@ -449,7 +456,9 @@ def _check(sources, values):
 
   def problem(source):
     try:
-      source.read_image(values)
+      source.read_image(run.model.values)
+      if source.is_picture:
+        run.check_picture(source)
     except UserError as error:
       return str(error)
     except Exception as error:

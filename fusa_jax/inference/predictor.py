@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from fusa_jax import tasks
 from fusa_jax.inference import bundle, explanation, postprocessing, trained
 from fusa_jax.measures import patients
 from fusa_jax.runs import operating_point, patient_rule
-from fusa_jax.scans import volumes
+from fusa_jax.scans import neighbours, volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import meshes, paths
@@ -111,12 +111,13 @@ class Predictor:
 
     Raises:
       UserError: as `paths.check_local`, `find_sources`, `Source.read_image` and `volumes.from_volume`; the source holds
-        several scans; the array has other dimensions; the operating point uses lungs or lesion volumes and the array
-        has no spacing; or `explain` is set and the model has no maps.
+        several scans; the array has other dimensions; the operating point uses lungs or lesion volumes, or the model
+        sees neighbouring slices, and the array has no spacing; `explain` is set and the model has no maps; or as
+        `check_picture`.
     """
     if explain:
       self.check_explains()
-    unknown = None
+    name, unknown = image if isinstance(image, (str, pathlib.Path)) else 'array', None
     if isinstance(image, (str, pathlib.Path)):
       paths.check_local('image', image)
       image = self._read(pathlib.Path(image))
@@ -126,10 +127,13 @@ class Predictor:
         unknown = patient_rule.no_answer(
           'the array has no spacing, so the volume of its mask is unknown; give it in mm'
         )
-    prepared = self.prepare([image])
-    probability = self.probabilities(prepared)
-    maps = self.maps(prepared) if explain else None
-    prediction = self.result(image, probability if isinstance(image, volumes.Scan) else probability[0], maps)
+    is_scan = isinstance(image, volumes.Scan)
+    if not is_scan:
+      self.check_picture(name)
+    prepared, between = self.prepare([image]), image.spacing[0] if is_scan else None
+    probability = self.probabilities(prepared, between)
+    maps = self.maps(prepared, between) if explain else None
+    prediction = self.result(image, probability if is_scan else probability[0], maps)
     return prediction._replace(numbers=prediction.numbers | ({'patient': unknown} if unknown else {}))
 
   @property
@@ -153,6 +157,8 @@ class Predictor:
       raise UserError(f'array: has {array.ndim} dimensions; give slices [S, H, W]{pictures}')
     if spacing is None and (self.point.smallest_ml or self.point.lungs):
       raise UserError('spacing: missing, but needed to remove small lesions or limit masks to the lungs; give it in mm')
+    if spacing is None and self.model.context.slices:
+      raise UserError('spacing: missing, but needed to tell which slices are neighbours; give it in mm')
     affine = np.diag([*np.multiply(_CANONICAL, (1, 1, 1) if spacing is None else spacing[::-1]), 1.0])
     return volumes.from_volume(array.transpose(2, 1, 0), affine, pathlib.Path('array'), self.model.values)
 
@@ -161,9 +167,23 @@ class Predictor:
     slices = images[0].values if isinstance(images[0], volumes.Scan) else images  # a scan is alone in `images`
     return volumes.network_slices(slices, self.model.image_size)
 
-  def probabilities(self, images: np.ndarray) -> np.ndarray:
-    """Probabilities for the output of `prepare`: float32 [S] or [S, size, size]."""
-    return self._in_batches(self._probabilities, images)
+  def check_picture(self, name: Any) -> None:
+    """Raises a UserError about the picture `name` if the model sees neighbouring slices, which a picture lacks."""
+    if self.model.context.slices:
+      count = self.model.context.channels
+      raise UserError(
+        f'{name}: a single picture, but the model sees {count} neighbouring slices at once (data.context); give a scan'
+      )
+
+  def probabilities(self, images: np.ndarray, spacing: float | None = None) -> np.ndarray:
+    """Probabilities for the output of `prepare`: float32 [S] or [S, size, size].
+
+    Args:
+      images: the slices. For a model that sees neighbours: all slices of one scan, or slices with their neighbours
+        [S, size, size, C].
+      spacing: the distance between the slices of a scan in mm, for the neighbours.
+    """
+    return self._in_batches(self._probabilities, images, spacing)
 
   def check_explains(self) -> None:
     """Raises a UserError if the model has no class-activation maps."""
@@ -176,12 +196,15 @@ class Predictor:
       'that was exported'
     )
 
-  def maps(self, images: np.ndarray) -> dict[str, np.ndarray]:
+  def maps(self, images: np.ndarray, spacing: float | None = None) -> dict[str, np.ndarray]:
     """Class-activation maps for the output of `prepare`: {name of explanation.MAPS: float32 [S, h, w]}.
 
     The maps are coarse; `volumes.resize` brings them to the size of the image, as their pictures and volumes have it.
+
+    Args:
+      images, spacing: as in `probabilities`.
     """
-    maps = self._in_batches(self._maps, images)
+    maps = self._in_batches(self._maps, images, spacing)
     return {name: maps[name] for name in explanation.MAPS if name in maps}  # jit sorts the names
 
   @functools.cached_property
@@ -191,16 +214,20 @@ class Predictor:
   @functools.cached_property
   def map_names(self) -> list[str]:
     """The names of the maps that `maps` returns."""
-    slices = jax.ShapeDtypeStruct((1, self.model.image_size, self.model.image_size), np.int16)
+    size, context = self.model.image_size, self.model.context
+    shape = (1, size, size, context.channels) if context.slices else (1, size, size)
+    slices = jax.ShapeDtypeStruct(shape, np.int16)
     shapes = jax.eval_shape(self.model.explainer.function, self.model.variables, slices)
     return [name for name in explanation.MAPS if name in shapes]
 
-  def _in_batches(self, function, images):
+  def _in_batches(self, function, images, spacing):
     """Applies a jitted function to all images, in batches; returns its arrays on the host."""
-    size, out = self._batch_size, []
+    context, size, out = self.model.context, self._batch_size, []
     rows = meshes.local_rows(self._mesh, size)
+    indices = context.indices(len(images), spacing) if context.slices and images.ndim == 3 else None
     for start in range(0, len(images), size):
-      part = images[start : start + size]
+      span = slice(start, start + size)
+      part = images[span] if indices is None else neighbours.stacked(images, indices[span])
       batch = np.zeros((size, *part.shape[1:]), part.dtype)
       batch[: len(part)] = part
       put = meshes.to_devices(self._mesh, size, rows, batch[rows])
@@ -212,7 +239,9 @@ class Predictor:
   def sha256(self) -> str:
     """The digest of all that decides a result beside the input: the model, and the operating point."""
     point = {key: value for key, value in self.point.about().items() if key != 'chosen_by'}
-    return sha256(json.dumps([self.model.sha256, self.model.values, self.model.image_size, point]).encode())
+    model = self.model
+    context = [list(model.context)] if model.context.slices else []
+    return sha256(json.dumps([model.sha256, model.values, model.image_size, point, *context]).encode())
 
   def result(
     self, image: volumes.Scan | np.ndarray, probability: np.ndarray, maps: dict[str, np.ndarray] | None = None
@@ -226,6 +255,8 @@ class Predictor:
     """
     about = {'model': self.model.name, 'step': self.model.step, 'values': self.model.values, **self.point.about()}
     about.pop('patient', None)  # the answer for the patient repeats the rule
+    if self.model.context.slices:
+      about |= {'context': self.model.context.slices, 'context_mm': self.model.context.mm}
     if isinstance(image, volumes.Scan):
       prediction = self._predict_scan(image, probability)
     else:

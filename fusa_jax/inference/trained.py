@@ -17,6 +17,7 @@ from fusa_jax import tasks
 from fusa_jax.inference import explanation
 from fusa_jax.runs import checkpoint, operating_point, results, run_config
 from fusa_jax.runs.split import TEST
+from fusa_jax.scans.neighbours import SLICE_ALONE, Context
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import window
@@ -27,7 +28,8 @@ class Model:
   """A function that computes probabilities, from runs or from a bundle, and the facts about it.
 
   Attributes:
-    function: (variables, slices [B, size, size]) -> probability of lesion, float32 [B] or [B, size, size].
+    function: (variables, slices [B, size, size]) -> probability of lesion, float32 [B] or [B, size, size]. With
+      neighbours, slices are [B, size, size, context.channels].
     variables: variables of the function, on all devices of a mesh.
     task: name of the type of task, a key of tasks.TASKS.
     values: values of the slices, one of volumes.VALUES.
@@ -37,6 +39,7 @@ class Model:
     step: step of the checkpoint; for several networks, a list of steps.
     sha256: digest of the program and the weights; '' in a model that is exported.
     explainer: computes class-activation maps; None for segmentation, and for a bundle: its program has one output.
+    context: the neighbours that it sees beside a slice.
   """
 
   function: Callable[[Any, jax.Array], jax.Array]
@@ -49,6 +52,7 @@ class Model:
   step: int | list[int]
   sha256: str
   explainer: explanation.Explainer | None = None
+  context: Context = SLICE_ALONE
 
 
 class Network(NamedTuple):
@@ -88,7 +92,7 @@ def load_networks(
 
   Raises:
     UserError: a folder holds no run or no checkpoint; a cross-validation is not complete; or the runs differ in task,
-      values or image size.
+      values, image size or neighbours.
   """
   folders = [run for workdir in workdirs for run in runs(workdir)]
   configs = [run_config.load_config(folder) for folder in folders]
@@ -130,6 +134,8 @@ def _check_alike(folders, configs):
     ('task', lambda config: config.task),
     ('data.intensity', lambda config: config.data.intensity),
     ('data.image_size', lambda config: config.data.image_size),
+    ('data.context', lambda config: config.data.context),
+    ('data.context_mm', lambda config: tasks.context_of(config).mm),
   ):
     for folder, config in zip(folders, configs, strict=True):
       if value_of(config) != value_of(configs[0]):
@@ -188,6 +194,7 @@ def create(networks: Sequence[Network], flips: bool, sha256: str = '') -> Model:
     step=networks[0].step if len(networks) == 1 else [network.step for network in networks],
     sha256=sha256,
     explainer=None if of_groups[0].type.has_masks else explanation.Explainer(maps, shown),
+    context=tasks.context_of(first),
   )
 
 
@@ -202,7 +209,9 @@ def _digest(networks, flips):
 def _program(config):
   """Text that is equal for two networks if their programs differ in weights only."""
   model = {key: value for key, value in config.model.items() if key != 'init_from'}
-  return json.dumps([model, list(config.data.window)])
+  context = tasks.context_of(config)
+  # Runs of the slice alone keep their digest.
+  return json.dumps([model, list(config.data.window), *([list(context)] if context.slices else [])])
 
 
 def _stacked(networks):

@@ -83,6 +83,8 @@ _DOMAINS = {
   'model.dtype': _DTYPE,
   'data.fold': _Domain(lambda fold: fold == 'all' or (_is_whole(fold) and fold >= 0), "a fold, from 0, or 'all'"),
   'data.image_size': _at_least(1),
+  'data.context': _Domain(lambda count: _is_whole(count) and 0 <= count <= 10, 'a whole number from 0 to 10'),
+  'data.context_mm': _ABOVE_0,
   'data.window': _WINDOW,
   'data.phantom.patients': _at_least(2),
   'data.phantom.slices': _at_least(16),
@@ -140,6 +142,10 @@ def check(config: ml_collections.ConfigDict) -> None:
       lines.append(f'{key}: {value} must be {domain.words}')
   if lines:
     raise UserError('\n'.join(lines))
+  if config.data.context and config.data.patients == 'each_slice':
+    raise UserError(
+      'data.context: slices of unknown patients have no neighbours (data.patients=each_slice); leave one of the two out'
+    )
   options = config.evaluate
   mask_options = [key for key in ('lungs', 'fit_smallest') if options[key]]
   if mask_options and not tasks.type_of(config.task).has_masks:

@@ -17,7 +17,7 @@ _RESUMABLE = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.
 # Keys that configs of older runs may lack: the default does what these runs did.
 _ADDED = {
   *('data.coloured', 'train.deterministic', 'train.clip_norm', 'train.ema', 'train.epochs', 'train.patience'),
-  *('train.deep_supervision', 'train.remat', 'evaluate.patient_score'),
+  *('train.deep_supervision', 'train.remat', 'evaluate.patient_score', 'data.context', 'data.context_mm'),
   *(f'augment.{key}' for key in ('affine_probability', 'rotation', 'scaling', 'shear', 'noise_probability', 'noise')),
   *(f'augment.{key}' for key in ('blur_probability', 'blur', 'low_resolution_probability', 'low_resolution')),
   *(f'augment.{key}' for key in ('contrast_probability', 'contrast')),
@@ -51,6 +51,8 @@ def _save(workdir, config):
     # With named data no phantoms are drawn, so their options do not matter.
     names_data = any(flat[key] for flat in (before, now) for key in ('data.raw_dir', 'data.dir'))
     resumable = (*_RESUMABLE, 'data.phantom.') if names_data else _RESUMABLE
+    if not before['data.context'] and not now['data.context']:  # without neighbours, their distance does not matter
+      resumable = (*resumable, 'data.context_mm')
     differ = sorted(
       key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not key.startswith(resumable)
     )

@@ -14,22 +14,28 @@ from fusa_jax.system.files import replacing
 TEMPLATES = pathlib.Path(__file__).parent / 'templates'
 
 
-def write_page(path: pathlib.Path, template: str, **values: Any) -> None:
-  """Fills a template with values and writes the page.
-
-  Raises:
-    UserError: the page cannot be written.
-  """
+def fill(template: str, **values: Any) -> str:
+  """Returns the text of a template with values. In scripts, template statements are comments that begin with `# %`."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES),
     autoescape=jinja2.select_autoescape(['html']),
     keep_trailing_newline=True,
     trim_blocks=True,
     lstrip_blocks=True,
+    line_statement_prefix='# %',
     undefined=jinja2.StrictUndefined,
   )
   environment.filters |= {'number': _number, 'interval': _interval, 'file_url': _file_url}
-  text = environment.get_template(template).render(values)
+  return environment.get_template(template).render(values)
+
+
+def write_page(path: pathlib.Path, template: str, **values: Any) -> None:
+  """Fills a template with values and writes the page.
+
+  Raises:
+    UserError: the page cannot be written.
+  """
+  text = fill(template, **values)
   # File names may have bytes that are not UTF-8.
   text = text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
   with replacing(path) as partial:

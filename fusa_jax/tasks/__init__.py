@@ -16,6 +16,7 @@ import ml_collections
 from fusa_jax import models
 from fusa_jax.models import resunet
 from fusa_jax.scans import volumes
+from fusa_jax.scans.neighbours import SLICE_ALONE, Context
 from fusa_jax.system.errors import UserError, look_up
 from fusa_jax.tasks import losses, supervision
 from fusa_jax.tasks.classification import CLASSIFICATION
@@ -31,12 +32,16 @@ TASKS = {task_type.name: task_type for task_type in (SEGMENTATION, CLASSIFICATIO
 class Task:
   """The computation that a config describes: from slices to logits and loss.
 
+  Slices are [B, H, W]. With neighbours (data.context) they are [B, H, W, C], and truth and logits are those of the
+  middle slice.
+
   Attributes:
     type: the type of task.
-    model: takes images [B, H, W, 1] and returns logits [B, ..., 1].
-    inputs: converts slices [B, H, W], in HU or grey values, to those images.
+    model: takes images [B, H, W, C] and returns logits [B, ..., 1]; C is 1 without neighbours.
+    inputs: converts slices, in HU or grey values, to those images.
     loss: takes logits [B, ..., 1] and the truth [B, ...] of `type.truth`; returns a scalar.
     heads: with train.deep_supervision, the heads of the lower levels; otherwise None.
+    context: the neighbours of a slice.
   """
 
   type: TaskType
@@ -44,16 +49,21 @@ class Task:
   inputs: Callable[[jax.Array], jax.Array]
   loss: losses.Loss
   heads: nn.Module | None = None
+  context: Context = SLICE_ALONE
+
+  def shape(self, size: int) -> tuple[int, ...]:
+    """The shape of a slice of size x size, with its neighbours if the model sees them."""
+    return (size, size, self.context.channels) if self.context.slices else (size, size)
 
   def init(self, key: jax.Array, size: int) -> dict:
     """Variables {'params', 'batch_stats'} for slices of size x size."""
-    return self.model.init(key, jnp.zeros((1, size, size, 1)), train=False)
+    return self.model.init(key, jnp.zeros((1, size, size, self.context.channels)), train=False)
 
   def init_heads(self, key: jax.Array, variables: dict, size: int) -> dict | None:
     """Variables {'params'} of the heads, for the model's variables and slices of size x size; None without heads."""
     if self.heads is None:
       return None
-    images = jnp.zeros((1, size, size, 1))
+    images = jnp.zeros((1, size, size, self.context.channels))
     run = lambda: self.model.apply(variables, images, train=False, mutable='levels')[1]['levels']
     stored = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(run))
     return self.heads.init(key, supervision.features(stored))
@@ -61,7 +71,7 @@ class Task:
   def train_loss(
     self, variables: dict, heads: dict | None, slices: jax.Array, truth: jax.Array, key: jax.Array
   ) -> tuple[jax.Array, dict]:
-    """The loss of slices [B, H, W] and their truth, in training mode: norms use this batch, dropout uses the key.
+    """The loss of slices and their truth, in training mode: norms use this batch, dropout uses the key.
 
     Args:
       variables: the model's variables.
@@ -82,7 +92,7 @@ class Task:
     return supervision.loss(self.loss, logits, deep, truth), updated['batch_stats']
 
   def logits(self, variables: dict, slices: jax.Array, flips: bool = False) -> jax.Array:
-    """Slices [B, H, W] -> float32 logit of lesion, per slice [B] or per pixel [B, H, W], with running statistics.
+    """Slices -> float32 logit of lesion, per slice [B] or per pixel [B, H, W], with running statistics.
 
     With `flips` (test-time augmentation) it returns the logit of the mean probability of each slice and its left-right
     mirror image, the only flip in training's augmentation.
@@ -90,13 +100,13 @@ class Task:
     logits = lambda slices: self.model.apply(variables, self.inputs(slices), train=False)[..., 0]
     if not flips:
       return logits(slices)
-    plain, mirrored = jax.lax.map(logits, jnp.stack([slices, slices[..., ::-1]]))
+    plain, mirrored = jax.lax.map(logits, jnp.stack([slices, slices[:, :, ::-1]]))
     return mean_logits(plain, mirrored[..., ::-1] if mirrored.ndim == 3 else mirrored)
 
   def probabilities(
     self, variables: dict, slices: jax.Array, temperature: float = 1.0, flips: bool = False
   ) -> jax.Array:
-    """Slices [B, H, W] -> probability of lesion, per slice [B] or per pixel [B, H, W]: sigmoid(logit / temperature)."""
+    """Slices -> probability of lesion, per slice [B] or per pixel [B, H, W]: sigmoid(logit / temperature)."""
     return nn.sigmoid(self.logits(variables, slices, flips) / temperature)
 
 
@@ -157,7 +167,12 @@ def create(config: ml_collections.ConfigDict, platform: str | None = None) -> Ta
   if platform == 'tpu' and config.model.name in models.PACKED:
     options['packed'] = True
   model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(resolved_dtype(config, platform)), **options)
-  return Task(task_type, model, inputs, loss, _heads(config, model))
+  return Task(task_type, model, inputs, loss, _heads(config, model), context_of(config))
+
+
+def context_of(config: ml_collections.ConfigDict) -> Context:
+  """Returns the neighbours that the models of a config see beside a slice."""
+  return Context(config.data.context, config.data.context_mm) if config.data.context else SLICE_ALONE
 
 
 def _heads(config, model):

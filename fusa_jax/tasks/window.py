@@ -13,12 +13,16 @@ def black_and_white(intensity: str, window: tuple[float, float]) -> tuple[float,
 
 
 def network_input(values: jax.Array, window: tuple[float, float]) -> jax.Array:
-  """int16 or float [B, H, W] -> float32 [B, H, W, 1]: linear from window[0] = -1 to window[1] = 1, clipped outside."""
+  """Scales values linearly from window[0] = -1 to window[1] = 1, and clips them outside.
+
+  int16 or float slices [B, H, W] -> float32 [B, H, W, 1]; slices with their neighbours [B, H, W, C] keep their shape.
+  """
   low, high = window
   scaled = (values.astype(jnp.float32) - low) * (2 / (high - low)) - 1
-  return jnp.clip(scaled, -1, 1)[..., None]
+  clipped = jnp.clip(scaled, -1, 1)
+  return clipped if clipped.ndim == 4 else clipped[..., None]
 
 
 def grey_input(values: jax.Array) -> jax.Array:
-  """8-bit values [B, H, W] -> float32 [B, H, W, 1]: black (0) is -1, white (255) is 1."""
+  """8-bit values, as `network_input`: black (0) is -1, white (255) is 1."""
   return network_input(values, GREY)

@@ -4,6 +4,9 @@ Functions are written for one image [H, W] and its mask, and mapped over the bat
 its augmentation does not depend on the distribution of the batch over devices. A part with probability 0 costs nothing.
 Any other part is computed for every row: a mapped program has no branches.
 
+An image may have neighbouring slices as channels, [H, W, C] (data.context). Its mask is that of the middle slice. All
+slices of an image share one geometric map and one set of random intensities; noise is drawn for each slice.
+
 All parts change stored values (HU or grey). The window follows, as at test time.
 """
 
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from fusa_jax.scans import volumes
+from fusa_jax.scans.neighbours import middle
 from fusa_jax.tasks import window
 
 # Each random number of a row has its own key, by its place in this list. Append new names: an inserted name would
@@ -110,7 +114,17 @@ def create(config: ml_collections.ConfigDict) -> Augmentation:
 
 
 def augment(key: jax.Array, image: jax.Array, mask: jax.Array, options: Augmentation) -> tuple[jax.Array, jax.Array]:
-  """Augments each row of a batch: image and mask {0, 1}, both [B, H, W] -> the same shapes, float32 and uint8."""
+  """Augments each row of a batch, with one key per row; shapes stay the same.
+
+  Args:
+    key: the key of the batch.
+    image: int16 [B, H, W] or [B, H, W, C].
+    mask: {0, 1} [B, H, W], of the middle slice.
+    options: the augmentation.
+
+  Returns:
+    (image in float32, mask in uint8).
+  """
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(image)))
   return jax.vmap(lambda *row: _row(*row, options))(keys, image.astype(jnp.float32), mask)
 
@@ -123,15 +137,15 @@ def _row(key, image, mask, options):
   if options.crop_probability:
     fraction = jax.random.choice(keys['fraction'], jnp.asarray(options.crop_fractions, jnp.float32))
     fraction = jnp.where(happens('crop'), fraction, 1.0)
-    foreground = jnp.where(mask.any(), mask > 0, image > options.tissue)
-    top_left = crop_around(keys['place'], random_point(keys['point'], foreground), fraction, image.shape)
+    foreground = jnp.where(mask.any(), mask > 0, middle(image) > options.tissue)
+    top_left = crop_around(keys['place'], random_point(keys['point'], foreground), fraction, mask.shape)
   if options.affine_probability:
     angle = jnp.deg2rad(uniform('rotation', -options.rotation, options.rotation))
     scaling = jnp.exp(uniform('scaling', *map(math.log, options.scaling)))
     changed = linear(angle, scaling, uniform('shear', -options.shear, options.shear))
     changed = jnp.where(happens('affine'), changed, jnp.eye(2))
     # A crop is part of the map, so that the image is interpolated only once.
-    image, mask = affine(image, mask, about_centre(changed, fraction, top_left, image.shape), options.outside)
+    image, mask = affine(image, mask, about_centre(changed, fraction, top_left, mask.shape), options.outside)
   elif options.crop_probability:
     image, mask = crop(image, mask, top_left, fraction)
   if options.flip:
@@ -234,7 +248,7 @@ def about_centre(matrix: jax.Array, fraction: jax.Array, top_left: jax.Array, sh
 
 
 def affine(image: jax.Array, mask: jax.Array, matrix: jax.Array, outside: float) -> tuple[jax.Array, jax.Array]:
-  """Samples image and mask [H, W] at the places `matrix` [2, 3] @ (row, column, 1), in pixels.
+  """Samples image [H, W] or [H, W, C] and mask [H, W] at the places `matrix` [2, 3] @ (row, column, 1), in pixels.
 
   The image is interpolated linearly between its pixels and `outside`, the mask by nearest neighbour and 0. This is
   scipy.ndimage.map_coordinates with order 1 and 0 and mode 'grid-constant'.
@@ -247,24 +261,30 @@ def affine(image: jax.Array, mask: jax.Array, matrix: jax.Array, outside: float)
   interpolation. Rotations by three shears need no gather, but interpolate three times, which blurs and does not equal
   bilinear interpolation.
   """
-  height, width = image.shape
+  height, width = mask.shape
   (to_row, to_column) = jnp.round(matrix * (1 << _BITS)).astype(jnp.int32)
   rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
   # One pixel of padding before the first pixel and two after the last: place 0 in the padded arrays is pixel -1.
   place = lambda m, n: jnp.clip(m[0] * rows + m[1] * columns + m[2] + (1 << _BITS), 0, (n + 1) << _BITS)
   row, column = place(to_row, height), place(to_column, width)
-  image, mask = jnp.pad(image, (1, 2), constant_values=outside).ravel(), jnp.pad(mask, (1, 2)).ravel()
+  around = lambda array: [(1, 2), (1, 2), *[(0, 0)] * (array.ndim - 2)]
+  image, mask = (
+    jnp.pad(array, around(array), constant_values=value).reshape(-1, *array.shape[2:])
+    for array, value in ((image, outside), (mask, 0))
+  )
   at = lambda array, down, right: array.at[((row + down) >> _BITS) * (width + 3) + ((column + right) >> _BITS)].get(
     mode='promise_in_bounds'
   )
   whole, half = 1 << _BITS, 1 << (_BITS - 1)
   below, beside = ((place & (whole - 1)).astype(jnp.float32) / whole for place in (row, column))
+  if image.ndim > 1:  # channels
+    below, beside = below[..., None], beside[..., None]
   top, bottom = (at(image, down, 0) * (1 - beside) + at(image, down, whole) * beside for down in (0, whole))
   return top * (1 - below) + bottom * below, at(mask, half, half)
 
 
 def blur(image: jax.Array, width: jax.Array, most: float) -> jax.Array:
-  """Gaussian blur of [H, W] with standard deviation `width`, at most `most`, in pixels; edges are repeated.
+  """Gaussian blur of each slice with standard deviation `width`, at most `most`, in pixels; edges are repeated.
 
   It is scipy.ndimage.gaussian_filter with mode 'nearest' and a radius of 4 times `most`.
   """
@@ -273,7 +293,7 @@ def blur(image: jax.Array, width: jax.Array, most: float) -> jax.Array:
   weights = jnp.exp(-0.5 * jnp.square(offsets / width))
   weights /= weights.sum()
   for axis in (0, 1):
-    padded = jnp.pad(image, [(radius, radius) if each == axis else (0, 0) for each in (0, 1)], mode='edge')
+    padded = jnp.pad(image, [(radius, radius) if each == axis else (0, 0) for each in range(image.ndim)], mode='edge')
     parts = (
       weight * jax.lax.slice_in_dim(padded, start, start + image.shape[axis], axis=axis)
       for start, weight in enumerate(weights)
@@ -283,29 +303,33 @@ def blur(image: jax.Array, width: jax.Array, most: float) -> jax.Array:
 
 
 def low_resolution(image: jax.Array, zoom: jax.Array) -> jax.Array:
-  """Samples [H, W] at round(zoom * side) pixels per side by nearest neighbour, and resizes it back linearly."""
-  counts = [jnp.maximum(jnp.round(zoom * n), 1) for n in image.shape]
+  """Samples each slice at round(zoom * side) pixels per side by nearest neighbour, and resizes it back linearly."""
+  sides = image.shape[:2]
+  counts = [jnp.maximum(jnp.round(zoom * n), 1) for n in sides]
   sources = []
-  for n, count in zip(image.shape, counts, strict=True):
+  for n, count in zip(sides, counts, strict=True):
     # The array keeps its static shape. Only its first `count` pixels are used, and the last of these is repeated.
     pixel = jnp.minimum(jnp.arange(n), count - 1)
     sources.append(jnp.clip(jnp.floor((pixel + 0.5) * n / count).astype(jnp.int32), 0, n - 1))
   rows, columns = sources
-  scale = jnp.stack([n / count for n, count in zip(image.shape, counts, strict=True)])
+  scale = jnp.stack([n / count for n, count in zip(sides, counts, strict=True)])
   return jax.image.scale_and_translate(
     image[rows][:, columns], image.shape, (0, 1), scale, jnp.zeros(2), method='linear', antialias=False
   )
 
 
 def change_contrast(image: jax.Array, factor: jax.Array, black: float, white: float) -> jax.Array:
-  """Multiplies the distance from the mean of the windowed image [H, W] by `factor`; the result is in the window."""
+  """Multiplies the distance from the mean of the windowed image by `factor`; the result is in the window.
+
+  The mean is that of all slices of the image, so that a value becomes the same value in each of them.
+  """
   windowed = jnp.clip(image, black, white)
   mean = windowed.mean()
   return jnp.clip(mean + (windowed - mean) * factor, black, white)
 
 
 def change_gamma(image: jax.Array, power: jax.Array, invert: jax.Array, black: float, white: float) -> jax.Array:
-  """Scales the window of [H, W] to 0 to 1 and raises it to `power`; if `invert`, 1 minus the value instead."""
+  """Scales the window of an image to 0 to 1 and raises it to `power`; if `invert`, 1 minus the value instead."""
   level = jnp.clip((image - black) / (white - black), 0, 1)
   level = jnp.where(invert, 1 - level, level) ** power
   return black + (white - black) * jnp.where(invert, 1 - level, level)

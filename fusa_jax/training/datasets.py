@@ -1,7 +1,9 @@
 """Reads a prepared dataset and divides its folds into training, validation and test."""
 
 import dataclasses
+import functools
 import json
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,8 +14,10 @@ import tensorflow_datasets as tfds
 
 from fusa_jax import tasks
 from fusa_jax.runs.split import PARTS
+from fusa_jax.scans.neighbours import SLICE_ALONE, Context
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import sha256
+from fusa_jax.training.stacks import Stacks
 
 # The metadata that decide about the slices, of the dataset and of each patient. Digests of files do not: names and
 # formats of files do not change the slices.
@@ -40,7 +44,8 @@ class Split:
   """The slices of some folds of a prepared dataset. All attributes except `source` come from its metadata.
 
   Attributes:
-    source: reads slices by index, each {'image': int16, 'mask': uint8, 'label', 'patient', 'slice', 'spacing'}.
+    source: reads slices by index, each {'image': int16, 'mask': uint8, 'label', 'patient', 'slice', 'spacing'}. With
+      data.context, the image has the neighbours of the slice as channels (`Stacks`).
     label: bool [N], whether each slice has a lesion.
     patient: str [N], the scan or patient of each slice.
     slice: int [N], the position of each slice in its scan; 0 is the most inferior slice.
@@ -103,7 +108,7 @@ def load_dataset_for(config: ml_collections.ConfigDict, data_dir: str | pathlib.
     UserError: as `load_dataset`; the dataset has another intensity than the config, or no masks although the task
       needs them.
   """
-  dataset = load_dataset(data_dir, config.data.fold, config.data.image_size)
+  dataset = load_dataset(data_dir, config.data.fold, config.data.image_size, tasks.context_of(config))
   if dataset.intensity != config.data.intensity:
     raise UserError(
       f'data.intensity: {config.data.intensity}, but {data_dir} holds {dataset.intensity}; set data.intensity to '
@@ -123,7 +128,7 @@ def check_labels(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
     raise UserError('evaluate.fit_temperature: needs labels of slices, but these are of patients; leave it out')
 
 
-def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Dataset:
+def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int, context: Context = SLICE_ALONE) -> Dataset:
   """Opens a prepared dataset: the test fold is k, the validation fold is k + 1, the others are for training.
 
   With only two folds (a cohort of two patients), `validation` is None (see `parts`).
@@ -132,10 +137,11 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
     data_dir: the folder of the prepared dataset.
     fold: the test fold k.
     image_size: the expected size of the slices.
+    context: the neighbours that are read with each slice.
 
   Raises:
     UserError: the folder holds no prepared dataset of this version, or more than one; the slices have another size; the
-      fold does not exist.
+      fold does not exist; or slices have no neighbours, but `context` asks for them.
   """
   builder = _open(pathlib.Path(data_dir))
   metadata = builder.info.metadata
@@ -154,7 +160,12 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
     raise UserError(
       f"data.fold: {fold!r} is not a fold of {data_dir}; give 0 to {len(folds) - 1}, or 'all' for cross-validation"
     )
-  split = {part: _split(builder, folds, chosen) if chosen else None for part, chosen in parts(fold, len(folds)).items()}
+  if context.slices:
+    _check_order(data_dir, metadata)
+  split = {
+    part: _split(builder, folds, chosen, context) if chosen else None
+    for part, chosen in parts(fold, len(folds)).items()
+  }
   content = [builder.info.full_name, *(metadata[key] for key in _OF_CONTENT)]
   patient_labels = metadata.get('patient_labels', False)
   if patient_labels:
@@ -170,6 +181,46 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int) -> Da
     patient_labels=patient_labels,
     sha256=digest,
     **split,
+  )
+
+
+def _check_order(data_dir, metadata):
+  """Checks that the slices of a dataset have neighbours, for data.context."""
+  patients = [patient for fold in metadata['folds'].values() for patient in fold]
+  reason = None
+  if metadata['patients'] != 'named':
+    reason = 'the patients of slices are unknown'
+  elif not metadata['masks']:
+    reason = 'pictures in a folder per class have no order'
+  elif all(len(patient['lesion_voxels']) == 1 for patient in patients):
+    reason = 'each patient has a single slice'
+  if reason:
+    raise UserError(f'data.context: {data_dir} has no neighbouring slices, because {reason}; leave data.context out')
+  if any(patient['lesion_ml'] is None for patient in patients):  # pictures, of which the size is not known
+    _say_distances_are_unknown(str(data_dir))
+
+
+def say_which_are_near(split: Split, context: Context) -> None:
+  """Logs how many of some scans have no neighbours near enough; a warning if none has. The metadata do not say it."""
+  spacings = split.source.spacings(most=32)
+  spacings = spacings[~np.isnan(spacings)]
+  if not len(spacings):
+    return
+  alone = sum(context.indices(3, spacing)[1, context.slices - 1] == 1 for spacing in spacings)
+  level = logging.WARNING if alone == len(spacings) else logging.INFO
+  logging.log(
+    level,
+    'data.context: of %d training scans, %d have no neighbouring slice within %g mm; slices are %.1f to %.1f mm apart',
+    *(len(spacings), alone, context.mm, spacings.min(), spacings.max()),
+  )
+
+
+@functools.cache
+def _say_distances_are_unknown(data_dir):
+  logging.info(
+    '%s: the distances between the pictures of a patient are unknown, so that data.context takes the next ones in the '
+    'order of their names as neighbours',
+    data_dir,
   )
 
 
@@ -246,11 +297,12 @@ def _open(data_dir):
   return tfds.builder_from_directory(infos[0].parent)
 
 
-def _split(builder, folds, chosen):
+def _split(builder, folds, chosen, context):
   entries = [entry for k in chosen for entry in folds[f'fold{k}']]
   slices = [len(entry['lesion_voxels']) for entry in entries]
+  source = builder.as_data_source(split='+'.join(f'fold{k}' for k in chosen))
   return Split(
-    source=builder.as_data_source(split='+'.join(f'fold{k}' for k in chosen)),
+    source=Stacks(source, slices, context) if context.slices else source,
     label=np.concatenate([np.asarray(entry['lesion_voxels']) > 0 for entry in entries]),
     patient=np.repeat([entry['patient'] for entry in entries], slices),
     slice=np.concatenate([np.arange(n) for n in slices]),

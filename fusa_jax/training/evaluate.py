@@ -28,6 +28,7 @@ from fusa_jax.runs import (
   workdir_lock,
 )
 from fusa_jax.scans import volumes
+from fusa_jax.scans.neighbours import middle
 from fusa_jax.system import hosts, meshes, progress, provenance
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import window
@@ -422,7 +423,7 @@ def _pictures(test, table, point, volumes_of_scans):
     predictions = {}
     if task.type.has_masks:
       predictions['run'] = np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)
-    return example['image'], example['mask'] if dataset.masks else None, predictions
+    return middle(example['image']), example['mask'] if dataset.masks else None, predictions
 
   def overlay(row, path):
     values, mask, predictions = slice_and_predictions(row)

@@ -41,7 +41,10 @@ def sampled_indices(label: np.ndarray, seed: int, balanced: bool) -> grain.MapDa
 def train_batches(
   split: Split, mesh: jax.sharding.Mesh, *, batch_size: int, seed: int, first_step: int, last_step: int, balanced: bool
 ) -> Iterator[dict[str, jax.Array]]:
-  """Yields the batches of steps first_step .. last_step - 1: image int16 [B, H, W], mask uint8 [B, H, W], label [B]."""
+  """Yields the batches of steps first_step .. last_step - 1: image int16 [B, H, W], mask uint8 [B, H, W], label [B].
+
+  If the split's source gives slices with their neighbours (`stacks.Stacks`), image is [B, H, W, C].
+  """
   rows = meshes.local_rows(mesh, batch_size)
   order = sampled_indices(split.label, seed, balanced)
 

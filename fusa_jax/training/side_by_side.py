@@ -10,6 +10,7 @@ from fusa_jax import tasks
 from fusa_jax.inference import trained
 from fusa_jax.inference.predictor import Predictor
 from fusa_jax.runs import figures, results, run_config
+from fusa_jax.scans.neighbours import middle
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import window
@@ -28,12 +29,12 @@ def pictures(
     most: the largest number of slices.
 
   Raises:
-    UserError: the runs have no masks, or differ in image size, intensity or fold.
+    UserError: the runs have no masks, or differ in image size, intensity, fold or neighbours (data.context).
   """
   config, other = (run_config.load_config(one) for one in (workdir, against))
   if not tasks.type_of(config.task).has_masks:
     raise UserError('overlays: applies to masks only, and these runs give none; leave it out')
-  for key in ('image_size', 'intensity', 'fold'):
+  for key in ('image_size', 'intensity', 'fold', 'context', *(['context_mm'] if config.data.context else [])):
     if config.data[key] != other.data[key]:
       raise UserError(f'overlays: the runs differ in data.{key} ({config.data[key]}, {other.data[key]}); leave it out')
   chosen = slices_that_differ(*(results.read_table(one) for one in (workdir, against)), most)
@@ -43,7 +44,7 @@ def pictures(
   folds = zip(*map(trained.runs, (workdir, against)), strict=True)
   for runs in folds:
     fold = run_config.load_config(runs[0]).data.fold
-    split = datasets.load_dataset(data_dir, fold, config.data.image_size).test
+    split = datasets.load_dataset(data_dir, fold, config.data.image_size, tasks.context_of(config)).test
     rows = [row for row, key in enumerate(_keys({'patient': split.patient, 'slice': split.slice})) if key in chosen]
     if not rows:
       continue
@@ -55,7 +56,7 @@ def pictures(
       predictions = {name: mask[k] for name, mask in zip(names, masks, strict=True)}
       writers[f'{patient}_{number:03d}.png'] = functools.partial(
         figures.write_overlay,
-        values=example['image'],
+        values=middle(example['image']),
         mask=example['mask'],
         predictions=predictions,
         black_and_white=shown,

@@ -107,6 +107,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   run_config.save_config(workdir, planned)
   split.save_split(workdir, dataset.description())
   report_parameters(shapes.variables)
+  if config.data.context:
+    datasets.say_which_are_near(dataset.train, task.context)
 
   with contextlib.ExitStack() as stack:
     # ---- the state: restored from a checkpoint, or initialised on the devices
@@ -259,6 +261,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update from a batch {'image' int16 [B, H, W], 'mask' [B, H, W], 'label' [B]}.
 
+  With data.context, 'image' is [B, H, W, C]; 'mask' and 'label' are those of the middle slice.
+
   Args:
     state: the train state.
     batch: the batch.
@@ -323,7 +327,7 @@ def lower_step(task, optimizer, config, mesh, shapes: TrainState, platform: str 
   everywhere, size, count = meshes.replicated(mesh), config.data.image_size, config.train.batch_size
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batched(mesh, len(shape)))
   batch = {
-    'image': array(np.int16, count, size, size),
+    'image': array(np.int16, count, *task.shape(size)),
     'mask': array(np.uint8, count, size, size),
     'label': array(np.int32, count),
     'index': array(np.int32, count),

@@ -209,10 +209,12 @@ def change(path, **values):
     (lambda b: (b / 'bundle.json').write_text('{'), r'b/bundle.json: not from a bundle of fusa_jax; give a folder'),
     (lambda b: (b / 'bundle.json').write_text('[1]'), r'b/bundle.json: not from a bundle of fusa_jax'),
     (lambda b: change(b / 'bundle.json', format='other'), r'b/bundle.json: not from a bundle of fusa_jax'),
-    (lambda b: change(b / 'bundle.json', version=2), r'b/bundle.json: has format 2, but this fusa_jax reads 1'),
+    (lambda b: change(b / 'bundle.json', version=3), r'b/bundle.json: has format 3, but this fusa_jax reads 2'),
     (lambda b: change(b / 'bundle.json', operating_point={'curve': 1, 'new': 2}), r'b/bundle.json: damaged \(.*new'),
     (lambda b: change(b / 'bundle.json', sha256=['a']), r'b/bundle.json: damaged \('),
     (lambda b: change(b / 'bundle.json', version='1'), r'b/bundle.json: damaged \(parts'),
+    (lambda b: change(b / 'bundle.json', version=2), r'b/bundle.json: damaged \(parts'),  # without its context
+    (lambda b: change(b / 'bundle.json', version=2, context={'mm': 'a', 'no': 1}), r'b/bundle.json: damaged \(.*no'),
     (lambda b: change(b / 'bundle.json', sha256={}), r'b/bundle.json: damaged \(parts are missing\)'),
     (
       lambda b: change(b / 'bundle.json', calling_convention_version=99, jax='9.9'),

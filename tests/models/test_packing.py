@@ -98,12 +98,12 @@ def test_fusa():
   np.testing.assert_allclose(apply(packed, 2)(params, x)[0], literal, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('name', models.PACKED)
-def test_networks(name):
+@pytest.mark.parametrize(('name', 'channels'), [*((name, 1) for name in models.PACKED), ('fusa_resunet', 3)])
+def test_networks(name, channels):
   """A convolution over a join takes the channels of both maps. Running statistics are the same, too."""
   options = {'width': 4, 'multiples': (1, 2), 'dtype': jnp.float64}
   plain, packed = models.create(name, **options), models.create(name, packed=True, **options)
-  images = draw(2, 16, 16, 1)
+  images = draw(2, 16, 16, channels)
   variables = plain.init(jax.random.key(0), images)
   assert jax.tree.map(jnp.shape, packed.init(jax.random.key(0), images)) == jax.tree.map(jnp.shape, variables)
   variables = jax.tree.map(lambda leaf: abs(draw(*leaf.shape, seed=4)) / 2 + 0.1, variables)

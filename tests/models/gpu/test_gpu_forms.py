@@ -119,13 +119,13 @@ def test_a_projection_on_several_devices_sees_the_whole_batch():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), shared, alone)
 
 
-@pytest.mark.parametrize('name', ['resunet', 'fusa_resnet50', 'resnet18'])
-def test_a_whole_model(name, monkeypatch, request):
+@pytest.mark.parametrize(('name', 'channels'), [('resunet', 1), ('fusa_resnet50', 3), ('resnet18', 1)])
+def test_a_whole_model(name, channels, monkeypatch, request):
   """Loss, gradients and statistics of a small model, in float64, with all forms for GPUs and with none."""
   options = {'multiples': (1, 2)} if name == 'resunet' else {'stage_sizes': (2, 2)}
   module = models.create(name, width=4, **options)
   with jax.enable_x64(True):
-    images, targets = normal((2, 16, 16, 1), (2, 16, 16, 1) if name == 'resunet' else (2, 1))
+    images, targets = normal((2, 16, 16, channels), (2, 16, 16, 1) if name == 'resunet' else (2, 1))
     variables = jax.jit(lambda: module.init(jax.random.key(0), images))()
     variables = jax.tree.map(
       lambda v, n: v.astype(jnp.float64) + 0.1 * n,

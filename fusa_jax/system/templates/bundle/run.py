@@ -1,4 +1,4 @@
-"""python run.py SLICES.npy PROBABILITY.npy: runs this bundle with jax and NumPy. README.md describes the arrays."""
+"""python run.py SLICES.npy PROBABILITY.npy{{ mm }}: runs this bundle with jax and NumPy. README.md describes the arrays."""
 
 import hashlib
 import json
@@ -21,8 +21,19 @@ array = lambda about: np.frombuffer(arrays[slice(*about['data_offsets'])], '<f4'
 weights = jax.device_put({name: array(about) for name, about in header.items()})
 probability = jax.jit(export.deserialize(bytearray(files['model.stablehlo'])).call)
 slices, size, results = np.rint(np.load(sys.argv[1])).astype(np.int16), bundle['batch_size'], []
+# % if context.slices
+# The channels of each slice: the slice in the middle, and its neighbours. A missing one repeats the next to the middle.
+most, spacing = bundle['context'], np.float32(sys.argv[3])
+reach = sum(step * spacing <= most['mm'] * 1.001 for step in range(1, most['slices'] + 1))
+offsets = np.arange(-most['slices'], most['slices'] + 1).clip(-reach, reach)
+channels = (np.arange(len(slices))[:, None] + offsets).clip(0, len(slices) - 1)
+# % endif
 for begin in range(0, len(slices), size):
+  # % if context.slices
+  part = np.moveaxis(slices[channels[begin : begin + size]], 1, -1)
+  # % else
   part = slices[begin : begin + size]
+  # % endif
   filled = np.concatenate([part, part[:1].repeat(size - len(part), axis=0)])  # one shape: compiles once
   results.append(np.asarray(probability(weights, filled))[: len(part)])
 np.save(sys.argv[2], np.concatenate(results))
