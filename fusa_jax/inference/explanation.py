@@ -201,13 +201,17 @@ def write_picture(
   if not rows:
     highest = int(np.argmax(scores))
     rows.append((f'{named(highest)}: below the threshold', slices[highest], []))
-  count = f'{len(drawn["slices"])} of {len(numbers["positive_slices"])} positive slices, ' if is_scan else ''
+  count = ''
+  if is_scan:
+    total = len(numbers['positive_slices'])
+    count = f'{len(drawn["slices"])} of {total} positive slices, ' if total else 'no positive slice, '
   unit = {'hu': 'HU', 'grey': 'grey'}[numbers['values']]
   black, white = black_and_white
   height, width = next(iter(drawn['maps'].values()))['cells']
   text = (
-    f'{title}: {MEANING}\n{count}threshold {numbers["threshold"]:.3f}; maps of {height} x {width} cells, interpolated\n'
+    f'{title}: {MEANING}\n{count}threshold {numbers["threshold"]:.3f}; '
+    f'{f"maps of {height} x {width} cells, interpolated" if drawn["slices"] else "no map"}\n'
     f'{unit} {black:g} (black) to {white:g} (white)'
   )
-  scales = [(f'{one["map"]}, {one["unit"]}', one['limits']) for one in drawn['maps'].values()]
+  scales = [(f'{one["map"]}, {one["unit"]}', one['limits']) for one in drawn['maps'].values() if drawn['slices']]
   figures.write_explanation(path, text, rows, scales, black_and_white)

@@ -225,12 +225,12 @@ def test_another_choice_replaces_only_own_files(predictors, raw_dir, tmp_path):
 
 def test_a_scan_without_positive_slice_has_no_colours(runs, raw_dir, tmp_path, rows):
   predict.predict(predictor.load_predictor(runs['cls'], threshold=1.0), raw_dir / SCAN, tmp_path, explain='overlays')
-  ((title, ((text, _, maps),), _),) = rows
+  ((title, ((text, _, maps),), scales),) = rows
   record = json.loads((tmp_path / f'{STEM}.json').read_text())
   highest = int(np.argmax(record['slice_scores']))
-  assert record['explanation']['slices'] == [] and maps == []
+  assert record['explanation']['slices'] == maps == scales == []
   assert text.startswith(f'slice {highest}, score ') and text.endswith(': below the threshold')
-  assert '0 of 0 positive slices' in title
+  assert 'no positive slice, threshold 1.000; no map' in title
 
 
 def test_colours_follow_the_value_not_the_slice():
