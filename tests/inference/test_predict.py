@@ -375,8 +375,8 @@ def test_reading_computing_and_writing_overlap_in_order(predictors, folder, tmp_
       fourth.set()
     return scan
 
-  def computing(self, images):
-    probability = run(self, images)
+  def computing(self, *arguments):
+    probability = run(self, *arguments)
     if computing_counts[0]:
       computed.set()
     computing_counts[0] += 1
