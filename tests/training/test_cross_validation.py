@@ -69,15 +69,38 @@ def test_results_of_single_folds_and_their_spread_are_reported(made):
 
 
 @pytest.mark.slow
-def test_patients_are_called_by_the_rule_of_their_own_fold(made):
+def test_patients_keep_the_rule_of_their_own_fold(made):
+  """Two of the ten phantoms are healthy: most validation folds have none, and these runs call no patient."""
   got, folds = result_of(made)['patient'], [result_of(made / f'fold{k}')['patient'] for k in range(5)]
-  assert got['threshold'] == [one['threshold'] for one in folds] and None not in got['threshold']
+  assert got['threshold'] == [one['threshold'] for one in folds] and None in got['threshold']
   assert got['highest'] == [one['highest'] for one in folds] and got['score_name'] == 'mean_of_highest'
-  for key in ('tp', 'fp', 'fn', 'tn', 'num_patients', 'num_with_lesion'):
+  assert got['sensitivity'] is None and got['reason'] == 'not chosen: all validation patients have a lesion'
+  for key in ('num_patients', 'num_with_lesion'):
     assert got[key] == sum(one[key] for one in folds)
   table = results.read_patients(made)
+  called = np.concatenate([results.read_patients(made / f'fold{k}')['positive'] for k in range(5)])
+  np.testing.assert_array_equal(table['positive'], called)
   assert got['auc'] == pytest.approx(sk.roc_auc_score(table['label'], table['score']), abs=1e-9)
   assert len(table['label']) == PATIENTS
+
+
+def test_the_calls_of_the_folds_are_pooled():
+  rng, tables, rules = np.random.default_rng(1), [], []
+  for threshold in (0.3, 0.7):
+    label = np.arange(8) % 2
+    columns = {'owner': np.array([f'{threshold}{k}' for k in range(8)]), 'label': label}
+    columns |= {'mean_of_highest': rng.normal(label)}
+    rule = PatientRule('mean_of_highest', 3, threshold, 'a test')
+    rules.append(rule.about())
+    tables.append(patients.with_call(columns, rule.score_name, rule.positive(columns['mean_of_highest'])))
+  _, got = cross_validation._pool_patients(tables, rules, (0.1,), [{}, {}])
+  label = np.concatenate([one['label'] for one in tables])
+  score = np.concatenate([one['mean_of_highest'] for one in tables])
+  called = 1 / (1 + np.exp(-score)) >= np.repeat([0.3, 0.7], 8)
+  assert got['sensitivity'] == pytest.approx(sk.recall_score(label, called), abs=1e-9)
+  assert got['specificity'] == pytest.approx(sk.recall_score(1 - label, ~called), abs=1e-9)
+  assert got['auc'] == pytest.approx(sk.roc_auc_score(label, score), abs=1e-9)
+  assert got['threshold'] == [0.3, 0.7] and got['reason'] is None
 
 
 def test_folds_with_different_scores_of_patients_get_no_call():

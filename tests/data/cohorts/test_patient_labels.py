@@ -219,3 +219,22 @@ def test_a_changed_label_is_another_cohort_and_dicom_is_read(raw_dir, tmp_path):
   cases = find(folder)[1]
   changed = survey.case_digests(cases, survey.fingerprint(cases))
   assert all(changed[name] != known[0][name] for name in ('d0', 'd1'))
+
+
+def test_a_cohort_that_grew_keeps_its_folds_and_its_slices(cohort, tmp_path, caplog):
+  folder = tmp_path / 'in'
+  shutil.copytree(cohort[0], folder)
+  new, rows = folder / 'scan9.nii.gz', (folder / 'labels.csv').read_text()
+  persons = (folder / 'patients.csv').read_text()
+  content = new.read_bytes()
+  new.unlink()
+  (folder / 'labels.csv').write_text(''.join(line for line in rows.splitlines(True) if not line.startswith('p8')))
+  (folder / 'patients.csv').write_text(''.join(line for line in persons.splitlines(True) if 'scan9' not in line))
+  fold_of = lambda place: {one['patient']: k for k, fold in enumerate(datasets.folds(place)) for one in fold}
+  before = fold_of(prepare.prepare(str(folder), '', SIZE))
+  new.write_bytes(content)
+  (folder / 'labels.csv').write_text(rows), (folder / 'patients.csv').write_text(persons)
+  caplog.set_level(logging.INFO)
+  after = fold_of(prepare.prepare(str(folder), '', SIZE))
+  assert len(before) == 9 and before.items() < after.items()
+  assert '1 of 10 scans are prepared' in caplog.text
