@@ -60,11 +60,13 @@ def load_study(workdir: pathlib.Path) -> Study:
   """Returns a study with its finished runs.
 
   Raises:
-    UserError: the folder has no finished run of a study.
+    UserError: the folder has no finished run of a study, or its labels are of patients: slices are not scored then.
   """
   runs, config = {}, None
   for folder in sorted(workdir.glob('*-seed*')):
     if results.is_complete(folder / split.TEST):
+      if not results.scores_slices(results.read_numbers(folder)):
+        raise UserError(f'--studies: {folder} has labels of patients, so its slices have no scores to compare')
       config = run_config.load_config(folder)
       runs[config.model.name, config.seed] = folder
   if config is None:
@@ -107,7 +109,9 @@ def _row(study, first, name):
   runs = [study.runs[name, seed] for seed in seeds]
   tables = {seed: results.read_table(run) for seed, run in zip(seeds, runs, strict=True)}
   scores = np.mean([study.task.patient_score(metrics.by_patient(one).sums) for one in tables.values()], axis=0)
-  cells = [name, study.workdir.name, str(len(seeds)), f'{np.mean([validated(study.task, run) for run in runs]):.4f}']
+  validation = [validated(study.task, run) for run in runs]
+  shown = 'undefined' if None in validation else f'{np.mean(validation):.4f}'
+  cells = [name, study.workdir.name, str(len(seeds)), shown]
   cells += [f'{np.nanmean(scores):.4f}', '', f'{np.mean([study_table.training_rate(run) for run in runs]):.0f}']
   if study is not first and common:
     others = [results.read_table(first.runs[name, seed]) for seed in sorted(common)]
@@ -116,8 +120,11 @@ def _row(study, first, name):
   return '| ' + ' | '.join(cells) + ' |'
 
 
-def validated(task: tasks.TaskType, run: pathlib.Path) -> float:
-  """Returns the validation score of a run at its chosen checkpoint; of a cross-validation, the mean over patients."""
+def validated(task: tasks.TaskType, run: pathlib.Path) -> float | None:
+  """Returns the validation score of a run at its chosen checkpoint; of a cross-validation, the mean over patients.
+
+  None if the score of a fold is undefined, or there is no validation fold.
+  """
   folds = [path for path in (run, *sorted(run.glob('fold*'))) if (path / 'log.jsonl').exists()]
   key, scores, patients = f'validation/{_VALIDATED[task.name]}', [], []
   for fold in folds:
@@ -125,7 +132,7 @@ def validated(task: tasks.TaskType, run: pathlib.Path) -> float:
     entries = map(json.loads, (fold / 'log.jsonl').read_text().splitlines())
     scores += [one[key] for one in entries if one['step'] == step and key in one]
     patients.append(len(split.load_split(fold)['validation']))
-  return float(np.average(scores, weights=patients))
+  return None if len(scores) < len(folds) or None in scores else float(np.average(scores, weights=patients))
 
 
 if __name__ == '__main__':

@@ -68,8 +68,17 @@ def speeds(data_dir: str | pathlib.Path, image_size: int, batch_size: int, steps
     'training': speed(
       input_pipeline.train_batches(dataset.train, mesh, batch_size=batch_size, **options), batch_size, steps
     ),
-    'test': speed(input_pipeline.test_batches(dataset.train, mesh, batch_size=batch_size), batch_size, steps),
+    'test': speed(
+      _repeated(lambda: input_pipeline.test_batches(dataset.train, mesh, batch_size=batch_size)), batch_size, steps
+    ),
   }
+
+
+def _repeated(start):
+  """Yields the batches of a test again and again: a small dataset has fewer than are timed."""
+  while True:
+    with contextlib.closing(start()) as batches:
+      yield from batches
 
 
 def main(_):

@@ -106,7 +106,8 @@ def _record(config, name, workdir, seeds):
   """Returns a row of table.csv: mean and standard deviation over the seeds; empty if a score is undefined."""
   runs = [folder(workdir, name, seed) for seed in seeds]
   tests = [results.read_numbers(run) for run in runs]
-  module = tasks.create(row_config(config, name, 0)).model
+  task = tasks.create(row_config(config, name, 0))
+  channels = task.context.channels
   titles = {row: title for title, row in ROWS[config.task].items()}
   record = {'model': titles.get(name, name), 'name': name, 'seeds': len(runs)}
   for column, key in SCORES[config.task].items():
@@ -118,8 +119,8 @@ def _record(config, name, workdir, seeds):
     interval = tests[0]['intervals'][key] if len(tests) == 1 else None
     record[f'{column} low'], record[f'{column} high'] = interval or (None, None)
   return record | {
-    'parameters': model_table.count(module),
-    'gflops': model_table.forward_gflops(module, config.data.image_size),
+    'parameters': model_table.count(task.model, channels=channels),
+    'gflops': model_table.forward_gflops(task.model, config.data.image_size, channels),
     'slices_per_second': statistics.fmean(training_rate(run) for run in runs),
   }
 
@@ -153,10 +154,16 @@ def cell(record: dict, column: str) -> str:
 
 
 def _differences(config, workdir, finished) -> Iterator[dict]:
-  """Yields the comparison of each model with its FUSA variant: over all seeds that both have, then for each seed."""
+  """Yields the comparison of each model with its FUSA variant: over all seeds that both have, then for each seed.
+
+  There is none if the labels are of patients.
+  """
   for plain in finished:
     fusa = f'fusa_{plain}'
     common = [seed for seed in finished[plain] if seed in finished.get(fusa, ())]
+    tests = [results.read_numbers(folder(workdir, name, seed)) for name in (fusa, plain) for seed in common]
+    if not all(map(results.scores_slices, tests)):
+      continue  # labels are of patients, so the tables count inherited labels
     tables = {
       name: {seed: results.read_table(folder(workdir, name, seed)) for seed in common} for name in (fusa, plain)
     }

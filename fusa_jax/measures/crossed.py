@@ -19,6 +19,8 @@ from fusa_jax.measures.statistics import LEVEL
 POWER = 0.8
 # More seeds or patients than anybody has.
 _MOST = 10**6
+# Numbers of patients that are tried up to there, at equal ratios of about 1.05.
+_STEPS = 300
 
 
 class Variances(NamedTuple):
@@ -51,6 +53,11 @@ def mean_squares(differences: np.ndarray) -> Squares:
   return Squares(float(mean), squares, degrees, seeds, patients)
 
 
+def defined(differences: np.ndarray) -> np.ndarray:
+  """Returns differences [seeds, patients] without the patients that have a NaN."""
+  return differences[:, np.isfinite(differences).all(axis=0)]
+
+
 def variances(found: Squares) -> Variances:
   """Returns the variances of the effects, at least 0."""
   seed, patient, rest = found.squares
@@ -70,7 +77,7 @@ def interval(differences: np.ndarray) -> list[float] | None:
   Returns:
     None with fewer than two seeds or two patients.
   """
-  differences = differences[:, np.isfinite(differences).all(axis=0)]
+  differences = defined(differences)
   if min(differences.shape) < 2:
     return None
   found = mean_squares(differences)
@@ -115,14 +122,15 @@ def detectable(effects: Variances, seeds: int, patients: int) -> float:
 def patients_needed(effects: Variances, seeds: int, difference: float) -> int | None:
   """Returns the smallest number of patients with which `detectable` is at most `difference`; None if no number is.
 
-  More patients reduce the variance of patients and the rest, but not that of the seeds.
+  More patients reduce the variance of patients and the rest, but not that of the seeds. The fewer the seeds, the more
+  their variance then counts, and with it their few degrees of freedom: `detectable` may rise again.
   """
   is_enough = lambda patients: detectable(effects, seeds, patients) <= difference
-  if not is_enough(_MOST):
+  counts = np.unique(np.geomspace(2, _MOST, _STEPS).astype(int)).tolist()
+  found = next((number for number, count in enumerate(counts) if is_enough(count)), None)
+  if found is None:
     return None
-  low, high = 1, 2
-  while not is_enough(high):
-    low, high = high, high * 2
+  low, high = (counts[found - 1] if found else 1), counts[found]
   while high - low > 1:
     middle = (low + high) // 2
     low, high = (low, middle) if is_enough(middle) else (middle, high)

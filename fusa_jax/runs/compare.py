@@ -177,7 +177,7 @@ def paired(
 
 def _with_other_runs(differences):
   """Returns the part of `per_patient` that needs several runs, from differences [runs, patients]."""
-  differences = differences[:, np.isfinite(differences).all(axis=0)]
+  differences = crossed.defined(differences)
   if differences.shape[1] < 2:
     return {}
   effects = crossed.variances(crossed.mean_squares(differences))

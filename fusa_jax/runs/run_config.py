@@ -70,12 +70,12 @@ def _save(workdir, config):
 
 
 def facts(config: ml_collections.ConfigDict) -> dict:
-  """The values of a config by `--config.KEY`, without paths: copies of the data may lie elsewhere."""
-  return {
-    f'config.{key}': value
-    for key, value in _flat(plain(config).to_dict()).items()
-    if key not in ('data.raw_dir', 'data.dir', 'model.init_from')
-  }
+  """The values of a config by `--config.KEY`, without paths: copies of the data may lie elsewhere.
+
+  Without neighbours, their distance has no effect and is left out.
+  """
+  left_out = {'data.raw_dir', 'data.dir', 'model.init_from', *(() if config.data.context else ('data.context_mm',))}
+  return {f'config.{key}': value for key, value in _flat(plain(config).to_dict()).items() if key not in left_out}
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:

@@ -190,13 +190,14 @@ def _check_order(data_dir, metadata):
   reason = None
   if metadata['patients'] != 'named':
     reason = 'the patients of slices are unknown'
-  elif not metadata['masks']:
+  elif not metadata['masks'] and not metadata.get('patient_labels'):
     reason = 'pictures in a folder per class have no order'
   elif all(len(patient['lesion_voxels']) == 1 for patient in patients):
     reason = 'each patient has a single slice'
   if reason:
     raise UserError(f'data.context: {data_dir} has no neighbouring slices, because {reason}; leave data.context out')
-  if any(patient['lesion_ml'] is None for patient in patients):  # pictures, of which the size is not known
+  # Pictures, of which the size is not known; scans with labels of patients have no lesion volumes either.
+  if not metadata.get('patient_labels') and any(patient['lesion_ml'] is None for patient in patients):
     _say_distances_are_unknown(str(data_dir))
 
 

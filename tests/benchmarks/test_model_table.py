@@ -1,9 +1,11 @@
 """XLA's count of operations compared with PyTorch's counter."""
 
+import jax
 import pytest
+from conftest import SIZE, tiny
 
 from benchmarks import model_table
-from fusa_jax import models
+from fusa_jax import models, tasks
 
 torch = pytest.importorskip('torch')
 from benchmarks import torch_reference  # noqa: E402 (needs torch)
@@ -28,3 +30,11 @@ def test_parameter_counts_equal_pytorchs():
     with torch.device('meta'):
       model = torch_reference.create(name)
     assert model_table.count(models.create(name)) == sum(p.numel() for p in model.parameters())
+
+
+def test_channels_of_neighbouring_slices_are_counted():
+  """Two more channels: two more 3 x 3 kernels per output channel of each first convolution, counted by a real model."""
+  task = tasks.create(tiny(**{'data.context': 1}))
+  variables = jax.eval_shape(lambda: task.init(jax.random.key(0), SIZE))
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+  assert model_table.count(task.model, channels=3) == parameters > model_table.count(task.model)

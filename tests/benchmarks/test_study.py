@@ -173,6 +173,19 @@ def test_a_split_by_slice_is_reported(made, tmp_path):
     assert caption in study_table.write(protocol(), PAIR, SEEDS, workdir, jobs.machine(), 1)
 
 
+@pytest.mark.slow
+def test_labels_of_patients_give_no_comparison_of_slices(made, tmp_path):
+  workdir = tmp_path / 'study'
+  shutil.copytree(made, workdir)
+  for path in workdir.glob('*/test/metrics.json'):
+    record = own_files.read_record(path)
+    own_files.write_record(path, record | {'labels': results.LABELS_OF_PATIENTS}, record['files'])
+  assert 'minus' not in study_table.write(protocol(), PAIR, SEEDS, workdir, jobs.machine(), 1)
+  assert json.loads((workdir / 'differences.json').read_text()) == []
+  with pytest.raises(UserError, match='resunet-seed3 has labels of patients, so its slices have no scores to compare'):
+    ablation.load_study(workdir)
+
+
 @pytest.fixture(scope='module')
 def all_folds(data_dir, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('folds')

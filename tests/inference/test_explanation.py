@@ -151,6 +151,20 @@ def test_the_mean_of_networks_and_flips():
       np.testing.assert_allclose(got['fusa'], (expected[0]['fusa'] + expected[2]['fusa']) / 2, rtol=1e-5)
 
 
+def test_a_slice_with_its_neighbours_is_mirrored_along_its_columns():
+  """With flips, a stack and its mirror image have mirrored maps; a mirrored order of the neighbours would not."""
+  config = tiny(cls, **{'model.name': QUICK, 'data.context': 1, 'data.context_mm': 30.0})
+  task = tasks.create(config)
+  model = trained.create([trained.Network(config, 0, with_weights(task, 0), 1.0)], flips=True)
+  maps, slices = jax.jit(model.explainer.function), slices_of((2, SIZE, SIZE, 3))
+  one, other = maps(model.variables, slices), maps(model.variables, slices[:, :, ::-1])
+  for name, values in one.items():
+    assert values.max() > 0
+    np.testing.assert_allclose(other[name], values[:, :, ::-1], rtol=1e-4, atol=1e-6 * float(values.max()))
+  reversed_order = maps(model.variables, slices[..., ::-1])
+  assert np.abs(reversed_order['gradcam'] - one['gradcam']).max() > 1e-4 * float(one['gradcam'].max())
+
+
 @pytest.fixture
 def rows(monkeypatch):
   """The rows and scales of the pictures that are drawn."""

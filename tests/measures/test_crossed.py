@@ -87,3 +87,12 @@ def test_patients_needed():
     assert crossed.detectable(EFFECTS, seeds, count) <= 0.02 < crossed.detectable(EFFECTS, seeds, count - 1)
   assert crossed.patients_needed(EFFECTS, 20, 0.02) < crossed.patients_needed(EFFECTS, 5, 0.02)
   assert crossed.patients_needed(EFFECTS, 5, 0.01) is None  # no number of patients averages the seeds
+
+
+def test_with_few_seeds_more_patients_may_detect_less():
+  """Then the smallest number that suffices is found, although a million patients do not suffice."""
+  effects = crossed.Variances(0.0001, 0.0009, 0.0025)
+  assert crossed.detectable(effects, 3, 10**6) > 0.031 > crossed.detectable(effects, 3, 100)
+  count = crossed.patients_needed(effects, 3, 0.031)
+  assert count <= 100
+  assert crossed.detectable(effects, 3, count) <= 0.031 < crossed.detectable(effects, 3, count - 1)

@@ -49,6 +49,15 @@ def prepared(cohort, tmp_path_factory):
   return prepare.prepare(str(cohort[0]), str(tmp_path_factory.mktemp('prepared')), SIZE)
 
 
+def test_scans_with_labels_of_patients_have_neighbours(prepared, caplog):
+  caplog.set_level(logging.INFO)
+  split = datasets.load_dataset_for(tiny(cls, **{'data.context': 1, 'data.context_mm': 1000.0}), prepared).test
+  stack, *others = (split.source[row]['image'] for row in (1, 0, 2))
+  np.testing.assert_array_equal(stack[..., 0], others[0][..., 1])
+  np.testing.assert_array_equal(stack[..., 2], others[1][..., 1])
+  assert 'distances' not in caplog.text
+
+
 def fold_of_both_kinds(prepared):
   """A fold for which training, validation and test have patients of both kinds."""
   for fold in range(5):
