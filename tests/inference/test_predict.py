@@ -132,7 +132,7 @@ def test_the_answer_is_left_out_where_it_would_be_a_guess(predictors, runs, raw_
   assert array['score'] is None and 'no spacing' in array['reason']
   grey = copy.copy(predictors['seg'])
   grey.model = dataclasses.replace(grey.model, values='grey')
-  assert 'patient' not in grey(np.zeros((SIZE, SIZE), np.uint8)).numbers
+  assert 'patient' not in grey(np.arange(SIZE**2).reshape(SIZE, SIZE).astype(np.uint8)).numbers
 
 
 def test_classification_writes_numbers_only(predictors, raw_dir, tmp_path):
