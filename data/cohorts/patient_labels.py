@@ -1,7 +1,8 @@
 """Scans without masks, and `labels.csv` (patient,class): whether each patient has a lesion.
 
-Scans lie at any depth: `X.nii.gz` or `X_ct.nii.gz`; or per patient a folder `X` or `X.zip` of DICOM. A patient is a
-scan, or a person in `patients.csv`. All slices of a patient inherit the label.
+Scans lie at any depth: `X.nii.gz` or `X_ct.nii.gz`; or per patient a folder `X` or `X.zip` of DICOM. Results such as
+`X_probability.nii.gz` are no scans. A patient is a scan, or a person in `patients.csv`. All slices of a patient inherit
+the label.
 """
 
 import logging
@@ -25,7 +26,7 @@ from data.cohorts import (
   with_ending,
   zenodo_20,
 )
-from fusa_jax.scans import dicom, dicom_seg, volume_files
+from fusa_jax.scans import dicom, dicom_seg, sources, volume_files
 from fusa_jax.scans.archives import in_folder, is_archive
 from fusa_jax.system.errors import UserError
 
@@ -36,11 +37,18 @@ COLUMNS = ('patient', 'class')
 
 
 def recognises(folder: pathlib.Path) -> bool:
-  """Whether there are labels and no masks. With masks, these decide, and `labels.csv` is left out."""
+  """Whether there are labels and no masks. With masks, these decide, and `labels.csv` is left out.
+
+  Raises:
+    UserError: there are scans and no masks, and the list cannot be read, or lacks its columns.
+  """
   path = entry(folder, LIST)
-  if path is None or not path.is_file() or not lists.has_columns(path, COLUMNS):
+  if path is None or not path.is_file() or not _scans(folder) or _has_masks(folder):
     return False
-  return bool(_scans(folder)) and not _has_masks(folder)
+  if slices.recognises(folder) and not lists.has_columns(path, COLUMNS):  # a .zip beside pictures counts as a scan
+    return False
+  lists.read(path, COLUMNS)
+  return True
 
 
 def find(folder: pathlib.Path) -> list[Case]:
@@ -100,6 +108,8 @@ def _scans(folder):
   for path in in_folder(folder):
     if volume_files.is_volume(path):
       stem = name_of(volume_files.stem(path))
+      if stem.lower().endswith(sources.RESULTS):
+        continue
       found.append((folders.without_ct(stem) or name_of(path.parent.name), path, None))
   return found + [(name, path, 'hu') for name, path in dicom_pairs.patients(folder)]
 

@@ -61,7 +61,7 @@ def load_predictor(
     bundle.load_bundle(bundles[0], mesh, flips) if bundles else trained.load_model(folders, mesh, flips, lungs)
   )
   point = point.for_model(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
-  return Predictor(model, point, mesh)
+  return Predictor(model, point, mesh, operating_point.NO_RULE_IN_BUNDLE if bundles else operating_point.NO_RULE)
 
 
 class Prediction(NamedTuple):
@@ -88,8 +88,10 @@ class Predictor:
     point: the threshold and other settings that turn probabilities into masks.
   """
 
-  def __init__(self, model: trained.Model, point: operating_point.OperatingPoint, mesh):
-    self.model, self.point, self._mesh = model, point, mesh
+  def __init__(
+    self, model: trained.Model, point: operating_point.OperatingPoint, mesh, no_rule: str = operating_point.NO_RULE
+  ):
+    self.model, self.point, self._mesh, self._no_rule = model, point, mesh, no_rule
     self._batch_size = meshes.fitting_batch(mesh, model.batch_size)
     meshes.check_divides(mesh, self._batch_size, model.image_size)
     self._probabilities = jax.jit(model.function, out_shardings=meshes.replicated(mesh))
@@ -117,16 +119,12 @@ class Predictor:
     """
     if explain:
       self.check_explains()
-    name, unknown = image if isinstance(image, (str, pathlib.Path)) else 'array', None
+    name, is_array = image if isinstance(image, (str, pathlib.Path)) else 'array', isinstance(image, np.ndarray)
     if isinstance(image, (str, pathlib.Path)):
       paths.check_local('image', image)
       image = self._read(pathlib.Path(image))
-    elif isinstance(image, np.ndarray):
+    elif is_array:
       image = self._from_array(image, spacing)
-      if spacing is None and self._calls_by_mask:
-        unknown = patient_rule.no_answer(
-          'the array has no spacing, so the volume of its mask is unknown; give it in mm'
-        )
     is_scan = isinstance(image, volumes.Scan)
     if not is_scan:
       self.check_picture(name)
@@ -134,7 +132,11 @@ class Predictor:
     probability = self.probabilities(prepared, between)
     maps = self.maps(prepared, between) if explain else None
     prediction = self.result(image, probability if is_scan else probability[0], maps)
-    return prediction._replace(numbers=prediction.numbers | ({'patient': unknown} if unknown else {}))
+    if is_scan and is_array and spacing is None and self._calls_by_mask:
+      prediction.numbers['patient'] = patient_rule.no_answer(
+        'the array has no spacing, so the volume of its mask is unknown; give it in mm'
+      )
+    return prediction
 
   @property
   def _calls_by_mask(self):
@@ -289,7 +291,7 @@ class Predictor:
     """Returns the score and the call of a scan's patient (`PatientRule.answer`)."""
     rule = self.point.patient
     if rule is None:
-      return patient_rule.no_answer(operating_point.NO_RULE)
+      return patient_rule.no_answer(self._no_rule)
     of_mask = postprocessing.score_of_mask(mask, scan, rule.score_name) if self._calls_by_mask else None
     return rule.answer(highest, of_mask)
 

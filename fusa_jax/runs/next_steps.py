@@ -9,7 +9,7 @@ from fusa_jax.system import hosts, paths, program
 
 
 def after_test(workdir: pathlib.Path, test: pathlib.Path, scan: pathlib.Path | None = None) -> None:
-  """After an evaluation: the report, a picture, and how to predict.
+  """After an evaluation: the report, a picture if one was drawn, and how to predict.
 
   Args:
     workdir: folder of the run.
@@ -17,12 +17,12 @@ def after_test(workdir: pathlib.Path, test: pathlib.Path, scan: pathlib.Path | N
     scan: a scan to predict as an example; None prints a placeholder.
   """
   masks = 'masks' if paths.in_bucket(workdir) else workdir / 'masks'
-  source = str(scan) if scan else 'SCAN_OR_FOLDER'
+  source, picture = str(scan) if scan else 'SCAN_OR_FOLDER', test / 'figures' / 'overview.png'
   _log(
     [
       ('results', test / 'metrics.json'),
       ('report', test / 'report.html'),
-      ('picture', test / 'figures' / 'overview.png'),
+      *([('picture', picture)] if picture.is_file() else []),
       ('predict', _command('predict', workdir=workdir, input=source, output=masks)),
       ('view', _command('view', input=source, output=masks)),
     ]

@@ -22,8 +22,12 @@ FILE = 'operating_point.json'
 # choice. The largest, 2 mL, is the volume of a ball of 16 mm: larger lesions must stay visible in any case.
 SMALLEST_ML = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
-# Why a run of an earlier version gives no answer for patients.
+# Why a run or bundle of an earlier version gives no answer for patients, and a test of the run on other data.
 NO_RULE = 'the run has no rule for patients; choose one with --mode=evaluate'
+NO_RULE_IN_BUNDLE = 'the bundle has no rule for patients; choose one with --mode=evaluate and export the run again'
+NO_RULE_FOR_OTHER_DATA = 'the run has no rule for patients; evaluate it on its own data first'
+# Why a run on slices of unknown patients has no rule for patients with a call.
+UNKNOWN_PATIENTS = 'the patients of the slices are unknown'
 
 # Why a run on labels of patients has no threshold for slices of its own.
 NO_SLICE_LABELS = 'default: the labels are of patients, so no slice has a known label'

@@ -87,13 +87,17 @@ def choose(
   """Chooses the rule on validation patients.
 
   `highest` has the highest AUC of `mean_of_highest`; among equals, the first of patients.HIGHEST. The threshold lies
-  half way between two neighbouring scores of patients, as log-odds for scores of slices. It has the best F1; among
-  equals, the lowest is chosen, so that fewer patients are missed.
+  half way between two neighbouring scores of patients, as log-odds for scores of slices, or is the lowest score. It has
+  the best F1; among equals, the lowest is chosen, so that fewer patients are missed.
+
+  A score of masks has a threshold above 0, so that an empty mask is never called positive. If all masks are empty,
+  there is no threshold.
 
   Args:
     slices: the table of slices of the validation fold.
     score_name: the score that the call uses.
-    target_sensitivity: choose the highest threshold with at least this sensitivity, over patients. None: the best F1.
+    target_sensitivity: choose the highest threshold with at least this sensitivity, over patients; if none has it
+      because masks of patients with lesion are empty, the highest one with the best sensitivity. None: the best F1.
     of_masks: as in `patients.table_of`.
   """
   tables = {highest: patients.table_of(slices, highest, of_masks) for highest in patients.HIGHEST}
@@ -114,6 +118,11 @@ def choose(
   candidates = np.append(levels[0], (levels[:-1] + levels[1:]) / 2)
   if score_name in patients.OF_SLICES:
     candidates = np.unique(np.minimum(candidates, _MOST))
+  else:
+    candidates = candidates[candidates > 0]
+    if not len(candidates):
+      rule = PatientRule(score_name, highest, validation=validation)
+      return rule.without_call('the masks of all validation patients are empty')
   called = score >= candidates[:, None]
   tp, fp = (called & label).sum(axis=1), (called & ~label).sum(axis=1)
   sensitivity = ratio(tp, label.sum())
@@ -121,8 +130,11 @@ def choose(
     chosen = int(np.argmax(metrics.dice(tp, fp, label.sum() - tp)))
     how = 'best F1 of the validation patients'
   else:
-    chosen = int(np.flatnonzero(sensitivity >= target_sensitivity)[-1])
+    reached = min(target_sensitivity, sensitivity.max())
+    chosen = int(np.flatnonzero(sensitivity >= reached)[-1])
     how = f'sensitivity of at least {target_sensitivity:g} over the validation patients'
+    if reached < target_sensitivity:
+      how = f'best sensitivity over the validation patients; {target_sensitivity:g} would need calls of empty masks'
   validation |= {
     'auc': _auc(label, score),
     'sensitivity': defined(sensitivity[chosen]),

@@ -113,8 +113,10 @@ def patient_numbers(table: dict[str, np.ndarray], rule: dict, prevalences=()) ->
   if not known.any():
     reasons = ['the score is unknown for all test patients']
   elif label.all() or not label.any():
-    ill, healthy = ('all test patients have a lesion', 'specificity'), ('no test patient has a lesion', 'sensitivity')
-    which, undefined = ill if label.all() else healthy
+    of = '' if known.all() else ' with a known score'
+    which, undefined = f'no test patient{of} has a lesion', 'sensitivity'
+    if label.all():
+      which, undefined = f'all test patients{of} have a lesion', 'specificity'
     reasons.append(f'{which}, so AUC, {undefined}, PPV and NPV are undefined')
   numbers = {**rule, 'num_patients': len(known), 'num_with_lesion': int(table['label'].sum())}
   numbers |= {'left_out': int((~known).sum()), 'reason': '; '.join(reasons) or None}

@@ -18,7 +18,7 @@ from fusa_jax.system.files import printable, sha256
 # A file belongs to the first format that claims it. Formats that check only names come before those that open files.
 FORMATS: tuple[type[Source], ...] = (volume_files.VolumeFile, pictures.PictureFile, dicom.Series)
 # Endings of the names of masks and results, which often lie beside scans.
-_RESULTS = ('_seg', '_mask', '_probability', '_explanation')
+RESULTS = ('_seg', '_mask', '_probability', '_explanation')
 # The longest stem of results in bytes: file names have at most 255, and this is the longest ending.
 _LONGEST = 255 - len('_gradcam_explanation.nii.gz')
 # Number of left-out files whose names are shown.
@@ -54,7 +54,7 @@ def find_sources(path: pathlib.Path, intensity: str | None, unpacked: pathlib.Pa
     (claimed.setdefault(claiming, []) if claiming else others).append(file)
   sources = [source for one in FORMATS if one in claimed for source in one.from_files(claimed[one])]
   if not is_single_file:
-    results = [source for source in sources if source.stem.lower().endswith(_RESULTS)]
+    results = [source for source in sources if source.stem.lower().endswith(RESULTS)]
     others += [file for source in results for file in source.files()]
     sources = [source for source in sources if source not in results]
   scans = [source for source in sources if not source.is_picture]

@@ -279,7 +279,7 @@ def _choose_point(test):
 
 
 def _choose_rule(test, point, validation):
-  """Chooses the rule for patients on the validation fold; None if the patients of the slices are unknown.
+  """Chooses the rule for patients on the validation fold; without a call if the patients of the slices are unknown.
 
   Args:
     test: the test.
@@ -288,7 +288,7 @@ def _choose_rule(test, point, validation):
   """
   dataset, has_masks = test.dataset, test.task.type.has_masks
   if not dataset.by_patient:
-    return None
+    return patient_rule.PatientRule('mean_of_highest').without_call(operating_point.UNKNOWN_PATIENTS)
   validated = dataset.test if dataset.validation is None else dataset.validation
   has_scans = has_masks and len(test.scanned(validated)) == len(validated.patients)
   score_name = test.config.evaluate.patient_score or ('lesion_ml' if has_scans else 'mean_of_highest')
@@ -352,7 +352,7 @@ def _numbers(test, point, table, volumes_of_scans, of_patients):
     result['patient'] = results.patient_numbers(of_patients, point.patient.about(), prevalences)
   else:
     result['patient'] = results.no_patient_numbers(
-      operating_point.NO_RULE if test.dataset.by_patient else 'the patients of the slices are unknown'
+      operating_point.NO_RULE_FOR_OTHER_DATA if test.dataset.by_patient else operating_point.UNKNOWN_PATIENTS
     )
   result['operating_point'] = point.about() | result['operating_point']
   result |= {

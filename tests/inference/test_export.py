@@ -75,7 +75,7 @@ def test_a_bundle_without_a_rule_gives_no_answer_for_patients(bundles, raw_dir, 
   del about['operating_point']['patient']
   (old / 'bundle.json').write_text(json.dumps(about))
   numbers = predictor.load_predictor(old)(raw_dir / SCAN).numbers
-  reason = 'the run has no rule for patients; choose one with --mode=evaluate'
+  reason = 'the bundle has no rule for patients; choose one with --mode=evaluate and export the run again'
   assert numbers['patient'] == {'score': None, 'positive': None, 'reason': reason}
   assert numbers['slice_scores']
 

@@ -1,7 +1,9 @@
 """Masks have each scan's grid (shape, affines, codes), and the same world positions for any stored orientation."""
 
 import collections
+import copy
 import csv
+import dataclasses
 import errno
 import gzip
 import itertools
@@ -24,7 +26,7 @@ import numpy as np
 import pydicom
 import pytest
 import several_hosts
-from conftest import SLICES
+from conftest import SIZE, SLICES
 from nibabel import orientations
 
 from fusa_jax.inference import predict, predictor, viewer
@@ -128,6 +130,9 @@ def test_the_answer_is_left_out_where_it_would_be_a_guess(predictors, runs, raw_
   assert given['patient']['reason'] == 'not chosen: it was chosen with another threshold'
   array = predictors['seg'](volume_files.read_scan(scan).values).numbers['patient']
   assert array['score'] is None and 'no spacing' in array['reason']
+  grey = copy.copy(predictors['seg'])
+  grey.model = dataclasses.replace(grey.model, values='grey')
+  assert 'patient' not in grey(np.arange(SIZE**2).reshape(SIZE, SIZE).astype(np.uint8)).numbers
 
 
 def test_classification_writes_numbers_only(predictors, raw_dir, tmp_path):

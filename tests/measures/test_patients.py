@@ -145,5 +145,8 @@ def test_patients_with_an_undefined_score_are_left_out_and_counted():
   area = sk.roc_auc_score(of_patients['label'][known], of_patients['score'][known])
   assert got['auc'] == pytest.approx(area, abs=1e-9)
   assert got['tp'] + got['fp'] + got['fn'] + got['tn'] == 13
+  volumes = {name: np.nan if int(name[1:].split('-')[0]) % 3 == 0 else 1.0 for name in scans}
+  _, got = numbers(table, 'lesion_ml', threshold=9.0, lesion_ml=volumes)  # all healthy patients have no score
+  assert got['reason'].startswith('all test patients with a known score have a lesion, so AUC, specificity')
   _, got = numbers(table, 'lesion_ml', threshold=9.0, lesion_ml=dict.fromkeys(scans, np.nan))
   assert got['auc'] is None and got['reason'] == 'the score is unknown for all test patients'

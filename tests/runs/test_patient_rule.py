@@ -67,6 +67,24 @@ def test_equal_aucs_choose_the_first_in_the_list_and_equal_f1s_the_lowest_thresh
   assert patient_rule.choose(table, 'lesion_ml', of_masks=volumes).threshold == 1.0
 
 
+def test_an_empty_mask_is_never_called_positive():
+  """F1 is best if all are called, and the target needs all of them: one patient with lesion has an empty mask."""
+  names = np.array(list('abcd'))
+  table = {'patient': names, 'owner': names, 'label': np.array([1, 1, 1, 0]), 'logit': np.zeros(4)}
+  chosen = lambda values, target=None: patient_rule.choose(
+    table, 'lesion_ml', target, {'lesion_ml': dict(zip('abcd', values, strict=True))}
+  )
+  for rule in (chosen((0.0, 0.5, 2.0, 0.5)), chosen((0.0, 0.5, 2.0, 0.5), 1.0)):
+    assert rule.threshold == 0.25 and rule.validation['sensitivity'] == pytest.approx(2 / 3)
+    assert not rule.answer(np.ones(3), 0.0)['positive'] and rule.answer(np.ones(3), 0.25)['positive']
+  assert rule.chosen_by == 'best sensitivity over the validation patients; 1 would need calls of empty masks'
+  assert chosen((0.0, 0.5, 2.0, 0.0), 0.6).chosen_by == 'sensitivity of at least 0.6 over the validation patients'
+  none = chosen((0.0, 0.0, 0.0, 0.0))
+  assert none.threshold is None and none.chosen_by == 'not chosen: the masks of all validation patients are empty'
+  assert none.answer(np.ones(3), 0.0)['reason'] == none.chosen_by
+  assert chosen((1.0, 2.0, 3.0, 1.0)).threshold == 1.0  # the lowest score calls all
+
+
 @pytest.mark.parametrize(
   ('label', 'why'), [(1, 'all validation patients have a lesion'), (0, 'no validation patient has a lesion')]
 )

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from configs import seg
 from fusa_jax import tasks
 from fusa_jax.measures import masks, metrics, statistics
-from fusa_jax.runs import report, run_config
+from fusa_jax.runs import figures, report, run_config
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets
 
@@ -71,6 +72,19 @@ def test_page_is_complete_and_loads_no_other_file(runs, data_dir, kind):
   assert 'Do not use it for diagnosis' in words and 'Do not use this model for' in words
   assert not re.search(r'dice_|_ml\b|_mm\b|hd95', words)  # names for programs
   path.unlink()
+
+
+def test_the_training_decides_which_score_is_said_to_choose_the_checkpoint(runs, data_dir, tmp_path, monkeypatch):
+  """A run on labels of patients, tested on slices with labels of their own."""
+  shutil.copytree(runs['cls'], tmp_path / 'run')
+  log, drawn, draw = tmp_path / 'run' / 'log.jsonl', [], figures.learning_curves
+  monkeypatch.setattr(figures, 'learning_curves', lambda logs, score: drawn.append(score) or draw(logs, score))
+  card = datasets.card(data_dir, 0) | {'validated': False}  # the tested data may have too few folds
+  words = lambda: report.write_report(tmp_path / 'run', card).read_text()
+  assert words().count('best score (AUC) on validation patients') == 2
+  log.write_text(log.read_text().replace('"validation/auc"', '"validation/patient_auc"'))
+  assert words().count('best score (AUC of patients) on validation patients') == 2
+  assert drawn == ['auc', 'patient_auc']
 
 
 def test_patients_without_lesion_have_a_volume_and_no_dice():

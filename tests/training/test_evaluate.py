@@ -298,7 +298,20 @@ def test_on_another_cohort_the_run_keeps_its_rule_for_patients(runs, data_dir, t
   del point['patient']  # as in a run of an earlier version
   (workdir / 'operating_point.json').write_text(json.dumps(point))
   got = evaluate.evaluate(tiny(cls), workdir, data_dir)['patient']
-  assert got['auc'] is None and got['reason'] == operating_point.NO_RULE
+  assert got['auc'] is None and got['reason'] == operating_point.NO_RULE_FOR_OTHER_DATA
+
+
+def test_slices_of_unknown_patients_leave_a_rule_without_a_call(runs, raw_dir, data_dir, tmp_path, monkeypatch):
+  workdir, load = copy_of(runs['cls'], tmp_path / 'run'), datasets.load_dataset_for
+  monkeypatch.setattr(
+    datasets, 'load_dataset_for', lambda *arguments: dataclasses.replace(load(*arguments), by_patient=False)
+  )
+  result = evaluate.evaluate(tiny(cls), workdir, data_dir)
+  assert result['patient']['auc'] is None and result['patient']['reason'] == 'the patients of the slices are unknown'
+  assert evaluate.is_finished(tiny(cls), workdir, data_dir)
+  scan = raw_dir / f'{split.load_split(workdir)["test"][0]}_ct.nii.gz'
+  answer = predictor.load_predictor(workdir)(scan).numbers['patient']
+  assert answer['positive'] is None and answer['reason'] == 'not chosen: the patients of the slices are unknown'
 
 
 def test_scores_of_masks_need_masks_and_scans(runs, data_dir, tmp_path):

@@ -125,6 +125,7 @@ def test_report_comparison_prediction_and_card_have_no_numbers_of_slices(run, pr
   assert 'Labels are of patients' in text and 'Detection of patients with lesion' in text
   for absent in ('Detection of slices', 'Thresholds and calibration', 'slices with lesion</th>', 'Threshold 0.5'):
     assert absent not in text
+  assert 'best score (AUC of patients) on validation patients' in text
   shutil.copytree(workdir, tmp_path / 'other')
   compared = compare.compare(workdir, tmp_path / 'other')
   assert compared['numbers'] == {} and compared['per_patient'] is None
@@ -193,6 +194,31 @@ def test_lists_that_do_not_fit_are_refused_line_by_line(tmp_path, rows, lines):
   got = str(caught.value).splitlines()
   assert len(got) == len(lines) and all(line in one for line, one in zip(lines, got, strict=True))
   assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    ('patient,class\na,Läsion\nb,healthy\n'.encode('latin-1'), r'not a CSV file in UTF-8 \(.*\); save it in UTF-8'),
+    (b'patient,label\na,1\nb,0\n', 'no columns patient and class; use commas, with patient,class as first line'),
+  ],
+)
+def test_a_list_that_cannot_be_read_is_refused_if_nothing_else_has_labels(tmp_path, content, message):
+  folder = small(tmp_path / 'in', [], scans=('a', 'b'))
+  (folder / 'labels.csv').write_bytes(content)
+  with pytest.raises(UserError, match=f'labels.csv: {message}'):
+    find(folder)
+  for kind in ('CT_COVID', 'CT_NonCOVID'):  # classes of pictures beside their archive
+    (folder / kind).mkdir()
+    (folder / kind / 'a.png').write_bytes(b'')
+  assert not patient_labels.recognises(folder)
+
+
+def test_results_beside_scans_are_no_scans(tmp_path):
+  folder = small(tmp_path, [('a', 1), ('b', 0)], ('a', 'b'))
+  for name in ('a_probability', 'a_gradcam_explanation'):
+    (folder / f'{name}.nii.gz').write_bytes(b'')
+  assert [case.patient for case in find(folder)[1]] == ['a', 'b']
 
 
 def test_scans_of_one_person_cannot_have_two_classes(tmp_path):
