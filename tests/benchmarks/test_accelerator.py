@@ -216,4 +216,4 @@ def test_the_command(tmp_path):
   assert plain['bytes_moved'] == sum(operation.nbytes for operation in hlo.operations(compiled))
   assert re.search(r"FUSA's share of the step of `fusa_resnet18`: -?[\d.]+% \(", texts['step-fusa_resnet18'])
   assert json.loads((tmp_path / 'operations-fusa_resnet18.json').read_text())['operations'][0]['seconds'] > 0
-  assert re.search(r'\d+ slices/s of 32 x 32 on cpu', texts['input'])
+  assert re.search(r'\d+ slices/s, \d+ per second of processor time, 32 x 32 on cpu', texts['input'])
