@@ -7,7 +7,7 @@
 Choose a recipe by the column of validation: the mean Dice per validation patient (classification: the AUC of the
 validation fold) at the chosen checkpoints, over all folds. Test patients must not choose anything.
 
-`changes` lists the config keys in which a study differs from the one before it.
+Below the table, each study is followed by the config keys in which it differs from the first one.
 """
 
 import dataclasses
@@ -123,7 +123,7 @@ def _row(study, first, name):
 def validated(task: tasks.TaskType, run: pathlib.Path) -> float | None:
   """Returns the validation score of a run at its chosen checkpoint; of a cross-validation, the mean over patients.
 
-  None if the score of a fold is undefined, or there is no validation fold.
+  Returns None if a fold has no validation score.
   """
   folds = [path for path in (run, *sorted(run.glob('fold*'))) if (path / 'log.jsonl').exists()]
   key, scores, patients = f'validation/{_VALIDATED[task.name]}', [], []

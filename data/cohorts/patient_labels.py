@@ -30,7 +30,7 @@ from fusa_jax.scans import dicom, dicom_seg, sources, volume_files
 from fusa_jax.scans.archives import in_folder, is_archive
 from fusa_jax.system.errors import UserError
 
-# Layouts of masks whose names do not say that they are masks.
+# Layouts in which the names of the masks do not say that they are masks.
 _WITH_MASKS = (zenodo_20, mosmed, medseg, decathlon, nnunet)
 LIST = 'labels.csv'
 COLUMNS = ('patient', 'class')

@@ -216,9 +216,7 @@ class Predictor:
   @functools.cached_property
   def map_names(self) -> list[str]:
     """The names of the maps that `maps` returns."""
-    size, context = self.model.image_size, self.model.context
-    shape = (1, size, size, context.channels) if context.slices else (1, size, size)
-    slices = jax.ShapeDtypeStruct(shape, np.int16)
+    slices = jax.ShapeDtypeStruct((1, *self.model.context.shape(self.model.image_size)), np.int16)
     shapes = jax.eval_shape(self.model.explainer.function, self.model.variables, slices)
     return [name for name in explanation.MAPS if name in shapes]
 

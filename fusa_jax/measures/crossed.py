@@ -32,13 +32,17 @@ class Variances(NamedTuple):
 
 
 class Squares(NamedTuple):
-  """Mean squares and their degrees of freedom, in the order seed, patient, rest; and the sizes of the design."""
+  """The mean of differences, their mean squares in the order seed, patient, rest, and the sizes of the design."""
 
   mean: float
   squares: tuple[float, float, float]
-  degrees: tuple[int, int, int]
   seeds: int
   patients: int
+
+  @property
+  def degrees(self) -> tuple[int, int, int]:
+    """The degrees of freedom of the mean squares."""
+    return _degrees_of_freedom(self.seeds, self.patients)
 
 
 def mean_squares(differences: np.ndarray) -> Squares:
@@ -47,10 +51,14 @@ def mean_squares(differences: np.ndarray) -> Squares:
   mean = differences.mean()
   of_seed, of_patient = differences.mean(axis=1) - mean, differences.mean(axis=0) - mean
   rest = differences - mean - of_seed[:, None] - of_patient
-  degrees = seeds - 1, patients - 1, (seeds - 1) * (patients - 1)
   sums = patients * np.sum(of_seed**2), seeds * np.sum(of_patient**2), np.sum(rest**2)
+  degrees = _degrees_of_freedom(seeds, patients)
   squares = tuple(float(total / count) for total, count in zip(sums, degrees, strict=True))
-  return Squares(float(mean), squares, degrees, seeds, patients)
+  return Squares(float(mean), squares, seeds, patients)
+
+
+def _degrees_of_freedom(seeds, patients):
+  return seeds - 1, patients - 1, (seeds - 1) * (patients - 1)
 
 
 def defined(differences: np.ndarray) -> np.ndarray:
@@ -103,12 +111,8 @@ def detectable(effects: Variances, seeds: int, patients: int) -> float:
     seeds: the number of seeds, at least 2.
     patients: the number of patients, at least 2.
   """
-  expected = (
-    patients * effects.seed + effects.rest,
-    seeds * effects.patient + effects.rest,
-    effects.rest,
-  )
-  found = Squares(0.0, expected, (seeds - 1, patients - 1, (seeds - 1) * (patients - 1)), seeds, patients)
+  expected = patients * effects.seed + effects.rest, seeds * effects.patient + effects.rest, effects.rest
+  found = Squares(0.0, expected, seeds, patients)
   variance = (expected[0] + expected[1] - expected[2]) / (seeds * patients)
   if not variance:
     return 0.0

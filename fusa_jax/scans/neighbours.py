@@ -28,6 +28,10 @@ class Context(NamedTuple):
     """The number of slices in an input: those below the slice, the slice itself in the middle, and those above."""
     return 2 * self.slices + 1
 
+  def shape(self, size: int) -> tuple[int, ...]:
+    """The shape of an input of size x size: [H, W], or with neighbours [H, W, C]."""
+    return (size, size, self.channels) if self.slices else (size, size)
+
   def indices(self, count: int, spacing: float) -> np.ndarray:
     """The slices of each input of a scan, from inferior to superior.
 

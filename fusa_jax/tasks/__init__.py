@@ -51,10 +51,6 @@ class Task:
   heads: nn.Module | None = None
   context: Context = SLICE_ALONE
 
-  def shape(self, size: int) -> tuple[int, ...]:
-    """The shape of a slice of size x size, with its neighbours if the model sees them."""
-    return (size, size, self.context.channels) if self.context.slices else (size, size)
-
   def init(self, key: jax.Array, size: int) -> dict:
     """Variables {'params', 'batch_stats'} for slices of size x size."""
     return self.model.init(key, jnp.zeros((1, size, size, self.context.channels)), train=False)

@@ -327,7 +327,7 @@ def lower_step(task, optimizer, config, mesh, shapes: TrainState, platform: str 
   everywhere, size, count = meshes.replicated(mesh), config.data.image_size, config.train.batch_size
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.batched(mesh, len(shape)))
   batch = {
-    'image': array(np.int16, count, *task.shape(size)),
+    'image': array(np.int16, count, *task.context.shape(size)),
     'mask': array(np.uint8, count, size, size),
     'label': array(np.int32, count),
     'index': array(np.int32, count),
