@@ -21,7 +21,7 @@ from absl import flags
 from benchmarks import study_table
 from fusa_jax import tasks
 from fusa_jax.measures import metrics
-from fusa_jax.runs import arguments, compare, results, run_config, split
+from fusa_jax.runs import arguments, compare, result_files, results, run_config, split
 from fusa_jax.system import provenance
 from fusa_jax.system.errors import UserError
 
@@ -60,17 +60,20 @@ def load_study(workdir: pathlib.Path) -> Study:
   """Returns a study with its finished runs.
 
   Raises:
-    UserError: the folder has no finished run of a study, or its labels are of patients: slices are not scored then.
+    UserError: the folder has no finished run of a study; its labels are of patients: slices are not scored then; or
+      there are several classes.
   """
   runs, config = {}, None
   for folder in sorted(workdir.glob('*-seed*')):
-    if results.is_complete(folder / split.TEST):
-      if not results.scores_slices(results.read_numbers(folder)):
+    if result_files.is_complete(folder / split.TEST):
+      if not results.scores_slices(result_files.read_numbers(folder)):
         raise UserError(f'--studies: {folder} has labels of patients, so its slices have no scores to compare')
       config = run_config.load_config(folder)
       runs[config.model.name, config.seed] = folder
   if config is None:
     raise UserError(f'--studies: {workdir} has no finished run of a study; run python -m benchmarks.study first')
+  if len(tasks.classes_of(config).names) > 1:
+    raise UserError(f'--studies: {workdir} has several classes; give studies of one class')
   recipe = {key: value for key, value in run_config.facts(config).items() if key not in _NOT_OF_RECIPE}
   return Study(workdir, recipe, runs, tasks.type_of(config.task))
 
@@ -107,17 +110,22 @@ def _seeds(study, name):
 def _row(study, first, name):
   seeds, common = _seeds(study, name), set(_seeds(study, name)) & set(_seeds(first, name))
   runs = [study.runs[name, seed] for seed in seeds]
-  tables = {seed: results.read_table(run) for seed, run in zip(seeds, runs, strict=True)}
+  tables = {seed: _table(run) for seed, run in zip(seeds, runs, strict=True)}
   scores = np.mean([study.task.patient_score(metrics.by_patient(one).sums) for one in tables.values()], axis=0)
   validation = [validated(study.task, run) for run in runs]
   shown = 'undefined' if None in validation else f'{np.mean(validation):.4f}'
   cells = [name, study.workdir.name, str(len(seeds)), shown]
   cells += [f'{np.nanmean(scores):.4f}', '', f'{np.mean([study_table.training_rate(run) for run in runs]):.0f}']
   if study is not first and common:
-    others = [results.read_table(first.runs[name, seed]) for seed in sorted(common)]
+    others = [_table(first.runs[name, seed]) for seed in sorted(common)]
     found = compare.paired(study.task, [tables[seed] for seed in sorted(common)], others)
     cells[-2] = compare.per_patient_line(found['per_patient'])
   return '| ' + ' | '.join(cells) + ' |'
+
+
+def _table(run):
+  (part,) = result_files.read_parts(run, tasks.classes_of(run_config.load_config(run)).names).values()
+  return part.table
 
 
 def validated(task: tasks.TaskType, run: pathlib.Path) -> float | None:
@@ -128,7 +136,7 @@ def validated(task: tasks.TaskType, run: pathlib.Path) -> float | None:
   folds = [path for path in (run, *sorted(run.glob('fold*'))) if (path / 'log.jsonl').exists()]
   key, scores, patients = f'validation/{_VALIDATED[task.name]}', [], []
   for fold in folds:
-    step = results.read_numbers(fold)['step']
+    step = result_files.read_numbers(fold)['step']
     entries = map(json.loads, (fold / 'log.jsonl').read_text().splitlines())
     scores += [one[key] for one in entries if one['step'] == step and key in one]
     patients.append(len(split.load_split(fold)['validation']))

@@ -16,11 +16,13 @@ import numpy as np
 from absl import flags
 
 from data import prepare
+from fusa_jax import tasks
 from fusa_jax.inference import predictor
 from fusa_jax.measures import statistics
 from fusa_jax.measures.masks import SUPPORT
-from fusa_jax.runs import arguments, experiment, results, run_config, split
+from fusa_jax.runs import arguments, experiment, result_files, run_config, split
 from fusa_jax.system import program, provenance
+from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing
 from fusa_jax.training import cross_validation, evaluate
 
@@ -52,13 +54,16 @@ def main(_):
   workdir = arguments.path_flag('workdir')
   config = run_config.load_config(workdir)
   data_dir, scans = experiment.prepared(config), experiment.scans_at_hand(config)
-  tested, folders = {}, {}
+  tested, folders, classes = {}, {}, tasks.classes_of(config).names
+  if len(classes) > 1:
+    raise UserError('workdir: has several classes; give a run of one class')
   for name, options in VARIANTS.items():
     folders[name] = [
       evaluated(run, one, workdir / 'better_masks' / name.replace(' ', '_'), options, data_dir, scans)
       for run, one in cross_validation.runs(config, workdir, data_dir).items()
     ]
-    tested[name] = [row for folder in folders[name] for row in results.read_volumes(folder)]
+    parts = [result_files.read_parts(folder, classes)[classes[0]] for folder in folders[name]]
+    tested[name] = [row for part in parts for row in part.volumes]
   phantoms = dict(config.data.phantom) | {'patients': _NEW.value, 'seed': _SEED.value}
   new = prepare.scans(prepare.draw_phantoms(config.data.image_size, **phantoms))
   each = [scored(predictor.load_predictor(folder), new) for folder in folders[PLAIN]]
@@ -70,7 +75,10 @@ def main(_):
     f'mean of the folds{"" if name == PLAIN else ", " + name}': scored(predictor.load_predictor(folders[name]), new)
     for name in (PLAIN, 'flips', ALL)
   }
-  chosen = {name: [predictor.load_predictor(folder).point.smallest_ml for folder in folders[name]] for name in VARIANTS}
+  chosen = {
+    name: [predictor.load_predictor(folder).points[classes[0]].smallest_ml for folder in folders[name]]
+    for name in VARIANTS
+  }
   text = '\n'.join(
     [
       f'{len(scans)} patients, each tested by the fold that has not seen it:\n',
@@ -95,7 +103,7 @@ def evaluated(run: pathlib.Path, config, folder: pathlib.Path, options, data_dir
   for key in ('flips', 'lungs', 'fit_smallest'):
     config.evaluate[key] = key in options
   config.evaluate.num_overlays = 0
-  if not results.is_complete(copy / split.TEST):
+  if not result_files.is_complete(copy / split.TEST):
     run_config.save_config(copy, config)
     if not (copy / 'checkpoints').exists():
       (copy / 'checkpoints').symlink_to((run / 'checkpoints').resolve())
@@ -104,7 +112,8 @@ def evaluated(run: pathlib.Path, config, folder: pathlib.Path, options, data_dir
 
 
 def scored(run: predictor.Predictor, scans) -> list[dict]:
-  return evaluate.score_volumes(run, scans, list(scans))
+  (rows,) = evaluate.score_volumes(run, scans, list(scans)).values()
+  return rows
 
 
 def table(rows_of: dict[str, list[dict]]) -> str:

@@ -28,8 +28,9 @@ import fusa_jax
 from data.cohorts import phantom
 from fusa_jax import tasks
 from fusa_jax.inference import predict, trained, viewer
-from fusa_jax.runs import arguments, figures, results, run_config
+from fusa_jax.runs import arguments, figures, result_files, run_config
 from fusa_jax.scans import volumes
+from fusa_jax.scans.classes import LESION
 from fusa_jax.system import meshes, program
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import window
@@ -70,7 +71,7 @@ def main(_) -> None:
 
 def _median_patient(workdir):
   """Returns the number of the test phantom with the median Dice of those with lesion."""
-  table = results.read_table(workdir)
+  table = result_files.read_parts(workdir, LESION.names)[LESION.names[0]].table
   row = next(row for title, row in figures.typical_slices(table).items() if title.startswith('median'))
   return int(table['patient'][row].rsplit('-', 1)[-1])
 

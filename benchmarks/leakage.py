@@ -27,7 +27,7 @@ from absl import flags
 from configs import cls
 from data import prepare
 from data.cohorts import covid19_20
-from fusa_jax.runs import arguments, results, run_config
+from fusa_jax.runs import arguments, result_files, run_config
 from fusa_jax.scans import nifti, volume_files
 from fusa_jax.system import exits, program
 from fusa_jax.system.files import replacing
@@ -136,7 +136,7 @@ def deal_slices(volumes: np.ndarray) -> np.ndarray:
 
 def write_table(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tuple[bool, str]:
   """Writes leakage.md and leakage.json from the finished runs; returns whether there was no leak, and the text."""
-  tests = {name: results.read_numbers(workdir / name) for name in ROWS}
+  tests = {name: result_files.read_numbers(workdir / name) for name in ROWS}
   lines = ['| Labels | Split by | AUC | 95% interval | Test files | Test slices |', '| --- | --- |' + ' ---: |' * 4]
   for name, (labels, unit) in ROWS.items():
     result = tests[name]

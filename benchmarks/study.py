@@ -24,11 +24,11 @@ from ml_collections import config_flags
 from benchmarks import jobs, study_table
 from fusa_jax import tasks
 from fusa_jax.measures import statistics
-from fusa_jax.runs import arguments, experiment, report, results, run_config
+from fusa_jax.runs import arguments, experiment, result_files, run_config
 from fusa_jax.runs.split import TEST
 from fusa_jax.system import program
 from fusa_jax.system.errors import UserError
-from fusa_jax.training import cross_validation, datasets, evaluate
+from fusa_jax.training import cross_validation, evaluate
 
 
 def define_flags() -> None:
@@ -128,7 +128,7 @@ class Job:
   def __call__(self) -> float | None:
     """Trains and tests the run; returns the score by which the task selects checkpoints."""
     result = cross_validation.train_and_test(self.config, self.run, self.data_dir)
-    report.write_report(self.run, datasets.card(self.data_dir, self.config.data.fold))
+    cross_validation.write_reports(self.config, self.run, self.data_dir)
     jax.clear_caches()  # the next model cannot use compiled programs of this one
     return result[tasks.type_of(self.config.task).selection]
 
@@ -155,7 +155,7 @@ def make(
       begin = [job for job in parts if not _is_finished(job, machine)]
       if len(parts) > 1:
         run_config.save_config(whole.run, whole.config)  # refuses a folder that holds a run of one fold
-        if not begin and not results.is_complete(whole.run / TEST):
+        if not begin and not result_files.is_complete(whole.run / TEST):
           begin = [whole]
       todo.extend(begin)
       total += len(parts)

@@ -12,7 +12,7 @@ import ml_collections
 from benchmarks import model_table
 from benchmarks.jobs import Machine
 from fusa_jax import models, tasks
-from fusa_jax.runs import compare, results, run_config
+from fusa_jax.runs import compare, result_files, results, run_config
 from fusa_jax.runs.split import TEST
 from fusa_jax.system.files import replacing, write_csv, write_json
 
@@ -79,7 +79,7 @@ def write(
     jobs: the number of runs that shared the machine at a time.
     pending: model and seed of runs that will be tested again; they are left out.
   """
-  is_complete = lambda name, seed: results.is_complete(folder(workdir, name, seed) / TEST)
+  is_complete = lambda name, seed: result_files.is_complete(folder(workdir, name, seed) / TEST)
   finished = {name: [s for s in seeds if (name, s) not in pending and is_complete(name, s)] for name in names}
   records = [_record(config, name, workdir, done) for name, done in finished.items() if done]
   write_csv(workdir / 'table.csv', records)
@@ -95,6 +95,7 @@ def write(
   lines += ['', _caption(config, workdir, finished, seeds, machine, jobs)]
   for each in differences:
     title = f'{each["run"]} minus {each["against"]}, {_seeds(each["seeds"])}'
+    title += f', {each["class"]}' if 'class' in each else ''
     lines += ['', f'{title}: {compare.per_patient_line(each["per_patient"])}']
   text = '\n'.join(lines)
   with replacing(workdir / 'table.md') as partial:
@@ -105,7 +106,7 @@ def write(
 def _record(config, name, workdir, seeds):
   """Returns a row of table.csv: mean and standard deviation over the seeds; empty if a score is undefined."""
   runs = [folder(workdir, name, seed) for seed in seeds]
-  tests = [results.read_numbers(run) for run in runs]
+  tests = [result_files.read_numbers(run) for run in runs]
   task = tasks.create(row_config(config, name, 0))
   channels = task.context.channels
   titles = {row: title for title, row in ROWS[config.task].items()}
@@ -161,16 +162,20 @@ def _differences(config, workdir, finished) -> Iterator[dict]:
   for plain in finished:
     fusa = f'fusa_{plain}'
     common = [seed for seed in finished[plain] if seed in finished.get(fusa, ())]
-    tests = [results.read_numbers(folder(workdir, name, seed)) for name in (fusa, plain) for seed in common]
+    tests = [result_files.read_numbers(folder(workdir, name, seed)) for name in (fusa, plain) for seed in common]
     if not all(map(results.scores_slices, tests)):
       continue  # labels are of patients, so the tables count inherited labels
-    tables = {
-      name: {seed: results.read_table(folder(workdir, name, seed)) for seed in common} for name in (fusa, plain)
+    classes = tasks.classes_of(config).names
+    parts = {
+      name: {seed: result_files.read_parts(folder(workdir, name, seed), classes) for seed in common}
+      for name in (fusa, plain)
     }
     for seeds in ([common] if len(common) > 1 else []) + [[seed] for seed in common]:
-      one, other = ([tables[name][seed] for seed in seeds] for name in (fusa, plain))
-      about = {'run': fusa, 'against': plain, 'fold': config.data.fold, 'seeds': seeds}
-      yield about | compare.paired(tasks.type_of(config.task), one, other)
+      for of_class in classes:
+        one, other = ([parts[name][seed][of_class].table for seed in seeds] for name in (fusa, plain))
+        about = {'run': fusa, 'against': plain, 'fold': config.data.fold, 'seeds': seeds}
+        about |= {'class': of_class} if len(classes) > 1 else {}
+        yield about | compare.paired(tasks.type_of(config.task), one, other)
 
 
 def _seeds(seeds):
@@ -185,7 +190,7 @@ def _length(config):
 
 def _caption(config, workdir, finished, seeds, machine, jobs):
   name, done = next((name, done) for name, done in finished.items() if done)
-  result = results.read_numbers(folder(workdir, name, done[0]))
+  result = result_files.read_numbers(folder(workdir, name, done[0]))
   fold = 'all folds, each patient tested once' if run_config.is_cross_validation(config) else f'fold {config.data.fold}'
   missing = [f'{name} {len(done)} of {len(seeds)}' for name, done in finished.items() if len(done) < len(seeds)]
   return (

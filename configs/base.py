@@ -27,6 +27,12 @@ def paper() -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   config.data.raw_dir = ''  # folder of the CT scans and masks as released, in a layout of docs/data.md
   config.data.lesion_labels = ()  # mask values that count as lesion; (): as docs/data.md says for the layout
+  # Several classes: mask values by name, for example {'ground glass': (1,), 'consolidation': (2,)}. A value may belong
+  # to several classes. 'background' names values of no class; a value without a name is an error. (): one class.
+  # Classification: names without values, as ('normal', 'COVID', 'other'), are exclusive classes of slices or patients.
+  # 'auto' (cls.py): those of the cohort (docs/data.md); config.json has their names.
+  config.data.classes = config_dict.FieldReference((), field_type=object)
+  config.data.ignore_label = config_dict.placeholder(int)  # mask value of pixels to leave out; None: there is none
   config.data.intensity = 'hu'  # 'hu', or 'grey': 8-bit images (0 to 255), which were windowed before
   # Slices of unknown patients: 'named' leaves them out, 'each_slice' treats each of them as a separate patient.
   config.data.patients = 'named'
@@ -40,11 +46,14 @@ def paper() -> ml_collections.ConfigDict:
   config.data.context = 0
   config.data.context_mm = 10.0  # slices farther away than this, in mm, are not neighbours
   config.data.window = (-1000.0, 300.0)  # lower and upper limit, in HU; the network input is clipped to this range
-  config.data.balanced = True  # train on slices with and without lesion in the ratio 1:1; False: in the data's ratio
+  # Train on slices with and without lesion in the ratio 1:1, or on each exclusive class equally often; False: in the
+  # data's ratio.
+  config.data.balanced = True
   config.data.phantom = ml_collections.ConfigDict()  # the synthetic cohort of the demo
   config.data.phantom.patients = 120  # number of patients
   config.data.phantom.slices = 24  # slices per patient
   config.data.phantom.seed = 0  # seed of the drawn patients
+  config.data.phantom.kinds = False  # mark consolidations with 2, other lesions with 1
 
   config.augment = ml_collections.ConfigDict()  # random changes to each training slice
   config.augment.crop_probability = 0.5  # probability of a crop, which is resized to the whole slice; 0: no crops
@@ -128,34 +137,41 @@ class Preset(NamedTuple):
   Attributes:
     is_demo: whether it has demo size.
     is_strong: whether it has the strong recipe.
+    has_classes: whether it has two classes of lesions.
     model: the name of the model, or None for the default.
   """
 
   is_demo: bool
   is_strong: bool
+  has_classes: bool
   model: str | None
 
 
-def read_preset(preset: str, file: str, names: tuple[str, ...]) -> Preset:
-  """Reads a preset: `paper`, `demo`, `strong`, MODEL, or several of the last three in this order, with hyphens.
+def read_preset(preset: str, file: str, names: tuple[str, ...], classes: bool = False) -> Preset:
+  """Reads a preset: `paper`, or one or several of `demo`, `strong`, `classes` and MODEL, in this order, with hyphens.
+
+  `classes` needs `demo`: the classes of your own masks are in data.classes.
 
   Args:
     preset: the preset, for example `demo-strong-resunet`.
     file: the config file, for the error message.
     names: the models that MODEL can be.
+    classes: whether the file has presets with `classes`.
 
   Raises:
     ValueError: the preset has none of these forms, or MODEL is not in `names`.
   """
   words = [] if preset == 'paper' else preset.split('-')
   parts = []
-  for word in ('demo', 'strong'):
+  for word in ('demo', 'strong', 'classes'):
     parts.append(words[:1] == [word])
     words = words[parts[-1] :]
-  if len(words) > 1 or not set(words) <= set(names):
+  is_demo, _, has_classes = parts
+  if len(words) > 1 or not set(words) <= set(names) or (has_classes and not (is_demo and classes)):
+    own = ', demo-classes' if classes else ''
     raise ValueError(
-      f'{file} has no preset {preset!r}; give paper, demo, strong, demo-strong or MODEL, or demo-MODEL, strong-MODEL '
-      f'or demo-strong-MODEL, with one of the models {", ".join(names)}'
+      f'{file} has no preset {preset!r}; give paper, demo, strong, demo-strong{own} or MODEL, or demo-MODEL, '
+      f'strong-MODEL or demo-strong-MODEL, with one of the models {", ".join(names)}'
     )
   return Preset(*parts, words[0] if words else None)
 

@@ -14,10 +14,11 @@ def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
   The name of another model, for example `vgg16`, trains that model as in `paper`; `demo-vgg16`, `strong-vgg16` and
   `demo-strong-vgg16` as in those presets.
   """
-  is_demo, is_strong, name = base.read_preset(preset, 'configs/cls.py', models.CLASSIFIERS)
+  is_demo, is_strong, _, name = base.read_preset(preset, 'configs/cls.py', models.CLASSIFIERS)
   config = base.paper()
   config.task = 'classification'
   config.train.loss = 'cross_entropy'
+  config.data.classes = 'auto'
   config.model.name = name or ('fusa_resnet18' if is_demo else 'fusa_resnet50')
   if is_demo:
     base.demo(config)

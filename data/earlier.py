@@ -135,6 +135,7 @@ class EarlierDataset:
           tuple(entry['images']),
           entry['truth'],
           tuple(map(tuple, entry['values'])),
+          tuple(map(tuple, entry.get('class_voxels', [entry['lesion_voxels']]))),
         )
         known[case.patient] = survey.Known(patient, thumbnails[rows[case.patient]] if case.patient in rows else None)
     return known

@@ -27,7 +27,7 @@ from data.cohorts import (
   slices,
   zenodo_20,
 )
-from fusa_jax.scans import sources, volumes
+from fusa_jax.scans import classes, sources, volumes
 from fusa_jax.scans.archives import in_folder
 from fusa_jax.system.errors import UserError
 
@@ -72,17 +72,19 @@ def find(
   tried = itertools.product(dict.fromkeys((folder, only_folder(folder))), COHORTS.items())
   for place, (name, cohort) in tried:
     if cohort.recognises(place):
-      found = cohort.find(place)
+      takes = {slices: (options.classes,), zenodo_20: (classes.have_values(options.classes),)}
+      found = cohort.find(place, *takes.get(cohort, ()))
       if not found:
         raise UserError(f'{place}: has the layout of {name}, but no scans; unpack it again')
       refuse([f'{path}: {_missing(path)}' for case in found for path in case.files if not path.exists()])
       found = identity.identified(found, place, quiet)
       if cohort is patient_labels:
-        found = patient_labels.labelled(found, place)
+        found = patient_labels.labelled(found, place, options.classes)
       found = _of_intensity(folder, found, options)
       found = _of_known_patients(folder, found, options)
       if not quiet:
-        _log_left_out(place, found, [entry(place, name) for name in (identity.LIST, getattr(cohort, 'LIST', ''))])
+        _log_left_out(place, found, [entry(place, name) for name in _lists(cohort)])
+      _check_kind(place, found, options)
       cases = [_with_options(case, options) for case in found if not case.unused]
       return name, sorted(cases, key=lambda case: case.patient)
   raise UserError(
@@ -106,10 +108,29 @@ def _check(options):
       f'data.lesion_labels: {labels!r} are not mask values (whole numbers other than 0); give the values that are '
       f'lesion, for example --config.data.lesion_labels="{typed}"'
     )
+  classes.check_keys(options.classes, options.ignore_label, labels)
 
 
 def _is_label(label):
   return isinstance(label, int | float) and not isinstance(label, bool) and label == int(label) != 0
+
+
+def _lists(cohort):
+  """The names of the lists that a cohort may have."""
+  return (identity.LIST, *(getattr(cohort, name) for name in ('LIST', 'LABELS') if hasattr(cohort, name)))
+
+
+def _check_kind(place, cases, options):
+  """Checks that mask values are given for masks only; `labels.meaning` checks the names of exclusive classes."""
+  if cases[0].classes.exclusive:
+    for key in ('lesion_labels', 'ignore_label'):
+      if getattr(options, key) not in ((), [], None):
+        raise UserError(f'data.{key}: a mask value, but {place} has classes of slices or patients; leave it out')
+  if classes.are_names(options.classes) and not cases[0].has_labels:
+    raise UserError(
+      f'data.classes: names {", ".join(options.classes)} without mask values, but {place} has masks; give their '
+      "values, for example --config.data.classes=\"{'ground glass': (1,), 'consolidation': (2,)}\""
+    )
 
 
 def _missing(path):
@@ -119,8 +140,11 @@ def _missing(path):
 
 
 def _with_options(case, options):
-  if options.lesion_labels:
-    case = case._replace(lesion_labels=tuple(map(int, options.lesion_labels)))
+  if classes.have_values(options.classes):
+    chosen = classes.chosen(options.classes, options.ignore_label)
+    case = case._replace(classes=chosen._replace(meanings=case.classes.meanings))
+  elif options.lesion_labels:
+    case = case._replace(classes=classes.of_lesion(options.lesion_labels)._replace(meanings=case.classes.meanings))
   return case._replace(coloured=options.coloured) if isinstance(case.ct, tuple) else case
 
 

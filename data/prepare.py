@@ -43,15 +43,20 @@ def prepare(
   return _build(*find(raw_dir, options), raw_dir, data_dir, size, progress)
 
 
-def prepare_phantom(data_dir: str, size: int, patients: int, slices: int, seed: int, progress=silent) -> pathlib.Path:
-  """Draws a cohort of phantoms and prepares it; returns the folder that training reads."""
-  raw_dir = draw_phantoms(size, patients, slices, seed, progress)
-  return _build('phantom', find(raw_dir)[1], raw_dir, data_dir, size, progress)
+def prepare_phantom(
+  data_dir: str, size: int, *, progress=silent, options: CohortOptions = AS_RELEASED, **drawn
+) -> pathlib.Path:
+  """Draws a cohort of phantoms and prepares it; returns the folder that training reads. `drawn`: `draw_phantoms`."""
+  raw_dir = draw_phantoms(size, progress=progress, **drawn)
+  return _build('phantom', find(raw_dir, options)[1], raw_dir, data_dir, size, progress)
 
 
-def draw_phantoms(size: int, patients: int, slices: int, seed: int, progress=silent) -> pathlib.Path:
+def draw_phantoms(
+  size: int, patients: int, slices: int, seed: int, kinds: bool = False, progress=silent
+) -> pathlib.Path:
   """Returns the cache folder of a cohort of phantoms as NIfTI files; draws the phantoms if some are missing."""
-  raw_dir = CACHE / f'phantom-v{phantom.VERSION}-{patients}x{slices}x{size}-seed{seed}'
+  name = f'phantom-v{phantom.VERSION}-{patients}x{slices}x{size}-seed{seed}'
+  raw_dir = CACHE / (f'{name}-kinds' if kinds else name)
   is_complete = lambda: all(len(list(raw_dir.glob(f'*_{kind}.nii.gz'))) == patients for kind in ('ct', 'seg'))
   if is_complete():
     return raw_dir
@@ -61,7 +66,9 @@ def draw_phantoms(size: int, patients: int, slices: int, seed: int, progress=sil
       for old in (partial, raw_dir):
         shutil.rmtree(old, ignore_errors=True)
       partial.mkdir(parents=True)
-      phantom.write_phantoms(partial, patients=patients, size=size, slices=slices, seed=seed, progress=progress)
+      phantom.write_phantoms(
+        partial, patients=patients, size=size, slices=slices, seed=seed, kinds=kinds, progress=progress
+      )
       partial.rename(raw_dir)
   return raw_dir
 
@@ -153,10 +160,10 @@ def _check(info, folder, path, cases, files, taken, raw_dir):
   """Checks that a prepared dataset is whole and was made from these files in this way."""
   advice = 'use another folder, or delete this one'
   metadata = info.metadata
-  for key, value in taken.items():
-    if metadata.get(key) != value:
+  for key in (*taken, *({'classes', 'ignore_label'} & metadata.keys() - taken.keys())):
+    if metadata.get(key) != taken.get(key):
       raise UserError(
-        f'data.dir: {folder} was prepared with data.{key}={metadata.get(key)}, now it is {value}; {advice}'
+        f'data.dir: {folder} was prepared with data.{key}={metadata.get(key)}, now it is {taken.get(key)}; {advice}'
       )
   if metadata.get('files') != files:
     known = set(survey.case_digests(cases, files).values())

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
-from data.cohorts import Case
+from data.cohorts import Case, labels
 from fusa_jax.scans import dicom, dicom_files, dicom_headers, dicom_seg, pictures, sources, volume_files, volumes
 from fusa_jax.scans.archives import in_folder, is_archive, unpacking, within
+from fusa_jax.scans.classes import of_any, of_class
 from fusa_jax.system.errors import UserError
 
 # How many headers are read to find the largest scan.
@@ -23,12 +24,15 @@ class Slices(NamedTuple):
 
   Attributes:
     images: per slice, HU or grey values [H, W]; pictures of one patient may differ in size.
-    masks: per slice, uint8 {0, 1} [H, W]; all 0 if a case has only labels.
-    lesion_voxels: per slice, the number of lesion voxels; if a case has only labels, the label of the slice or patient.
+    masks: per slice, bits of classes [H, W] (`scans.classes`); all 0 if a case has only labels.
+    lesion_voxels: per slice, the number of voxels of any class; if a case has only labels, 1 if the class of the slice
+      or patient is with lesion, else 0.
     spacing: mm between slices, rows and columns; NaN for pictures, because it is unknown.
     lesion_ml: volume of the lesions in mL; None for pictures and loose slices, and without masks where patients have
       labels.
     values: the distinct values of each mask file; {} for DICOM SEG, and without masks.
+    class_voxels: for each class, the number of voxels per slice; if a case has only labels, 1 where the slice or
+      patient has the class, else 0.
   """
 
   images: Sequence[np.ndarray]
@@ -37,10 +41,11 @@ class Slices(NamedTuple):
   spacing: tuple[float, float, float]
   lesion_ml: float | None
   values: Mapping[pathlib.Path, tuple[int, ...]]
+  class_voxels: tuple[tuple[int, ...], ...]
 
 
 def volume(case: Case) -> tuple[volumes.Scan, np.ndarray]:
-  """Reads the scan of a case and its mask: uint8 {0, 1}, on the scan's axes.
+  """Reads the scan of a case and its mask: bits of classes (`scans.classes`), on the scan's axes.
 
   Raises:
     UserError: as `volume_files.read_scan` and `volume_files.read_mask`; for DICOM as `dicom.read_series` and
@@ -64,7 +69,7 @@ def _volume(case):
 def _with_mask(scan, case):
   if case.mask is None:
     return scan, np.zeros(scan.values.shape, np.uint8), {}
-  mask, values = volume_files.read_mask_and_values(case.mask, scan, case.lesion_labels)
+  mask, values = volume_files.read_mask_and_values(case.mask, scan, case.classes)
   return scan, mask, {case.mask: values}
 
 
@@ -108,7 +113,7 @@ def _volume_of_dicom(case):
         raise UserError(f'there must be exactly one {needed}, but there is {listed}; add it, or remove the others')
       scan = series[0].read_image(case.intensity or 'hu')
       if seg:
-        return scan, dicom_seg.read_seg(seg, scan, case.lesion_labels), {}
+        return scan, dicom_seg.read_seg(seg, scan, case.classes), {}
     except UserError as error:  # it does not name the folder; it names the archive only if that is the case itself
       lines = str(error).removeprefix(f'{case.ct}: ').splitlines()
       raise UserError('\n'.join([f'{case.ct}: {line}' for line in lines] + _problems_of_mask(case))) from None
@@ -173,13 +178,34 @@ def slices(case: Case) -> Slices:
   if case.slice is not None:
     scan, mask, values = _shared_volume(case._replace(patient='', slice=0))
     one = slice(case.slice, case.slice + 1)
-    return Slices(scan.values[one], mask[one], (int(mask[one].sum()),), scan.spacing, None, values)
+    voxels = (int(of_any(mask[one]).sum()),)
+    return Slices(scan.values[one], mask[one], voxels, scan.spacing, None, values, _class_voxels(case, mask[one]))
   scan, mask, values = _volume(case)
   if case.patient_label is not None:
-    return Slices(scan.values, mask, (case.patient_label,) * len(scan.values), scan.spacing, None, {})
-  voxels = mask.sum(axis=(1, 2), dtype=np.int64)
+    counts = _counts_of_labels(case, (case.patient_label,) * len(scan.values))
+    return Slices(scan.values, mask, counts[0], scan.spacing, None, {}, counts[1])
+  of_classes = _class_voxels(case, mask)
+  voxels = of_any(mask).sum(axis=(1, 2), dtype=np.int64)
   lesion_ml = float(voxels.sum() * scan.voxel_ml)
-  return Slices(scan.values, mask, tuple(map(int, voxels)), scan.spacing, lesion_ml, values)
+  return Slices(scan.values, mask, tuple(map(int, voxels)), scan.spacing, lesion_ml, values, of_classes)
+
+
+def _counts_of_labels(case, of_slices):
+  """Returns `Slices.lesion_voxels` and `Slices.class_voxels` for the label of each slice."""
+  if not case.classes.exclusive:
+    return of_slices, (of_slices,)
+  with_lesion = [int(not labels.is_without_lesion(name)) for name in case.classes.names]
+  numbers = range(len(case.classes.names))
+  of_classes = tuple(tuple(int(label == number) for label in of_slices) for number in numbers)
+  return tuple(with_lesion[label] for label in of_slices), of_classes
+
+
+def _class_voxels(case, masks):
+  """Returns, for each class, the number of voxels in the masks of some slices."""
+  return tuple(
+    tuple(int(of_class(mask, number).sum(dtype=np.int64)) for mask in masks)
+    for number in range(len(case.classes.names))
+  )
 
 
 # Loose slices of one file are read one after the other: keep the file.
@@ -206,7 +232,7 @@ def _pictures(case):
     shape = None if errors else image.shape
     lines += errors
     if mask_path is not None:
-      read, errors = _attempt(pictures.read_mask_and_values, mask_path, shape, case.lesion_labels)
+      read, errors = _attempt(pictures.read_mask_and_values, mask_path, shape, case.classes)
       lines += errors
       mask, values[mask_path] = read or (None, ())
     else:
@@ -214,5 +240,9 @@ def _pictures(case):
     images.append(image), masks.append(mask)
   if lines:
     raise UserError('\n'.join(lines))
-  voxels = tuple(int(mask.sum()) for mask in masks) if case.mask else case.labels or (0,) * len(images)
-  return Slices(images, masks, voxels, (float('nan'),) * 3, None, values)
+  spacing = (float('nan'),) * 3
+  if case.labels:
+    counts = _counts_of_labels(case, case.labels)
+    return Slices(images, masks, counts[0], spacing, None, values, counts[1])
+  voxels = tuple(int(of_any(mask).sum()) for mask in masks)
+  return Slices(images, masks, voxels, spacing, None, values, _class_voxels(case, masks))

@@ -17,6 +17,7 @@ from data import digests, read
 from data.cohorts import Case
 from data.workers import pool, silent
 from fusa_jax.scans import sources, volumes
+from fusa_jax.scans.classes import BACKGROUND
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import printable
 
@@ -40,6 +41,7 @@ class Patient:
     case: the case.
     lesion_voxels: lesion voxels per slice (see `read.Slices`).
     lesion_ml: the volume of the lesions in mL, or None (see `read.Slices`).
+    class_voxels: voxels per class and slice (see `read.Slices`).
     images: the SHA-256 of the values of the scan; of pictures, one for each, and '' for a picture with only one value.
       They do not depend on names and formats.
     truth: the SHA-256 of the lesion mask, or of the labels.
@@ -52,6 +54,7 @@ class Patient:
   images: tuple[str, ...] = ()
   truth: str = ''
   values: tuple[tuple[int, ...], ...] = ()
+  class_voxels: tuple[tuple[int, ...], ...] = ()
 
   @property
   def owner(self) -> str:
@@ -60,7 +63,12 @@ class Patient:
 
   @property
   def burden(self) -> float:
-    """The value that folds are stratified by: mL of lesion, or the number of lesion pixels if mL are unknown."""
+    """The value that folds are stratified by: mL of lesion, or the number of lesion pixels if mL are unknown.
+
+    With exclusive classes it is the number of slices.
+    """
+    if self.case.classes.exclusive:
+      return len(self.lesion_voxels)
     return sum(self.lesion_voxels) if self.lesion_ml is None else self.lesion_ml
 
 
@@ -137,7 +145,7 @@ def survey(
   # A DICOM SEG is checked when it is read; which of the labels it has is not known here.
   has_seg = any(one.patient.case.mask == one.patient.case.ct for one in measured)
   # Without the masks that could not be read, a label may seem to be missing.
-  errors = errors or _label_problems(values, cases[0].lesion_labels, has_seg)
+  errors = errors or _label_problems(values, cases[0].classes, has_seg)
   if errors:
     raise UserError('\n'.join(dict.fromkeys(errors)))
   store.warn_of_similar()
@@ -166,11 +174,13 @@ def deal(
 
   All scans of one person (`Case.owner`) go into the same fold. Persons are sorted by burden and dealt back and forth
   over the folds. So each fold gets one of every five neighbours, and no fold always gets the larger burden. With fewer
-  than five persons, each is a fold.
+  than five persons, each is a fold. With exclusive classes, persons are first sorted by the class of most of their
+  slices, so that each fold gets persons of each class.
 
   In a cohort that grew, the persons of earlier folds stay there. Each new person, the largest burden first, goes to the
-  fold with the fewest persons and, among equals, with the least burden. Logs a warning if a person moves to another
-  fold: because scans of several folds now belong to one person, or because a fold has no patients left.
+  fold with the fewest persons (with exclusive classes: of the same class) and, among equals, with the least burden.
+  Logs a warning if a person moves to another fold: because scans of several folds now belong to one person, or because
+  a fold has no patients left.
 
   Args:
     patients: the patients.
@@ -185,8 +195,9 @@ def deal(
   if len(owned) < 2:
     raise UserError(f'{len(owned)} patient in the cohort; at least 2 are needed, one to train on and one to test on')
   burden = {name: sum(patient.burden for patient in scans) for name, scans in owned.items()}
-  ordered = sorted(owned, key=lambda name: (-burden[name], name))
-  fold = _kept_folds(owned, ordered, burden, fold_of)
+  group = {name: _most_frequent_class(scans) for name, scans in owned.items()}
+  ordered = sorted(owned, key=lambda name: (group[name], -burden[name], name))
+  fold = _kept_folds(owned, ordered, burden, group, fold_of)
   count = min(NUM_FOLDS, len(ordered))
   if not fold:
     for start in range(0, len(ordered), count):
@@ -196,7 +207,15 @@ def deal(
   return [sorted(each, key=lambda p: p.case.patient) for each in folds]
 
 
-def _kept_folds(owned, ordered, burden, fold_of):
+def _most_frequent_class(scans):
+  """Returns the number of the exclusive class of most slices of a person; 0 for other classes."""
+  if not scans[0].case.classes.exclusive:
+    return 0
+  slices = [sum(map(sum, of_scans)) for of_scans in zip(*(scan.class_voxels for scan in scans), strict=True)]
+  return slices.index(max(slices))
+
+
+def _kept_folds(owned, ordered, burden, group, fold_of):
   """Returns the fold of each person by name; {} if no earlier dataset has any of them, or a fold would be empty."""
   fold, moved = {}, []
   for name in ordered:
@@ -207,12 +226,12 @@ def _kept_folds(owned, ordered, burden, fold_of):
   if not fold:
     return {}
   count, new = min(NUM_FOLDS, len(ordered)), [name for name in ordered if name not in fold]
-  persons, loads = Counter(fold.values()), Counter()
+  persons, loads = Counter((group[name], k) for name, k in fold.items()), Counter()
   for name, k in fold.items():
     loads[k] += burden[name]
   for name in new:
-    fold[name] = min(range(count), key=lambda k: (persons[k], loads[k], k))
-    persons[fold[name]] += 1
+    fold[name] = min(range(count), key=lambda k: (persons[group[name], k], loads[k], k))
+    persons[group[name], fold[name]] += 1
     loads[fold[name]] += burden[name]
   if set(fold.values()) != set(range(count)):
     logging.warning('a fold of the earlier dataset has no patients left, so all patients get new folds')
@@ -235,14 +254,16 @@ def _measure(case: Case) -> _Measured | str:
     slices = read.slices(case)
   except UserError as error:
     return str(error)
-  truth = slices.masks if case.labels is None and case.patient_label is None else slices.lesion_voxels
+  truth = slices.masks
+  if case.has_labels:
+    truth = slices.class_voxels if case.classes.exclusive else slices.lesion_voxels
   is_scan = case.slice is None and not isinstance(case.ct, tuple)
   if is_scan:
     images = (_digest(*slices.images),)
   else:
     images = tuple(_digest(image) if np.ptp(image) else '' for image in slices.images)
   values = tuple(map(tuple, slices.values.values()))
-  patient = Patient(case, slices.lesion_voxels, slices.lesion_ml, images, _digest(*truth), values)
+  patient = Patient(case, slices.lesion_voxels, slices.lesion_ml, images, _digest(*truth), values, slices.class_voxels)
   thumbnail = _thumbnail(slices.images, case.intensity) if is_scan else None
   return _Measured(patient, _names(case), thumbnail, coloured)
 
@@ -285,19 +306,31 @@ def _thumbnail(values: np.ndarray, intensity: str) -> np.ndarray:
 
 
 def _copies(measured: Sequence[_Measured]) -> list[str]:
-  """A line for each scan or picture with the same values as an earlier one of another patient."""
+  """A line for each scan or picture with the same values as an earlier one of another patient, or of another class."""
   first, lines = {}, []
-  images = ((one.patient, *item) for one in measured for item in zip(one.names, one.patient.images, strict=True))
-  for patient, name, digest in images:
+  images = (
+    (one.patient, *item)
+    for one in measured
+    for item in zip(one.names, one.patient.images, _labels_of(one.patient), strict=True)
+  )
+  for patient, name, digest, label in images:
     if not digest:
       continue
-    first_patient, first_name = first.setdefault(digest, (patient, name))
-    if first_patient is not patient:
+    first_patient, first_name, first_label = first.setdefault(digest, (patient, name, label))
+    if first_label != label:
+      lines.append(f'{name}: the same image as {first_name}, but in another class; remove one of the two')
+    elif first_patient is not patient:
       lines.append(
         f'{name}: the same image as {pathlib.Path(first_name).name}, so it could be in both training and test, or '
         'count twice; remove one of the two, with its mask'
       )
   return lines
+
+
+def _labels_of(patient):
+  """The label of each image of a patient; None if there are masks."""
+  case = patient.case
+  return case.labels or (case.patient_label,) * len(patient.images)
 
 
 class _Thumbnails:
@@ -344,40 +377,43 @@ class _Thumbnails:
       )
 
 
-def _label_problems(values, labels, has_seg):
-  """A line for each lesion label that no mask has, or each mask without lesion that seems to use other labels.
+def _label_problems(values, classes, has_seg):
+  """A line for each label of a class that no mask has, or each mask without lesion that seems to use other labels.
 
   In a cohort with labels of organs, a mask without a lesion label is a patient without lesion. But if it also has a
   value that no mask with lesion has, its lesions may have that value: 1 in some masks and 255 in others.
 
   Args:
     values: the distinct values of each mask.
-    labels: the lesion labels.
+    classes: the classes of the masks.
     has_seg: whether some masks are DICOM SEG.
   """
-  if not labels or not values:
+  if classes.is_binary or not values:
     return []
+  labels = {value for each in classes.values for value in each}
   nonzero = {path: set(each) - {0} for path, each in values.items()}
-  missing = sorted(set(labels) - set().union(*nonzero.values()))
+  missing = sorted(labels - set().union(*nonzero.values()))
   if missing and not has_seg:
     return [
-      f'data.lesion_labels: no mask has the value {", ".join(map(str, missing))}; the masks have '
+      f'{classes.key}: no mask has the value {", ".join(map(str, missing))}; the masks have '
       f'{_counted(nonzero.values()) or "only 0"}; give the values that are lesion'
     ]
-  with_lesion = set().union(*(each for each in nonzero.values() if each & set(labels)))
+  if classes.background is not None:  # then every value has a meaning
+    return []
+  with_lesion = set().union(*(each for each in nonzero.values() if each & labels))
   return [
     f'{path}: the values are {_listed(values[path])}, none of which is a lesion label ({_listed(labels)}), and no mask '
     f'with lesion has {_listed(each - with_lesion)}; add it to data.lesion_labels if it is lesion, or set it to 0'
     for path, each in nonzero.items()
-    if not each & set(labels) and each - with_lesion
+    if not each & labels and each - with_lesion
   ]
 
 
 def _log_labels(patients, values):
-  if any(patient.case.labels is not None or patient.case.patient_label is not None for patient in patients):
+  if any(patient.case.has_labels for patient in patients):
     return
   without = sum(not any(patient.lesion_voxels) for patient in patients)
-  labels = set(patients[0].case.lesion_labels) if patients else set()
+  labels = patients[0].case.classes.known if patients else set()
   background = _counted(set(each) - labels - {0} for each in values.values()) if labels else ''
   if without or background:
     text = f'{without} of {len(patients)} patients have no lesion'
@@ -397,10 +433,32 @@ def _listed(values):
 def taken(cases: Sequence[Case]) -> dict:
   """How the files of a cohort were read: values of the config.data keys with the same names."""
   return {
-    'lesion_labels': list(cases[0].lesion_labels),
+    'lesion_labels': _labels(cases[0].classes) or [],
     'intensity': cases[0].intensity,
     'patients': 'named' if all(case.named for case in cases) else 'each_slice',
     'coloured': cases[0].coloured,
+    **_classes(cases[0].classes),
+  }
+
+
+def _labels(classes):
+  """Returns the mask values of the only class as in data.lesion_labels; None if data.classes names the classes."""
+  return list(classes.values[0]) if classes.background is None else None
+
+
+def _classes(classes):
+  """Returns data.classes and data.ignore_label; {} if only lesion labels are given.
+
+  Exclusive classes have no mask values, and `exclusive` is True.
+  """
+  if classes.background is None:
+    return {}
+  if classes.exclusive:
+    return {'classes': [[name, []] for name in classes.names], 'ignore_label': [], 'exclusive': True}
+  pairs = zip(classes.names, classes.values, strict=True)
+  return {
+    'classes': [*([name, list(values)] for name, values in pairs), [BACKGROUND, list(classes.background)]],
+    'ignore_label': list(classes.ignored),
   }
 
 
@@ -418,7 +476,8 @@ def case_digests(cases: Sequence[Case], fingerprint: Sequence) -> dict[str, str]
       [
         [digest[path] for path in case.files],
         len(case.ct) if isinstance(case.ct, tuple) else None,
-        *(case.labels, case.slice, case.lesion_labels, case.intensity, case.windowed),
+        *(case.labels, case.slice, _labels(case.classes), case.intensity, case.windowed),
+        *_classes(case.classes).values(),
         *_of_patient(case),
       ]
     )

@@ -117,7 +117,8 @@ def view() -> None:
 def score() -> None:
   from fusa_jax.measures import score
 
-  score.score(pathlib.Path(FLAGS.input), pathlib.Path(FLAGS.truth), pathlib.Path(FLAGS.output), FLAGS.overwrite)
+  folders = (pathlib.Path(FLAGS[name].value) for name in ('input', 'truth', 'output'))
+  score.score(*folders, FLAGS.overwrite, arguments.classes())
 
 
 def compare() -> None:
@@ -188,7 +189,12 @@ MODES = {
     export, 'writes a model bundle that runs without this package', ('workdir', 'output'), (*arguments.POINT, 'license')
   ),
   'view': Mode(view, 'writes a web page per scan with its predicted mask', ('input', 'output'), ('overwrite',)),
-  'score': Mode(score, 'scores masks against reference masks', ('input', 'truth', 'output'), ('overwrite',)),
+  'score': Mode(
+    score,
+    'scores masks against reference masks',
+    ('input', 'truth', 'output'),
+    ('classes', 'ignore_label', 'overwrite'),
+  ),
   'compare': Mode(
     compare, 'compares two runs patient by patient', ('workdir', 'against'), ('output', 'overlays', 'overwrite')
   ),

@@ -71,7 +71,8 @@ def dicom_pairs(raw_dir, out):
       (series,) = dicom.find_series(folder.iterdir())
       of_series = dicom.read_series(series)
       about = {'model': 'none', 'step': 0, 'threshold': 0.5}
-      dicom_seg.write_seg(out / name / 'SEG', volume_files.read_mask(mask, of_series), of_series, about)
+      masks = {'Lesion': volume_files.read_mask(mask, of_series)}
+      dicom_seg.write_seg(out / name / 'SEG', masks, of_series, {'Lesion': about})
     else:
       copy(mask, out / f'{name}_{"seg" if number % 2 else "mask"}.nii.gz')
     if number == 3:
@@ -154,6 +155,31 @@ def classes(raw_dir, out):
     folder = out / ('CT_COVID' if mask.any() else 'CT_NonCOVID')
     size = (SIZE + number % 3, SIZE)
     Image.fromarray(grey).resize(size).convert('RGBA').save(folder / f'{len(list(folder.iterdir()))}.png')
+
+
+KINDS = ('normal', 'consolidation', 'ground glass')
+
+
+def three_kinds(folder, out, listed=False):
+  """Pictures of phantoms with kinds of lesions, each in the folder of the kind with the larger area, or in labels.csv.
+
+  Returns the class of each picture, by its name without ending. The second letter of a name is the patient.
+  """
+  classes, patients = {}, ['name,patient']
+  for number, (scan, mask) in enumerate(files(folder)):
+    hu, labels = volume_files.read_scan(scan), np.asarray(nib.load(mask).dataobj).T[:, ::-1]
+    grey = np.rint(np.clip((hu.values + 1000) / 1300, 0, 1) * 255).astype(np.uint8)
+    for index, (image, kinds) in enumerate(zip(grey, labels, strict=True)):
+      name, areas = f'p{number}s{index:02d}', [(kinds == 2).sum(), (kinds == 1).sum()]
+      classes[name] = KINDS[1 + int(np.argmax(areas))] if any(areas) else KINDS[0]
+      place = out / ('images' if listed else classes[name])
+      place.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(image).save(place / f'{name}.png')
+      patients.append(f'{name},p{number}')
+  (out / 'slices.csv').write_text('\n'.join(patients))
+  if listed:
+    (out / 'labels.csv').write_text('\n'.join(['name,class', *(f'{name}.png,{one}' for name, one in classes.items())]))
+  return classes
 
 
 LAYOUTS = {

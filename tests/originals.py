@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import torch_reference
 
-CLASSES, CHANNELS = 2, 3
+CLASSES, CHANNELS = 3, 3
 
 
 def original(name, num_classes=CLASSES, in_channels=CHANNELS, **options):

@@ -73,6 +73,14 @@ TINY = [
     (['--config=nowhere/config.json'], 'error: --config: nowhere/config.json does not exist; give'),
     (['--mode=export', '--workdir=nowhere', '--output=y'], 'nowhere: no run in it'),
     (['--mode=compare', '--workdir=nowhere', '--against=here'], 'nowhere: no run in it'),
+    (
+      ['--config=configs/seg.py', '--config.data.raw_dir=.', "--config.data.classes={'a': (1,), 'b': (1,)}"],
+      "error: data.classes: 'a' and 'b' have the same mask values; leave one out",
+    ),
+    (
+      ['--mode=score', '--input=x', '--truth=y', '--output=z', '--ignore_label=255'],
+      'error: --ignore_label: needs --classes; for example --classes="{',
+    ),
     (['--mode=score', '--input=nowhere', '--output=y'], '--truth: missing; --mode=score needs it'),
     (['--mode=score', '--input=nowhere', '--truth=x', '--output=y'], '--input: nowhere does not exist'),
   ],

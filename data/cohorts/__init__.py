@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fusa_jax.scans import volume_files
 from fusa_jax.scans.archives import is_leftover
+from fusa_jax.scans.classes import LESION, Classes
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import printable
 
@@ -25,13 +26,12 @@ class Case(NamedTuple):
     ct: the scan as a file, or a folder or .zip of DICOM; or pictures, in the order of the slices.
     mask: on the grid of the scan, or one per picture; `ct` itself if it also contains a DICOM SEG. None without a mask;
       `labels` then gives the slices with lesion, and without labels the case has no lesion.
-    lesion_labels: mask values or segments that are lesion. () if the mask has only 0 and 1 (pictures: 0 and 255), or
-      only one segment.
+    classes: the classes of its mask, with their values or segments; or the exclusive classes of slices or patients.
     intensity: 'hu' or 'grey', if the release states it; None uses the user's choice (`CohortOptions`).
     named: False if the patient is unknown; `patient` is then only the name of the slice.
-    labels: per picture, 1 with lesion or 0 without; None if there are masks.
-    patient_label: 1 if the patient of the scan has a lesion, 0 if not, where labels are of patients: its slices inherit
-      the label. None if there are masks or labels of slices.
+    labels: per picture, 1 with lesion or 0 without, or the number of its exclusive class; None if there are masks.
+    patient_label: the same of the patient of the scan, where labels are of patients: its slices inherit the label. None
+      if there are masks or labels of slices.
     slice: the index of this case in a volume of loose slices of many patients; None is the whole scan.
     windowed: True if HU above a window are known to be lost; other windowed scans are refused.
     owner: the person, if the release has several scans of one; these stay in one fold. '' is the same as `patient`.
@@ -42,7 +42,7 @@ class Case(NamedTuple):
   patient: str
   ct: pathlib.Path | tuple[pathlib.Path, ...]
   mask: pathlib.Path | tuple[pathlib.Path, ...] | None
-  lesion_labels: tuple[int, ...] = ()
+  classes: Classes = LESION
   intensity: str | None = None
   named: bool = True
   labels: tuple[int, ...] | None = None
@@ -52,6 +52,11 @@ class Case(NamedTuple):
   owner: str = ''
   coloured: str = 'refuse'
   unused: str = ''
+
+  @property
+  def has_labels(self) -> bool:
+    """Whether its slices or its patient have a label in place of a mask."""
+    return self.labels is not None or self.patient_label is not None
 
   @property
   def files(self) -> list[pathlib.Path]:
@@ -69,16 +74,21 @@ class CohortOptions(NamedTuple):
   """The user's options for a cohort: values of the config.data keys with the same names.
 
   Attributes:
-    lesion_labels: mask values that are lesion; () keeps those of the cohort module.
+    lesion_labels: mask values of the only class; () keeps those of the cohort module.
     intensity: 'hu', or 'grey' for windowed 8-bit images. The two are never mixed.
     patients: 'named' uses only known patients; 'each_slice' treats each slice of an unknown patient as its own patient.
     coloured: 'refuse' refuses a cohort with pictures in colour; 'leave_out' leaves these out.
+    classes: mask values by the name of the class (`classes.chosen`), or names of exclusive classes of slices
+      (`classes.of_slices`). () is one class; 'auto' is what the cohort has (`labels.meaning`).
+    ignore_label: the mask value of pixels that are left out; None: there is none.
   """
 
   lesion_labels: tuple[int, ...] = ()
   intensity: str = 'hu'
   patients: str = 'named'
   coloured: str = 'refuse'
+  classes: tuple | Mapping | str = ()
+  ignore_label: int | None = None
 
 
 AS_RELEASED = CohortOptions()
@@ -165,21 +175,21 @@ def paired(
   masks: Mapping[str, pathlib.Path],
   scan_name: str,
   mask_name: str,
-  lesion_labels: tuple[int, ...] = (),
+  classes: Classes = LESION,
 ) -> list[Case]:
   """Makes cases of scans and their masks, sorted by patient.
 
   Args:
     scans, masks: paths by patient.
     scan_name, mask_name: the expected names of a patient's scan and mask, with {} for the patient, for messages.
-    lesion_labels: the labels of all masks.
+    classes: the classes of all masks.
 
   Raises:
     UserError: scans without a mask, and masks without a scan, one line each.
   """
   lines = lonely(scans, masks, f'the mask {mask_name} is missing; add it, or remove the scan')
   refuse(lines + lonely(masks, scans, f'the scan {scan_name} is missing; add it, or remove the mask'))
-  return [Case(patient, path, masks[patient], lesion_labels) for patient, path in sorted(scans.items())]
+  return [Case(patient, path, masks[patient], classes) for patient, path in sorted(scans.items())]
 
 
 def lonely(paths: Mapping[str, pathlib.Path], partners: Mapping[str, pathlib.Path], problem: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Folders with a `dataset.json` that lists the training cases: Medical Segmentation Decathlon, MONAI, nnU-Net 1.
 
 It contains `"training": [{"image": "./imagesTr/X.nii.gz", "label": "./labelsTr/X.nii.gz"}, ...]`. Paths are relative to
-the folder.
+the folder. `"labels"` says what mask values mean.
 """
 
 import json
@@ -10,6 +10,8 @@ import unicodedata
 
 from data.cohorts import Case, entry, name_of, refuse
 from fusa_jax.scans import volume_files
+from fusa_jax.scans.classes import LESION
+from fusa_jax.system.files import printable
 
 LIST = 'dataset.json'
 
@@ -24,7 +26,7 @@ def find(folder: pathlib.Path) -> list[Case]:
   Raises:
     UserError: entries without one image and one label, and missing files, one line each.
   """
-  cases, lines = [], []
+  cases, lines, of_masks = [], [], LESION._replace(meanings=meanings(folder))
   for number, listed in enumerate(_listed(folder)):
     names = [listed.get(key) for key in ('image', 'label')] if isinstance(listed, dict) else [None]
     if not all(isinstance(name, str) for name in names):
@@ -36,7 +38,7 @@ def find(folder: pathlib.Path) -> list[Case]:
       for path in (image, label)
       if not path.is_file()
     ]
-    cases.append(Case(name_of(volume_files.stem(image)).removesuffix('_0000'), image, label))
+    cases.append(Case(name_of(volume_files.stem(image)).removesuffix('_0000'), image, label, of_masks))
   refuse(lines)
   return sorted(cases)
 
@@ -51,9 +53,29 @@ def _path(folder, name):
 
 
 def _listed(folder):
+  listed = _content(folder).get('training')
+  return listed if isinstance(listed, list) else []
+
+
+def meanings(folder: pathlib.Path) -> tuple[tuple[int, str], ...]:
+  """What dataset.json calls each mask value besides 0; () if it does not say so.
+
+  Decathlon and nnU-Net 1 write {"1": "lesion"}; nnU-Net 2 writes {"lesion": 1}, or {"lesion": [1, 2]} for regions.
+  """
+  labels, found = _content(folder).get('labels'), {}
+  for name, value in labels.items() if isinstance(labels, dict) else ():
+    if isinstance(value, str):
+      name, value = value, int(name) if name.isdecimal() else None
+    for number in value if isinstance(value, list) else [value]:
+      if isinstance(number, int) and not isinstance(number, bool) and number:
+        found.setdefault(number, []).append(printable(name))
+  return tuple((number, ' and '.join(names)) for number, names in sorted(found.items()))
+
+
+def _content(folder):
   path = entry(folder, LIST)
   try:
-    listed = json.loads(path.read_text(encoding='utf-8-sig'))['training'] if path else None
-  except (OSError, ValueError, KeyError, TypeError):
-    return []
-  return listed if isinstance(listed, list) else []
+    content = json.loads(path.read_text(encoding='utf-8-sig')) if path else None
+  except (OSError, ValueError):
+    return {}
+  return content if isinstance(content, dict) else {}

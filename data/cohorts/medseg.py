@@ -8,9 +8,10 @@ on the web. They were rescaled to HU by the values of air and fat, and HU above 
 import pathlib
 
 from data.cohorts import Case, by_name, paired, subfolder, with_ending
-from fusa_jax.scans import volume_files
+from fusa_jax.scans import classes, volume_files
 
-_LESION = (1, 2)
+_MEANINGS = ((1, 'ground glass'), (2, 'consolidation'), (3, 'pleural effusion'))
+_LESION = classes.of_lesion((1, 2))._replace(meanings=_MEANINGS)
 
 
 def recognises(folder: pathlib.Path) -> bool:

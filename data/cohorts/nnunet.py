@@ -1,12 +1,15 @@
 """Raw datasets of nnU-Net: `imagesTr/X_0000.nii.gz` with `labelsTr/X.nii.gz`, one scan per patient, one channel.
 
-Scans may also lack the `_0000`, as in the Decathlon. Then all must lack it.
+Scans may also lack the `_0000`, as in the Decathlon. Then all must lack it. `dataset.json` says what mask values mean.
 """
 
 import pathlib
 
-from data.cohorts import Case, by_name, paired, refuse, subfolder
+from data.cohorts import Case, by_name, decathlon, paired, refuse, subfolder
 from fusa_jax.scans import volume_files
+from fusa_jax.scans.classes import LESION
+
+LIST = decathlon.LIST
 
 
 def recognises(folder: pathlib.Path) -> bool:
@@ -33,7 +36,8 @@ def find(folder: pathlib.Path) -> list[Case]:
       ]
     )
     scans = {name.removesuffix('_0000'): path for name, path in scans.items()}
-  return paired(scans, labels, 'imagesTr/{}_0000.nii.gz', 'labelsTr/{}.nii.gz')
+  of_masks = LESION._replace(meanings=decathlon.meanings(folder))
+  return paired(scans, labels, 'imagesTr/{}_0000.nii.gz', 'labelsTr/{}.nii.gz', of_masks)
 
 
 def _without_suffix(name, path, scans):

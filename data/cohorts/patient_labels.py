@@ -1,11 +1,10 @@
-"""Scans without masks, and `labels.csv` (patient,class): whether each patient has a lesion.
+"""Scans without masks, and `labels.csv` (patient,class) or MosMed's folders CT-0 to CT-4: the class of each patient.
 
 Scans lie at any depth: `X.nii.gz` or `X_ct.nii.gz`; or per patient a folder `X` or `X.zip` of DICOM. Results such as
 `X_probability.nii.gz` are no scans. A patient is a scan, or a person in `patients.csv`. All slices of a patient inherit
 the label.
 """
 
-import logging
 import pathlib
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from data.cohorts import (
   dicom_pairs,
   entry,
   folders,
+  labels,
   lists,
   medseg,
   mosmed,
@@ -23,12 +23,12 @@ from data.cohorts import (
   nnunet,
   refuse,
   slices,
+  unique,
   with_ending,
   zenodo_20,
 )
 from fusa_jax.scans import dicom, dicom_seg, sources, volume_files
 from fusa_jax.scans.archives import in_folder, is_archive
-from fusa_jax.system.errors import UserError
 
 # Layouts in which the names of the masks do not say that they are masks.
 _WITH_MASKS = (zenodo_20, mosmed, medseg, decathlon, nnunet)
@@ -37,13 +37,15 @@ COLUMNS = ('patient', 'class')
 
 
 def recognises(folder: pathlib.Path) -> bool:
-  """Whether there are labels and no masks. With masks, these decide, and `labels.csv` is left out.
+  """Whether there are labels and no masks. With masks, these decide, and labels are left out.
 
   Raises:
     UserError: there are scans and no masks, and the list cannot be read, or lacks its columns.
   """
   path = entry(folder, LIST)
-  if path is None or not path.is_file() or not _scans(folder) or _has_masks(folder):
+  if path is None or not path.is_file():
+    return bool(mosmed.studies(folder)) and not _has_masks(folder)
+  if not _scans(folder) or _has_masks(folder):
     return False
   if slices.recognises(folder) and not lists.has_columns(path, COLUMNS):  # a .zip beside pictures counts as a scan
     return False
@@ -52,24 +54,33 @@ def recognises(folder: pathlib.Path) -> bool:
 
 
 def find(folder: pathlib.Path) -> list[Case]:
-  """One case per scan, without its label: see `labelled`."""
+  """One case per scan, without its label: see `labelled`.
+
+  Raises:
+    UserError: two studies of MosMed have the same name, one line each.
+  """
+  if entry(folder, LIST) is None:
+    found = unique((name, path) for name, path, _ in mosmed.studies(folder))
+    return [Case(name, path, None) for name, path in sorted(found.items())]
   return [Case(name, path, None, intensity=intensity) for name, path, intensity in sorted(_scans(folder))]
 
 
-def labelled(cases: Sequence[Case], folder: pathlib.Path) -> list[Case]:
-  """The cases with the labels of their patients. Logs which classes count as with lesion.
+def labelled(cases: Sequence[Case], folder: pathlib.Path, named: Sequence | str = ()) -> list[Case]:
+  """The cases with the labels of their patients. Logs what the classes mean.
 
   Args:
     cases: the cases of `find`, with their owners (`data.identity`).
     folder: the folder of the cohort.
+    named: the value of data.classes (`labels.meaning`).
 
   Raises:
-    UserError: one line each: a patient has two classes, no class or no scan; a scan has no patient in the list; all
-      classes are with lesion, or all without.
+    UserError: one line each: a patient has two classes, no class or no scan; a scan has no patient in the list; as
+      `labels.meaning`.
   """
-  path, classes, listed, lines = entry(folder, LIST), {}, set(), []
+  path, rows = _listed(folder)
+  classes, listed, lines = {}, set(), []
   known = {name for case in cases for name in (case.owner, case.patient) if name}
-  for line, (patient, name) in lists.read(path, COLUMNS):
+  for line, (patient, name) in rows:
     where = f'{path}: line {line}: '
     listed.add(patient)
     if patient not in known:
@@ -84,22 +95,31 @@ def labelled(cases: Sequence[Case], folder: pathlib.Path) -> list[Case]:
     found.append(name)
     if listed.isdisjoint((case.owner, case.patient)):
       lines.append(f'{case.files[0]}: its patient is not in {LIST}; add {case.owner or case.patient}, or remove it')
-    elif name is not None and by_owner.setdefault(case.owner or case.patient, name) != name:
-      lines.append(f'{case.files[0]}: the scans of its patient have two classes in {LIST}; correct one of them')
+    elif name is not None:
+      first, earlier = by_owner.setdefault(case.owner or case.patient, (case, name))
+      if earlier != name:
+        lines.append(
+          f'{case.files[0]}: the scans of its patient have two classes in {LIST} ({name}, but {first.files[0].name} '
+          f'has {earlier}); correct one of them'
+        )
   refuse(lines)
-  labels = {name: _label(name) for name in dict.fromkeys(found)}
-  of_label = [', '.join(name for name in labels if labels[name] == label) or 'none' for label in (1, 0)]
-  logging.info('%s: patients with lesion: %s; without: %s', path, *of_label)
-  if len(set(labels.values())) != 2:
-    raise UserError(
-      f'{path}: cannot tell which class ({", ".join(labels)}) is without lesion; use 1 and 0, or names of which only '
-      'those without lesion begin with non, normal, healthy or negative'
-    )
-  return [case._replace(patient_label=labels[name]) for case, name in zip(cases, found, strict=True)]
+  names = list(dict.fromkeys(found))
+  advice = (
+    f'class ({", ".join(names)}) is without lesion; use 1 and 0, or names of which only those without lesion begin '
+    'with non, normal, healthy or negative'
+  )
+  of_patients, label = labels.meaning(names, named, path, 'patients', advice)
+  return [
+    case._replace(patient_label=label[name], classes=of_patients) for case, name in zip(cases, found, strict=True)
+  ]
 
 
-def _label(name):
-  return int(name) if name in ('0', '1') else int(not slices.is_without_lesion(name))
+def _listed(folder):
+  """The list and its rows (`lists.read`); without it, the folder and the severity of each study of MosMed."""
+  path = entry(folder, LIST)
+  if path is not None:
+    return path, lists.read(path, COLUMNS)
+  return folder, [(0, (name, severity)) for name, _, severity in mosmed.studies(folder)]
 
 
 def _scans(folder):

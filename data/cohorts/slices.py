@@ -1,65 +1,74 @@
 """Pictures of slices in PNG or JPEG: `images/` with `masks/` of the same names, or one folder per class.
 
-COVID-CT, SARS-CoV-2 CT and many others have this layout. If patients are known, `slices.csv` (name,patient) maps each
-slice to its patient. The slices of a patient are sorted by name. Masks have the values 0 and 255, or 0 and 1. The name
-of a class without lesion contains non, no, not, normal, healthy, negative or control, for example CT_NonCOVID.
+COVID-CT, SARS-CoV-2 CT and many others have this layout. In place of folders, `labels.csv` (name,class) may give the
+class of each picture. If patients are known, `slices.csv` (name,patient) maps each slice to its patient. The slices of
+a patient are sorted by name. Masks have the values 0 and 255, or 0 and 1. The name of a class without lesion contains
+non, no, not, normal, healthy, negative or control, for example CT_NonCOVID.
 """
 
-import logging
 import pathlib
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 
-from data.cohorts import Case, entries, entry, lists, name_of, only_folder, refuse
+from data.cohorts import Case, entries, entry, labels, lists, name_of, only_folder, refuse
 from fusa_jax.scans import pictures
 from fusa_jax.system.errors import UserError
 
 LIST = 'slices.csv'
+LABELS = 'labels.csv'
+_COLUMNS = ('name', 'class')
 
-_WITHOUT_LESION = re.compile(r'(?<![a-z])(non(?!specific)|not?(?![a-z])|normal|healthy|negative|control)')
 _NO_CLASS = re.compile(r'mask|label|annot|segm')
+_PARTS = re.compile(r'train(ing)?|test(ing)?|val(id|idation)?')
 
 
 def recognises(folder: pathlib.Path) -> bool:
-  return bool(_images_and_masks(folder) or _classes(folder))
+  return bool(_images_and_masks(folder) or _classes(folder) or _listed(folder))
 
 
-def find(folder: pathlib.Path) -> list[Case]:
+def find(folder: pathlib.Path, named: Sequence | str = ()) -> list[Case]:
   """One case per patient in slices.csv; without slices.csv, one case per slice.
 
+  Args:
+    folder: the folder of the cohort.
+    named: the value of data.classes, for classes of slices (`labels.meaning`).
+
   Raises:
-    UserError: a picture has no mask or is not in slices.csv, or a mask or a name in slices.csv has no picture, one line
-      each; all classes are with lesion, or all without.
+    UserError: a picture has no mask or is not in a list, or a mask or a name in a list has no picture, or two classes,
+      one line each; as `labels.meaning`.
   """
-  drawn = _images_and_masks(folder)
+  drawn, folders, classes = _images_and_masks(folder), {}, None
   if drawn:
     images, masks = map(_by_stem, drawn)
     lines = _lonely(images, masks, drawn[1], 'mask', 'picture')
     refuse(lines + _lonely(masks, images, drawn[0], 'picture', 'mask'))
     found = [(path, masks[name], None) for name, path in images.items()]
   else:
-    classes = _classes(folder)
-    labels = _labels(folder, classes)
-    found = [(path, None, labels[name]) for name, inner in classes.items() for path in _by_stem(inner).values()]
-  if not entry(folder, LIST):
-    # Slices of two classes may have the same name.
-    name = lambda path: name_of(path.stem if drawn else f'{path.parent.name}-{path.stem}')
-    return [_case(name(one[0]), [one], named=False) for one in found]
-  patients = _patients(folder, [path for path, *_ in found])
-  grouped = defaultdict(list)
-  for one in found:
-    grouped[patients[one[0]]].append(one)
-  return [_case(patient, group, named=True) for patient, group in sorted(grouped.items())]
+    folders = _classes(folder)
+    names = _names_of_folders(folder, folders) if folders else _listed_names(folder)
+    where, kind = (folder, 'folder') if folders else (entry(folder, LABELS), 'class')
+    advice = (
+      f'{kind} ({", ".join(dict.fromkeys(names.values()))}) is without lesion; only its name must begin with non, '
+      'normal, healthy or negative'
+    )
+    classes, label = labels.meaning(names.values(), named, where, 'slices', advice)
+    found = [(path, None, label[name]) for path, name in names.items()]
+  if entry(folder, LIST):
+    patients = _patients(folder, [path for path, *_ in found])
+    grouped = defaultdict(list)
+    for one in found:
+      grouped[patients[one[0]]].append(one)
+    cases = [_case(patient, group, named=True) for patient, group in sorted(grouped.items())]
+  else:
+    # Slices of two folders may have the same name.
+    name = lambda path: name_of(f'{path.parent.name}-{path.stem}' if folders else path.stem)
+    cases = [_case(name(one[0]), [one], named=False) for one in found]
+  return [case._replace(classes=classes) for case in cases] if classes else cases
 
 
 def has_masks(folder: pathlib.Path) -> bool:
   return bool(_images_and_masks(folder))
-
-
-def is_without_lesion(name: str) -> bool:
-  """Whether the name of a class says that it is without lesion, for example CT_NonCOVID or healthy."""
-  words = re.sub(r'(?<=[A-Za-z])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])', ' ', name).lower()
-  return bool(_WITHOUT_LESION.search(words))
 
 
 def _lonely(paths, partners, folder, kind, own):
@@ -104,26 +113,60 @@ def _classes(folder):
   return classes if len(classes) > 1 else {}
 
 
-def _labels(folder, classes):
-  """The label of each class: 1 with lesion or 0 without. Logs the result."""
+def _names_of_folders(folder, classes):
+  """The name of the class of each picture, by its path, for the result of `_classes`."""
   odd = [name for name in classes if _NO_CLASS.search(name.lower())]
   if odd:
     raise UserError(
       f'{folder / odd[0]}: looks like a folder of masks, not a class of slices; rename it to masks and the folder of '
       'slices to images, or remove it'
     )
-  labels = {name: int(not is_without_lesion(name)) for name in classes}
-  logging.info(
-    '%s: with lesion: %s; without: %s',
-    folder,
-    *(', '.join(name for name in labels if labels[name] == label) or 'none' for label in (1, 0)),
-  )
-  if len(set(labels.values())) != 2:
+  parts = [name for name in classes if _PARTS.fullmatch(name.lower())]
+  if parts:
     raise UserError(
-      f'{folder}: cannot tell which folder ({", ".join(labels)}) is without lesion; '
-      'only its name must begin with non, normal, healthy or negative'
+      f'{folder / parts[0]}: looks like a part of a split, not a class of slices; put the slices of all parts into one '
+      'folder per class'
     )
-  return labels
+  return {path: name for name, inner in classes.items() for path in _by_stem(inner).values()}
+
+
+def _listed(folder):
+  """The pictures beside `labels.csv`, or in the folder `images` beside it, by name; {} if the list has other columns.
+
+  Folders of classes, and masks, are tested before.
+  """
+  path = entry(folder, LABELS)
+  if path is None or not path.is_file():
+    return {}
+  inner = [one for one in entries(folder) if one.is_dir() and _is_named(one, 'image')]
+  places = [place for place in (folder, *inner) if any(map(pictures.is_picture_file, entries(place)))]
+  if not places or not lists.has_columns(path, _COLUMNS):
+    return {}
+  if len(places) > 1:
+    raise UserError(f'{folder}: has pictures, and so has {inner[0].name}; put all of them into one of the two')
+  return _by_stem(places[0])
+
+
+def _listed_names(folder):
+  """The name of the class of each picture in `labels.csv`, by its path."""
+  path, classes, lines = entry(folder, LABELS), {}, []
+  found = list(_listed(folder).values())
+  known = {listed: one for one in found for listed in (name_of(one.name), name_of(one.stem))}
+  for line, (name, of_name) in lists.read(path, _COLUMNS):
+    where, picture = f'{path}: line {line}: ', known.get(name.replace('\\', '/').removeprefix('images/'))
+    if picture is None:
+      lines.append(f'{where}no picture with the name {name!r}; correct the name, or remove the line')
+    elif not of_name:
+      lines.append(f'{where}{name!r} has no class; add it, or remove the picture')
+    elif classes.setdefault(picture, of_name) != of_name:
+      lines.append(
+        f'{where}{name!r} has the class {of_name!r}, but {classes[picture]!r} in a line above; correct one of the two'
+      )
+  refuse(
+    lines
+    + [f'{one}: is not in {path.name}; add it with its class, or remove it' for one in found if one not in classes]
+  )
+  return {one: classes[one] for one in found}
 
 
 def _by_stem(folder):

@@ -12,6 +12,7 @@ from data import earlier, read, shards, survey
 from data.find import COHORTS
 from data.workers import pool, silent
 from fusa_jax.scans import volumes
+from fusa_jax.scans.classes import IGNORED
 
 
 @dataclasses.dataclass
@@ -33,9 +34,12 @@ def features(size: int) -> tfds.features.FeaturesDict:
         shape=(size, size), dtype=np.int16, encoding='zlib', doc='HU, or grey values (0 to 255)'
       ),
       'mask': tfds.features.Tensor(
-        shape=(size, size), dtype=np.uint8, encoding='zlib', doc='1 is lesion, 0 is background'
+        shape=(size, size),
+        dtype=np.uint8,
+        encoding='zlib',
+        doc='bit k is class k; 128 is unknown',
       ),
-      'label': tfds.features.ClassLabel(names=['no lesion', 'lesion']),
+      'label': tfds.features.ClassLabel(names=['no lesion', 'lesion']),  # of any class; the metadata have each
       'patient': tfds.features.Text(),
       'slice': tfds.features.Scalar(np.int32, doc='0 is the most inferior slice of a scan'),
       'spacing': tfds.features.Tensor(
@@ -52,7 +56,8 @@ class Builder(tfds.core.ShardBasedBuilder):
   For each fold, the metadata lists the patients in this order with the lesion voxels of each slice. This is the index
   that training samples from, without opening a shard. Each patient has digests (`survey.Patient`,
   `survey.case_digests`) and the values of its masks. The metadata also contains how the files were read
-  (`survey.taken`), their digests, whether there are masks or only labels, and whether these are of patients.
+  (`survey.taken`), their digests, whether there are masks or only labels, whether these are of patients, and the
+  classes: with several, `class_voxels` of a patient has the voxels of each class per slice (`read.Slices`).
   `thumbnails.npy` has the thumbnails of all scans, in the order of their names.
   If the cohort grows, its survey reads them instead of the scans.
   """
@@ -145,7 +150,7 @@ class Builder(tfds.core.ShardBasedBuilder):
     self.info.metadata['files'] = list(self.files)
     self.info.metadata.update(survey.taken(self.cases))
     of_patients = any(case.patient_label is not None for case in self.cases)
-    self.info.metadata['masks'] = not of_patients and all(case.labels is None for case in self.cases)
+    self.info.metadata['masks'] = not any(case.has_labels for case in self.cases)
     if of_patients:  # only then: the content of other datasets stays as it was
       self.info.metadata['patient_labels'] = True
     self.info.metadata['folds'] = {
@@ -159,6 +164,7 @@ class Builder(tfds.core.ShardBasedBuilder):
           'truth': p.truth,
           'key': keys[p.case.patient],
           'values': p.values,
+          **({'class_voxels': p.class_voxels} if len(p.class_voxels) > 1 else {}),
         }
         for p in (item.patient for shard in plan for item in shard.items)
       ]
@@ -178,11 +184,22 @@ def _write_shard(job) -> tuple[int, int]:
   return shards.write_shard(path, parts, lambda case: map(encode, _examples(case, size)))
 
 
+def _resized(masks, size):
+  """Resizes masks of bits. A pixel has a class if at least half of it had; it is ignored if any of it was."""
+  resized = np.zeros((len(masks), size, size), np.uint8)
+  for bit in np.uint8(1) << np.arange(8, dtype=np.uint8):
+    parts = [(mask & bit > 0).astype(np.uint8) for mask in masks]
+    if any(part.any() for part in parts):
+      shares = volumes.resize(parts, (size, size))
+      resized[shares > 0 if bit == IGNORED else shares >= 0.5] |= bit
+  resized[resized >= IGNORED] = IGNORED
+  return resized
+
+
 def _examples(case, size):
   slices = read.slices(case)
   images = volumes.network_slices(slices.images, size)
-  # A pixel of a resized mask is lesion if at least half of it was lesion.
-  masks = (volumes.resize(slices.masks, (size, size)) >= 0.5).astype(np.uint8)
+  masks = _resized(slices.masks, size)
   for index, lesion_voxels in enumerate(slices.lesion_voxels):
     yield {
       'image': images[index],

@@ -13,13 +13,15 @@ from jax import export as jax_export
 
 from fusa_jax.inference import trained
 from fusa_jax.runs import operating_point
+from fusa_jax.scans.classes import LESION, Classes, chosen, of_slices
 from fusa_jax.scans.neighbours import SLICE_ALONE, Context
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError, one_line
 from fusa_jax.system.files import sha256
 
-# Version 2 takes slices with their neighbours; a bundle without neighbours is written in version 1.
-FORMAT, VERSION = 'fusa_jax bundle', 2
+# Version 2 takes slices with their neighbours, and version 3 has named classes. A bundle has the lowest version that
+# describes it, so that earlier releases can read it, or refuse it.
+FORMAT, VERSION = 'fusa_jax bundle', 3
 ABOUT, PROGRAM, WEIGHTS = 'bundle.json', 'model.stablehlo', 'weights.safetensors'
 FILES = (PROGRAM, WEIGHTS, 'config.json', 'README.md', 'run.py')
 # The fields of `trained.Model` that bundle.json holds, and all its fields that this module reads.
@@ -32,10 +34,29 @@ def is_bundle(folder: pathlib.Path) -> bool:
   return any((folder / name).exists() for name in (ABOUT, PROGRAM))
 
 
-def load_bundle(
-  folder: pathlib.Path, mesh, flips: bool | None = None
-) -> tuple[trained.Model, operating_point.OperatingPoint]:
-  """Loads the model and the operating point of a bundle, as `trained.load_model` does for a run.
+def version_of(context: Context, classes: Classes) -> int:
+  """The version of a bundle with these neighbours and classes."""
+  if classes.are_given:
+    return 3
+  return 2 if context.slices else 1
+
+
+def about_classes(classes: Classes, has_masks: bool) -> dict:
+  """What bundle.json of version 3 says of classes.
+
+  `mask_values`, of a model with masks, has the value of a pixel in a mask, by its bits (`Classes.written`): bit k is
+  set if the probability of class k is at least the threshold of the class. Exclusive classes have no values.
+  """
+  about = {'classes': {name: list(values) for name, values in zip(classes.names, classes.values, strict=True)}}
+  return about | ({'mask_values': classes.written.tolist()} if has_masks else {})
+
+
+def _classes(named):
+  return chosen(named, None) if any(named.values()) else of_slices(list(named))
+
+
+def load_bundle(folder: pathlib.Path, mesh, flips: bool | None = None) -> tuple[trained.Model, operating_point.Points]:
+  """Loads the model and the operating points of a bundle, as `trained.load_model` does for a run.
 
   Args:
     folder: folder of the bundle.
@@ -48,10 +69,11 @@ def load_bundle(
   """
   about = _about(folder)
   content = {name: _content(folder / name, about['sha256'][name]) for name in FILES}
-  point = about['operating_point']
-  if flips not in (None, point.flips):
+  points = about['operating_point']
+  has_flips = operating_point.shared(points).flips
+  if flips not in (None, has_flips):
     raise UserError(
-      f'flips: {folder} was exported {"with" if point.flips else "without"} flips, and its program cannot change; '
+      f'flips: {folder} was exported {"with" if has_flips else "without"} flips, and its program cannot change; '
       'leave this flag out, or export the run again with it'
     )
   exported = _program(folder / PROGRAM, content[PROGRAM], about)
@@ -60,9 +82,10 @@ def load_bundle(
     variables=jax.device_put(safetensors.numpy.load(content[WEIGHTS]), meshes.replicated(mesh)),
     **{key: about[key] for key in OF_MODEL},
     context=about['context'],
+    classes=about['classes'],
     sha256=sha256(json.dumps([about['sha256'][name] for name in (PROGRAM, WEIGHTS)]).encode()),
   )
-  return model, point
+  return model, points
 
 
 def _program(path, content, about):
@@ -98,12 +121,14 @@ def _about(folder):
   if isinstance(version, int) and version > VERSION:
     raise UserError(f'{path}: has format {version}, but this fusa_jax reads {VERSION}; install a newer fusa_jax')
   try:
-    needed = _NEEDED | {'context'} if version == VERSION else _NEEDED
-    if version not in (1, VERSION) or needed - about.keys() or set(FILES) - about['sha256'].keys():
+    needed = _NEEDED | {2: {'context'}, 3: {'classes'}}.get(version, set())
+    if version not in (1, 2, 3) or needed - about.keys() or set(FILES) - about['sha256'].keys():
       raise ValueError('parts are missing')
-    about['context'] = Context(**about['context']) if version == VERSION else SLICE_ALONE
-    about['operating_point'] = operating_point.OperatingPoint(**about['operating_point'])
-  except (AttributeError, TypeError, ValueError) as error:
+    # Version 3 has neighbours only if the model sees them.
+    about['context'] = Context(**about['context']) if version > 1 and 'context' in about else SLICE_ALONE
+    about['classes'] = _classes(about['classes']) if version == 3 else LESION
+    about['operating_point'] = operating_point.from_about(about['operating_point'], about['classes'].names)
+  except (AttributeError, KeyError, TypeError, ValueError, UserError) as error:
     raise UserError(f'{path}: damaged ({error}); copy the bundle again from its source') from None
   return about
 

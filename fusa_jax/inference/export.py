@@ -1,15 +1,16 @@
 """Exports a model as a bundle: a folder with the program, the weights and a model card, without other data of the run.
 
 The program is StableHLO from `jax.export`. Its inputs are weights and slices as in a scan, with their neighbours as
-channels if the model sees these. Its output is probabilities on the same grid. It includes the window, resizing,
-networks, flips, temperature and mean. To run it, a user needs jax but not this package.
+channels if the model sees these. Its output is probabilities on the same grid, with a last axis for several classes.
+It includes the window, resizing, networks, flips, temperature and mean. To run it, a user needs jax but not this
+package.
 
 It computes in float32 at the highest precision on every device, so results match the model card.
 """
 
 import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax import export as jax_export
 from fusa_jax import tasks
 from fusa_jax.inference import bundle, trained
 from fusa_jax.measures import statistics
-from fusa_jax.runs import results, split
+from fusa_jax.runs import operating_point, result_files, results, split
 from fusa_jax.scans import volumes
 from fusa_jax.system import meshes, pages, provenance
 from fusa_jax.system.errors import UserError
@@ -39,10 +40,10 @@ def write_bundle(
   workdirs: Sequence[pathlib.Path],
   folder: pathlib.Path,
   *,
-  threshold: float | None = None,
+  threshold: float | Mapping[str, float] | None = None,
   flips: bool | None = None,
   lungs: bool | None = None,
-  smallest_ml: float | None = None,
+  smallest_ml: float | Mapping[str, float] | None = None,
   licence: str = NO_LICENCE,
 ) -> None:
   """Writes a run, or the mean of several runs, as a bundle.
@@ -50,27 +51,32 @@ def write_bundle(
   Args:
     workdirs: folders of trained runs; the folder of a cross-validation stands for all of its folds.
     folder: the new folder for the bundle. An error leaves no incomplete bundle.
-    threshold, flips, lungs, smallest_ml: settings of the bundle's operating point. None: as in the runs.
+    threshold, flips, lungs, smallest_ml: settings of the bundle's operating points, as in `predictor.load_predictor`.
+      None: as in the runs.
     licence: text for the model card.
 
   Raises:
-    UserError: as `trained.load_networks` and `OperatingPoint.for_model`; a workdir is a bundle; or the folder is not
+    UserError: as `trained.load_networks` and `operating_point.for_model`; a workdir is a bundle; or the folder is not
       empty or cannot be written.
   """
   for workdir in workdirs:
     if bundle.is_bundle(workdir):
       raise UserError(f'workdir: {workdir} is already a bundle; copy it, or export its run')
-  networks, point = trained.load_networks(workdirs, meshes.create_mesh(), flips, lungs)
-  model = trained.create(networks, point.flips)
-  point = point.for_model(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
-  exported = program(networks, point.flips)
-  context = model.context
+  networks, points = trained.load_networks(workdirs, meshes.create_mesh(), flips, lungs)
+  flips = operating_point.shared(points).flips
+  model = trained.create(networks, flips)
+  points = operating_point.for_model(
+    points, model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml
+  )
+  exported = program(networks, flips)
+  context, classes, has_masks = model.context, model.classes, tasks.type_of(model.task).has_masks
   about = {
     'format': bundle.FORMAT,
-    'version': bundle.VERSION if context.slices else 1,
+    'version': bundle.version_of(context, classes),
     **{key: getattr(model, key) for key in bundle.OF_MODEL},
     **({'context': context._asdict()} if context.slices else {}),
-    'operating_point': point.about(),
+    **(bundle.about_classes(classes, has_masks) if classes.are_given else {}),
+    'operating_point': operating_point.about(points),
     'dtype': 'float32',
     'inputs': {
       'weights': f'{bundle.WEIGHTS}: a dict of arrays by name',
@@ -79,7 +85,7 @@ def write_bundle(
       else _input(f'batch, height, width, {context.channels}', model.values)
       + '; the last axis holds a slice in the middle, and its neighbours from inferior to superior',
     },
-    'output': 'float32 probability of lesion ' + tasks.type_of(model.task).output,
+    'output': _output(tasks.type_of(model.task), classes),
     'platforms': list(exported.platforms),
     'calling_convention_version': exported.calling_convention_version,
     'jax': jax.__version__,
@@ -87,14 +93,16 @@ def write_bundle(
     'commit': provenance.commit(),
     'licence': licence,
   }
-  card = _card(about, workdirs, networks)
+  card = _card(about, workdirs, networks, points)
   with new_folder(folder) as partial:
     (partial / bundle.PROGRAM).write_bytes(exported.serialize())
     (partial / bundle.WEIGHTS).write_bytes(safetensors.numpy.save(weights_of(networks)))
     write_json(partial / 'config.json', [_without_places(network.config) for network in networks])
-    script = pages.fill('bundle/run.py', context=context, mm=' MM' if context.slices else '')
+    arguments = [*(['MM'] if context.slices else []), *(['MASK.npy'] if 'mask_values' in about else [])]
+    script = pages.fill('bundle/run.py', context=context, has_values='mask_values' in about, arguments=arguments)
     (partial / 'run.py').write_text(script)
-    pages.write_page(partial / 'README.md', 'bundle/card.md', **card, script=script)
+    card |= {'arguments': arguments, 'is_exclusive': classes.exclusive, 'script': script}
+    pages.write_page(partial / 'README.md', 'bundle/card.md', **card)
     digests = {name: sha256((partial / name).read_bytes()) for name in bundle.FILES}
     write_json(partial / bundle.ABOUT, about | {'sha256': digests})
 
@@ -109,10 +117,18 @@ def _input(axes, values):
   )
 
 
+def _output(task_type, classes):
+  if len(classes.names) == 1:
+    return 'float32 probability of lesion ' + task_type.output
+  adding = ', which add up to 1' if classes.exclusive else ''
+  axes = task_type.output.replace(']', f', {len(classes.names)}]')
+  return f'float32 probability of each class ({", ".join(classes.names)}), the last axis{adding}, {axes}'
+
+
 def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Exported:
   """Exports (weights by name, slices int16 [batch, height, width]) -> probability as StableHLO, for slices of any size.
 
-  With neighbours, slices are [batch, height, width, C].
+  With neighbours, slices are [batch, height, width, C]. Probabilities of several classes have a last axis for these.
 
   Args:
     networks: the networks of the mean. Only the shapes of their variables are used.
@@ -122,6 +138,7 @@ def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Expo
   size, is_hu, gives_masks = config.data.image_size, config.data.intensity == 'hu', tasks.type_of(config.task).has_masks
   context = tasks.context_of(config)
   channels = (context.channels,) if context.slices else ()
+  has_classes = len(tasks.classes_of(config).names) > 1
   networks = [network._replace(config=_in_float32(network.config)) for network in networks]
 
   def lesion_probability(weights, slices):
@@ -129,10 +146,9 @@ def program(networks: Sequence[trained.Network], flips: bool) -> jax_export.Expo
     each = [trees[str(number)] for number in range(len(networks))] if len(networks) > 1 else [trees]
     model = trained.create([network._replace(variables=v) for network, v in zip(networks, each, strict=True)], flips)
     values = jnp.maximum(slices, volumes.AIR) if is_hu else slices  # as in `volume_files.read_scan`
-    to_network = lambda images: resize(images, size, size)
-    resized = jax.vmap(to_network, -1, -1)(values) if channels else to_network(values)
+    resized = _resize_each(values, size, size, has_axis=bool(channels))
     probability = model.function(model.variables, jnp.rint(resized).astype(jnp.int16))
-    return resize(probability, *slices.shape[1:3]) if gives_masks else probability
+    return _resize_each(probability, *slices.shape[1:3], has_axis=has_classes) if gives_masks else probability
 
   shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights_of(networks).items()}
   shape = (*jax_export.symbolic_shape('batch, height, width'), *channels)
@@ -160,6 +176,12 @@ def resize(images: jax.Array, height: int, width: int) -> jax.Array:
   rows, columns = _hats(images.shape[1], height), _hats(images.shape[2], width)
   across = product('bhw,jw->bhj', images.astype(jnp.float32), columns)
   return product('ih,bhj->bij', rows, across)
+
+
+def _resize_each(images, height, width, has_axis):
+  """As `resize`, for images with a last axis of channels or classes if `has_axis`."""
+  to_size = lambda images: resize(images, height, width)
+  return jax.vmap(to_size, -1, -1)(images) if has_axis else to_size(images)
 
 
 def _hats(source, target):
@@ -196,7 +218,7 @@ def _without_places(config):
   return values
 
 
-def _card(about, workdirs, networks):
+def _card(about, workdirs, networks, points):
   """Collects the values for the model card: the model, its training data and its test results."""
   patients, tests = [], []
   for workdir in workdirs:
@@ -207,10 +229,13 @@ def _card(about, workdirs, networks):
     last, pooled = len(patients) - 1, runs != [workdir]
     steps = [network.step for network in networks[first : last + 1]]
     of = f'{first} to {last}, each patient by the network that had not seen it' if pooled else str(first)
-    tests.append({'of': of, 'pooled': pooled, **_test(workdir, steps if pooled else steps[0])})
+    of_classes = _tests(workdir, steps if pooled else steps[0], list(points))
+    tests += [{'of': of, 'pooled': pooled, 'class': '', **test} for test in of_classes]
   datasets = sorted({test['dataset'] for test in tests if 'dataset' in test})
   return {
     'about': about,
+    'points': points,
+    'shared': operating_point.shared(points),
     'values': _VALUES[about['values']],
     'window': window.black_and_white(about['values'], networks[0].config.data.window),
     'context': tasks.context_of(networks[0].config),
@@ -223,11 +248,22 @@ def _card(about, workdirs, networks):
   }
 
 
-def _test(workdir, step):
-  """Test results of a run's checkpoint at `step`, or of a cross-validation's at its steps; {} if not tested."""
-  if not results.is_complete(workdir / split.TEST) or results.read_numbers(workdir)['step'] != step:
-    return {}
-  result = results.read_numbers(workdir)
+def _tests(workdir, step, classes):
+  """Test results, for each class, of a run's checkpoint at `step`, or of a cross-validation's at its steps.
+
+  [{}] if it was not tested.
+  """
+  if not result_files.is_complete(workdir / split.TEST) or result_files.read_numbers(workdir)['step'] != step:
+    return [{}]
+  result = result_files.read_numbers(workdir)
+  if len(classes) == 1:
+    return [_test(result)]
+  shared = {key: value for key, value in result.items() if key != operating_point.CLASSES}
+  of_classes = result.get(operating_point.CLASSES, {})
+  return [{'class': name, **_test(shared | of_classes[name])} for name in classes if name in of_classes] or [{}]
+
+
+def _test(result):
   point = result['operating_point']
   shown = lambda at: {
     name: statistics.shown(at[name], interval) for name, interval in at['intervals'].items() if name in at

@@ -8,17 +8,59 @@ import contextlib
 import csv
 import pathlib
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from fusa_jax.inference import class_numbers
+from fusa_jax.scans.classes import LESION, file_name
 from fusa_jax.system import files, locks, own_files
 from fusa_jax.system.errors import UserError
 
 NAME = 'predictions.csv'
+# The columns of one class. Earlier versions had only the first.
 _FIRST_COLUMNS = ('input', 'input_sha256', 'status', 'reason', 'lesion_ml', 'seconds', 'run_sha256')
 COLUMNS = (*_FIRST_COLUMNS, 'patient_score', 'patient_positive')
+# The columns that each of several classes has, with the name of the class at the end.
+OF_CLASS = ('lesion_ml', 'patient_score', 'patient_positive')
 PREDICTED, REFUSED, FAILED = 'predicted', 'refused', 'failed'
 _PARTS = '.predictions.*.csv'
 # Seconds between two joins while the prediction runs.
 _JOIN_EVERY = 30
+
+
+def columns_of(classes: Sequence[str]) -> tuple[str, ...]:
+  """The columns for the classes of a model, by their names."""
+  if len(classes) == 1:
+    return COLUMNS
+  shared = tuple(column for column in COLUMNS if column not in OF_CLASS)
+  return *shared, *(f'{column}_{file_name(name)}' for name in classes for column in OF_CLASS)
+
+
+def row(
+  place: str,
+  input_sha256: str,
+  status: str,
+  reason: str,
+  seconds: float | None,
+  run_sha256: str,
+  numbers: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """Returns the row of an input.
+
+  Args:
+    place, input_sha256, status, reason, seconds, run_sha256: the values of the columns for the input.
+    numbers: its results, as NAME.json holds them; None without a result.
+  """
+  shared = place, input_sha256, status, reason, seconds, run_sha256
+  found = dict(zip((column for column in COLUMNS if column not in OF_CLASS), shared, strict=True))
+  of_each = class_numbers.by_class(numbers or {})
+  for name, own in of_each.items():
+    patient = own.get('patient', {})
+    positive = patient.get('positive')
+    values = own.get('lesion_ml'), patient.get('score'), None if positive is None else int(positive)
+    ending = f'_{file_name(name)}' if len(of_each) > 1 else ''
+    found |= {f'{column}{ending}': value for column, value in zip(OF_CLASS, values, strict=True)}
+  return found
 
 
 class Manifest:
@@ -29,13 +71,15 @@ class Manifest:
     new_rows: the same, without the rows of earlier predictions.
   """
 
-  def __init__(self, folder: pathlib.Path, process: int):
+  def __init__(self, folder: pathlib.Path, process: int, classes: Sequence[str] = LESION.names):
     """Opens the manifest of a folder.
 
     Args:
       folder: the output folder.
       process: the number of this process; process 0 reads the existing rows and joins.
+      classes: the names of the classes of the model.
     """
+    self._columns = columns_of(classes)
     self._folder, self._is_main = folder, process == 0
     self._part = folder / _PARTS.replace('*', str(process))
     self._file, self._joined_at = None, time.monotonic()
@@ -45,33 +89,47 @@ class Manifest:
       self.rows |= self._read(folder / NAME)
 
   def check_own(self) -> None:
-    """Raises a UserError if predictions.csv has other columns, or rows of another form: it was changed."""
+    """Raises a UserError if predictions.csv has other columns, or rows of another form: it was changed.
+
+    The rows of a killed prediction for other classes are refused, too.
+    """
     path = self._folder / NAME
     try:
       with path.open(newline='', encoding='utf-8') as file:
         first, *others = csv.reader(file)
       columns = tuple(first)
-      is_own = columns in (COLUMNS, _FIRST_COLUMNS) and all(_is_row(cells, columns) for cells in others)
+      is_own = columns in self._readable and all(_is_row(cells, columns) for cells in others)
     except FileNotFoundError:
-      return
+      is_own = True
     except (ValueError, csv.Error, OSError):
       is_own = False
-    if not is_own:
-      own_files.refuse([path])
+    foreign = [] if is_own else [path]
+    for part in sorted(self._folder.glob(_PARTS)) if self._folder.is_dir() else []:
+      foreign += [part] if any(columns not in self._readable for columns, _ in _rows(part)) else []
+    own_files.refuse(foreign)
+
+  @property
+  def _readable(self):
+    """The columns of rows that this manifest can hold."""
+    return (self._columns, _FIRST_COLUMNS) if self._columns == COLUMNS else (self._columns,)
 
   def add(self, row: dict) -> None:
-    """Adds a row of this process.
+    """Adds a row of this process; columns that it lacks are empty.
 
     Raises:
       UserError: the file cannot be written.
     """
+    row = {column: row.get(column) for column in self._columns}
     with files.writing(self._part):
       if self._file is None:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file = self._part.open('a', newline='', encoding='utf-8')
+        if self._columns != COLUMNS:
+          self._file.write('\n')
+          csv.writer(self._file, lineterminator='\n').writerow(self._columns)
       # A row begins with a line break, so that it does not continue the line at which another process was killed.
       self._file.write('\n')
-      csv.DictWriter(self._file, COLUMNS, lineterminator='\n').writerow(row)
+      csv.DictWriter(self._file, self._columns, lineterminator='\n').writerow(row)
       self._file.flush()
     self.new_rows[row['input']] = row
     if self._is_main and time.monotonic() - self._joined_at > _JOIN_EVERY:
@@ -113,18 +171,28 @@ class Manifest:
         self._file.close()
       self._file = None
 
-  @staticmethod
-  def _read(path):
-    """The rows of a file by input; a row that was not written to its end is left out.
+  def _read(self, path):
+    """The rows of a file by input; rows for other classes are left out.
 
     Files of earlier versions have fewer columns; the others are empty.
     """
-    with contextlib.suppress(OSError, ValueError, csv.Error), path.open(newline='', encoding='utf-8') as file:
-      rows = list(csv.reader(file))
-      columns = _FIRST_COLUMNS if rows and tuple(rows[0]) == _FIRST_COLUMNS else COLUMNS
-      empty = dict.fromkeys(COLUMNS, '')
-      return {cells[0]: empty | dict(zip(columns, cells, strict=True)) for cells in rows if _is_row(cells, columns)}
-    return {}
+    empty = dict.fromkeys(self._columns, '')
+    return {row['input']: empty | row for columns, row in _rows(path) if columns in self._readable}
+
+
+def _rows(path):
+  """The rows of a file with their columns; a row that was not written to its end is left out.
+
+  The rows of one class, which a process appends to a file of its own, have no header.
+  """
+  columns, rows = COLUMNS, []
+  with contextlib.suppress(OSError, ValueError, csv.Error), path.open(newline='', encoding='utf-8') as file:
+    for cells in csv.reader(file):
+      if cells[:2] == list(COLUMNS[:2]):
+        columns = tuple(cells)
+      elif _is_row(cells, columns):
+        rows.append((columns, dict(zip(columns, cells, strict=True))))
+  return rows
 
 
 def _is_row(cells, columns):
@@ -133,8 +201,7 @@ def _is_row(cells, columns):
 
 def refused(folder: pathlib.Path) -> set[str]:
   """The inputs that a prediction into the folder refused, or failed on."""
-  rows = Manifest(folder, 0).rows
-  return {name for name, row in rows.items() if row['status'] != PREDICTED}
+  return {row['input'] for _, row in _rows(folder / NAME) if row['status'] != PREDICTED}
 
 
 def locked(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:

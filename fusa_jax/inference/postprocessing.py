@@ -6,7 +6,13 @@ from fusa_jax.measures import masks
 from fusa_jax.scans import lungs, volumes
 
 
-def refine(mask: np.ndarray, scan: volumes.Scan, in_lungs: bool = False, smallest_ml: float = 0.0) -> np.ndarray:
+def refine(
+  mask: np.ndarray,
+  scan: volumes.Scan,
+  in_lungs: bool = False,
+  smallest_ml: float = 0.0,
+  field: np.ndarray | None = None,
+) -> np.ndarray:
   """Limits a mask to the lungs, then removes small lesions; returns uint8 {0, 1} [S, H, W].
 
   Args:
@@ -14,9 +20,10 @@ def refine(mask: np.ndarray, scan: volumes.Scan, in_lungs: bool = False, smalles
     scan: the scan; in HU if `in_lungs` is True.
     in_lungs: limit the mask to the lungs (`lungs.field`).
     smallest_ml: remove lesions below this volume in mL; 0 keeps all.
+    field: `lungs.field` of the scan; None computes it if it is needed.
   """
   if in_lungs and mask.any():
-    mask = mask * lungs.field(scan)
+    mask = mask * (lungs.field(scan) if field is None else field)
   if smallest_ml > 0:
     labels, sizes = lesions(mask, scan.voxel_ml)
     mask = np.append(False, sizes >= smallest_ml)[labels].astype(np.uint8)
@@ -29,12 +36,15 @@ def lesions(mask: np.ndarray, voxel_ml: float) -> tuple[np.ndarray, np.ndarray]:
   return labels, np.bincount(labels.ravel(), minlength=count + 1)[1:] * voxel_ml
 
 
-def score_of_mask(mask: np.ndarray, scan: volumes.Scan, name: str) -> float:
-  """One of `patients.OF_MASKS` for the mask [S, H, W] of a scan; NaN if no lungs are found to divide by."""
+def score_of_mask(mask: np.ndarray, scan: volumes.Scan, name: str, field: np.ndarray | None = None) -> float:
+  """One of `patients.OF_MASKS` for the mask [S, H, W] of a scan; NaN if no lungs are found to divide by.
+
+  `field` is as in `refine`.
+  """
   lesion_ml = float(mask.sum(dtype=np.int64) * scan.voxel_ml)
   if name == 'lesion_ml':
     return lesion_ml
-  field = lungs.field(scan)
+  field = lungs.field(scan) if field is None else field
   return np.nan if field.all() else lesion_ml / float(field.sum(dtype=np.int64) * scan.voxel_ml)
 
 

@@ -11,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import errno
-import functools
 import itertools
 import json
 import logging
@@ -24,13 +23,13 @@ from typing import NamedTuple
 import numpy as np
 
 from fusa_jax import tasks
-from fusa_jax.inference import explanation, manifest
-from fusa_jax.inference.predictor import Prediction, Predictor
-from fusa_jax.scans import dicom_seg, nifti, pictures, volumes
+from fusa_jax.inference import explanation, manifest, outputs
+from fusa_jax.inference.predictor import Predictor
+from fusa_jax.scans import dicom_seg, volumes
 from fusa_jax.scans.archives import unpacking
 from fusa_jax.scans.formats import FileSource, Source
 from fusa_jax.scans.sources import find_sources
-from fusa_jax.system import hosts, own_files, preemption, progress
+from fusa_jax.system import hosts, preemption, progress
 from fusa_jax.system.errors import HostLost, Terminated, UserError, one_line
 from fusa_jax.system.files import printable, sha256
 
@@ -40,8 +39,6 @@ _TOGETHER = 64
 _READERS = min(os.cpu_count() or 1, 4)
 # Scans, or groups of pictures, that are read ahead. One more is computed and one written: at most four are in memory.
 _AHEAD = 2
-# Results that a DICOM SEG stores to say how its mask was made.
-_ABOUT = ('model', 'step', 'threshold', 'temperature', 'flips', 'lungs', 'smallest_ml', 'context', 'context_mm')
 
 
 class Counts(NamedTuple):
@@ -78,6 +75,10 @@ def predict(
   DICOM series: the results are those of a scan, on the grid of the series. NAME is `dicom.Series.name`, which does not
   contain the patient's name. With `as_dicom` the mask is also written as a DICOM SEG, `NAME_mask.dcm`; this file does
   contain it.
+
+  With several classes, `NAME.json` has the results of each class under `classes`, and there is one file of
+  probabilities per class, `NAME_CLASS_probability.nii.gz`. Masks hold the values of data.classes
+  (`Classes.written`), in pictures too, and `labels.txt` names them for ITK-SNAP.
 
   With `explain` a classification model also writes class-activation maps (inference/explanation.py):
   `NAME_explanation.png` shows the positive slices with the highest scores; `NAME_gradcam_explanation.nii.gz` and
@@ -122,24 +123,31 @@ def predict(
       if not tasks.type_of(run.model.task).has_masks:
         raise UserError('dicom: applies to masks only, and this model gives none; leave it out')
       dicom_seg.check_series(sources)
-    job = _Job(run, output, probabilities, as_dicom, explain, source if source.is_dir() else source.parent)
-    job.has_one_input = len(sources) == 1
+    of_inputs = source if source.is_dir() else source.parent
+    files = outputs.Outputs(run, output, of_inputs, probabilities, as_dicom, explain)
+    files.check_pictures(sources)
+    job = _Job(run, files, explain is not None, of_inputs, has_one_input=len(sources) == 1)
     with manifest.locked(output) if hosts.is_main() else contextlib.nullcontext():
       return _predict(job, sources, overwrite, strict)
 
 
 def _predict(job, sources, overwrite, strict):
-  output = job.output
-  rows = manifest.Manifest(output, hosts.number())
+  output = job.files.folder
+  rows = manifest.Manifest(output, hosts.number(), job.run.model.classes.names)
 
   def check():
     if strict:
       _check(sources, job.run)
     if not overwrite:
       rows.check_own()
-      own_files.refuse(path for source in sources for path in own_files.changed(*job.paths(source)))
-      job.check_inputs(sources)
+      job.files.check(sources)
     rows.begin()
+
+  def finish(lost):
+    count, reasons = _count(rows, sources)
+    if Counts(*count).predicted:
+      job.files.write_labels()
+    return count, reasons, lost, preemption.requested()
 
   hosts.check_shared(output, 'output', 'name a folder that all hosts share')
   listed = json.dumps([(source.place, source.stem) for source in sources])
@@ -150,7 +158,7 @@ def _predict(job, sources, overwrite, strict):
       _run(job, sources, rows)
       rows.close()
       lost = hosts.wait_for_others()
-      count, reasons, lost, stopped = hosts.on_main(lambda: (*_count(rows, sources), lost, preemption.requested()))
+      count, reasons, lost, stopped = hosts.on_main(lambda: finish(lost))
       counts, names = Counts(*count), ', '.join(map(str, lost))
       left = len(sources) - sum(counts)
       if left and stopped:
@@ -234,13 +242,8 @@ class _Input:
 
   def settle(self, status: str, run_sha256: str, reason: str = '', numbers: dict | None = None) -> None:
     """Sets the row, with some of the numbers of the result, and drops the arrays."""
-    seconds, numbers = round(self.seconds, 2) or None, numbers or {}
-    patient = numbers.get('patient', {})
-    score, positive = patient.get('score'), patient.get('positive')
-    positive = None if positive is None else int(positive)
-    about = self.source.place, self.sha256, status, reason
-    values = *about, numbers.get('lesion_ml'), seconds, run_sha256, score, positive
-    self.row = dict(zip(manifest.COLUMNS, values, strict=True))
+    seconds = round(self.seconds, 2) or None
+    self.row = manifest.row(self.source.place, self.sha256, status, reason, seconds, run_sha256, numbers)
     self.image = self.prepared = self.probability = self.maps = None
 
 
@@ -248,55 +251,14 @@ class _Job:
   """The steps of a prediction: `read`, `compute` and `write`. Each settles the inputs that cannot go on."""
 
   def __init__(
-    self,
-    run: Predictor,
-    output: pathlib.Path,
-    probabilities: bool,
-    as_dicom: bool,
-    explain: str | None,
-    folder: pathlib.Path,
+    self, run: Predictor, files: outputs.Outputs, explains: bool, of_inputs: pathlib.Path, has_one_input: bool
   ):
-    self.run, self.output, self._probabilities, self._as_dicom = run, output, probabilities, as_dicom
-    self._explain, self._folder = explain, folder  # the folder of the inputs
-    self.has_one_input = False
-    self._has_masks = tasks.type_of(run.model.task).has_masks
-
-  @functools.cached_property
-  def sha256(self) -> str:
-    return self.run.sha256()
-
-  def paths(self, source: Source) -> tuple[pathlib.Path, list[pathlib.Path]]:
-    """The JSON file of an input, and its other results."""
-    names = []
-    if self._has_masks:
-      ending = '.png' if source.is_picture else '.nii.gz'
-      names += [f'_mask{ending}'] + [f'_probability{ending}'] * self._probabilities + ['_mask.dcm'] * self._as_dicom
-    if self._explain:
-      names.append('_explanation.png')
-    if self._explain == explanation.VOLUMES:
-      names += [f'_{name}_explanation.nii.gz' for name in self.run.map_names]
-    return self.output / f'{source.stem}.json', [self.output / f'{source.stem}{name}' for name in names]
-
-  def check_inputs(self, sources: list[Source]) -> None:
-    """Raises a UserError if a result would replace that of another input with the same name."""
-    lines = []
-    for source in sources:
-      path, _ = self.paths(source)
-      made_of = (own_files.read_record(path) or {}).get('made_of', {})
-      if made_of.get('path_sha256', self._path_sha256(source)) == self._path_sha256(source):
-        continue
-      with contextlib.suppress(OSError):
-        if source.sha256() != made_of['input_sha256']:
-          lines.append(f'{path}: the result of another {source.name}; give another folder, or add --overwrite')
-    if lines:
-      raise UserError('\n'.join(lines))
-
-  def _path_sha256(self, source):
-    return sha256(os.fsencode(self._folder.resolve() / source.place))
+    self.run, self.files, self._explains, self._of_inputs = run, files, explains, of_inputs
+    self._has_one_input = has_one_input
 
   def with_path(self, source: Source, reason: str) -> str:
     """A reason with the path of a file, as the user gave it, in place of its place in the input."""
-    is_file = isinstance(source, FileSource) and source.path == self._folder / source.place
+    is_file = isinstance(source, FileSource) and source.path == self._of_inputs / source.place
     return reason.replace(source.place, str(source), 1) if is_file else reason
 
   def read(self, sources: list[Source]) -> list[_Input]:
@@ -311,33 +273,15 @@ class _Job:
       except OSError:
         source.read_image(self.run.model.values)  # raises an error with the reason
         raise
-      if record := self._done(one):
+      if record := self.files.complete(source, one.sha256):
         one.seconds = 0.0
-        one.settle(manifest.PREDICTED, self.sha256, numbers=record)
+        one.settle(manifest.PREDICTED, self.files.run_sha256, numbers=record)
         return one
       if source.is_picture:
         self.run.check_picture(source)
       image = source.read_image(self.run.model.values)
       one.prepared, one.image = self.run.prepare([image]), image
     return one
-
-  def _done(self, one):
-    """The record of a complete result from the same bytes and run; None without one."""
-    path, others = self.paths(one.source)
-    record = own_files.read_record(path)
-    made_of = self._made_of(one)
-    # A moved input is the same input.
-    if record is None or record.get('made_of', {}) | {'path_sha256': made_of['path_sha256']} != made_of:
-      return None
-    same = set(record['files']) == {other.name for other in others}
-    return record if same and own_files.is_complete(self.output, record) else None
-
-  def _made_of(self, one):
-    return {
-      'input_sha256': one.sha256,
-      'run_sha256': self.sha256,
-      'path_sha256': self._path_sha256(one.source),
-    }
 
   def compute(self, inputs: list[_Input]) -> list[_Input]:
     """Computes the probabilities of a scan, or of pictures together."""
@@ -350,10 +294,10 @@ class _Job:
       spacing = ready[0].image.spacing[0] if is_scan else None
       prepared = np.concatenate([one.prepared for one in ready])
       probability = self.run.probabilities(prepared, spacing)
-      maps = self.run.maps(prepared, spacing) if self._explain else {}
+      maps = self.run.maps(prepared, spacing) if self._explains else {}
       for k, one in enumerate(ready):
         one.probability, one.prepared = probability if is_scan else probability[k], None
-        if self._explain:
+        if self._explains:
           one.maps = {name: values if is_scan else values[k : k + 1] for name, values in maps.items()}
     except Exception as error:  # for example, the devices are out of memory
       for one in ready:
@@ -373,9 +317,9 @@ class _Job:
         continue
       with self._on(one):
         prediction = self.run.result(one.image, one.probability, one.maps)
-        self._write(one, prediction)
+        self.files.write(one.source, one.sha256, one.image, prediction)
       if one.row is None:
-        one.settle(manifest.PREDICTED, self.sha256, numbers=prediction.numbers)
+        one.settle(manifest.PREDICTED, self.files.run_sha256, numbers=prediction.numbers)
     return inputs
 
   @contextlib.contextmanager
@@ -406,45 +350,11 @@ class _Job:
       details = None if isinstance(error, MemoryError | OSError) else error
     # The place is the same for all hosts, and without temporary folders of archives.
     reason = printable(reason.replace(str(source), source.place) if isinstance(source, FileSource) else reason)
-    if (path := self.paths(source)[0]).exists():
+    if (path := self.files.paths(source)[0]).exists():
       reason += f' (an earlier result remains, {path.name})'
     # The error of a single input is the error of the command.
-    logging.log(logging.DEBUG if self.has_one_input else logging.WARNING, '%s: %s', status, reason, exc_info=details)
-    one.settle(status, self.sha256, reason=reason)
-
-  def _write(self, one, prediction: Prediction):
-    """Writes the files of a result."""
-    source, (path, others) = one.source, self.paths(one.source)
-    earlier = own_files.read_record(path)
-    kind = 'picture' if source.is_picture else 'scan'
-    numbers = {kind: printable(source.name), **prediction.numbers, 'made_of': self._made_of(one)}
-    write = {other: functools.partial(self._write_file, other, one, prediction) for other in others}
-    remove = [name for name in (earlier or {}).get('files', ()) if name.startswith(f'{source.stem}_')]
-    own_files.write_together(path, numbers, write, remove)
-    logging.info('%s: %s%s', source.title, _one_line(numbers), '; replaces an earlier result' if earlier else '')
-
-  def _write_file(self, path, one, prediction, partial):
-    if path.suffix == '.dcm':
-      about = {key: prediction.numbers[key] for key in _ABOUT if key in prediction.numbers}
-      dicom_seg.write_seg(partial, prediction.mask, one.image, about)
-      return
-    ending, description = path.name.removeprefix(f'{one.source.stem}_'), ''
-    if ending == 'explanation.png':
-      shown = self.run.model.explainer.black_and_white
-      title, numbers = printable(one.source.name), prediction.numbers
-      explanation.write_picture(partial, title, one.image, numbers, prediction.maps, shown)
-      return
-    if self._explain:
-      name = ending.removesuffix('_explanation.nii.gz')
-      values = volumes.resize(prediction.maps[name], one.image.values.shape[1:])
-      description = explanation.description(name)
-    else:
-      values = prediction.mask if ending.startswith('mask') else prediction.probability
-    if one.source.is_picture:
-      pictures.write_picture(partial, np.rint(values * 255).astype(np.uint8))
-    else:
-      with partial.open('wb') as file:
-        nifti.write_volume_to(file, values, one.image, compressed=True, description=description)
+    logging.log(logging.DEBUG if self._has_one_input else logging.WARNING, '%s: %s', status, reason, exc_info=details)
+    one.settle(status, self.files.run_sha256, reason=reason)
 
 
 def _check(sources, run):
@@ -498,13 +408,3 @@ def _overlapping(pool, function, items, at_once):
     raise
   while begun:
     yield begun.popleft().result()
-
-
-def _one_line(result):
-  if 'picture' in result:
-    pixels = f', {result["lesion_pixels"]} pixels' if 'lesion_pixels' in result else ''
-    return f'{"lesion" if result["positive"] else "no lesion"} (score {result["score"]}){pixels}'
-  volume = f'{result["lesion_ml"]:.1f} mL of lesion, ' if 'lesion_ml' in result else ''
-  slices = f'{len(result["positive_slices"])} of {result["num_slices"]} slices positive'
-  called = result['patient']['positive']
-  return f'{volume}{slices}' + ('' if called is None else f', patient {"positive" if called else "negative"}')

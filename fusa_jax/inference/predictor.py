@@ -4,18 +4,19 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from fusa_jax import tasks
-from fusa_jax.inference import bundle, explanation, postprocessing, trained
+from fusa_jax.inference import bundle, class_numbers, explanation, postprocessing, trained
 from fusa_jax.measures import patients
 from fusa_jax.runs import operating_point, patient_rule
-from fusa_jax.scans import neighbours, volumes
+from fusa_jax.scans import lungs, neighbours, volumes
 from fusa_jax.scans.archives import unpacking
+from fusa_jax.scans.classes import together
 from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import meshes, paths
 from fusa_jax.system.errors import UserError
@@ -29,10 +30,10 @@ def load_predictor(
   workdir: str | pathlib.Path | Sequence[str | pathlib.Path],
   mesh=None,
   *,
-  threshold: float | None = None,
+  threshold: float | Mapping[str, float] | None = None,
   flips: bool | None = None,
   lungs: bool | None = None,
-  smallest_ml: float | None = None,
+  smallest_ml: float | Mapping[str, float] | None = None,
 ) -> 'Predictor':
   """Loads a trained run to predict scans: `load_predictor('runs/mine')('scan.nii.gz').mask`.
 
@@ -40,13 +41,14 @@ def load_predictor(
     workdir: the folder of a run, a cross-validation or a bundle, also gs://BUCKET/FOLDER; or several runs. For a
       cross-validation or several runs it uses the mean probability.
     mesh: the mesh to compute on, of devices of this process. None: all of them, each with its own slices.
-    threshold: lowest probability of a lesion. None, here and below: the value of the run's operating point.
+    threshold: lowest probability of a lesion; of several classes, the values of some by name. None, here and below: the
+      value of the run's operating point.
     flips: whether to use the mean probability of each slice and its mirror image.
     lungs: whether to limit masks to the lungs, which it finds by their HU.
-    smallest_ml: leave out lesions of a scan below this volume in mL.
+    smallest_ml: leave out lesions of a scan below this volume in mL; of several classes, the values of some by name.
 
   Raises:
-    UserError: as `paths.to_path`, `trained.load_model`, `bundle.load_bundle` and `OperatingPoint.for_model`; several
+    UserError: as `paths.to_path`, `trained.load_model`, `bundle.load_bundle` and `operating_point.for_model`; several
       folders of which one is a bundle; or a mesh that cannot split the run's images.
   """
   mesh = mesh or meshes.create_mesh(devices=jax.local_devices())
@@ -57,11 +59,13 @@ def load_predictor(
     raise UserError(
       f'workdir: {bundles[0]} is a bundle and cannot be combined; give it alone, or export the runs together'
     )
-  model, point = (
+  model, points = (
     bundle.load_bundle(bundles[0], mesh, flips) if bundles else trained.load_model(folders, mesh, flips, lungs)
   )
-  point = point.for_model(model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml)
-  return Predictor(model, point, mesh, operating_point.NO_RULE_IN_BUNDLE if bundles else operating_point.NO_RULE)
+  points = operating_point.for_model(
+    points, model.task, model.values, threshold=threshold, lungs=lungs, smallest_ml=smallest_ml
+  )
+  return Predictor(model, points, mesh, operating_point.NO_RULE_IN_BUNDLE if bundles else operating_point.NO_RULE)
 
 
 class Prediction(NamedTuple):
@@ -69,29 +73,33 @@ class Prediction(NamedTuple):
 
   Attributes:
     numbers: the results that NAME.json holds.
-    mask: uint8 {0, 1} in the image's shape; None if the model predicts no masks.
-    probability: float32 in the image's shape; None if the model predicts no masks.
+    mask: the mask as it is written, in the image's shape: uint8 {0, 1}, or the values of data.classes
+      (`Classes.written`); None if the model predicts no masks.
+    probability: float32 in the image's shape, of several classes with a last axis for these; None if the model predicts
+      no masks.
     maps: the output of `Predictor.maps` for a scan or picture, if asked for.
+    masks: the mask of each class by its name, uint8 {0, 1}; None if the model predicts no masks.
   """
 
   numbers: dict
   mask: np.ndarray | None = None
   probability: np.ndarray | None = None
   maps: dict[str, np.ndarray] | None = None
+  masks: dict[str, np.ndarray] | None = None
 
 
 class Predictor:
-  """Applies a model at an operating point to one scan or to pictures.
+  """Applies a model at its operating points to one scan or to pictures.
 
   Attributes:
     model: computes the probabilities.
-    point: the threshold and other settings that turn probabilities into masks.
+    points: for each class, the threshold and other settings that turn probabilities into a mask.
   """
 
   def __init__(
-    self, model: trained.Model, point: operating_point.OperatingPoint, mesh, no_rule: str = operating_point.NO_RULE
+    self, model: trained.Model, points: operating_point.Points, mesh, no_rule: str = operating_point.NO_RULE
   ):
-    self.model, self.point, self._mesh, self._no_rule = model, point, mesh, no_rule
+    self.model, self.points, self._mesh, self._no_rule = model, points, mesh, no_rule
     self._batch_size = meshes.fitting_batch(mesh, model.batch_size)
     meshes.check_divides(mesh, self._batch_size, model.image_size)
     self._probabilities = jax.jit(model.function, out_shardings=meshes.replicated(mesh))
@@ -113,7 +121,7 @@ class Predictor:
 
     Raises:
       UserError: as `paths.check_local`, `find_sources`, `Source.read_image` and `volumes.from_volume`; the source holds
-        several scans; the array has other dimensions; the operating point uses lungs or lesion volumes, or the model
+        several scans; the array has other dimensions; an operating point uses lungs or lesion volumes, or the model
         sees neighbouring slices, and the array has no spacing; `explain` is set and the model has no maps; or as
         `check_picture`.
     """
@@ -132,16 +140,13 @@ class Predictor:
     probability = self.probabilities(prepared, between)
     maps = self.maps(prepared, between) if explain else None
     prediction = self.result(image, probability if is_scan else probability[0], maps)
-    if is_scan and is_array and spacing is None and self._calls_by_mask:
-      prediction.numbers['patient'] = patient_rule.no_answer(
-        'the array has no spacing, so the volume of its mask is unknown; give it in mm'
-      )
+    if is_scan and is_array and spacing is None:
+      for name, numbers in class_numbers.by_class(prediction.numbers).items():
+        if _calls_by_mask(self.points[name].patient):
+          numbers['patient'] = patient_rule.no_answer(
+            'the array has no spacing, so the volume of its mask is unknown; give it in mm'
+          )
     return prediction
-
-  @property
-  def _calls_by_mask(self):
-    rule = self.point.patient
-    return rule is not None and rule.score_name in patients.OF_MASKS
 
   def _read(self, path):
     with unpacking() as unpacked:
@@ -157,7 +162,7 @@ class Predictor:
     if array.ndim != 3:
       pictures = ', or a picture [H, W]' if self.model.values == 'grey' else ''
       raise UserError(f'array: has {array.ndim} dimensions; give slices [S, H, W]{pictures}')
-    if spacing is None and (self.point.smallest_ml or self.point.lungs):
+    if spacing is None and any(point.smallest_ml or point.lungs for point in self.points.values()):
       raise UserError('spacing: missing, but needed to remove small lesions or limit masks to the lungs; give it in mm')
     if spacing is None and self.model.context.slices:
       raise UserError('spacing: missing, but needed to tell which slices are neighbours; give it in mm')
@@ -178,7 +183,7 @@ class Predictor:
       )
 
   def probabilities(self, images: np.ndarray, spacing: float | None = None) -> np.ndarray:
-    """Probabilities for the output of `prepare`: float32 [S] or [S, size, size].
+    """Probabilities for the output of `prepare`: float32 [S] or [S, size, size]; of several classes [..., classes].
 
     Args:
       images: the slices. For a model that sees neighbours: all slices of one scan, or slices with their neighbours
@@ -189,6 +194,9 @@ class Predictor:
 
   def check_explains(self) -> None:
     """Raises a UserError if the model has no class-activation maps."""
+    count = len(self.model.classes.names)
+    if count > 1:
+      raise UserError(f'explain: applies to models of one class, and this model has {count}; leave it out')
     if self.model.explainer is not None:
       return
     if tasks.type_of(self.model.task).has_masks:
@@ -237,11 +245,17 @@ class Predictor:
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *out)
 
   def sha256(self) -> str:
-    """The digest of all that decides a result beside the input: the model, and the operating point."""
-    point = {key: value for key, value in self.point.about().items() if key != 'chosen_by'}
-    model = self.model
-    context = [list(model.context)] if model.context.slices else []
-    return sha256(json.dumps([model.sha256, model.values, model.image_size, point, *context]).encode())
+    """The digest of all that decides a result beside the input: the model, and its operating points and classes."""
+    points = {
+      name: {key: value for key, value in point.about().items() if key != 'chosen_by'}
+      for name, point in self.points.items()
+    }
+    model, classes = self.model, self.model.classes
+    # Runs of the slice alone, and of one class without mask values of its own, keep their digest.
+    others = [list(model.context)] if model.context.slices else []
+    others += [{'classes': classes.names, 'values': classes.values}] if classes.are_given else []
+    of_points = points if len(points) > 1 else points[classes.names[0]]
+    return sha256(json.dumps([model.sha256, model.values, model.image_size, of_points, *others]).encode())
 
   def result(
     self, image: volumes.Scan | np.ndarray, probability: np.ndarray, maps: dict[str, np.ndarray] | None = None
@@ -253,51 +267,113 @@ class Predictor:
       probability: the output of `probabilities` for the image: all slices of a scan, or the one slice of a picture.
       maps: the output of `maps` for the image. The numbers then have `explanation`.
     """
-    about = {'model': self.model.name, 'step': self.model.step, 'values': self.model.values, **self.point.about()}
-    about.pop('patient', None)  # the answer for the patient repeats the rule
-    if self.model.context.slices:
-      about |= {'context': self.model.context.slices, 'context_mm': self.model.context.mm}
-    if isinstance(image, volumes.Scan):
-      prediction = self._predict_scan(image, probability)
+    is_scan, model = isinstance(image, volumes.Scan), self.model
+    options = {name: point.about() for name, point in self.points.items()}
+    for each in options.values():
+      each.pop('patient', None)  # the answer for the patient repeats the rule
+      if not is_scan:
+        del each['lungs'], each['smallest_ml']  # these settings apply to scans only
+    head = {'model': model.name, 'step': model.step, 'values': model.values}
+    tail = {'context': model.context.slices, 'context_mm': model.context.mm} if model.context.slices else {}
+    if is_scan:
+      tail['num_slices'] = len(image.values)
+    field = functools.cache(lambda: lungs.field(image))
+    resized, masks = self._masks(image, probability, field)
+    bits = together(masks.values()) if masks else None
+    if is_scan:
+      results = self._results_of_scan(image, probability, resized, masks, field)
     else:
-      prediction = self._predict_picture(image, probability)
-      del about['lungs'], about['smallest_ml']  # these settings apply to scans only
-    numbers = about | prediction.numbers
+      results = self._results_of_picture(probability, masks)
+    if masks and len(masks) > 1:
+      name, unit = ('file_ml', image.voxel_ml) if is_scan else ('file_pixels', 1)
+      for each, count in zip(results.values(), model.classes.shown(bits), strict=True):
+        each[name] = count * unit
+    numbers = class_numbers.combined(model.classes, head, options, tail, results)
+    if model.classes.exclusive:
+      numbers |= _highest(model.classes.names, probability)
     if maps is not None:
-      numbers['explanation'] = explanation.about(maps, np.atleast_1d(probability), self.point.threshold)
-    return prediction._replace(numbers=numbers, maps=maps)
+      # A model with maps is a classifier, so there is one class.
+      threshold = operating_point.shared(self.points).threshold
+      numbers['explanation'] = explanation.about(maps, np.atleast_1d(probability), threshold)
+    if masks is None:
+      return Prediction(numbers, maps=maps)
+    return Prediction(numbers, model.classes.labels(bits), resized if len(masks) > 1 else resized[..., 0], maps, masks)
 
-  def _predict_scan(self, scan, probability):
-    numbers, mask = {'num_slices': len(scan.values)}, None
-    highest = probability.reshape(len(probability), -1).max(axis=1)  # in the network's size, as for the choice
-    if probability.ndim == 1:
-      positive, scores, probability = probability >= self.point.threshold, probability, None
-    else:
-      probability = volumes.resize(probability, scan.values.shape[1:])
-      mask = postprocessing.refine(
-        (probability >= self.point.threshold).astype(np.uint8), scan, self.point.lungs, self.point.smallest_ml
-      )
-      positive, scores = mask.any(axis=(1, 2)), probability.max(axis=(1, 2))
-      numbers['lesion_ml'] = float(mask.sum(dtype=np.int64) * scan.voxel_ml)
-    # Slice 0 is the most inferior one, for any order of slices in the file.
-    numbers['positive_slices'] = [int(index) for index in np.flatnonzero(positive)]
-    numbers['slice_scores'] = [round(float(score), 4) for score in scores]
-    numbers['patient'] = self._answer(scan, highest, mask)
-    return Prediction(numbers, mask, probability)
+  def _by_class(self, probability):
+    """The probabilities of each class, without an axis of classes."""
+    names = self.model.classes.names
+    return {name: probability[..., k] for k, name in enumerate(names)} if len(names) > 1 else {names[0]: probability}
 
-  def _answer(self, scan, highest, mask):
+  def _masks(self, image, probability, field):
+    """Returns the probabilities in the size of a scan or picture, [..., H, W, classes], and the mask of each class."""
+    if not tasks.type_of(self.model.task).has_masks:
+      return None, None
+    is_scan, of_each = isinstance(image, volumes.Scan), self._by_class(probability)
+    shape = image.values.shape if is_scan else image.shape
+    resize = lambda each: volumes.resize(each, shape[1:]) if is_scan else volumes.resize([each], shape)[0]
+    resized = [resize(each) for each in of_each.values()]
+    resized = np.stack(resized) if len(resized) > 1 else resized[0][None]
+    masks = {
+      name: (each >= self.points[name].threshold).astype(np.uint8) for name, each in zip(of_each, resized, strict=True)
+    }
+    if is_scan:
+      has_lesion = operating_point.shared(self.points).lungs and any(mask.any() for mask in masks.values())
+      for name, point in self.points.items():
+        in_lungs = field() if has_lesion else None
+        masks[name] = postprocessing.refine(masks[name], image, point.lungs, point.smallest_ml, in_lungs)
+    return np.moveaxis(resized, 0, -1), masks
+
+  def _results_of_scan(self, scan, probability, resized, masks, field):
+    """Returns the results by class."""
+    results = {}
+    for name, each in self._by_class(probability).items():
+      highest = each.reshape(len(each), -1).max(axis=1)  # in the network's size, as for the choice
+      numbers, mask = {}, None
+      if masks is None:
+        positive, scores = each >= self.points[name].threshold, each
+      else:
+        mask, number = masks[name], len(results)
+        positive, scores = mask.any(axis=(1, 2)), resized[..., number].max(axis=(1, 2))
+        numbers['lesion_ml'] = float(mask.sum(dtype=np.int64) * scan.voxel_ml)
+      # Slice 0 is the most inferior one, for any order of slices in the file.
+      numbers['positive_slices'] = [int(index) for index in np.flatnonzero(positive)]
+      numbers['slice_scores'] = [round(float(score), 4) for score in scores]
+      numbers['patient'] = self._answer(self.points[name].patient, scan, highest, mask, field)
+      results[name] = numbers
+    return results
+
+  def _answer(self, rule, scan, highest, mask, field):
     """Returns the score and the call of a scan's patient (`PatientRule.answer`)."""
-    rule = self.point.patient
     if rule is None:
       return patient_rule.no_answer(self._no_rule)
-    of_mask = postprocessing.score_of_mask(mask, scan, rule.score_name) if self._calls_by_mask else None
+    of_mask = None
+    if _calls_by_mask(rule):
+      in_lungs = field() if rule.score_name == 'lung_share' else None
+      of_mask = postprocessing.score_of_mask(mask, scan, rule.score_name, in_lungs)
     return rule.answer(highest, of_mask)
 
-  def _predict_picture(self, image, probability):
-    score = float(probability.max())
-    numbers = {'positive': score >= self.point.threshold, 'score': round(score, 4)}
-    if not probability.ndim:
-      return Prediction(numbers)
-    (probability,) = volumes.resize([probability], image.shape)
-    mask = (probability >= self.point.threshold).astype(np.uint8)
-    return Prediction({'lesion_pixels': int(mask.sum()), **numbers}, mask, probability)
+  def _results_of_picture(self, probability, masks):
+    """Returns the results by class."""
+    results = {}
+    for name, each in self._by_class(probability).items():
+      score = float(each.max())
+      numbers = {} if masks is None else {'lesion_pixels': int(masks[name].sum())}
+      results[name] = numbers | {'positive': score >= self.points[name].threshold, 'score': round(score, 4)}
+    return results
+
+
+def _highest(names, probability):
+  """Returns the exclusive class with the highest probability: of each slice [S, K] and their mean, or of a picture [K].
+
+  That of a scan is the class of `measures.exclusive.of_patients`, for a patient with one scan.
+  """
+  mean = np.atleast_2d(probability).mean(axis=0, dtype=np.float64)
+  probabilities = dict(zip(names, mean.round(4).tolist(), strict=True))
+  found = {'predicted_class': names[int(mean.argmax())], 'probabilities': probabilities}
+  if probability.ndim == 1:
+    return found
+  return found | {'slice_classes': [names[number] for number in probability.argmax(axis=1).tolist()]}
+
+
+def _calls_by_mask(rule):
+  return rule is not None and rule.score_name in patients.OF_MASKS

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -15,8 +16,9 @@ import numpy as np
 
 from fusa_jax import tasks
 from fusa_jax.inference import explanation
-from fusa_jax.runs import checkpoint, operating_point, results, run_config
+from fusa_jax.runs import checkpoint, operating_point, result_files, run_config
 from fusa_jax.runs.split import TEST
+from fusa_jax.scans.classes import LESION, Classes
 from fusa_jax.scans.neighbours import SLICE_ALONE, Context
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
@@ -28,8 +30,8 @@ class Model:
   """A function that computes probabilities, from runs or from a bundle, and the facts about it.
 
   Attributes:
-    function: (variables, slices [B, size, size]) -> probability of lesion, float32 [B] or [B, size, size]. With
-      neighbours, slices are [B, size, size, context.channels].
+    function: (variables, slices [B, size, size]) -> probability of lesion, float32 [B] or [B, size, size]; of several
+      classes [B, classes] or [B, size, size, classes]. With neighbours, slices are [B, size, size, context.channels].
     variables: variables of the function, on all devices of a mesh.
     task: name of the type of task, a key of tasks.TASKS.
     values: values of the slices, one of volumes.VALUES.
@@ -40,6 +42,7 @@ class Model:
     sha256: digest of the program and the weights; '' in a model that is exported.
     explainer: computes class-activation maps; None for segmentation, and for a bundle: its program has one output.
     context: the neighbours that it sees beside a slice.
+    classes: the classes that it knows, in the order of its probabilities.
   """
 
   function: Callable[[Any, jax.Array], jax.Array]
@@ -53,21 +56,22 @@ class Model:
   sha256: str
   explainer: explanation.Explainer | None = None
   context: Context = SLICE_ALONE
+  classes: Classes = LESION
 
 
 class Network(NamedTuple):
-  """A checkpoint: the run's config, the step, {'params', 'batch_stats'}, and the divisor of its logits."""
+  """A checkpoint: the run's config, the step, {'params', 'batch_stats'}, and the divisor of each class's logits."""
 
   config: ml_collections.ConfigDict
   step: int
   variables: dict
-  temperature: float
+  temperatures: tuple[float, ...]
 
 
 def load_model(
   workdirs: Sequence[pathlib.Path], mesh, flips: bool | None = None, lungs: bool | None = None
-) -> tuple[Model, operating_point.OperatingPoint]:
-  """Loads the model and the operating point of one or several runs.
+) -> tuple[Model, operating_point.Points]:
+  """Loads the model and the operating points of one or several runs.
 
   Args:
     workdirs: folders of trained runs; the folder of a cross-validation stands for all of its folds.
@@ -78,55 +82,58 @@ def load_model(
   Raises:
     UserError: as `load_networks`.
   """
-  networks, point = load_networks(workdirs, mesh, flips, lungs)
-  return create(networks, point.flips, _digest(networks, point.flips)), point
+  networks, points = load_networks(workdirs, mesh, flips, lungs)
+  flips = operating_point.shared(points).flips
+  return create(networks, flips, _digest(networks, flips)), points
 
 
 def load_networks(
   workdirs: Sequence[pathlib.Path], mesh, flips: bool | None = None, lungs: bool | None = None
-) -> tuple[list[Network], operating_point.OperatingPoint]:
-  """Loads the networks of one or several runs, and the operating point for the mean of their probabilities.
+) -> tuple[list[Network], operating_point.Points]:
+  """Loads the networks of one or several runs, and the operating points for the mean of their probabilities.
 
   Args:
     workdirs, mesh, flips, lungs: as in `load_model`.
 
   Raises:
     UserError: a folder holds no run or no checkpoint; a cross-validation is not complete; or the runs differ in task,
-      values, image size or neighbours.
+      values, image size, neighbours or classes.
   """
   folders = [run for workdir in workdirs for run in runs(workdir)]
   configs = [run_config.load_config(folder) for folder in folders]
   _check_alike(folders, configs)
   networks, points = [], []
   for folder, config in zip(folders, configs, strict=True):
-    step, variables = load_best(config, tasks.create(config), folder, mesh)
-    point = operating_point.load_point(folder)
-    if point.step != step:
-      point = operating_point.OperatingPoint()
+    task = tasks.create(config)
+    step, variables = load_best(config, task, folder, mesh)
+    of_run = operating_point.load_points(folder, task.classes)
+    if any(point.step != step for point in of_run.values()):
+      of_run = dict.fromkeys(task.classes, operating_point.OperatingPoint())
       logging.warning(
         '%s: no operating point for step %d, so the threshold is 0.5; run --mode=evaluate to choose one', folder, step
       )
-    if flips not in (None, point.flips):
-      logging.warning('%s: the threshold was chosen %s flips', folder, 'with' if point.flips else 'without')
-    point = point.with_options(flips=flips, lungs=lungs)
-    networks.append(Network(config, step, variables, point.temperature))
-    points.append(point)
-  point = operating_point.mean(points)
-  if point.flips and not all(network.config.augment.flip for network in networks):
+    has_flips = operating_point.shared(of_run).flips
+    if flips not in (None, has_flips):
+      logging.warning('%s: the threshold was chosen %s flips', folder, 'with' if has_flips else 'without')
+    of_run = operating_point.with_options(of_run, flips=flips, lungs=lungs)
+    networks.append(Network(config, step, variables, tuple(point.temperature for point in of_run.values())))
+    points.append(of_run)
+  points = operating_point.mean(points)
+  if operating_point.shared(points).flips and not all(network.config.augment.flip for network in networks):
     logging.warning('%s: trained without flips (augment.flip), so results with flips may be worse', folders[0])
-  return networks, point
+  return networks, points
 
 
 def runs(workdir: pathlib.Path) -> list[pathlib.Path]:
   """Returns [workdir] for a run, and the folders of the folds for a cross-validation."""
   if not run_config.is_cross_validation(run_config.load_config(workdir)):
     return [workdir]
-  if not results.is_complete(workdir / TEST):
+  if not result_files.is_complete(workdir / TEST):
     raise UserError(
       f'workdir: {workdir} is a cross-validation that is not complete; rerun its command to resume, or give the '
       f'folder of one fold, {workdir / "fold0"}'
     )
-  return [workdir / f'fold{one["fold"]}' for one in results.read_numbers(workdir)['folds']]
+  return [workdir / f'fold{one["fold"]}' for one in result_files.read_numbers(workdir)['folds']]
 
 
 def _check_alike(folders, configs):
@@ -136,6 +143,7 @@ def _check_alike(folders, configs):
     ('data.image_size', lambda config: config.data.image_size),
     ('data.context', lambda config: config.data.context),
     ('data.context_mm', lambda config: tasks.context_of(config).mm),
+    ('data.classes', lambda config: _in_words(tasks.classes_of(config))),
   ):
     for folder, config in zip(folders, configs, strict=True):
       if value_of(config) != value_of(configs[0]):
@@ -143,6 +151,11 @@ def _check_alike(folders, configs):
           f'workdir: {folder} has {key} {value_of(config)}, but {folders[0]} has {value_of(configs[0])}; '
           f'give runs with the same {key}'
         )
+
+
+def _in_words(classes):
+  """The classes with the values that masks are written with. What a run left out of its loss may differ."""
+  return ', '.join(f'{name} {values}' for name, values in zip(classes.names, classes.values, strict=True))
 
 
 def load_best(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tuple[int, dict]:
@@ -158,9 +171,9 @@ def load_best(config, task: tasks.Task, workdir: pathlib.Path, mesh) -> tuple[in
 
 
 def create(networks: Sequence[Network], flips: bool, sha256: str = '') -> Model:
-  """Creates the model of the networks' mean probability, each network with its temperature.
+  """Creates the model of the networks' mean probability, each network with its temperatures.
 
-  The task, values and sizes are those of the first network.
+  The task, values, sizes and classes are those of the first network.
   """
   groups = {}
   for network in networks:
@@ -170,12 +183,12 @@ def create(networks: Sequence[Network], flips: bool, sha256: str = '') -> Model:
   def of_networks(compute, variables, slices):
     # `lax.map` compiles networks of the same architecture once.
     return [
-      jax.lax.map(lambda one, task=task: compute(task, one['variables'], slices, one['temperature'], flips), each)
+      jax.lax.map(lambda one, task=task: compute(task, one['variables'], slices, one['temperatures'], flips), each)
       for task, each in zip(of_groups, variables, strict=True)
     ]
 
   def function(variables, slices):
-    return jnp.concatenate(of_networks(tasks.Task.probabilities, variables, slices)).mean(axis=0)
+    return jnp.concatenate(of_networks(_probabilities, variables, slices)).mean(axis=0)
 
   def maps(variables, slices):
     return explanation.mean_of_networks(of_networks(explanation.activation_maps, variables, slices))
@@ -195,13 +208,22 @@ def create(networks: Sequence[Network], flips: bool, sha256: str = '') -> Model:
     sha256=sha256,
     explainer=None if of_groups[0].type.has_masks else explanation.Explainer(maps, shown),
     context=tasks.context_of(first),
+    classes=tasks.classes_of(first),
   )
+
+
+def _probabilities(task, variables, slices, temperatures, flips):
+  """As `Task.probabilities`, with a temperature per class, and without an axis of classes if there is only one."""
+  logits = task.logits(variables, slices, flips)
+  return nn.sigmoid((logits if len(task.classes) > 1 else logits[..., 0]) / temperatures)
 
 
 def _digest(networks, flips):
   digest = hashlib.sha256(json.dumps(flips).encode())
   for network in networks:
-    digest.update(json.dumps([_program(network.config), float(network.temperature)]).encode())
+    # Networks of one class keep their digest.
+    temperatures = [float(temperature) for temperature in network.temperatures]
+    digest.update(json.dumps([_program(network.config), *_one_or_all(temperatures)]).encode())
     digest.update(checkpoint.sha256_of_variables(network.variables).encode())
   return digest.hexdigest()
 
@@ -214,10 +236,15 @@ def _program(config):
   return json.dumps([model, list(config.data.window), *([list(context)] if context.slices else [])])
 
 
+def _one_or_all(temperatures):
+  return temperatures if len(temperatures) == 1 else [temperatures]
+
+
 def _stacked(networks):
   """Stacks the networks' variables and temperatures along a new first axis, on the devices that hold them."""
   stack = lambda *x: x[0][None] if len(x) == 1 else jnp.stack(x)
+  temperatures = np.array([network.temperatures for network in networks], np.float32)
   return {
     'variables': jax.tree.map(stack, *(network.variables for network in networks)),
-    'temperature': np.array([network.temperature for network in networks], np.float32),
+    'temperatures': temperatures if temperatures.shape[1] > 1 else temperatures[:, 0],
   }

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from fusa_jax.inference import manifest
+from fusa_jax.inference.class_numbers import by_class, classes_of, with_numbers
 from fusa_jax.scans import nifti, volume_files, volumes
 from fusa_jax.scans.archives import unpacking
+from fusa_jax.scans.classes import COLOURS, of_class
 from fusa_jax.scans.sources import counted, find_sources
 from fusa_jax.system import own_files, pages, progress
 from fusa_jax.system.errors import PartlyRefused, UserError, one_line
@@ -27,8 +29,6 @@ _INDEX = 'view.html'
 # For each of volumes.VALUES: the windows (name, centre, width), with the page's first window first; and the unit.
 _WINDOWS = {'hu': [('Lung', -600, 1500), ('Mediastinum', 40, 400)], 'grey': [('Black to white', 127.5, 255)]}
 _UNITS = {'hu': 'HU', 'grey': ''}
-# Not one of the three colours of figures.write_overlay: those compare with a reference mask, and here there is none.
-_COLOUR = (255, 176, 0)
 _NIIVUE = pages.TEMPLATES / 'niivue'
 _PREDICT = 'run --mode=predict with this --input and --output'
 
@@ -36,8 +36,8 @@ _PREDICT = 'run --mode=predict with this --input and --output'
 def view(source: pathlib.Path, masks: pathlib.Path, overwrite: bool = False) -> list[pathlib.Path]:
   """Writes one page per scan, `NAME.html` next to its mask. For several scans it also writes `view.html` with links.
 
-  A page holds the scan and the mask in full resolution on canonical axes. From the scan's header it holds only the
-  affine. A page is a third larger than the two files as .nii.gz.
+  A page holds the scan and the mask of each class in full resolution on canonical axes. From the scan's header it holds
+  only the affine. A page is a third larger than the two files as .nii.gz.
 
   Args:
     source: the input of `predict`: a .nii or .nii.gz file, or a folder or .zip of these and of DICOM series. Pictures
@@ -86,7 +86,8 @@ def view(source: pathlib.Path, masks: pathlib.Path, overwrite: bool = False) -> 
   if not written:
     raise UserError('\n'.join(problems))
   if len(scans) > 1:
-    pages.write_page(masks / _INDEX, 'viewer_index.html', results=dict(sorted(results.items())))
+    listed = {name: (result, _classes(result)) for name, result in sorted(results.items())}
+    pages.write_page(masks / _INDEX, 'viewer_index.html', results=listed)
     written.insert(0, masks / _INDEX)
   logging.info('%s: open it in a browser', written[0])
   if problems:
@@ -103,27 +104,51 @@ def _result(masks, name) -> dict[str, Any]:
   path, mask = masks / f'{name}.json', _mask(masks, name)
   try:
     result = json.loads(path.read_text())
-    scores, positive = result['slice_scores'], result['positive_slices']
-    is_number = lambda value: type(value) in (int, float) and math.isfinite(value)
+    of_each = by_class(result)
+    has_mask = {'lesion_ml' in numbers for numbers in of_each.values()}
     if not (
-      len(scores) == result['num_slices'] > 0
-      and all(is_number(score) and 0 <= score <= 1 for score in scores)
-      and all(type(index) is int and 0 <= index < len(scores) for index in positive)
+      len(has_mask) == 1
+      and all(_is_consistent(numbers, result['num_slices']) for numbers in of_each.values())
       and result['values'] in volumes.VALUES
-      and is_number(result['threshold'])
       and isinstance(result['model'], str)
       and isinstance(result['step'], int | list)  # a list if several runs made the prediction
-      and is_number(result.get('lesion_ml', 0))
     ):
       raise ValueError('the numbers are inconsistent')
+    if has_mask == {True}:
+      classes_of(result)  # raises an error if they are damaged
   except FileNotFoundError:
     raise UserError(f'{path}: missing; {_PREDICT} first') from None
-  except (OSError, ValueError, TypeError, LookupError) as error:
+  except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
     reason = f'no {error}' if isinstance(error, KeyError) else one_line(error)
     raise UserError(f'{path}: damaged, or from another version ({reason}); {_PREDICT} again') from None
-  if 'lesion_ml' in result and not mask.exists():
+  if has_mask == {True} and not mask.exists():
     raise UserError(f'{mask}: missing; {_PREDICT} again')
   return result
+
+
+def _is_consistent(numbers, num_slices):
+  """Whether the numbers of a class can be shown."""
+  scores, positive = numbers['slice_scores'], numbers['positive_slices']
+  is_number = lambda value: type(value) in (int, float) and math.isfinite(value)
+  colour = numbers.get('colour', COLOURS[0])
+  return (
+    len(scores) == num_slices > 0
+    and all(is_number(score) and 0 <= score <= 1 for score in scores)
+    and all(type(index) is int and 0 <= index < len(scores) for index in positive)
+    and is_number(numbers['threshold'])
+    and is_number(numbers.get('lesion_ml', 0))
+    and is_number(numbers.get('file_ml', 0))
+    and len(colour) == 3
+    and all(type(part) is int and 0 <= part <= 255 for part in colour)
+  )
+
+
+def _classes(result):
+  """Returns what a page shows of each class: its numbers, name and colour."""
+  return [
+    {'colour': COLOURS[number % len(COLOURS)], **numbers, 'name': name}
+    for number, (name, numbers) in enumerate(by_class(result).items())
+  ]
 
 
 def _mask(masks, name):
@@ -131,7 +156,7 @@ def _mask(masks, name):
 
 
 def _write_page(masks, source, result) -> dict[str, Any]:
-  """Writes the page of a scan; returns its result, with the volume of a mask that was corrected by hand."""
+  """Writes the page of a scan; returns its result, with the volumes of a mask that was corrected by hand."""
   if 'made_of' in result and result['made_of']['input_sha256'] != source.sha256():
     raise UserError(f'{masks / source.stem}.json: was made from another {source.name}; {_PREDICT} again')
   name, scan = source.stem, volumes.on_canonical_axes(source.read_image(result['values']))
@@ -140,32 +165,46 @@ def _write_page(masks, source, result) -> dict[str, Any]:
       f'{masks / name}.json: has {result["num_slices"]} slices, but the scan {scan.path.name} has {len(scan.values)}; '
       f'{_PREDICT} again'
     )
-  mask = None
-  if 'lesion_ml' in result:  # a classification has no mask
-    labels = volume_files.read_labels(_mask(masks, name))
+  bits, of_each = None, by_class(result)
+  if any('lesion_ml' in numbers for numbers in of_each.values()):  # a classification has no mask
+    labels = volume_files.read_labels(_mask(masks, name), classes_of(result))
     volumes.check_same_grid(labels, scan, 'scan')
-    mask = labels.mask
+    bits = labels.mask
     stated = result.get('files', {}).get(labels.path.name)
     if stated and stated != sha256_of(labels.path):
       logging.warning('%s: changed since the prediction; the page shows its own volume', labels.path)
-      volume = {'lesion_ml': float(mask.sum(dtype=np.int64) * labels.voxel_ml)}
-      result = result | volume | {'positive_slices': np.flatnonzero(mask.any(axis=(1, 2))).tolist()}
+      result = with_numbers(
+        result,
+        {
+          name: _measured(of_class(bits, number), labels.voxel_ml, numbers)
+          for number, (name, numbers) in enumerate(of_each.items())
+        },
+      )
+  classes = _classes(result)
+  scores = np.max([one['slice_scores'] for one in classes], axis=0)
   pages.write_page(
     masks / f'{name}.html',
     'viewer.html',
     name=name,
     result=result,
-    positive=set(result['positive_slices']),
-    colour=_COLOUR,
+    classes=classes,
+    positive=sorted({index for one in classes for index in one['positive_slices']}),
     windows=_WINDOWS[result['values']],
     unit=_UNITS[result['values']],
-    start=_start(result['slice_scores'], mask, scan.shape),
+    start=_start(scores, None if bits is None else bits > 0, scan.shape),
     scan=_embedded(scan.values, scan),
-    mask=None if mask is None else _embedded(mask, scan),
+    masks=[] if bits is None else [_embedded(of_class(bits, number), scan) for number in range(len(classes))],
     niivue=gzip.decompress((_NIIVUE / 'niivue.umd.js.gz').read_bytes()).decode(),
     licence=(_NIIVUE / 'LICENSE.txt').read_text(),
   )
   return result
+
+
+def _measured(mask, voxel_ml, numbers):
+  """The numbers of a class for another mask [S, H, W]."""
+  volume = float(mask.sum(dtype=np.int64) * voxel_ml)
+  of_file = {'file_ml': volume} if 'file_ml' in numbers else {}
+  return {'lesion_ml': volume, **of_file, 'positive_slices': np.flatnonzero(mask.any(axis=(1, 2))).tolist()}
 
 
 def _embedded(volume, scan):

@@ -18,10 +18,13 @@ RELIABILITY_BINS = 20  # of equal width in probability
 _PART = 512  # pixels that are summed one after the other
 
 
-def count(logits: jax.Array, truth: jax.Array, temperature: jax.Array) -> dict[str, jax.Array]:
+def count(
+  logits: jax.Array, truth: jax.Array, temperature: jax.Array, known: jax.Array | None = None
+) -> dict[str, jax.Array]:
   """Counts the pixels of each slice, for logits [B, ...] in float32 and truth [B, ...] {0, 1}.
 
-  The probability of a pixel is sigmoid(logit / temperature).
+  The probability of a pixel is sigmoid(logit / temperature). Only pixels where `known`, bool [B, ...], is true are
+  counted; None: all.
 
   Returns:
     histogram: int32 [B, 2, BINS], number of pixels by truth and bin of logit, without the temperature.
@@ -34,10 +37,16 @@ def count(logits: jax.Array, truth: jax.Array, temperature: jax.Array) -> dict[s
   probability = jax.nn.sigmoid(logits / temperature)
   coarse = jnp.clip((probability * RELIABILITY_BINS).astype(jnp.int32), 0, RELIABILITY_BINS - 1)
   values = jnp.stack([jnp.ones_like(probability), truth.astype(jnp.float32), probability], axis=-1)
+  squared, fine = (probability - truth) ** 2, fine + BINS * truth
+  if known is not None:
+    known = known.reshape(len(known), -1)
+    squared = jnp.where(known, squared, 0)
+    # Outside of the bins: not added.
+    fine, coarse = jnp.where(known, fine, 2 * BINS), jnp.where(known, coarse, RELIABILITY_BINS)
   return {
-    'histogram': _sums(fine + BINS * truth, jnp.ones_like(fine), 2 * BINS).reshape(-1, 2, BINS),
+    'histogram': _sums(fine, jnp.ones_like(fine), 2 * BINS).reshape(-1, 2, BINS),
     'reliability': _sums(coarse, values, RELIABILITY_BINS).transpose(0, 2, 1),
-    'squared_error': jnp.sum((probability - truth) ** 2, axis=1),
+    'squared_error': jnp.sum(squared, axis=1),
   }
 
 

@@ -1,7 +1,7 @@
 """Compares predicted and reference masks: overlap, distances, volumes and lesions of a scan, averages over scans."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -101,11 +101,9 @@ def summary(rows: list[dict[str, float]], owners: Sequence[str] | None = None) -
   Returns num_volumes; measures, each with mean, median, their intervals and the number of volumes that define it; the
   method of the intervals; definitions. None means undefined.
   """
-  values = {name: np.array([row[name] for row in rows], np.float64) for name in DEFINITIONS}
-  persons = np.arange(len(rows)) if owners is None else np.unique(np.asarray(owners), return_inverse=True)[1]
+  values, persons = _columns(rows), _persons(len(rows), owners)
   count = persons.max() + 1
-  of_each = lambda average: lambda weights: {key: average(values[key], weights[:, persons]) for key in values}
-  means, medians = of_each(statistics.mean), of_each(statistics.median)
+  means, medians = (_statistic(average, values, persons) for average in (statistics.mean, statistics.median))
   mean_intervals = (
     {name: statistics.mean_interval(column, SUPPORT[name]) for name, column in values.items()}
     if count == len(rows)
@@ -129,6 +127,63 @@ def summary(rows: list[dict[str, float]], owners: Sequence[str] | None = None) -
     'intervals': statistics.method(),
     'definitions': DEFINITIONS,
   }
+
+
+def over_classes(rows: Mapping[str, list[dict[str, float]]], owners: Sequence[str] | None = None) -> dict:
+  """Averages the means, and the medians, of several classes.
+
+  The intervals are those of `summary`, of the averages: a person is drawn with all scans and all classes.
+
+  Args:
+    rows: the measures of each volume by class. All classes have the same volumes in the same order.
+    owners: the person of each volume; None if each is of a different person.
+
+  Returns:
+    For each measure: mean and median, with their intervals. None means undefined, as an average is if one class has no
+    value.
+  """
+  columns = [_columns(each) for each in rows.values()]
+  num_volumes = len(columns[0]['dice'])
+  persons = _persons(num_volumes, owners)
+  count = persons.max() + 1
+  means, medians = (
+    statistics.average([_statistic(average, values, persons) for values in columns])
+    for average in (statistics.mean, statistics.median)
+  )
+  mean_intervals = (
+    {
+      name: statistics.mean_interval(statistics.average_of_means([values[name] for values in columns]), SUPPORT[name])
+      for name in DEFINITIONS
+    }
+    if count == num_volumes
+    else statistics.intervals(means, count)
+  )
+  median_intervals = statistics.intervals(medians, count)
+  means, medians = (statistics.estimates(each, count) for each in (means, medians))
+  return {
+    name: {
+      'mean': means[name],
+      'mean_interval': mean_intervals[name],
+      'median': medians[name],
+      'median_interval': median_intervals[name],
+    }
+    for name in DEFINITIONS
+  }
+
+
+def _columns(rows):
+  """The values of each measure [volumes]."""
+  return {name: np.array([row[name] for row in rows], np.float64) for name in DEFINITIONS}
+
+
+def _persons(count, owners):
+  """The number of the person of each volume."""
+  return np.arange(count) if owners is None else np.unique(np.asarray(owners), return_inverse=True)[1]
+
+
+def _statistic(average, values, persons):
+  """The average of each measure for weights of persons; each volume has the weight of its person."""
+  return lambda weights: {name: average(column, weights[:, persons]) for name, column in values.items()}
 
 
 def components(mask: np.ndarray) -> tuple[np.ndarray, int]:

@@ -120,6 +120,31 @@ def mean_interval(values: np.ndarray, support: tuple[float, float]) -> list[floa
   return [float(max(low, min(ends[0], average))), float(min(high, max(ends[1], average)))]
 
 
+def average_of_means(columns: Sequence[np.ndarray]) -> np.ndarray:
+  """Values [patients] with the average of the means of several columns as their mean, for `mean_interval`.
+
+  If no value is NaN, this is the average of each patient. In a column with NaN, a patient without a value counts as the
+  mean, and deviations of the others are enlarged by patients / patients with a value. To first order, the mean of these
+  values then varies as the average of the means does (its influence function).
+
+  Args:
+    columns: values [patients] each; NaN are left out of the mean.
+
+  Returns:
+    All NaN if a column has fewer than two values.
+  """
+  means = []
+  for values in np.asarray(columns, np.float64):
+    is_defined = np.isfinite(values)
+    if is_defined.sum() < 2:
+      return np.full(values.shape, np.nan)
+    if not is_defined.all():
+      mean_of = values[is_defined].mean()
+      values = mean_of + np.where(is_defined, values - mean_of, 0) * len(values) / is_defined.sum()
+    means.append(values)
+  return np.mean(means, axis=0)
+
+
 def studentised(values: np.ndarray, error: float, rng: np.random.Generator) -> np.ndarray:
   """(mean of a draw - mean) / standard error of the draw, for each draw of the values with replacement.
 
@@ -160,6 +185,25 @@ def average(each: Sequence[Statistic]) -> Statistic:
   def mean_of(weights):
     values = [one(weights) for one in each]
     return {name: np.mean([one[name] for one in values], axis=0) for name in values[0]}
+
+  return mean_of
+
+
+def average_of_defined(each: Sequence[Statistic], patients: int) -> Statistic:
+  """The mean of several statistics, value by value, over those that define the value with each patient counted once.
+
+  These are the same in each draw: a draw in which one of them is undefined has no mean, so that draws do not differ in
+  what they average.
+  """
+  whole = [one(np.ones((1, patients))) for one in each]
+  counted = {name: [k for k, values in enumerate(whole) if np.isfinite(values[name][0])] for name in whole[0]}
+
+  def mean_of(weights):
+    values = [one(weights) for one in each]
+    nothing = np.full(len(weights), np.nan)
+    return {
+      name: np.mean([values[k][name] for k in which], axis=0) if which else nothing for name, which in counted.items()
+    }
 
   return mean_of
 

@@ -1,5 +1,6 @@
 """absl's flags with one-line errors, and --config: a config file and preset, or the config.json of a run."""
 
+import ast
 import os
 import pathlib
 import re
@@ -12,6 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fusa_jax.runs import experiment, run_config
+from fusa_jax.scans.classes import LESION, Classes, Keys, chosen
 from fusa_jax.system import exits, home, memory, paths, program
 from fusa_jax.system.errors import UserError
 
@@ -70,15 +72,29 @@ def define_flags(modes: list[str]) -> None:
   text('input', None, 'a scan or picture, or a folder or .zip of scans, pictures or DICOM. score: the predicted masks')
   text('output', None, 'the folder to write to. view: the output folder of predict. compare: a file')
   text('truth', None, 'the reference masks: a folder or a file')
+  text(
+    'classes',
+    None,
+    "the mask values of each class, in masks with several: \"{'ground glass': (1,), 'consolidation': (2,)}\"; values "
+    "of no class under 'background'. Default: one class, 1",
+  )
+  number('ignore_label', None, 'with --classes: the mask value of voxels that are left out of the scores')
   text('against', None, 'the folder of another run that was evaluated on the same patients')
   number('overlays', 0, 'number of slices to draw with the masks of both runs side by side')
   text('license', None, 'licence of the bundle, for its model card')
-  flags.DEFINE_float(
-    'threshold', None, 'pixels of at least this probability are lesion; default: the threshold of the run'
+  text(
+    'threshold',
+    None,
+    'pixels of at least this probability are lesion; of several classes, for example '
+    '"ground glass:0.4,consolidation:0.5"; default: the threshold of the run',
   )
   yes_or_no('tta', None, 'average the predictions for each slice and its mirror image; default: as in the run')
   yes_or_no('lungs', None, 'limit masks to the lungs, which are segmented by HU; default: as in the run')
-  flags.DEFINE_float('smallest_ml', None, 'remove lesions smaller than this volume in mL; default: as in the run')
+  text(
+    'smallest_ml',
+    None,
+    'remove lesions smaller than this volume in mL; of several classes as in --threshold; default: as in the run',
+  )
   yes_or_no('probabilities', False, 'also write the probabilities as volumes')
   flags.DEFINE_enum(
     'explain',
@@ -153,9 +169,58 @@ def workdirs() -> list[pathlib.Path]:
   return [paths.to_path(FLAGS.workdir)]
 
 
+def classes() -> Classes:
+  """Returns the classes of --classes and --ignore_label; without them, the only class of masks of 0 and 1.
+
+  Raises:
+    UserError: they are not valid (`scans.classes.chosen`), or --classes is missing.
+  """
+  keys = Keys('--classes', '--ignore_label')
+  if FLAGS.classes is None:
+    if FLAGS.ignore_label is not None:
+      raise UserError(f'{keys.ignored}: needs {keys.classes}; {keys.example}')
+    return LESION
+  try:
+    named = ast.literal_eval(FLAGS.classes)
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    named = FLAGS.classes
+  return chosen(named, FLAGS.ignore_label, keys)
+
+
 def operating_point() -> dict:
-  """Returns the flags of the operating point as arguments; None keeps the run's own value."""
-  return dict(zip(('threshold', 'flips', 'lungs', 'smallest_ml'), (FLAGS[name].value for name in POINT), strict=True))
+  """Returns the flags of the operating point as arguments; None keeps the run's own value.
+
+  Raises:
+    UserError: a value is not a number, or not a number for each of some classes.
+  """
+  return {
+    'threshold': _by_class('threshold'),
+    'flips': FLAGS.tta,
+    'lungs': FLAGS.lungs,
+    'smallest_ml': _by_class('smallest_ml'),
+  }
+
+
+def _by_class(name):
+  """Returns the number of a flag, or from `CLASS:NUMBER,CLASS:NUMBER` the number of each class."""
+  text = FLAGS[name].value
+  if text is None:
+    return None
+  wrong = UserError(
+    f'--{name}: {text!r} must be a number or, of several classes, for example '
+    f'--{name}="ground glass:0.4,consolidation:0.5"'
+  )
+  try:
+    if ':' not in text:
+      return float(text)
+    # A name may contain commas and colons; a number ends the part of its class.
+    parts = list(re.finditer(r'\s*(.+?)\s*:\s*([^\s,:]+)\s*(?:,|$)', text))
+    values = {part[1]: float(part[2]) for part in parts}
+  except ValueError:
+    raise wrong from None
+  if not parts or parts[-1].end() < len(text) or len(values) < len(parts):
+    raise wrong
+  return values
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -176,6 +241,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     if 'config' in FLAGS and FLAGS.config is not None:
       for section, key in _PATH_KEYS:
         paths.check_local(f'--config.{section}.{key}', FLAGS.config[section][key])
+      FLAGS.config.data.classes = run_config.classes_as_pairs(FLAGS.config.data.classes)
+      overrides = config_flags.get_override_values(FLAGS['config'])
+      if 'data.classes' in overrides:
+        overrides['data.classes'] = FLAGS.config.data.classes
     return rest
   except UserError as error:
     exits.fail(error)

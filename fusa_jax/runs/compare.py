@@ -8,7 +8,7 @@ import numpy as np
 
 from fusa_jax import tasks
 from fusa_jax.measures import crossed, metrics, patients, statistics
-from fusa_jax.runs import results, run_config
+from fusa_jax.runs import result_files, results, run_config
 from fusa_jax.runs.split import TEST
 from fusa_jax.system.errors import UserError
 
@@ -21,6 +21,9 @@ def default_output(workdir: pathlib.Path, against: pathlib.Path) -> pathlib.Path
 def compare(workdir: pathlib.Path, against: pathlib.Path) -> dict:
   """Computes the differences between two runs, with intervals.
 
+  Runs of several classes are compared class by class, under `classes`, in the classes that both have. If these are all
+  classes of both, the differences of the means over the classes stand above them.
+
   Args:
     workdir: the folder of an evaluated run or cross-validation.
     against: the folder of another one, which is subtracted.
@@ -30,36 +33,88 @@ def compare(workdir: pathlib.Path, against: pathlib.Path) -> dict:
 
   Raises:
     UserError: one of the folders holds no evaluated run, or the runs differ in task, test patients, slices or lesion
-      masks.
+      masks, or have no class in common.
   """
-  configs = [run_config.load_config(folder) for folder in (workdir, against)]
+  folders = workdir, against
+  configs = [run_config.load_config(folder) for folder in folders]
   if configs[0].task != configs[1].task:
     raise UserError(
       f'against: {against} is for {configs[1].task}, {workdir} for {configs[0].task}; compare runs of the same task'
     )
-  tables = [results.read_table(folder) for folder in (workdir, against)]
+  classes = [tasks.classes_of(config).names for config in configs]
+  shared = [name for name in classes[0] if name in classes[1]]
+  if not shared:
+    raise UserError(
+      f'against: {workdir} has the classes {", ".join(classes[0])}, {against} {", ".join(classes[1])}; compare runs '
+      'with a class in common'
+    )
+  parts = [result_files.read_parts(folder, names) for folder, names in zip(folders, classes, strict=True)]
+  tests = [result_files.read_numbers(folder) for folder in folders]
+  task_type = tasks.type_of(configs[0].task)
   try:
-    differences = paired(tasks.type_of(configs[0].task), *([table] for table in tables))
+    of_classes = {name: _of_class(task_type, [of_run[name].table for of_run in parts], tests) for name in shared}
   except UserError as error:
     raise UserError(f'against: {workdir} and {against}: {error}') from None
-  tests = [results.read_numbers(folder) for folder in (workdir, against)]
-  if len({test['made_of']['data']['truth_sha256'] for test in tests}) > 1:
+  # Of other classes, the digests of masks differ; that the lesions of these classes are equal is already known.
+  if classes[0] == classes[1] and len({test['made_of']['data']['truth_sha256'] for test in tests}) > 1:
     raise UserError(
       f'against: {workdir} and {against} were tested with different lesion masks; evaluate both on the same data'
     )
-  if not all(map(results.scores_slices, tests)):
-    # Labels are of patients: the differences of slices would count inherited labels.
-    differences |= {'numbers': {}, 'per_patient': None}
+  for name, differences in of_classes.items():
+    numbers = [results.by_class(test, names)[name] for test, names in zip(tests, classes, strict=True)]
+    differences['patient'] = _paired_auc(numbers, [of_run[name].patients for of_run in parts])
   result = {
     'run': str(workdir),
     'against': str(against),
     'split': tests[0]['split'],
     'made_of': dict(zip(('run', 'against'), (test['made_of'] for test in tests), strict=True)),
-    **differences,
-    'patient': _paired_auc(tests, [results.read_patients(folder) for folder in (workdir, against)]),
   }
+  if len(classes[0]) == len(classes[1]) == 1:
+    result |= of_classes[shared[0]]
+  else:
+    if set(classes[0]) == set(classes[1]):
+      result |= _of_means(task_type, [[of_run[name].table for name in shared] for of_run in parts], tests)
+    result[results.CLASSES] = of_classes
   logging.info('%s', report(result))
   return result
+
+
+def _of_class(task_type, tables, tests):
+  differences = paired(task_type, *([table] for table in tables))
+  if not all(map(results.scores_slices, tests)):
+    # Labels are of patients: the differences of slices would count inherited labels.
+    differences |= {'numbers': {}, 'per_patient': None}
+  return differences
+
+
+def _of_means(task_type, tables, tests):
+  """Returns the differences of the means over the classes, as `paired` returns those of one class.
+
+  Args:
+    task_type: the type of task of both.
+    tables: of each run, the tables of slices of the classes.
+    tests: metrics.json of both.
+  """
+  if not all(map(results.scores_slices, tests)):
+    return {}
+  sides = [[metrics.by_patient(_sorted(table)) for table in of_run] for of_run in tables]
+  count = len(sides[0][0])
+  statistic = [
+    statistics.average_of_defined([each.statistic(task_type.definition) for each in side], count) for side in sides
+  ]
+  return {'threshold': 0.5, 'numbers': _differences(*statistic, count), 'intervals': statistics.method()}
+
+
+def _differences(one, other, count):
+  """Returns each number of two statistics over `count` patients, and its difference with the interval."""
+  difference = statistics.difference(one, other)
+  values = [statistics.estimates(each, count) for each in (one, other, difference)]
+  spread = statistics.intervals(difference, count)
+  return {
+    name: dict(zip(('run', 'against', 'difference'), (of[name] for of in values), strict=True))
+    | {'interval': spread[name]}
+    for name in values[0]
+  }
 
 
 def _paired_auc(tests, tables):
@@ -112,6 +167,9 @@ def _difference_of_tests(one: dict[str, np.ndarray], other: dict[str, np.ndarray
   lesion = [table['tp'] + table['fn'] for table in (one, other)]
   if (one['label'] != other['label']).any() or (lesion[0] != lesion[1]).any():
     return 'not the same lesions'
+  counted = [sum(table[key] for key in metrics.COUNTS) for table in (one, other)]
+  if (counted[0] != counted[1]).any():
+    return 'not the same pixels: one leaves out others (data.ignore_label)'
   return None
 
 
@@ -147,19 +205,12 @@ def paired(
   sides = [[metrics.by_patient(table) for table in side] for side in (one, other)]
   patients = len(sides[0][0])
   statistic = [statistics.average([each.statistic(task_type.definition) for each in side]) for side in sides]
-  difference = statistics.difference(*statistic)
-  values = [statistics.estimates(s, patients) for s in (*statistic, difference)]
-  spread = statistics.intervals(difference, patients)
-  estimates_of = dict(zip(('run', 'against', 'difference'), values, strict=True))
   scores = [np.stack([task_type.patient_score(each.sums) for each in side]) for side in sides]
   gains = scores[0].mean(axis=0) - scores[1].mean(axis=0)
   mean = lambda weights: {'difference': statistics.mean(gains, weights)}
   return {
     'threshold': 0.5,
-    'numbers': {
-      name: {key: estimates[name] for key, estimates in estimates_of.items()} | {'interval': spread[name]}
-      for name in values[0]
-    },
+    'numbers': _differences(*statistic, patients),
     'per_patient': {
       'score': task_type.patient_score_name,
       'patients': int(np.isfinite(gains).sum()),
@@ -191,11 +242,26 @@ def _with_other_runs(differences):
 
 
 def report(result: dict) -> str:
-  """Returns the comparison as a text table."""
+  """Returns the comparison as a text table; of several classes, first that of the means, then one for each class."""
+  if results.CLASSES in result:
+    of_classes = [f'{name}\n{_table({**result, **each})}' for name, each in result[results.CLASSES].items()]
+    means = ['mean over the classes', *_numbers(result['numbers'])] if 'numbers' in result else []
+    return '\n'.join([*means, *of_classes])
+  return _table(result)
+
+
+def _numbers(numbers):
+  """Returns the lines of the numbers of a comparison."""
   lines = [f'{"":24}{"run":>10}{"against":>10}{"difference":>12}  95% interval']
-  for name, row in result['numbers'].items():
+  for name, row in numbers.items():
     cells = [statistics.shown(row[key]) for key in ('run', 'against', 'difference')]
     lines.append('{:24}{:>10}{:>10}{:>12}  {}'.format(name, *cells, _interval(row['interval'])))
+  return lines
+
+
+def _table(result):
+  """Returns the text table of one class."""
+  lines = _numbers(result['numbers'])
   if result['per_patient']:
     lines.append(f'per patient, {per_patient_line(result["per_patient"])}{results.caveat(result)}')
   return '\n'.join([*lines, _patient_line(result['patient'])])

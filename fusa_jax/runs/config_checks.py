@@ -12,6 +12,7 @@ import ml_collections
 
 from fusa_jax import tasks
 from fusa_jax.measures import patients
+from fusa_jax.scans import classes
 from fusa_jax.system.errors import UserError
 
 
@@ -131,7 +132,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   """Checks the values of a config.
 
   Raises:
-    UserError: values are out of range, a line for each; or an option does not fit the task or the intensity.
+    UserError: values are out of range, a line for each; the classes are not valid (`scans.classes.chosen`); an option
+      does not fit the task or the intensity.
   """
   lines = []
   for key, domain in _DOMAINS.items():
@@ -142,6 +144,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       lines.append(f'{key}: {value} must be {domain.words}')
   if lines:
     raise UserError('\n'.join(lines))
+  classes.check_keys(config.data.classes, config.data.ignore_label, config.data.lesion_labels)
   if config.data.context and config.data.patients == 'each_slice':
     raise UserError(
       'data.context: slices of unknown patients have no neighbours (data.patients=each_slice); leave one of the two out'

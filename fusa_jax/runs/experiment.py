@@ -8,12 +8,15 @@ from typing import NamedTuple
 
 import ml_collections
 
-from fusa_jax.runs import split
+from fusa_jax.runs import run_config, split
 from fusa_jax.system import home, progress  # noqa: F401 (importing home makes data/ importable)
 from fusa_jax.system.errors import UserError
 
 # Keys that --mode=evaluate may change.
-_OF_EVALUATION = ('evaluate.', 'data.patients', 'data.lesion_labels', 'data.coloured')
+_OF_EVALUATION = (
+  *('evaluate.', 'data.patients', 'data.lesion_labels', 'data.classes', 'data.ignore_label'),
+  'data.coloured',
+)
 
 
 def load_preset(path: str | pathlib.Path, preset: str) -> ml_collections.ConfigDict:
@@ -21,7 +24,9 @@ def load_preset(path: str | pathlib.Path, preset: str) -> ml_collections.ConfigD
   spec = importlib.util.spec_from_file_location('config', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config(preset)
+  config = module.get_config(preset)
+  config.data.classes = run_config.classes_as_pairs(config.data.classes)
+  return config
 
 
 class Experiment(NamedTuple):
@@ -63,10 +68,20 @@ def names_data(config: ml_collections.ConfigDict) -> bool:
 def prepared(config: ml_collections.ConfigDict) -> pathlib.Path:
   """Returns the folder of the prepared dataset. Process 0 prepares the dataset first if necessary.
 
+  In the config, data.classes='auto' becomes the classes of the dataset.
+
   Raises:
     UserError: the cohort's files cannot be used, or the dataset cannot be written. Another process does not see the
-      folder that process 0 would write it to.
+      folder that process 0 would write it to. The folder holds no prepared dataset, but the classes are taken from it.
   """
+  from fusa_jax.runs import prepared_dataset
+
+  folder = _prepared(config)
+  prepared_dataset.fill_classes(config, folder)
+  return folder
+
+
+def _prepared(config):
   from fusa_jax.system import hosts
 
   options = config.data
@@ -81,10 +96,10 @@ def prepared(config: ml_collections.ConfigDict) -> pathlib.Path:
   hosts.check_shared(folder, 'data.dir', f'give a data.dir that all hosts share; {advice}')
 
   def prepare_data() -> str:
+    size, how = options.image_size, {'progress': progress.bar, 'options': _cohort_options(options)}
     if options.raw_dir:
-      cohort_options = _cohort_options(options)
-      return str(prepare.prepare(options.raw_dir, options.dir, options.image_size, progress.bar, cohort_options))
-    return str(prepare.prepare_phantom(options.dir, options.image_size, progress=progress.bar, **options.phantom))
+      return str(prepare.prepare(options.raw_dir, options.dir, size, **how))
+    return str(prepare.prepare_phantom(options.dir, size, **how, **options.phantom))
 
   return pathlib.Path(hosts.on_main(prepare_data))
 
@@ -108,7 +123,7 @@ def scans_at_hand(config: ml_collections.ConfigDict) -> dict[str, Callable] | No
     return None
   if options.raw_dir:
     return prepare.scans(options.raw_dir, _cohort_options(options))
-  return prepare.scans(prepare.draw_phantoms(options.image_size, **options.phantom))
+  return prepare.scans(prepare.draw_phantoms(options.image_size, **options.phantom), _cohort_options(options))
 
 
 def demo_scan(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
@@ -131,8 +146,11 @@ def to_evaluate(config: ml_collections.ConfigDict, named) -> ml_collections.Conf
     named: the config that --config names (`arguments.Named`), or None.
 
   Raises:
-    UserError: the user gave a key that evaluation takes from the run.
+    UserError: the user gave a key that evaluation takes from the run, or other classes than the run's own.
   """
+  from fusa_jax import tasks
+
+  own = tasks.classes_of(config)
   config.mesh.update(data=-1, space=1)
   if named is None:
     return config
@@ -142,6 +160,12 @@ def to_evaluate(config: ml_collections.ConfigDict, named) -> ml_collections.Conf
     config.data.update(raw_dir=named.config.data.raw_dir, dir=named.config.data.dir)
   changes = {key: value for key, value in named.overrides.items() if key.startswith(_OF_EVALUATION)}
   config.update_from_flattened_dict(changes)
+  given = tasks.classes_of(config)
+  if (given.names, given.exclusive) != (own.names, own.exclusive):
+    raise UserError(
+      f'--config.data.classes: {", ".join(given.names)}, but the run has {", ".join(own.names)}; give other mask '
+      'values of the same classes, in the same order, or leave it out'
+    )
   return config
 
 

@@ -59,10 +59,12 @@ def chart_writers(
   table: dict[str, np.ndarray], result: dict, of_patients: dict[str, np.ndarray] | None = None
 ) -> dict[str, Callable[[pathlib.Path], None]]:
   """Returns a function for each of `charts`, by the name of its file, that writes it to a path."""
-  return {
-    f'{name}.png': functools.partial(figure.savefig, dpi=120, facecolor='white')
-    for name, figure in charts(table, result, of_patients).items()
-  }
+  return {f'{name}.png': writer(figure) for name, figure in charts(table, result, of_patients).items()}
+
+
+def writer(figure: Figure) -> Callable[[pathlib.Path], None]:
+  """Returns a function that writes a chart to a path, as PNG."""
+  return functools.partial(figure.savefig, dpi=120, facecolor='white')
 
 
 def svg(figure: Figure, label: str) -> str:
@@ -117,18 +119,33 @@ def _figure(panels, width=4.0, height=3.6):
   return figure, np.atleast_1d(figure.subplots(1, panels))
 
 
+def confusion_matrix(counts: np.ndarray, names: Sequence[str], called: str) -> Figure:
+  """Draws a confusion matrix: each count with its share of its row, which the colour shows.
+
+  Args:
+    counts: [K, K], by true class (row) and predicted class (column).
+    names: of the classes [K].
+    called: what is counted and how a class was predicted, for example 'slices, threshold 0.5'.
+  """
+  counts = np.asarray(counts)
+  side = max(1.0, len(names) / 4)
+  with matplotlib.rc_context(_STYLE):
+    figure, (axes,) = _figure(1, 4.0 * side, 3.6 * side)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+      colour = 'white' if share[row, column] > 0.5 else 'black'
+      axes.text(column, row, f'{count:,}\n{share[row, column]:.1%}', ha='center', va='center', color=colour)
+    turned = {'rotation': 30, 'ha': 'right', 'rotation_mode': 'anchor'} if len(names) > 2 else {}
+    axes.set_xticks(range(len(names)), names, parse_math=False, **turned)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.set(xlabel=f'predicted ({called})', ylabel='true')
+  return figure
+
+
 def _confusion_matrix(result):
   counts = np.array([[result['tn'], result['fp']], [result['fn'], result['tp']]])
-  figure, (axes,) = _figure(1)
-  share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-  axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
-  for (row, column), count in np.ndenumerate(counts):
-    colour = 'white' if share[row, column] > 0.5 else 'black'
-    axes.text(column, row, f'{count:,}\n{share[row, column]:.1%}', ha='center', va='center', color=colour)
-  names = ['no lesion', 'lesion']
-  axes.set(xticks=[0, 1], xticklabels=names, yticks=[0, 1], yticklabels=names)
-  axes.set(xlabel=f'predicted ({result["counted"]}, threshold 0.5)', ylabel='true')
-  return figure
+  return confusion_matrix(counts, ['no lesion', 'lesion'], f'{result["counted"]}, threshold 0.5')
 
 
 def _roc(label, score, point, counted):
@@ -171,7 +188,8 @@ def _precision_recall(table, result):
       axes.plot(at['recall'], at['precision'], 'o', color=colour, label=name)
   axes.set(xlabel=f'recall ({result["counted"]})', ylabel=f'precision ({result["counted"]})')
   axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect='equal')
-  axes.legend(frameon=False, loc='lower left')
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(frameon=False, loc='lower left')
   return figure
 
 

@@ -1,11 +1,12 @@
 """The operating point of a run: the threshold and the other options that turn probabilities into masks.
 
-It is chosen on the validation fold of the run, never on its test fold, and saved in the folder of the run.
+It is chosen on the validation fold of the run, never on its test fold, and saved in the folder of the run. A run of
+several classes has one for each class: `Points`, by the name of the class. `flips` and `lungs` are the same in all.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import optimize, special
@@ -31,6 +32,10 @@ UNKNOWN_PATIENTS = 'the patients of the slices are unknown'
 
 # Why a run on labels of patients has no threshold for slices of its own.
 NO_SLICE_LABELS = 'default: the labels are of patients, so no slice has a known label'
+
+
+# The key of several classes, in operating_point.json and in the other files that repeat operating points.
+CLASSES = 'classes'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,47 +106,139 @@ class OperatingPoint:
     chosen_by = {'chosen_by': 'given'} if 'threshold' in given else {}
     return dataclasses.replace(self, **given, **chosen_by, patient=patient)
 
-  def for_model(self, task: str, intensity: str, lungs: bool | None = None, smallest_ml: float | None = None, **given):
-    """Does the same as `with_options`, after checking that the options fit the model.
 
-    Args:
-      task: the task of the model.
-      intensity: the intensity of its images, one of volumes.VALUES.
-      lungs: as in `with_options`.
-      smallest_ml: as in `with_options`.
-      **given: the other options of `with_options`.
-
-    Raises:
-      UserError: as `with_options`. `lungs` is given for a model on 8-bit images. `lungs` or `smallest_ml` is given for
-        a model without masks.
-    """
-    if not tasks.type_of(task).has_masks and (lungs or smallest_ml):
-      flag = 'lungs' if lungs else 'smallest_ml'
-      raise UserError(f'{flag}: applies to masks only, and this model gives none; leave it out')
-    if intensity != 'hu' and lungs:
-      raise UserError('lungs: needs HU to find the lungs, but this model takes 8-bit images; leave it out')
-    return self.with_options(lungs=lungs, smallest_ml=smallest_ml, **given)
-
-  def save(self, workdir: pathlib.Path) -> None:
-    write_json(workdir / FILE, dataclasses.asdict(self))
+Points = dict[str, OperatingPoint]
 
 
-def load_point(workdir: pathlib.Path) -> OperatingPoint:
-  """Returns the operating point of a run, or the default if none is saved.
+def about(points: Points) -> dict:
+  """Returns `OperatingPoint.about` of the only class; of several classes, {'classes': {name: that of the class}}."""
+  return _one_or_by_class({name: point.about() for name, point in points.items()})
+
+
+def from_about(values: Mapping, classes: Sequence[str]) -> Points:
+  """Returns the operating points whose `about` is `values`.
 
   Raises:
-    UserError: the file is damaged.
+    TypeError, KeyError, AttributeError: the values are damaged, or are for other classes.
+  """
+  by_class = values[CLASSES] if CLASSES in values else {classes[0]: values}
+  if list(by_class) != list(classes):
+    raise KeyError(f'they are for {", ".join(by_class)}, not for {", ".join(classes)}')
+  return {name: OperatingPoint(**by_class[name]) for name in classes}
+
+
+def shared(points: Points) -> OperatingPoint:
+  """Returns the operating point of the first class, for the options that are the same in all: `flips` and `lungs`."""
+  return next(iter(points.values()))
+
+
+def with_options(
+  points: Points,
+  threshold: float | Mapping[str, float] | None = None,
+  smallest_ml: float | Mapping[str, float] | None = None,
+  **options,
+) -> Points:
+  """Returns copies with the given options, as `OperatingPoint.with_options`.
+
+  Args:
+    points: the operating points.
+    threshold, smallest_ml: of the only class; or values by the name of the class, which need not name all classes.
+    **options: `flips` and `lungs`, of all classes.
+
+  Raises:
+    UserError: a value is out of range; there are several classes, and a value does not say for which; or the model has
+      no class of that name.
+  """
+  thresholds, volumes = (
+    _by_class(points, name, value) for name, value in (('threshold', threshold), ('smallest_ml', smallest_ml))
+  )
+  return {
+    name: point.with_options(threshold=thresholds.get(name), smallest_ml=volumes.get(name), **options)
+    for name, point in points.items()
+  }
+
+
+def for_model(
+  points: Points,
+  task: str,
+  intensity: str,
+  *,
+  threshold: float | Mapping[str, float] | None = None,
+  lungs: bool | None = None,
+  smallest_ml: float | Mapping[str, float] | None = None,
+) -> Points:
+  """Does the same as `with_options`, after checking that the options fit the model.
+
+  Args:
+    points: the operating points.
+    task: the task of the model.
+    intensity: the intensity of its images, one of volumes.VALUES.
+    threshold, lungs, smallest_ml: as in `with_options`.
+
+  Raises:
+    UserError: as `with_options`. `lungs` is given for a model on 8-bit images. `lungs` or `smallest_ml` is given for a
+      model without masks.
+  """
+  if not tasks.type_of(task).has_masks and (lungs or smallest_ml):
+    flag = 'lungs' if lungs else 'smallest_ml'
+    raise UserError(f'{flag}: applies to masks only, and this model gives none; leave it out')
+  if intensity != 'hu' and lungs:
+    raise UserError('lungs: needs HU to find the lungs, but this model takes 8-bit images; leave it out')
+  return with_options(points, threshold, smallest_ml, lungs=lungs)
+
+
+def _by_class(points, name, value):
+  """Returns the values of an option by class."""
+  if value is None:
+    return {}
+  if not isinstance(value, Mapping):
+    if len(points) > 1:
+      listed = ', '.join(points)
+      raise UserError(
+        f'{name}: {value} is for one class, but the model has {len(points)} ({listed}); give it for each class, for '
+        f"example '{next(iter(points))}:{value}'"
+      )
+    return dict.fromkeys(points, value)
+  for given in value:
+    if given not in points:
+      raise UserError(f'{name}: the model has no class {given!r}; give one of {", ".join(points)}')
+  return dict(value)
+
+
+def _one_or_by_class(values):
+  return next(iter(values.values())) if len(values) == 1 else {CLASSES: values}
+
+
+def save_points(workdir: pathlib.Path, points: Points) -> None:
+  """Saves the operating points of a run."""
+  write_json(workdir / FILE, _one_or_by_class({name: dataclasses.asdict(point) for name, point in points.items()}))
+
+
+def load_points(workdir: pathlib.Path, classes: Sequence[str]) -> Points:
+  """Returns the operating points of a run, or the defaults if none are saved.
+
+  Args:
+    workdir: the folder of the run.
+    classes: the names of its classes.
+
+  Raises:
+    UserError: the file is damaged, or is for other classes.
   """
   path, advice = workdir / FILE, f'choose it again with --mode=evaluate --workdir={workdir}'
   if not path.exists():
-    return OperatingPoint()
+    return {name: OperatingPoint() for name in classes}
   try:
-    return OperatingPoint(**read_json(path, advice))
-  except TypeError as error:
+    return from_about(read_json(path, advice), classes)
+  except (TypeError, KeyError, AttributeError) as error:
     raise UserError(f'{path}: damaged ({error}); {advice}') from None
 
 
-def mean(points: Sequence[OperatingPoint]) -> OperatingPoint:
+def mean(points: Sequence[Points]) -> Points:
+  """Returns the operating points for the mean probabilities of several runs of the same classes, class by class."""
+  return {name: _mean([of_run[name] for of_run in points]) for name in points[0]}
+
+
+def _mean(points):
   """Returns the operating point for the mean probabilities of several runs: their mean threshold and smallest lesion,
   and the mean of their rules for patients (`patient_rule.mean`).
 

@@ -9,15 +9,17 @@ import json
 import logging
 import pathlib
 import shlex
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from PIL import Image
 
 from fusa_jax import tasks
-from fusa_jax.measures import masks, metrics
-from fusa_jax.runs import figures, operating_point, results, run_config
+from fusa_jax.measures import exclusive, masks, metrics
+from fusa_jax.runs import figures, operating_point, result_files, results, run_config
 from fusa_jax.runs.split import TEST
+from fusa_jax.scans.classes import file_name
 from fusa_jax.system import own_files, pages
 from fusa_jax.tasks import window
 
@@ -33,27 +35,89 @@ _ALT = {
 _LIBRARIES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'scipy')
 
 
-def write_report(workdir: pathlib.Path, data_card: dict, test: str = TEST) -> pathlib.Path:
+def write_report(workdir: pathlib.Path, data_cards: Sequence[dict], test: str = TEST) -> pathlib.Path:
   """Writes report.html of an evaluated run or cross-validation and returns its path.
+
+  A run of several classes has a report for each, in the folder of the class, and a page with the numbers of all.
 
   It does not replace a report that somebody has changed.
 
   Args:
     workdir: folder of the run.
-    data_card: `datasets.card` of the test data.
+    data_cards: `datasets.card` of the test data for each class.
     test: name of the folder of the test.
 
   Raises:
     UserError: the run was not evaluated.
   """
   config = run_config.load_config(workdir)
-  table = results.read_table(workdir, test)
-  result = results.read_numbers(workdir, test)
+  result = result_files.read_numbers(workdir, test)
+  classes = tasks.classes_of(config).names
+  parts = result_files.read_parts(workdir, classes, test)
+  for number, (name, numbers) in enumerate(results.by_class(result, classes).items()):
+    of_class = name if len(classes) > 1 else None
+    _write_class(workdir, test, config, numbers, parts[name], data_cards[number], of_class, classes)
+  if len(classes) > 1:
+    _write(
+      workdir / test / result_files.REPORT,
+      'report_classes.html',
+      config=config,
+      result=result,
+      task_type=tasks.type_of(config.task),
+      classes={name: file_name(name) for name in classes},
+      labels=metrics.LABELS,
+      definitions=metrics.DEFINITIONS,
+      exclusive_labels=exclusive.LABELS,
+      confusion=_confusion(result),
+      caveat=results.caveat(result),
+      has_slices=results.scores_slices(result),
+      is_phantom='phantom' in result['dataset'],
+      report=result_files.REPORT,
+      today=datetime.date.today(),
+    )
+  return workdir / test / result_files.REPORT
+
+
+def _confusion(result):
+  """Returns the confusion matrices of exclusive classes as SVG elements, by what they count."""
+  found = result.get(results.EXCLUSIVE, {})
+  return {
+    counted: figures.svg(
+      figures.confusion_matrix(numbers['confusion'], numbers['classes'], f'{counted}, highest probability'),
+      f'Confusion matrix of {counted}',
+    )
+    for counted in ('slices', 'patients')
+    if (numbers := found.get(counted))
+  }
+
+
+def _write(path, template, **values):
+  """Writes a page, unless somebody has changed it."""
+  if own_files.has_changed(path, None):
+    logging.warning('%s was changed since, so no new report is written', path)
+    return
+  pages.write_page(path, template, **values)
+
+
+def _write_class(workdir, test, config, result, part, data_card, of_class, classes):
+  """Writes the report of a class.
+
+  Args:
+    workdir, test: as in `write_report`.
+    config: the config of the run.
+    result: the contents of metrics.json for the class.
+    part: what the test found for it.
+    data_card: `datasets.card` for it.
+    of_class: its name; None if it is the only one.
+    classes: the names of all classes.
+  """
+  name = of_class or classes[0]
+  table = part.table
   task_type = tasks.type_of(config.task)
   folds = sorted(path for path in workdir.glob('fold*') if path.is_dir())
   runs = folds if run_config.is_cross_validation(config) else [workdir]
-  volumes = {row['case']: row for row in results.read_volumes(workdir, test)}
-  drawn = figures.charts(table, result, results.read_patients(workdir, test))
+  volumes = {row['case']: row for row in part.volumes}
+  drawn = figures.charts(table, result, part.patients)
   charts = {name: figures.svg(figure, _ALT[name]) for name, figure in drawn.items()}
   has_slices = results.scores_slices(result)
   logs = {run.name: _log(run) for run in runs}
@@ -61,15 +125,15 @@ def write_report(workdir: pathlib.Path, data_card: dict, test: str = TEST) -> pa
   validated = {key for log in logs.values() for entry in log for key in entry if key.startswith('validation/')}
   of_patients = f'validation/{results.PATIENT_SELECTION}' in validated
   selection = results.PATIENT_SELECTION if of_patients else task_type.selection
+  selection_label = metrics.LABELS[selection] + (' of patients' if of_patients else '')
   curves = figures.learning_curves(logs, selection)
-  points = {run.name: operating_point.load_point(run) for run in runs}
-  path = workdir / test / results.REPORT
-  if own_files.has_changed(path, None):
-    logging.warning('%s was changed since, so no new report is written', path)
-    return path
-  pages.write_page(
-    path,
-    results.REPORT,
+  points = {run.name: operating_point.load_points(run, classes)[name] for run in runs}
+  tests = [result_files.folder_of(run / test, name, classes) for run in runs]
+  _write(
+    result_files.folder_of(workdir / test, name, classes) / result_files.REPORT,
+    result_files.REPORT,
+    of_class=of_class,
+    is_exclusive=tasks.classes_of(config).exclusive,
     config=config,
     augmentations=_augmentations(config),
     result=result,
@@ -91,16 +155,15 @@ def write_report(workdir: pathlib.Path, data_card: dict, test: str = TEST) -> pa
     caveat=results.caveat(result),
     low_high=window.black_and_white(config.data.intensity, config.data.window),
     validated=bool(validated) if any(logs.values()) else data_card['validated'],
-    overlays=list(_overlays(task_type, table, [run / test for run in runs], volumes)) if has_slices else [],
+    overlays=list(_overlays(task_type, table, tests, volumes)) if has_slices else [],
     healthy=healthy(table, volumes),
     has_slices=has_slices,
-    selection_label=metrics.LABELS[selection] + (' of patients' if of_patients else ''),
+    selection_label=selection_label + (' as the mean over the classes' if of_class else ''),
     is_phantom='phantom' in result['dataset'],
     libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
     device=jax.devices()[0].device_kind,
     today=datetime.date.today(),
   )
-  return path
 
 
 def healthy(table: dict[str, np.ndarray], volumes: dict[str, dict]) -> dict:

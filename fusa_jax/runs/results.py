@@ -1,27 +1,21 @@
-"""Computes numbers with intervals from a table of slices; writes and reads the files in test/ of a run."""
+"""The contents of metrics.json: numbers with intervals, from tables of slices, and what the log shows of them.
 
-import csv
+A run of several classes has a table of slices for each class. Its metrics.json holds, under `classes`, the numbers of
+each class, as metrics.json of a run of one class has them, and above them their means over the classes.
+"""
+
 import functools
-import io
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from fusa_jax.measures import metrics, patients, statistics
-from fusa_jax.runs import figures
-from fusa_jax.runs.split import TEST
-from fusa_jax.system import own_files, paths
-from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import remove_partials, write_csv
+from fusa_jax.measures import exclusive, masks, metrics, patients, statistics
 from fusa_jax.tasks import TaskType
 
-COLUMNS = ('patient', 'slice', 'label', 'score', *metrics.COUNTS, 'owner')
-TABLE, NUMBERS, REPORT, VOLUMES = 'table.npz', 'metrics.json', 'report.html', 'volumes.csv'
-PATIENTS = 'patients.npz'
-_FILES = (TABLE, 'slices.csv', 'patients.csv', PATIENTS, VOLUMES)
+CLASSES = 'classes'  # the key of the numbers of several classes
+EXCLUSIVE = 'exclusive'  # the key of what is known of exclusive classes together
 # The texts that describe the split of a test.
 BY_PATIENT, BY_SLICE = 'by patient', 'by slice, not by patient: the patients of the slices are unknown'
 # The text that says that labels are of patients.
@@ -29,14 +23,76 @@ LABELS_OF_PATIENTS = 'of patients: each slice has the label of its patient in tr
 # The validation score that selects the checkpoint where labels are of patients.
 PATIENT_SELECTION = 'patient_auc'
 _PATIENT_NUMBERS = ('auc', 'sensitivity', 'specificity', 'ppv', 'npv')
+# Numbers of exclusive classes together, and their names in `measures.exclusive`.
+_OF_CALLS = {'accuracy': 'accuracy', 'recall': 'balanced_accuracy', 'f1': 'macro_f1'}
 # Numbers that do not depend on the threshold.
 _WITHOUT_THRESHOLD = ('auc', 'brier', 'ece')
 
+Table = dict[str, np.ndarray]
 
-def summary(task_type: TaskType, table: dict[str, np.ndarray]) -> dict[str, float | int | None]:
-  """Returns the numbers and counts of a table of slices at threshold 0.5, without intervals, for validation."""
-  summed = metrics.by_patient(table)
-  return statistics.estimates(summed.statistic(task_type.definition), len(summed)) | _counts(summed)
+
+class Part(NamedTuple):
+  """What a test found for a class.
+
+  Attributes:
+    table: the table of slices.
+    volumes: the rows of volumes.csv; None or [] if no scan was at hand.
+    patients: the table of patients (`patients.with_call`); None if the test has none.
+    pictures: functions that write pictures to a temporary path, by name.
+  """
+
+  table: Table
+  volumes: list[dict] | None = None
+  patients: Table | None = None
+  pictures: Mapping[str, Callable[[pathlib.Path], None]] = {}
+
+
+def summary(
+  task_type: TaskType, tables: Mapping[str, Table], is_exclusive: bool = False
+) -> dict[str, float | int | None]:
+  """Returns the numbers and counts at threshold 0.5, without intervals, for validation.
+
+  Of several classes, these are the means over the classes that a slice of the fold has, so that every step of a run
+  has a mean over the same classes; and the numbers of each class as `CLASS/NAME`.
+
+  Args:
+    task_type: the type of task.
+    tables: the table of slices of each class.
+    is_exclusive: whether each slice has exactly one class.
+  """
+  summed = {name: metrics.by_patient(table) for name, table in tables.items()}
+  numbers = {
+    name: statistics.estimates(each.statistic(task_type.definition), len(each)) | _counts(each)
+    for name, each in summed.items()
+  }
+  means = _with_means(numbers, lambda key: key not in metrics.COUNTS, _present(tables))
+  if is_exclusive:
+    calls = exclusive.calls(tables)
+    values = statistics.estimates(calls.statistic, len(calls))
+    means |= {name: values[own] for name, own in _OF_CALLS.items()}
+  return means
+
+
+def _present(tables):
+  """Returns the names of the classes that a slice has; all, if no slice has any."""
+  return [name for name, table in tables.items() if np.any(table['label'])] or list(tables)
+
+
+def _with_means(numbers, has_mean, present):
+  """Returns the numbers of the only class; of several, their means and the numbers of each class as `CLASS/NAME`.
+
+  Args:
+    numbers: of each class.
+    has_mean: whether a number has a mean, by its name.
+    present: the classes of the means.
+  """
+  if len(numbers) == 1:
+    return next(iter(numbers.values()))
+  means = {}
+  for key in filter(has_mean, next(iter(numbers.values()))):
+    values = [numbers[name][key] for name in present if numbers[name][key] is not None]
+    means[key] = float(np.mean(values)) if values else None
+  return means | {f'{name}/{key}': value for name, each in numbers.items() for key, value in each.items()}
 
 
 def numbers(task_type: TaskType, table: dict[str, np.ndarray], prevalences=()) -> dict:
@@ -88,11 +144,133 @@ def scores_slices(result: dict) -> bool:
   return result.get('labels') != LABELS_OF_PATIENTS
 
 
-def patient_summary(table: dict[str, np.ndarray]) -> dict[str, float | None]:
-  """Returns the AUC of patients with the default rule, for validation where labels are of patients."""
-  of_patients = patients.table_of(table, patients.HIGHEST[0])
-  counted = patients.counted(of_patients['label'], of_patients['mean_of_highest'])
-  return {PATIENT_SELECTION: patients.estimate(counted, patients.auc)['auc']}
+def patient_summary(tables: Mapping[str, Table]) -> dict[str, float | None]:
+  """Returns the AUC of patients with the default rule, as `summary`, for validation where labels are of patients."""
+
+  def auc(table):
+    of_patients = patients.table_of(table, patients.HIGHEST[0])
+    counted = patients.counted(of_patients['label'], of_patients['mean_of_highest'])
+    return patients.estimate(counted, patients.auc)['auc']
+
+  areas = {name: {PATIENT_SELECTION: auc(table)} for name, table in tables.items()}
+  return _with_means(areas, lambda _: True, _present(tables))
+
+
+def with_classes(
+  task_type: TaskType, numbers: Mapping[str, dict], tables: Mapping[str, Table], is_exclusive: bool = False
+) -> dict:
+  """Returns the contents of metrics.json for the numbers of each class: those of the only class as they are.
+
+  Of several classes they are under `classes`. Above them are the means over the classes that define a number in this
+  test (`mean_over` lists these), at threshold 0.5 and, under `operating_point`, at that of each class. Their intervals
+  are of the means: in each draw, all classes have the same patients.
+
+  Of exclusive classes, `exclusive` holds what `measures.exclusive` says of the class with the highest probability:
+  `slices`, without labels of slices None; and `patients`, None if the slices of a patient have several classes.
+
+  Args:
+    task_type: the type of task.
+    numbers: from `numbers`, with the additions of the test, by the name of the class.
+    tables: the tables of slices of the same classes.
+    is_exclusive: whether each slice has exactly one class.
+  """
+  if len(numbers) == 1:
+    return next(iter(numbers.values()))
+  first = next(iter(numbers.values()))
+  of_all = {key: first[key] for key in ('counted', 'threshold', 'num_slices', 'num_patients', 'num_scans')}
+  half, chosen = (_means(task_type, tables, suffix) for suffix in ('', '_chosen'))
+  for name in _WITHOUT_THRESHOLD:
+    chosen.pop(name, None)
+    chosen['intervals'].pop(name, None)
+  counted = {
+    name: [key for key, each in numbers.items() if each[name] is not None] for name in half if name != 'intervals'
+  }
+  has_slices = scores_slices(first)
+  if not has_slices:  # inherited labels must not be counted in means either
+    half, chosen = ({**dict.fromkeys(part), 'intervals': dict.fromkeys(part['intervals'])} for part in (half, chosen))
+  together = {EXCLUSIVE: _exclusive(tables, has_slices)} if is_exclusive else {}
+  if is_exclusive and has_slices:
+    _use_calls(half, together[EXCLUSIVE]['slices'])
+  return {
+    **{name: value for name, value in half.items() if name != 'intervals'},
+    **of_all,
+    'mean_over': counted,
+    'intervals': {**statistics.method(), **half['intervals']},
+    'operating_point': chosen,
+    CLASSES: {name: {k: v for k, v in each.items() if k not in of_all} for name, each in numbers.items()},
+    **({'labels': first['labels']} if 'labels' in first else {}),
+    **together,
+  }
+
+
+def _use_calls(part, called):
+  """Replaces means of yes-or-no questions by what holds of the class with the highest probability.
+
+  A mean of the accuracies of K questions is high whatever the model does.
+
+  Args:
+    part: numbers with `intervals`, which are changed.
+    called: from `exclusive.numbers`.
+  """
+  for name, own in _OF_CALLS.items():
+    part[name], part['intervals'][name] = called[own], called['intervals'][own]
+  precisions = [each['precision'] for each in called['of_classes'].values()]
+  part['precision'] = None if None in precisions else float(np.mean(precisions))
+  part['intervals']['precision'] = None
+
+
+def _exclusive(tables, has_slices):
+  of_patients = exclusive.of_patients(tables)
+  return {
+    'slices': exclusive.numbers(tables) if has_slices else None,
+    'patients': None if of_patients is None else exclusive.numbers(of_patients),
+    'definitions': exclusive.DEFINITIONS,
+  }
+
+
+def _means(task_type, tables, suffix):
+  summed = [metrics.by_patient(table, suffix) for table in tables.values()]
+  count = len(summed[0])
+  statistic = statistics.average_of_defined([each.statistic(task_type.definition) for each in summed], count)
+  estimates, bounds = statistics.estimates(statistic, count), statistics.intervals(statistic, count)
+  for name in metrics.MEANS.keys() & bounds.keys():
+    scores, is_defined = metrics.MEANS[name]
+    columns = [np.where(each.sums[is_defined] > 0, each.sums[scores], np.nan) for each in summed]
+    columns = [values for values in columns if np.isfinite(values).any()]
+    if columns:
+      bounds[name] = statistics.mean_interval(statistics.average_of_means(columns), (0, 1))
+  return {**estimates, 'intervals': bounds}
+
+
+def with_volumes(result: dict, parts: Mapping[str, Part]) -> dict:
+  """Adds the measures of the scans of each class, if there are any, to the contents of metrics.json.
+
+  Of several classes, the averages of the classes' means and medians are above them.
+  """
+  if CLASSES in result and all(part.volumes for part in parts.values()):
+    first = next(iter(parts.values()))
+    owners = owners_of(first.table, [row['case'] for row in first.volumes])
+    rows = {name: part.volumes for name, part in parts.items()}
+    result['volumes'] = {'num_volumes': len(first.volumes), 'measures': masks.over_classes(rows, owners)}
+  for name, part in parts.items():
+    if part.volumes:
+      numbers = result[CLASSES][name] if CLASSES in result else result
+      owners = owners_of(part.table, [row['case'] for row in part.volumes])
+      numbers['volumes'] = masks.summary(part.volumes, owners)
+  return result
+
+
+def by_class(result: dict, classes: Sequence[str]) -> dict[str, dict]:
+  """Returns metrics.json as one of each class alone would be, by the name of the class.
+
+  Args:
+    result: the contents of metrics.json.
+    classes: the names of the classes of the run (`tasks.classes_of`).
+  """
+  if CLASSES not in result:
+    return dict.fromkeys(classes, result)
+  shared = {key: value for key, value in result.items() if key not in (CLASSES, 'mean_over')}
+  return {name: {**shared, **result[CLASSES][name]} for name in classes}
 
 
 def patient_numbers(table: dict[str, np.ndarray], rule: dict, prevalences=()) -> dict:
@@ -165,6 +343,24 @@ def _counts(summed):
   return {key: int(summed.sums[key].sum()) for key in metrics.COUNTS}
 
 
+def lines(task_type: TaskType, result: dict) -> list[tuple[str, str]]:
+  """Returns what a test shows in the log, as (what, numbers): its own numbers, and those of patients, of each class."""
+  of_each = result.get(CLASSES, {'': result})
+  found = []
+  if scores_slices(result):
+    found.append(('', one_line(task_type, result)))
+    found += [(name, one_line(task_type, each)) for name, each in of_each.items() if name]
+  for counted, numbers in result.get(EXCLUSIVE, {}).items():
+    if counted in ('slices', 'patients') and numbers:
+      text = ', '.join(
+        f'{name} {statistics.shown(numbers[name], interval)}' for name, interval in numbers['intervals'].items()
+      )
+      found.append((f'class with the highest probability, {counted}', text + caveat(result)))
+  for name, each in of_each.items():
+    found.append((f'{name}, patients' if name else 'patients', patient_line({**result, **each})))
+  return found
+
+
 def patient_line(result: dict) -> str:
   """Returns a line with the numbers of patients for the log: with intervals, and the reason if some are undefined."""
   numbers = result['patient']
@@ -189,192 +385,6 @@ def caveat(result: dict) -> str:
   """Returns the warning that belongs beside every number of a test that is not on new patients; else ''."""
   split = result.get('split', BY_PATIENT)
   return '' if split == BY_PATIENT else f' (split {split})'
-
-
-def check_own(folder: pathlib.Path) -> None:
-  """Checks that a new test would replace only files of an earlier test that have not changed since.
-
-  If metrics.json is missing, the earlier test was not complete, or somebody deleted the file to test again. Then the
-  check allows to replace the other files.
-
-  Raises:
-    UserError: other files would be replaced, one line each. A file is in the place of the folder.
-  """
-  if paths.exists(folder) and not folder.is_dir():
-    raise UserError(f'{folder}: is not a folder; move it away, or rename it')
-  others = [folder / name for name in (*_FILES, REPORT)] if (folder / NUMBERS).exists() else []
-  own_files.refuse(own_files.changed(folder / NUMBERS, others))
-
-
-def write_test(
-  folder: pathlib.Path,
-  table: dict[str, np.ndarray],
-  result: dict,
-  volumes: list[dict] | None,
-  pictures: Mapping[str, Callable[[pathlib.Path], None]],
-  of_patients: dict[str, np.ndarray] | None = None,
-) -> None:
-  """Writes the files of a test in place of those of an earlier one; metrics.json states the digest of each.
-
-  Args:
-    folder: the folder of the test.
-    table: the table of slices.
-    result: the content of metrics.json.
-    volumes: the rows of volumes.csv; None or [] writes none.
-    pictures: functions that write pictures to a temporary path, by name.
-    of_patients: the table of patients (`patients.with_call`); None if the test has none.
-  """
-  for each in (folder, folder / 'figures'):
-    remove_partials(each)
-  unknown = () if scores_slices(result) else ('label', *metrics.COUNTS)
-  slices = zip(*([None] * len(table[key]) if key in unknown else table[key] for key in COLUMNS), strict=True)
-  half, chosen = metrics.by_patient(table), metrics.by_patient(table, '_chosen')
-  rows = metrics.patient_rows(half)
-  for row, other, num_scans in zip(rows, metrics.patient_rows(chosen), half.num_scans.tolist(), strict=True):
-    row |= {'dice_at_operating_point': other['dice'], 'num_scans': num_scans}
-  if not scores_slices(result):
-    rows = [{key: row[key] for key in ('patient', 'num_slices', 'num_scans')} for row in rows]
-  if of_patients is not None:
-    for row, columns in zip(rows, _patient_columns(of_patients, result['patient']['score_name']), strict=True):
-      row |= columns
-  writers = {
-    'slices.csv': lambda path: write_csv(path, (dict(zip(COLUMNS, row, strict=True)) for row in slices)),
-    'patients.csv': lambda path: write_csv(path, rows),
-    TABLE: lambda path: np.savez_compressed(path, **table),
-  }
-  if volumes:
-    writers[VOLUMES] = lambda path: write_csv(path, volumes)
-  if of_patients is not None:
-    writers[PATIENTS] = lambda path: np.savez_compressed(path, **of_patients)
-  pictures = {**pictures, **figures.chart_writers(table, result, of_patients)}
-  writers |= {f'figures/{name}': write for name, write in pictures.items()}
-  files = {folder / name: write for name, write in writers.items()}
-  own_files.write_together(folder / NUMBERS, result, files, _old_files(folder))
-  for path in folder.glob('against-*/'):
-    if not any(path.iterdir()):
-      path.rmdir()
-
-
-def _patient_columns(of_patients, score_name):
-  """The columns that a table of patients adds to patients.csv, by row; scores of slices as probabilities."""
-  names = [name for name in (*patients.OF_SLICES, *patients.OF_MASKS) if name in of_patients]
-  columns = {'label': of_patients['label'].tolist()}
-  columns['score'] = patients.shown(score_name, of_patients['score']).tolist()
-  columns['positive'] = [int(value) if np.isfinite(value) else None for value in of_patients['positive'].tolist()]
-  columns |= {name: patients.shown(name, of_patients[name]).tolist() for name in names}
-  return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _old_files(folder):
-  """Returns the paths, from the folder, of the files of an earlier test and of comparisons that used it."""
-  names = [*_FILES, REPORT, *own_files.files_of(folder / NUMBERS)]
-  for path in folder.glob('against-*.json'):
-    record = own_files.read_record(path)
-    if record and not own_files.changed(path, ()):
-      names += [*record['files'], path.name]
-  return names
-
-
-def made_of(folder: pathlib.Path) -> dict | None:
-  """Returns `made_of` of the metrics.json in a folder; None if the test in it is not complete."""
-  return (_complete(folder) or {}).get('made_of')
-
-
-def is_complete(folder: pathlib.Path) -> bool:
-  """Whether the folder of a test has all of its files, and the table of slices is the one that metrics.json states."""
-  return _complete(folder) is not None
-
-
-def _complete(folder):
-  """Returns the metrics.json of a complete test, else None."""
-  record = own_files.read_record(folder / NUMBERS)
-  if record is None or TABLE not in record['files'] or not all((folder / name).is_file() for name in record['files']):
-    return None
-  return None if own_files.has_changed(folder / TABLE, record['files'][TABLE]) else record
-
-
-def read_numbers(workdir: pathlib.Path, test: str = TEST) -> dict:
-  """Returns metrics.json of an evaluated run.
-
-  Args:
-    workdir: the folder of the run.
-    test: the name of the folder of the test in it.
-
-  Raises:
-    UserError: the run was not evaluated, or its last evaluation was interrupted, or its files were changed.
-  """
-  record = _complete(workdir / test)
-  if record is None:
-    raise UserError(
-      f'{workdir / test}: the run was not evaluated, or its evaluation was interrupted, or {TABLE} or {NUMBERS} was '
-      f'changed or written by another version; evaluate the run with --mode=evaluate --workdir={workdir}'
-    )
-  return record
-
-
-def read_volumes(workdir: pathlib.Path, test: str = TEST) -> list[dict]:
-  """Returns the rows of volumes.csv of a test; an empty list if the evaluation had no scans and wrote none.
-
-  Raises:
-    UserError: the file was changed since the test.
-  """
-  path = workdir / test / VOLUMES
-  if not path.exists():
-    return []
-  record = own_files.read_record(workdir / test / NUMBERS)
-  if record and own_files.has_changed(path, record['files'].get(VOLUMES)):
-    raise UserError(
-      f'{path}: was changed since the test; restore it, or replace it with --mode=evaluate --workdir={workdir} '
-      '--overwrite'
-    )
-  rows = list(csv.DictReader(io.StringIO(path.read_text())))
-  number = lambda text: int(text) if text.isdigit() else float(text or 'nan')
-  return [{key: value if key == 'case' else number(value) for key, value in row.items()} for row in rows]
-
-
-def read_table(workdir: pathlib.Path, test: str = TEST) -> dict[str, np.ndarray]:
-  """Returns the table of slices that the evaluation of a run saved.
-
-  Raises:
-    UserError: as `read_numbers`, or the file is from another version.
-  """
-  read_numbers(workdir, test)
-  path = workdir / test / TABLE
-  try:
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-      table = dict(archive)
-    missing = {
-      *COLUMNS,
-      *(f'{key}_chosen' for key in metrics.COUNTS),
-      'logit',
-      'histogram',
-      'reliability',
-    } - table.keys()
-    if missing:
-      raise ValueError(f'it lacks {", ".join(sorted(missing))}')
-    return table
-  except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-    raise UserError(
-      f'{path}: damaged, or from another version ({error}); write it again with --mode=evaluate --workdir={workdir}'
-    ) from None
-
-
-def read_patients(workdir: pathlib.Path, test: str = TEST) -> dict[str, np.ndarray] | None:
-  """Returns the table of patients that the evaluation of a run saved; None if it saved none.
-
-  Raises:
-    UserError: as `read_numbers`, or the file was changed since the test.
-  """
-  files, path = read_numbers(workdir, test)['files'], workdir / test / PATIENTS
-  if PATIENTS not in files:
-    return None
-  if own_files.has_changed(path, files[PATIENTS]):
-    raise UserError(
-      f'{path}: was changed since the test; restore it, or replace it with --mode=evaluate --workdir={workdir} '
-      '--overwrite'
-    )
-  with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-    return dict(archive)
 
 
 def owners_of(table: dict[str, np.ndarray], scans: Sequence[str]) -> list[str]:

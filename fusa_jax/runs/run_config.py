@@ -2,9 +2,11 @@
 
 import json
 import pathlib
+from typing import Any
 
 import ml_collections
 
+from fusa_jax.scans import classes
 from fusa_jax.system import home, hosts, paths  # noqa: F401 (importing home makes configs/ importable)
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import read_json, write_json
@@ -18,6 +20,7 @@ _RESUMABLE = ('data.raw_dir', 'data.dir', 'train.log_every', 'mesh.', 'evaluate.
 _ADDED = {
   *('data.coloured', 'train.deterministic', 'train.clip_norm', 'train.ema', 'train.epochs', 'train.patience'),
   *('train.deep_supervision', 'train.remat', 'evaluate.patient_score', 'data.context', 'data.context_mm'),
+  *('data.classes', 'data.ignore_label', 'data.phantom.kinds'),
   *(f'augment.{key}' for key in ('affine_probability', 'rotation', 'scaling', 'shear', 'noise_probability', 'noise')),
   *(f'augment.{key}' for key in ('blur_probability', 'blur', 'low_resolution_probability', 'low_resolution')),
   *(f'augment.{key}' for key in ('contrast_probability', 'contrast')),
@@ -102,6 +105,8 @@ def get_config(path: str) -> ml_collections.ConfigDict:
   config = base.paper()
   if not isinstance(saved, dict) or not isinstance(saved.get('data'), dict):
     raise UserError(f'{path}: not the config of a run, but perhaps of a bundle; name the folder of a run')
+  if 'classes' in saved['data']:
+    saved['data']['classes'] = classes_as_pairs(saved['data']['classes'])
   known, stored = _flat(config.to_dict()).keys(), _flat(saved).keys()
   differ = (known - _ADDED - stored) | (stored - known)
   if differ:
@@ -117,9 +122,23 @@ def is_cross_validation(config: ml_collections.ConfigDict) -> bool:
   return config.data.fold == 'all'
 
 
+def classes_as_pairs(named: Any) -> Any:
+  """Returns data.classes as pairs of names and values, in one form for flags, config files, Python and JSON.
+
+  As a dictionary, it would become a part of the config, with the names of the classes as keys. What is neither names
+  with values nor empty is returned unchanged: `config_checks` refuses it.
+  """
+  try:
+    return classes.as_pairs(named or ())
+  except (TypeError, ValueError):
+    return named
+
+
 def plain(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """Returns the config as it would be read back from JSON: with lists in place of tuples."""
-  return ml_collections.ConfigDict(json.loads(json.dumps(config.to_dict())))
+  values = config.to_dict()
+  values['data']['classes'] = classes_as_pairs(values['data']['classes'])
+  return ml_collections.ConfigDict(json.loads(json.dumps(values)))
 
 
 def _with_tuples(values):

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fusa_jax.scans import formats
+from fusa_jax.scans.classes import LESION, Classes
 from fusa_jax.system.errors import UserError, one_line
 from fusa_jax.system.files import replacing
 
@@ -49,40 +50,41 @@ def read_picture(path: pathlib.Path) -> np.ndarray:
   return _grey(_open(path), path)
 
 
-def read_mask(path: pathlib.Path, shape: tuple[int, int] | None, lesion_labels: tuple[int, ...] = ()) -> np.ndarray:
-  """Reads the mask of a slice: uint8 {0, 1} [H, W].
+def read_mask(path: pathlib.Path, shape: tuple[int, int] | None, classes: Classes = LESION) -> np.ndarray:
+  """Reads the mask of a slice: bits of classes, uint8 [H, W] (`scans.classes`).
 
   Args:
     path: the mask's picture.
     shape: the shape of the slice; None if it is unknown.
-    lesion_labels: the values that are lesion; () if the mask holds only 0 and 255, or only 0 and 1.
+    classes: the classes and their values. A binary mask has the values 0 and 255, or 0 and 1.
 
   Raises:
     UserError: as `read_picture`; the mask has another shape or other values.
   """
-  return read_mask_and_values(path, shape, lesion_labels)[0]
+  return read_mask_and_values(path, shape, classes)[0]
 
 
 def read_mask_and_values(
-  path: pathlib.Path, shape: tuple[int, int] | None, lesion_labels: tuple[int, ...] = ()
+  path: pathlib.Path, shape: tuple[int, int] | None, classes: Classes = LESION
 ) -> tuple[np.ndarray, tuple[int, ...]]:
   """As `read_mask`; also returns the distinct values of the picture, in ascending order."""
   image = _open(path)
   # In a palette with colours, or with labels, the palette's indices are the labels. In a grey palette, without labels,
   # the grey values count.
-  if image.mode == 'P' and (lesion_labels or _spread(image).max() > _TINT):
+  if image.mode == 'P' and (not classes.is_binary or _spread(image).max() > _TINT):
     values = np.asarray(image)
   elif (opacity := _opacity(image)).min() < 255:
     values = _drawn(image, opacity, path)
-    if not lesion_labels:  # then any colour will do
+    if classes.is_binary:  # then any colour will do
       values = np.where(values, 255, 0)
   else:
     values = _grey(image, path)
   if shape is not None and values.shape != tuple(shape):
     raise UserError(f'{path}: the mask has {values.shape} pixels, its slice {tuple(shape)}; save it in that size')
   distinct = tuple(np.unique(values).tolist())
-  if lesion_labels:
-    return np.isin(values, lesion_labels).astype(np.uint8), distinct
+  if not classes.is_binary:
+    classes.check(path, distinct)
+    return classes.bits(values), distinct
   if not (set(distinct) <= {0, 255} or set(distinct) <= {0, 1}):
     shown = ', '.join(map(str, distinct[:6])) + (', ...' if len(distinct) > 6 else '')
     raise UserError(

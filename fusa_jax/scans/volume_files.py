@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 
 from fusa_jax.scans import formats, itk, nifti, volumes
+from fusa_jax.scans.classes import LESION, Classes
 from fusa_jax.scans.volumes import Grid, Mask, Scan
 from fusa_jax.system.errors import UserError
 
@@ -69,23 +70,23 @@ def read_scan(path: pathlib.Path, intensity: str = 'hu', windowed: bool = False,
   return volumes.to_scan(stored, path, intensity, windowed)
 
 
-def read_mask(path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = ()) -> np.ndarray:
-  """Reads the lesion mask of a scan: uint8 {0, 1}, with the shape and axes of scan.values.
+def read_mask(path: pathlib.Path, scan: Scan, classes: Classes = LESION) -> np.ndarray:
+  """Reads the lesion mask of a scan: bits of classes, uint8 (`scans.classes`), with the shape and axes of scan.values.
 
   Args:
     path: the file. Its orientation may differ from the scan's, but its grid must be the same.
     scan: the scan of the mask.
-    lesion_labels: the values that are lesion, all others are background; () if the file holds only 0 and 1.
+    classes: the classes and their values. A binary mask has the values 0 and 1.
 
   Raises:
-    UserError: as `read_scan`; the shape or affine differs from the scan's; with labels, values are not whole numbers;
-      without labels, values are not 0 and 1.
+    UserError: as `read_scan`; the shape or affine differs from the scan's; values are not whole numbers; a value has no
+      meaning.
   """
-  return read_mask_and_values(path, scan, lesion_labels)[0]
+  return read_mask_and_values(path, scan, classes)[0]
 
 
 def read_mask_and_values(
-  path: pathlib.Path, scan: Scan, lesion_labels: tuple[int, ...] = ()
+  path: pathlib.Path, scan: Scan, classes: Classes = LESION
 ) -> tuple[np.ndarray, tuple[int, ...]]:
   """As `read_mask`; also returns the distinct values of the file, in ascending order.
 
@@ -93,28 +94,26 @@ def read_mask_and_values(
   """
   values, grid = _read_canonical(pathlib.Path(path))
   volumes.check_same_grid(grid, scan, 'scan')
-  if not lesion_labels:
-    return _binary(values, grid.path, 'name the lesion labels, for example --config.data.lesion_labels="(3,)"')
-  labels = _whole(values)
-  if labels is None:
-    raise UserError(
-      f'{path}: labels in a mask must be whole numbers, but values are {_shown(values)}; '
-      'save it again without interpolation'
-    )
-  return np.isin(labels, lesion_labels).astype(np.uint8), tuple(map(int, _distinct(labels)))
+  listed = f' ({classes.listed_meanings})' if classes.meanings else ''
+  return _bits(values, path, classes, f'name the lesion labels{listed}, for example --config.data.lesion_labels="(3,)"')
 
 
-def read_labels(path: pathlib.Path) -> Mask:
+def read_labels(path: pathlib.Path, classes: Classes = LESION, advice: str = 'save one lesion label as 1') -> Mask:
   """Reads a lesion mask without its scan, to compare it with other masks.
 
+  Args:
+    path: the file.
+    classes: the classes and their values. A binary mask has the values 0 and 1.
+    advice: what to do about a binary mask with other values, for the message.
+
   Raises:
-    UserError: as `read_scan`, without the checks of HU; values other than 0 and 1.
+    UserError: as `read_scan`, without the checks of HU; otherwise as `read_mask`.
   """
   path = pathlib.Path(path)
   stored = _read(path)
   _check_placed(stored, path)
   values, grid = volumes.canonical(stored, path)
-  return Mask(**vars(grid), mask=_binary(values, grid.path, 'save one lesion label as 1')[0])
+  return Mask(**vars(grid), mask=_bits(values, path, classes, advice)[0])
 
 
 def read_grid(path: pathlib.Path) -> Grid:
@@ -157,6 +156,21 @@ def _check_placed(stored, path):
 def _ending(path):
   """The longest ending in _READERS that the name has, in lower case; None if it has none."""
   return max((ending for ending in _READERS if path.name.lower().endswith(ending)), key=len, default=None)
+
+
+def _bits(values, path, classes, advice):
+  """Converts the values of a mask to bits of classes and returns them with the distinct values; refuses wrong ones."""
+  if classes.is_binary:
+    return _binary(values, path, advice)
+  labels = _whole(values)
+  if labels is None:
+    raise UserError(
+      f'{path}: labels in a mask must be whole numbers, but values are {_shown(values)}; '
+      'save it again without interpolation'
+    )
+  distinct = tuple(map(int, _distinct(labels)))
+  classes.check(path, distinct)
+  return classes.bits(labels), distinct
 
 
 def _binary(values, path, advice):

@@ -86,7 +86,7 @@ class Mask(Grid):
   """A lesion mask on canonical axes, without its scan.
 
   Attributes:
-    mask: uint8 {0, 1} [S, H, W].
+    mask: bits of classes (`scans.classes`), uint8 [S, H, W].
   """
 
   mask: np.ndarray

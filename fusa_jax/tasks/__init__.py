@@ -15,7 +15,8 @@ import ml_collections
 
 from fusa_jax import models
 from fusa_jax.models import resunet
-from fusa_jax.scans import volumes
+from fusa_jax.scans import classes, volumes
+from fusa_jax.scans.classes import LESION, Classes
 from fusa_jax.scans.neighbours import SLICE_ALONE, Context
 from fusa_jax.system.errors import UserError, look_up
 from fusa_jax.tasks import losses, supervision
@@ -37,11 +38,14 @@ class Task:
 
   Attributes:
     type: the type of task.
-    model: takes images [B, H, W, C] and returns logits [B, ..., 1]; C is 1 without neighbours.
+    model: takes images [B, H, W, C] and returns logits [B, ..., classes]; C is 1 without neighbours.
     inputs: converts slices, in HU or grey values, to those images.
-    loss: takes logits [B, ..., 1] and the truth [B, ...] of `type.truth`; returns a scalar.
+    loss: takes logits [B, ..., classes] and the truth [B, ...] of `type.truth`; returns a scalar.
     heads: with train.deep_supervision, the heads of the lower levels; otherwise None.
     context: the neighbours of a slice.
+    classes: the names of the classes, in the order of the logits and of the bits of the truth.
+    has_ignored: whether the truth may be unknown somewhere (data.ignore_label).
+    exclusive: whether each slice has exactly one class. The probabilities of the classes are then a softmax.
   """
 
   type: TaskType
@@ -50,6 +54,9 @@ class Task:
   loss: losses.Loss
   heads: nn.Module | None = None
   context: Context = SLICE_ALONE
+  classes: tuple[str, ...] = LESION.names
+  has_ignored: bool = False
+  exclusive: bool = False
 
   def init(self, key: jax.Array, size: int) -> dict:
     """Variables {'params', 'batch_stats'} for slices of size x size."""
@@ -85,25 +92,40 @@ class Task:
     if heads is None:
       return self.loss(logits, truth), updated['batch_stats']
     deep = self.heads.apply(heads, supervision.features(updated['levels']))
-    return supervision.loss(self.loss, logits, deep, truth), updated['batch_stats']
+    return supervision.loss(self.loss, logits, deep, truth, self.has_ignored), updated['batch_stats']
 
   def logits(self, variables: dict, slices: jax.Array, flips: bool = False) -> jax.Array:
-    """Slices -> float32 logit of lesion, per slice [B] or per pixel [B, H, W], with running statistics.
+    """Slices -> float32 logits, per slice [B, classes] or per pixel [B, H, W, classes], with running statistics.
+
+    The sigmoid of a logit is the probability of its class, also for exclusive classes (`log_odds`).
 
     With `flips` (test-time augmentation) it returns the logit of the mean probability of each slice and its left-right
     mirror image, the only flip in training's augmentation.
     """
-    logits = lambda slices: self.model.apply(variables, self.inputs(slices), train=False)[..., 0]
+
+    def logits(slices):
+      output = self.model.apply(variables, self.inputs(slices), train=False)
+      return log_odds(output) if self.exclusive else output
+
     if not flips:
       return logits(slices)
     plain, mirrored = jax.lax.map(logits, jnp.stack([slices, slices[:, :, ::-1]]))
-    return mean_logits(plain, mirrored[..., ::-1] if mirrored.ndim == 3 else mirrored)
+    return mean_logits(plain, mirrored[:, :, ::-1] if mirrored.ndim == 4 else mirrored)
 
   def probabilities(
     self, variables: dict, slices: jax.Array, temperature: float = 1.0, flips: bool = False
   ) -> jax.Array:
-    """Slices -> probability of lesion, per slice [B] or per pixel [B, H, W]: sigmoid(logit / temperature)."""
+    """Slices -> probabilities sigmoid(logit / temperature), in the shape of the logits."""
     return nn.sigmoid(self.logits(variables, slices, flips) / temperature)
+
+
+def log_odds(logits: jax.Array) -> jax.Array:
+  """The log-odds of each softmax probability, logit_k - log sum_{j != k} exp(logit_j): [..., K] -> [..., K], K >= 2.
+
+  The sigmoid of these is the softmax of `logits`. They stay exact where a probability would round to 0 or 1.
+  """
+  others = ~jnp.eye(logits.shape[-1], dtype=bool)
+  return logits - jax.nn.logsumexp(jnp.where(others, logits[..., None, :], -jnp.inf), axis=-1)
 
 
 def mean_logits(*logits: jax.Array) -> jax.Array:
@@ -146,7 +168,9 @@ def create(config: ml_collections.ConfigDict, platform: str | None = None) -> Ta
     UserError: the task, loss, model or data.intensity is unknown. The model is for another type of task, or does not
       have an option.
   """
-  task_type, loss = type_of(config.task), losses.get_loss(config.train.loss)
+  task_type, named = type_of(config.task), classes_of(config)
+  has_ignored = config.data.ignore_label is not None
+  loss = losses.get_loss(config.train.loss, has_ignored, named.exclusive)
   if config.model.name in models.NAMES and config.model.name not in task_type.models:
     names = ', '.join(task_type.models)
     raise UserError(f'model.name: {config.model.name} is not for {config.task}; give one of {names}')
@@ -162,8 +186,10 @@ def create(config: ml_collections.ConfigDict, platform: str | None = None) -> Ta
     options['remat'] = True  # an error for models without this option
   if platform == 'tpu' and config.model.name in models.PACKED:
     options['packed'] = True
-  model = models.create(config.model.name, num_classes=1, dtype=jnp.dtype(resolved_dtype(config, platform)), **options)
-  return Task(task_type, model, inputs, loss, _heads(config, model), context_of(config))
+  dtype = jnp.dtype(resolved_dtype(config, platform))
+  model = models.create(config.model.name, num_classes=len(named.names), dtype=dtype, **options)
+  heads = _heads(config, model, len(named.names))
+  return Task(task_type, model, inputs, loss, heads, context_of(config), named.names, has_ignored, named.exclusive)
 
 
 def context_of(config: ml_collections.ConfigDict) -> Context:
@@ -171,7 +197,34 @@ def context_of(config: ml_collections.ConfigDict) -> Context:
   return Context(config.data.context, config.data.context_mm) if config.data.context else SLICE_ALONE
 
 
-def _heads(config, model):
+def classes_of(config: ml_collections.ConfigDict) -> Classes:
+  """Returns the classes of a config, in the order of the logits.
+
+  Names with mask values are yes-or-no questions: of pixels, or in classification of slices. Names alone are exclusive
+  classes of slices. 'auto' is one class until the cohort is known (`runs.prepared_dataset`).
+
+  Raises:
+    UserError: data.classes are not valid, or do not fit the task.
+  """
+  named = config.data.classes
+  if not named or named == classes.AUTO:
+    return LESION
+  has_masks = type_of(config.task).has_masks
+  if classes.are_names(named):
+    if has_masks:
+      raise UserError(
+        f'data.classes: {", ".join(named)} are exclusive classes of slices, but {config.task} needs mask values; give '
+        "them, for example --config.data.classes=\"{'ground glass': (1,), 'consolidation': (2,)}\""
+      )
+    if config.data.ignore_label is not None:
+      raise UserError('data.ignore_label: a mask value, but these are classes of slices; leave it out')
+    return classes.of_slices(named)
+  if not has_masks and config.data.ignore_label is not None:
+    raise UserError('data.ignore_label: leaves out pixels, but classification scores slices; leave it out')
+  return classes.chosen(named, config.data.ignore_label)
+
+
+def _heads(config, model, num_classes):
   if not config.train.deep_supervision:
     return None
   if not isinstance(model, resunet.ResUNet) or len(model.multiples) < 3:
@@ -179,4 +232,4 @@ def _heads(config, model):
       f'train.deep_supervision: needs resunet or fusa_resunet with at least three levels, but the model is '
       f'{config.model.name}; leave it out'
     )
-  return supervision.Heads()
+  return supervision.Heads(num_classes)

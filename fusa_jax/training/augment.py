@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from fusa_jax.scans import volumes
+from fusa_jax.scans.classes import IGNORED
 from fusa_jax.scans.neighbours import middle
 from fusa_jax.tasks import window
 
@@ -62,6 +63,7 @@ class Augmentation(NamedTuple):
     tissue: higher values are tissue. A slice without lesion is cropped around a pixel of tissue.
     outside: the stored value of what lies outside the image: air.
     black, white: the stored values at the limits of the window.
+    has_ignored: whether the truth may be unknown somewhere (data.ignore_label).
   """
 
   crop_probability: float = 0.0
@@ -89,6 +91,7 @@ class Augmentation(NamedTuple):
   outside: float = volumes.AIR
   black: float = -1000.0
   white: float = 300.0
+  has_ignored: bool = False
 
 
 def create(config: ml_collections.ConfigDict) -> Augmentation:
@@ -97,7 +100,7 @@ def create(config: ml_collections.ConfigDict) -> Augmentation:
   The conversion maps the HU window linearly to the grey values from black to white.
   """
   low, high = config.data.window
-  options = Augmentation(**config.augment, black=low, white=high)
+  options = Augmentation(**config.augment, black=low, white=high, has_ignored=config.data.ignore_label is not None)
   if config.data.intensity == 'hu':
     return options
   black, white = window.GREY
@@ -119,7 +122,7 @@ def augment(key: jax.Array, image: jax.Array, mask: jax.Array, options: Augmenta
   Args:
     key: the key of the batch.
     image: int16 [B, H, W] or [B, H, W, C].
-    mask: {0, 1} [B, H, W], of the middle slice.
+    mask: bits of classes (`scans.classes`), uint8 [B, H, W], of the middle slice; {0, 1} with one class.
     options: the augmentation.
 
   Returns:
@@ -137,7 +140,8 @@ def _row(key, image, mask, options):
   if options.crop_probability:
     fraction = jax.random.choice(keys['fraction'], jnp.asarray(options.crop_fractions, jnp.float32))
     fraction = jnp.where(happens('crop'), fraction, 1.0)
-    foreground = jnp.where(mask.any(), mask > 0, middle(image) > options.tissue)
+    lesion = mask & (IGNORED - 1) if options.has_ignored else mask
+    foreground = jnp.where(lesion.any(), lesion > 0, middle(image) > options.tissue)
     top_left = crop_around(keys['place'], random_point(keys['point'], foreground), fraction, mask.shape)
   if options.affine_probability:
     angle = jnp.deg2rad(uniform('rotation', -options.rotation, options.rotation))

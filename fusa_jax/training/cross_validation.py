@@ -13,8 +13,8 @@ import ml_collections
 import numpy as np
 
 from fusa_jax import tasks
-from fusa_jax.measures import masks, patients
-from fusa_jax.runs import config_checks, operating_point, report, results, run_config, workdir_lock
+from fusa_jax.measures import patients
+from fusa_jax.runs import config_checks, operating_point, report, result_files, results, run_config, workdir_lock
 from fusa_jax.system import hosts
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, evaluate, optimizers, train
@@ -40,7 +40,7 @@ def _train_and_test_one(config, workdir, data_dir, scans, overwrite):
   if evaluate.is_finished(config, workdir, data_dir, scans):
     run_config.save_config(workdir, config)  # refuses a run with another config
     logging.info('%s is finished; its test was made of these data, options and code', workdir)
-    return results.read_numbers(workdir)
+    return result_files.read_numbers(workdir)
   train.train(config, workdir, data_dir)
   return evaluate.evaluate(config, workdir, data_dir, scans, overwrite)
 
@@ -74,7 +74,8 @@ def write_reports(config: ml_collections.ConfigDict, workdir: pathlib.Path, data
   test = evaluate.test_name(*next(iter(tested.items())), data_dir)
   if hosts.is_main():
     for run, one in tested.items():
-      report.write_report(run, datasets.card(data_dir, one.data.fold), test)
+      cards = [datasets.card(data_dir, one.data.fold, number) for number in range(len(tasks.classes_of(one).names))]
+      report.write_report(run, cards, test)
   return workdir / test
 
 
@@ -92,8 +93,11 @@ def cross_validate(
   Raises:
     UserError: as `train.train`, `evaluate.evaluate` and `pool`.
   """
+  configs = runs(config, workdir, data_dir)
+  for one in configs.values():  # a fold that cannot be trained is found before others are
+    datasets.check_trainable(one, datasets.load_dataset_for(one, data_dir))
   run_config.save_config(workdir, config)
-  for run, one in runs(config, workdir, data_dir).items():
+  for run, one in configs.items():
     logging.info('fold %d', one.data.fold)
     _train_and_test_one(one, run, data_dir, scans, overwrite)
   return pool(config, workdir, data_dir, overwrite)
@@ -129,42 +133,43 @@ def pool(
 
 
 def _pool(config, workdir, data_dir, overwrite):
-  task_type = tasks.type_of(config.task)
+  task_type, named = tasks.type_of(config.task), tasks.classes_of(config)
+  classes = named.names
   configs = runs(config, workdir, data_dir)
   folders = list(configs)
   test = evaluate.test_name(*next(iter(configs.items())), data_dir)
   if not overwrite:
-    results.check_own(workdir / test)
-  tests = [results.read_numbers(run, test) for run in folders]
+    result_files.check_own(workdir / test, classes)
+  tests = [result_files.read_numbers(run, test) for run in folders]
   truth = {one['patient']: one['truth'] for fold in datasets.folds(data_dir) for one in fold}
   made_of = _common_making(folders, tests, datasets.truth_sha256(truth))
-  volumes = [results.read_volumes(run, test) for run in folders]
-  points = [one['operating_point'] for one in tests]
-  names = (*operating_point.OperatingPoint().about(), 'patient')
-  points = {name: [point.get(name) for point in points] for name in names}
-  if results.made_of(workdir / test) == made_of and bool(results.read_volumes(workdir, test)) == all(volumes):
-    pooled = results.read_numbers(workdir, test)
+  parts = [result_files.read_parts(run, classes, test) for run in folders]
+  has_volumes = all(part.volumes for of_fold in parts for part in of_fold.values())
+  points = {name: _points([results.by_class(one, classes)[name] for one in tests]) for name in classes}
+  if result_files.made_of(workdir / test) == made_of:
+    pooled, pooled_parts = result_files.read_numbers(workdir, test), result_files.read_parts(workdir, classes, test)
     # On other data than the runs' own, `made_of` does not say which operating points the folds had.
-    if all(pooled['operating_point'].get(name) == of_folds for name, of_folds in points.items()):
+    if all(bool(part.volumes) == has_volumes for part in pooled_parts.values()) and all(
+      of_class['operating_point'].get(key) == of_folds
+      for name, of_class in results.by_class(pooled, classes).items()
+      for key, of_folds in points[name].items()
+    ):
       return pooled
-  tables = [results.read_table(run, test) for run in folders]
-  tested = [patient for one in tables for patient in np.unique(one['patient']).tolist()]
+  tested = [patient for one in parts for patient in np.unique(one[classes[0]].table['patient']).tolist()]
   expected = [patient['patient'] for fold in datasets.folds(data_dir) for patient in fold]
   if sorted(tested) != sorted(expected):
     raise UserError(
       f'{workdir}: the folds do not test each patient of {data_dir} once, because files were added to the cohort or '
       'removed; restore the old files, or start again in another --workdir'
     )
-  table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
-  # Only if every fold has volumes: a part of them could be mistaken for all patients.
-  volumes = [row for rows in volumes for row in rows] if all(volumes) else []
-  result = results.numbers(task_type, table, config.evaluate.prevalences)
-  result['operating_point'] = points | result['operating_point']
-  if not results.scores_slices(tests[0]):
-    result = results.without_slices(result)
-  of_patients, result['patient'] = _pool_patients(
-    [results.read_patients(run, test) for run in folders], points['patient'], config.evaluate.prevalences, tests
-  )
+  numbers, pooled_parts = {}, {}
+  for name in classes:
+    of_folds = [results.by_class(one, classes)[name] for one in tests]
+    numbers[name], pooled_parts[name] = _pool_class(
+      task_type, config.evaluate.prevalences, [one[name] for one in parts], of_folds, points[name], has_volumes
+    )
+  tables = {name: part.table for name, part in pooled_parts.items()}
+  result = results.with_classes(task_type, numbers, tables, named.exclusive)
   result |= {
     'folds': [
       {
@@ -181,16 +186,45 @@ def _pool(config, workdir, data_dir, overwrite):
     **{name: tests[0][name] for name in ('dataset', 'values', 'split', 'commit')},
     'made_of': made_of,
   }
-  if volumes:
-    result['volumes'] = masks.summary(volumes, results.owners_of(table, [row['case'] for row in volumes]))
-  results.write_test(workdir / test, table, result, volumes, {}, of_patients)
-  if results.scores_slices(result):
-    logging.info('all %d folds, each patient once: %s', len(folders), results.one_line(task_type, result))
-  logging.info('all %d folds, patients: %s', len(folders), results.patient_line(result))
+  result = results.with_volumes(result, pooled_parts)
+  result_files.write_test(workdir / test, result, pooled_parts)
+  for what, line in results.lines(task_type, result):
+    logging.info('all %d folds, %s: %s', len(folders), what or 'each patient once', line)
   for name, spread in result['over_folds'].items():
     if spread:
       logging.info('%s of single folds: %.4f to %.4f, mean %.4f, sd %.4f', name, *spread.values())
   return result
+
+
+def _points(tests):
+  """Returns the attributes of the operating points of the folds, as lists, from their numbers for one class."""
+  points = [one['operating_point'] for one in tests]
+  names = (*operating_point.OperatingPoint().about(), 'patient')
+  return {name: [point.get(name) for point in points] for name in names}
+
+
+def _pool_class(task_type, prevalences, parts, tests, points, has_volumes):
+  """Pools one class: returns its part of metrics.json, and what write_test needs.
+
+  Args:
+    task_type: the type of task.
+    prevalences: as in `results.numbers`.
+    parts: what was found in each fold.
+    tests: the numbers of each fold, as metrics.json of the class alone.
+    points: from `_points`.
+    has_volumes: whether every fold has volumes: a part of them could be mistaken for all patients.
+  """
+  tables = [part.table for part in parts]
+  table = {name: np.concatenate([one[name] for one in tables]) for name in tables[0]}
+  volumes = [row for part in parts for row in part.volumes] if has_volumes else []
+  result = results.numbers(task_type, table, prevalences)
+  result['operating_point'] = points | result['operating_point']
+  if not results.scores_slices(tests[0]):
+    result = results.without_slices(result)
+  of_patients, result['patient'] = _pool_patients(
+    [part.patients for part in parts], points['patient'], prevalences, tests
+  )
+  return result, results.Part(table, volumes, of_patients)
 
 
 def _pool_patients(tables, rules, prevalences, tests):

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import ml_collections
 import numpy as np
-import tensorflow_datasets as tfds
 
 from fusa_jax import tasks
+from fusa_jax.runs.prepared_dataset import fill_classes, open_dataset
 from fusa_jax.runs.split import PARTS
+from fusa_jax.scans.classes import BACKGROUND, LESION
 from fusa_jax.scans.neighbours import SLICE_ALONE, Context
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import sha256
@@ -46,22 +47,39 @@ class Split:
   Attributes:
     source: reads slices by index, each {'image': int16, 'mask': uint8, 'label', 'patient', 'slice', 'spacing'}. With
       data.context, the image has the neighbours of the slice as channels (`Stacks`).
-    label: bool [N], whether each slice has a lesion.
+    label: bool [N], whether each slice has a lesion of any class.
+    class_labels: for each class, bool [N], whether each slice has it.
     patient: str [N], the scan or patient of each slice.
     slice: int [N], the position of each slice in its scan; 0 is the most inferior slice.
     owner: str [N], the person of each slice; several scans can have the same.
     patients: the identity of each patient, by name.
+    exclusive: whether each slice has exactly one class.
   """
 
   source: Sequence[dict]
   label: np.ndarray
+  class_labels: tuple[np.ndarray, ...]
   patient: np.ndarray
   slice: np.ndarray
   owner: np.ndarray
   patients: dict[str, Identity]
+  exclusive: bool = False
 
   def __len__(self) -> int:
     return len(self.label)
+
+  @functools.cached_property
+  def bits(self) -> np.ndarray:
+    """int32 [N], the classes of each slice: bit k is class k (`scans.classes`)."""
+    numbers = range(len(self.class_labels))
+    return sum(self.class_labels[number].astype(np.int32) << number for number in numbers)
+
+  @property
+  def groups(self) -> dict[str, np.ndarray]:
+    """The groups that balanced training draws from equally often, by name: bool [N], whether each slice belongs."""
+    if self.exclusive:
+      return {f'of class {number}': label for number, label in enumerate(self.class_labels)}
+    return {'with lesion': self.label, 'without lesion': ~self.label}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +93,11 @@ class Dataset:
     by_patient: whether patients are divided into folds; False if the patients of some slices are unknown.
     masks: whether it has masks; False if it has only labels.
     patient_labels: whether the labels are of patients; each slice then inherits the label of its patient.
-    sha256: the digest of its content: size, intensity, and the folds with the scans and lesion masks of their patients.
+    classes: the names and the mask values of its classes, as in data.classes; [] if there is one class.
+    exclusive: whether these are exclusive classes of slices. They have no mask values.
+    ignored: the mask values of pixels that are left out.
+    sha256: the digest of its content: size, intensity, classes, and the folds with the scans and lesion masks of their
+      patients.
     train: the training folds.
     validation: the validation fold, or None.
     test: the test fold.
@@ -87,6 +109,9 @@ class Dataset:
   by_patient: bool
   masks: bool
   patient_labels: bool
+  classes: list
+  exclusive: bool
+  ignored: list[int]
   sha256: str
   train: Split
   validation: Split | None
@@ -104,10 +129,13 @@ class Dataset:
 def load_dataset_for(config: ml_collections.ConfigDict, data_dir: str | pathlib.Path) -> Dataset:
   """Opens a prepared dataset and checks that it fits the config.
 
+  In the config, data.classes='auto' becomes the classes of the dataset.
+
   Raises:
-    UserError: as `load_dataset`; the dataset has another intensity than the config, or no masks although the task
-      needs them.
+    UserError: as `load_dataset`; the dataset has another intensity or other classes than the config, or no masks
+      although the task needs them; no training patient has one of several classes.
   """
+  fill_classes(config, data_dir)
   dataset = load_dataset(data_dir, config.data.fold, config.data.image_size, tasks.context_of(config))
   if dataset.intensity != config.data.intensity:
     raise UserError(
@@ -119,13 +147,66 @@ def load_dataset_for(config: ml_collections.ConfigDict, data_dir: str | pathlib.
     raise UserError(
       f'data: {data_dir} has labels of {unit} but no masks; train a classifier with --config=configs/cls.py'
     )
+  _check_classes(config, dataset, data_dir)
   return dataset
 
 
 def check_labels(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
-  """Raises a UserError if a key of the config needs labels of slices, and the labels are of patients."""
+  """Raises a UserError if a key of the config does not fit the labels: those of patients, or exclusive classes."""
+  if dataset.exclusive and config.evaluate.fit_temperature:
+    raise UserError(
+      'evaluate.fit_temperature: calibrates each class alone, so that the probabilities of exclusive classes would not '
+      'add up to 1; leave it out'
+    )
   if dataset.patient_labels and config.evaluate.fit_temperature:
     raise UserError('evaluate.fit_temperature: needs labels of slices, but these are of patients; leave it out')
+
+
+def _check_classes(config, dataset, data_dir):
+  """Checks that the classes of a config are those of the dataset."""
+  own = tasks.classes_of(config)
+  names = own.names
+  theirs = tuple(name for name, _ in dataset.classes if dataset.exclusive or name != BACKGROUND) or LESION.names
+  if own.exclusive != dataset.exclusive:
+    kind = {True: 'exclusive classes of slices', False: 'a yes-or-no question per class'}
+    raise UserError(
+      f'data.classes: {", ".join(names)} ({kind[own.exclusive]}), but {data_dir} has {", ".join(theirs)} '
+      f'({kind[dataset.exclusive]}); leave data.classes out, or prepare the scans again in another folder'
+    )
+  if names != theirs or (config.data.ignore_label is not None) != bool(dataset.ignored):
+    shown = lambda each: ', '.join(each)
+    raise UserError(
+      f'data.classes: {shown(names)}, but {data_dir} was prepared with {shown(theirs)}'
+      f'{" and other ignored values" if names == theirs else ""}; set data.classes and data.ignore_label as in '
+      'preparation, or prepare the scans again in another folder'
+    )
+  if own.background is not None:  # data.classes gives mask values
+    values = dict(zip(names, own.values, strict=True))
+    differ = next((name for name, each in dataset.classes if name in values and tuple(each) != values[name]), None)
+    if differ or own.ignored != tuple(dataset.ignored):
+      key, mine, stored = (
+        (f'data.classes: {differ!r} is', values[differ], tuple(dict(dataset.classes)[differ]))
+        if differ
+        else ('data.ignore_label:', own.ignored[0], dataset.ignored[0])
+      )
+      raise UserError(
+        f'{key} {mine}, but {data_dir} was prepared with {stored}; give the values of preparation, or prepare the '
+        'scans again in another folder'
+      )
+
+
+def check_trainable(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+  """Raises a UserError if no training patient has one of several classes."""
+  own = tasks.classes_of(config)
+  if len(own.names) == 1:
+    return
+  absent = [name for name, label in zip(own.names, dataset.train.class_labels, strict=True) if not label.any()]
+  if absent:
+    raise UserError(
+      f'data.classes: no training patient of fold {config.data.fold} has the class {absent[0]!r}; '
+      + ("give its values to 'background', or " if not own.exclusive else 'add patients who have it, or ')
+      + 'test another fold'
+    )
 
 
 def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int, context: Context = SLICE_ALONE) -> Dataset:
@@ -143,7 +224,7 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int, conte
     UserError: the folder holds no prepared dataset of this version, or more than one; the slices have another size; the
       fold does not exist; or slices have no neighbours, but `context` asks for them.
   """
-  builder = _open(pathlib.Path(data_dir))
+  builder = open_dataset(data_dir)
   metadata = builder.info.metadata
   missing = {'folds', *_OF_CONTENT} - metadata.keys()
   if not missing:
@@ -162,8 +243,9 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int, conte
     )
   if context.slices:
     _check_order(data_dir, metadata)
+  exclusive = metadata.get('exclusive', False)
   split = {
-    part: _split(builder, folds, chosen, context) if chosen else None
+    part: _split(builder, folds, chosen, context, exclusive) if chosen else None
     for part, chosen in parts(fold, len(folds)).items()
   }
   content = [builder.info.full_name, *(metadata[key] for key in _OF_CONTENT)]
@@ -171,6 +253,9 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int, conte
   if patient_labels:
     content.append('patient_labels')
   content += [[name, *(patient[key] for key in _OF_PATIENT)] for name, fold in folds.items() for patient in fold]
+  classes = metadata.get('classes', [])
+  if classes:
+    content += [classes, metadata['ignore_label']]
   digest = sha256(json.dumps(content, sort_keys=True).encode())
   return Dataset(
     name=f'{builder.info.full_name}-{digest[:12]}',
@@ -179,6 +264,9 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int, conte
     by_patient=metadata['patients'] == 'named',
     masks=metadata['masks'],
     patient_labels=patient_labels,
+    classes=classes,
+    exclusive=exclusive,
+    ignored=metadata.get('ignore_label', []),
     sha256=digest,
     **split,
   )
@@ -243,31 +331,38 @@ def folds(data_dir: str | pathlib.Path) -> list[list[dict]]:
   Raises:
     UserError: the folder holds no prepared dataset, or more than one.
   """
-  by_name = _open(pathlib.Path(data_dir)).info.metadata['folds']
-  return [by_name[f'fold{k}'] for k in range(len(by_name))]
+  return _folds(open_dataset(data_dir).info.metadata)
 
 
-def card(data_dir: str | pathlib.Path, tested: int | str) -> dict:
-  """Describes a dataset for the report.
+def _folds(metadata):
+  return [metadata['folds'][f'fold{k}'] for k in range(len(metadata['folds']))]
+
+
+def card(data_dir: str | pathlib.Path, tested: int | str, number: int = 0) -> dict:
+  """Describes a dataset, as far as it concerns one class, for the report.
 
   Args:
     data_dir: the folder of the prepared dataset.
     tested: the test fold, or 'all' for a cross-validation.
+    number: the number of the class.
 
   Returns:
-    folds: a row per fold: its role, its patients (persons) and slices, and their lesion volumes if known.
+    folds: a row per fold: its role, its patients (persons) and slices, and their lesion volumes if known. The volumes
+      of single classes are not in the dataset.
     validated: whether there are enough folds for a validation fold.
   """
-  of_folds = folds(data_dir)
+  metadata = open_dataset(data_dir).info.metadata
+  of_folds = _folds(metadata)
   roles = dict.fromkeys(range(len(of_folds)), 'tested once')
   if tested != 'all':
     folds_of = parts(tested, len(of_folds))
     roles = {k: {'train': 'training'}.get(part, part) for part, chosen in folds_of.items() for k in chosen}
   rows = []
   for k, patients in enumerate(of_folds):
-    slices = np.concatenate([patient['lesion_voxels'] for patient in patients])
+    voxels = [_class_voxels(patient)[number] for patient in patients]
+    slices = np.concatenate(voxels)
     owners, owner = np.unique([patient['owner'] for patient in patients], return_inverse=True)
-    has_lesion = np.bincount(owner, [any(patient['lesion_voxels']) for patient in patients])
+    has_lesion = np.bincount(owner, [any(each) for each in voxels])
     row = {
       'fold': k,
       'role': roles[k],
@@ -277,7 +372,7 @@ def card(data_dir: str | pathlib.Path, tested: int | str) -> dict:
       'positive': int((slices > 0).sum()),
     }
     volumes = [patient['lesion_ml'] for patient in patients]
-    if None not in volumes:  # pictures have no volumes
+    if None not in volumes and len(_class_voxels(patients[0])) == 1:  # pictures have no volumes
       volumes = np.bincount(owner, volumes)
       row |= {
         'lesion_ml': float(np.sum(volumes)),
@@ -288,25 +383,24 @@ def card(data_dir: str | pathlib.Path, tested: int | str) -> dict:
   return {'folds': rows, 'validated': bool(parts(0, len(of_folds))['validation'])}
 
 
-def _open(data_dir):
-  if not data_dir.is_dir():
-    raise UserError(f'data.dir: {data_dir} is not a folder; prepare the dataset with --mode=prepare')
-  infos = [path for path in data_dir.rglob('dataset_info.json') if 'incomplete' not in path.parent.name]
-  if len(infos) != 1:
-    count = 'no prepared dataset' if not infos else f'{len(infos)} prepared datasets'
-    raise UserError(f'data.dir: {count} in {data_dir}; name the folder of one, or prepare it with --mode=prepare')
-  return tfds.builder_from_directory(infos[0].parent)
-
-
-def _split(builder, folds, chosen, context):
+def _split(builder, folds, chosen, context, exclusive):
   entries = [entry for k in chosen for entry in folds[f'fold{k}']]
   slices = [len(entry['lesion_voxels']) for entry in entries]
+  label = np.concatenate([np.asarray(entry['lesion_voxels']) > 0 for entry in entries])
+  of_classes = [_class_voxels(entry) for entry in entries]
   source = builder.as_data_source(split='+'.join(f'fold{k}' for k in chosen))
   return Split(
     source=Stacks(source, slices, context) if context.slices else source,
-    label=np.concatenate([np.asarray(entry['lesion_voxels']) > 0 for entry in entries]),
+    label=label,
+    class_labels=tuple(np.concatenate(each) > 0 for each in zip(*of_classes, strict=True)),
     patient=np.repeat([entry['patient'] for entry in entries], slices),
     slice=np.concatenate([np.arange(n) for n in slices]),
     owner=np.repeat([entry['owner'] for entry in entries], slices),
     patients={entry['patient']: Identity(*(entry[key] for key in Identity._fields)) for entry in entries},
+    exclusive=exclusive,
   )
+
+
+def _class_voxels(entry):
+  """Returns the number of lesion voxels per slice of each class, from the metadata of a patient."""
+  return entry.get('class_voxels', [entry['lesion_voxels']])

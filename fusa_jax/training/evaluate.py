@@ -21,6 +21,7 @@ from fusa_jax.runs import (
   figures,
   operating_point,
   patient_rule,
+  result_files,
   results,
   run_config,
   split,
@@ -28,6 +29,7 @@ from fusa_jax.runs import (
   workdir_lock,
 )
 from fusa_jax.scans import volumes
+from fusa_jax.scans.classes import is_ignored, of_class
 from fusa_jax.scans.neighbours import middle
 from fusa_jax.system import hosts, meshes, progress, provenance
 from fusa_jax.system.errors import UserError
@@ -78,24 +80,21 @@ def evaluate(
     _check_point_is_kept(config, workdir, name)
   else:
     datasets.check_labels(config, dataset)
-  if not overwrite:
-    hosts.on_main(lambda: results.check_own(workdir / name))
   task = tasks.create(config, jax.default_backend())
+  if not overwrite:
+    hosts.on_main(lambda: result_files.check_own(workdir / name, task.classes))
   step, variables = trained.load_best(config, task, workdir, mesh)
   weights = {'step': step, 'sha256': checkpoint.sha256_of_variables(variables)}
   made_of = _made_of(config, dataset, weights, is_own=name == split.TEST)
   _say_what_differs(workdir, name, made_of)
   test = _Test(config, workdir, workdir / name, dataset, task, mesh, step, variables, scans or {}, made_of, {})
-  point, scorer = _choose_point(test)
-  table, volumes_of_scans = _score(test, point, scorer)
-  of_patients = _patients(test, point, table, volumes_of_scans)
-  result = _numbers(test, point, table, volumes_of_scans, of_patients)
+  points, scorer = _choose_points(test)
+  parts = _score(test, points, scorer)
+  result = _numbers(test, points, parts)
   if hosts.is_main():
-    pictures = _pictures(test, table, point, volumes_of_scans)
-    results.write_test(test.folder, table, result, volumes_of_scans, pictures, of_patients)
-    if results.scores_slices(result):
-      logging.info('test fold %s, step %d: %s', config.data.fold, step, results.one_line(task.type, result))
-    logging.info('test fold %s, step %d, patients: %s', config.data.fold, step, results.patient_line(result))
+    result_files.write_test(test.folder, result, _with_pictures(test, points, parts))
+    for what, line in results.lines(task.type, result):
+      logging.info('test fold %s, step %d%s: %s', config.data.fold, step, f', {what}' if what else '', line)
   return result
 
 
@@ -123,7 +122,7 @@ def is_finished(
     config, workdir, data_dir, scans: as in `evaluate`.
     platform: the devices that would compute it; None: those of this process.
   """
-  made_of = hosts.on_main(lambda: results.made_of(workdir / split.TEST))
+  made_of = hosts.on_main(lambda: result_files.made_of(workdir / split.TEST))
   if made_of is None:
     return False
   dataset = datasets.load_dataset_for(config, data_dir)
@@ -137,23 +136,28 @@ def is_finished(
     weights = {'step': step, 'sha256': checkpoints.digest(step)}
   expected = _made_of(config, dataset, weights, platform=platform)
   wants_volumes = tasks.type_of(config.task).has_masks and not set(dataset.test.patients).isdisjoint(scans or ())
+  classes = tasks.classes_of(config).names
   return hosts.on_main(
     lambda: (
       made_of == expected
-      and _is_at_point_of_run(workdir)
-      and (not wants_volumes or bool(results.read_volumes(workdir)))
+      and _is_at_points_of_run(workdir, classes)
+      and (not wants_volumes or all(part.volumes for part in result_files.read_parts(workdir, classes).values()))
     )
   )
 
 
-def _is_at_point_of_run(workdir):
-  """Whether test/ has the operating point that the run has: a killed evaluation leaves a new point and the old test."""
-  tested = results.read_numbers(workdir)['operating_point']
+def _is_at_points_of_run(workdir, classes):
+  """Whether test/ has the operating points of the run: a killed evaluation leaves new points and the old test."""
+  tested = results.by_class(result_files.read_numbers(workdir), classes)
   try:
-    point = operating_point.load_point(workdir)
+    points = operating_point.load_points(workdir, classes)
   except UserError:  # damaged: the next evaluation chooses it again
     return False
-  return all(tested.get(name) == value for name, value in point.about().items())
+  return all(
+    tested[class_name]['operating_point'].get(name) == value
+    for class_name, point in points.items()
+    for name, value in point.about().items()
+  )
 
 
 def _made_of(config, dataset, weights, is_own=True, platform=None):
@@ -192,7 +196,7 @@ def _say_what_differs(workdir, name, made_of):
   """Logs if a test is on other data, replaces a test with another `made_of`, or has another dtype than the training."""
   if name != split.TEST:
     logging.info('%s: the run was trained for other data, so this test is in %s', workdir, workdir / name)
-  earlier = results.made_of(workdir / name) if hosts.is_main() else None
+  earlier = result_files.made_of(workdir / name) if hosts.is_main() else None
   changed = [key for key in made_of if earlier and earlier.get(key) != made_of[key]]
   if changed:
     options = [key for key, value in made_of['options'].items() if earlier['options'].get(key) != value]
@@ -224,14 +228,15 @@ class _Test(NamedTuple):
     """Whether the data are those that the run was trained for."""
     return self.folder.name == split.TEST
 
-  def predictor(self, point: operating_point.OperatingPoint) -> predictor.Predictor:
-    """Returns a predictor at an operating point. Those of the same temperature and flips share a compiled program."""
-    program = point.temperature, point.flips
+  def predictor(self, points: operating_point.Points) -> predictor.Predictor:
+    """Returns a predictor at operating points. Those of the same temperatures and flips share a compiled program."""
+    temperatures = tuple(point.temperature for point in points.values())
+    program = temperatures, _flips(points)
     if program not in self.predictors:
-      network = trained.Network(self.config, self.step, self.variables, point.temperature)
-      self.predictors[program] = predictor.Predictor(trained.create([network], point.flips), point, self.mesh)
+      network = trained.Network(self.config, self.step, self.variables, temperatures)
+      self.predictors[program] = predictor.Predictor(trained.create([network], _flips(points)), points, self.mesh)
     one = copy.copy(self.predictors[program])
-    one.point = point
+    one.points = points
     return one
 
   def scanned(self, part: datasets.Split) -> list[str]:
@@ -239,122 +244,144 @@ class _Test(NamedTuple):
     return [patient for patient in dict.fromkeys(part.patient.tolist()) if patient in self.scans]
 
 
-def _choose_point(test):
-  """Chooses the operating point on the validation fold and saves it; returns it with the scorer of slices.
+def _flips(points):
+  return next(iter(points.values())).flips  # the same for all classes
 
-  On other data than the run's own, it returns the run's operating point.
+
+def _choose_points(test):
+  """Chooses the operating points on the validation fold and saves them; returns them with the scorer of slices.
+
+  On other data than the run's own, it returns the run's operating points.
   """
-  config, workdir, dataset = test.config, test.workdir, test.dataset
-  # On the run's own data it is chosen again, so that a damaged file does not matter.
-  point = operating_point.OperatingPoint() if test.is_own else operating_point.load_point(workdir)
-  if point.step != test.step:
-    point = operating_point.OperatingPoint(step=test.step)
-  flips, lungs = (config.evaluate[key] if test.is_own else getattr(point, key) for key in ('flips', 'lungs'))
+  config, workdir, dataset, classes = test.config, test.workdir, test.dataset, test.task.classes
+  # On the run's own data they are chosen again, so that a damaged file does not matter.
+  points = {} if test.is_own else operating_point.load_points(workdir, classes)
+  if any(point.step != test.step for point in points.values()) or not points:
+    points = {name: operating_point.OperatingPoint(step=test.step) for name in classes}
+  one = points[classes[0]]
+  flips, lungs = (config.evaluate[key] if test.is_own else getattr(one, key) for key in ('flips', 'lungs'))
   scorer = Scorer(test.task, test.mesh, config.train.batch_size, flips, config.train.deterministic)
   if not test.is_own:
-    return point, scorer
+    return points, scorer
   validation = None
   if dataset.validation is not None:
-    validation = scorer.table(test.variables, dataset.validation, stage='Validating')
-  if dataset.patient_labels:
-    point = dataclasses.replace(point, chosen_by=operating_point.NO_SLICE_LABELS)
-  elif validation is not None:
-    point = operating_point.choose(
-      validation,
-      step=test.step,
-      score=test.task.type.overlap,
-      target_sensitivity=config.evaluate.target_sensitivity,
-      fit_temperature=config.evaluate.fit_temperature,
-    )
-  point = point.with_options(flips=flips, lungs=lungs)
+    validation = scorer.tables(test.variables, dataset.validation, stage='Validating')
+  for name in classes:
+    if dataset.patient_labels:
+      points[name] = dataclasses.replace(points[name], chosen_by=operating_point.NO_SLICE_LABELS)
+    elif validation is not None:
+      points[name] = operating_point.choose(
+        validation[name],
+        step=test.step,
+        score=test.task.type.overlap,
+        target_sensitivity=config.evaluate.target_sensitivity,
+        fit_temperature=config.evaluate.fit_temperature,
+      )
+  points = operating_point.with_options(points, flips=flips, lungs=lungs)
   if config.evaluate.fit_smallest and dataset.validation is not None:
-    validated = test.scanned(dataset.validation)
-    check_scans(config, validated)
-    run = test.predictor(point)
-    point = operating_point.choose_smallest(point, [_true_volumes(run, test.scans[name]) for name in validated])
-  point = dataclasses.replace(point, patient=_choose_rule(test, point, validation))
+    points = _choose_smallest(test, points)
+  rules = _choose_rules(test, points, validation)
+  points = {name: dataclasses.replace(point, patient=rules[name]) for name, point in points.items()}
   if hosts.is_main():
-    point.save(workdir)
-  return point, scorer
+    operating_point.save_points(workdir, points)
+  return points, scorer
 
 
-def _choose_rule(test, point, validation):
-  """Chooses the rule for patients on the validation fold; without a call if the patients of the slices are unknown.
+def _choose_smallest(test, points):
+  """Returns the points with the smallest lesion of each class, chosen on the scans of the validation fold."""
+  validated = test.scanned(test.dataset.validation)
+  check_scans(test.config, validated)
+  run, of_scans = test.predictor(points), {name: [] for name in points}
+  for scan_name in validated:
+    scan, truth = test.scans[scan_name]()
+    for name, (mask, true_mask) in _masks(run(scan), truth).items():
+      of_scans[name].append(postprocessing.true_volumes(mask, true_mask, scan.voxel_ml))
+  return {name: operating_point.choose_smallest(point, of_scans[name]) for name, point in points.items()}
+
+
+def _choose_rules(test, points, validation):
+  """Chooses the rule for patients of each class on the validation fold; no call if the slices' patients are unknown.
 
   Args:
     test: the test.
-    point: the operating point, which makes the masks.
-    validation: the table of slices of the validation fold, or None.
+    points: the operating points, which make the masks.
+    validation: the tables of slices of the validation fold, or None.
   """
   dataset, has_masks = test.dataset, test.task.type.has_masks
   if not dataset.by_patient:
-    return patient_rule.PatientRule('mean_of_highest').without_call(operating_point.UNKNOWN_PATIENTS)
+    rule = patient_rule.PatientRule('mean_of_highest').without_call(operating_point.UNKNOWN_PATIENTS)
+    return dict.fromkeys(points, rule)
   validated = dataset.test if dataset.validation is None else dataset.validation
   has_scans = has_masks and len(test.scanned(validated)) == len(validated.patients)
   score_name = test.config.evaluate.patient_score or ('lesion_ml' if has_scans else 'mean_of_highest')
   if score_name in patients.OF_MASKS and not has_scans:
     raise UserError(_needs_scans(score_name))
   if validation is None:
-    return patient_rule.PatientRule(score_name)
-  of_masks = {}
+    return dict.fromkeys(points, patient_rule.PatientRule(score_name))
+  scores = {}
   if score_name in patients.OF_MASKS:
-    of_masks[score_name] = _mask_scores(test, point, score_name, test.scanned(validated), 'Validating volumes')
-  columns = validation | {'logit': validation['logit'] / point.temperature}
-  return patient_rule.choose(columns, score_name, test.config.evaluate.target_sensitivity, of_masks)
+    scores = _mask_scores(test, points, score_name, test.scanned(validated), 'Validating volumes')
+  rules = {}
+  for name, point in points.items():
+    columns = validation[name] | {'logit': validation[name]['logit'] / point.temperature}
+    of_masks = {score_name: scores[name]} if scores else {}
+    rules[name] = patient_rule.choose(columns, score_name, test.config.evaluate.target_sensitivity, of_masks)
+  return rules
 
 
-def _mask_scores(test, point, score_name, scanned, stage):
-  """Returns the score of the mask of each of these scans."""
-  run, scores = test.predictor(point), {}
-  for name in progress.bar(scanned, desc=stage, unit='scans'):
-    scan, _ = test.scans[name]()
-    scores[name] = postprocessing.score_of_mask(run(scan).mask, scan, score_name)
+def _mask_scores(test, points, score_name, scanned, stage):
+  """Returns the score of the mask of each of these scans, by class."""
+  run, scores = test.predictor(points), {name: {} for name in points}
+  for scan_name in progress.bar(scanned, desc=stage, unit='scans'):
+    scan, _ = test.scans[scan_name]()
+    for name, mask in run(scan).masks.items():
+      scores[name][scan_name] = postprocessing.score_of_mask(mask, scan, score_name)
   return scores
 
 
-def _patients(test, point, table, volumes_of_scans):
-  """Returns the table of test patients; None if the operating point has no rule for patients.
+def _score(test, points, scorer):
+  """Returns, for each class, the tables of slices and patients of the test fold, and the rows of its scans."""
+  temperatures, bins = ({name: getattr(p, key) for name, p in points.items()} for key in ('temperature', 'bin'))
+  tables = scorer.tables(test.variables, test.dataset.test, temperatures, stage='Testing', bins=bins)
+  scanned, volumes_of = test.scanned(test.dataset.test), {}
+  if scanned and test.task.type.has_masks:
+    volumes_of = score_volumes(test.predictor(points), test.scans, scanned)
+  lung_shares = {}
+  if any(point.patient is not None and point.patient.score_name == 'lung_share' for point in points.values()):
+    lung_shares = _mask_scores(test, points, 'lung_share', scanned, 'Testing volumes')
+  return {
+    name: results.Part(table, rows, _patients(test, points[name], table, rows, lung_shares.get(name)))
+    for name, table, rows in ((name, table, volumes_of.get(name)) for name, table in tables.items())
+  }
+
+
+def _patients(test, point, table, rows, lung_shares):
+  """Returns the table of test patients of a class; None if the operating point has no rule for patients.
 
   Args:
     test: the test.
     point: the operating point.
     table: the table of slices of the test fold.
-    volumes_of_scans: the rows of volumes.csv, or None.
+    rows: the rows of volumes.csv, or None.
+    lung_shares: the share of the lungs by scan, or None.
   """
   rule, of_masks = point.patient, {}
   if rule is None or not test.dataset.by_patient:
     return None
-  if volumes_of_scans:
-    of_masks['lesion_ml'] = {row['case']: row['predicted_ml'] for row in volumes_of_scans}
-  if rule.score_name == 'lung_share':
-    of_masks['lung_share'] = _mask_scores(test, point, 'lung_share', test.scanned(test.dataset.test), 'Testing volumes')
+  if rows:
+    of_masks['lesion_ml'] = {row['case']: row['predicted_ml'] for row in rows}
+  if lung_shares is not None and rule.score_name == 'lung_share':
+    of_masks['lung_share'] = lung_shares
   columns = patients.table_of(table, rule.highest, of_masks)
   positive = rule.positive(columns[rule.score_name]) if rule.score_name in columns else None
   return patients.with_call(columns, rule.score_name, positive)
 
 
-def _score(test, point, scorer):
-  """Returns two tables of the test fold: one of its slices, and one of its scans, or None if no scan is available."""
-  table = scorer.table(test.variables, test.dataset.test, point.temperature, stage='Testing', bin=point.bin)
-  scanned = test.scanned(test.dataset.test)
-  if not scanned or not test.task.type.has_masks:
-    return table, None
-  return table, score_volumes(test.predictor(point), test.scans, scanned)
-
-
-def _numbers(test, point, table, volumes_of_scans, of_patients):
+def _numbers(test, points, parts):
   """Returns the contents of metrics.json."""
-  prevalences = test.config.evaluate.prevalences
-  result = results.numbers(test.task.type, table, prevalences)
-  if test.dataset.patient_labels:
-    result = results.without_slices(result)
-  if of_patients is not None:
-    result['patient'] = results.patient_numbers(of_patients, point.patient.about(), prevalences)
-  else:
-    result['patient'] = results.no_patient_numbers(
-      operating_point.NO_RULE_FOR_OTHER_DATA if test.dataset.by_patient else operating_point.UNKNOWN_PATIENTS
-    )
-  result['operating_point'] = point.about() | result['operating_point']
+  of_classes = {name: _numbers_of_class(test, points[name], part) for name, part in parts.items()}
+  tables = {name: part.table for name, part in parts.items()}
+  result = results.with_classes(test.task.type, of_classes, tables, test.task.exclusive)
   result |= {
     'step': test.step,
     'parameters': sum(x.size for x in jax.tree.leaves(test.variables['params'])),
@@ -364,9 +391,21 @@ def _numbers(test, point, table, volumes_of_scans, of_patients):
     'commit': provenance.commit(),
     'made_of': test.made_of,
   }
-  if volumes_of_scans:
-    owners = results.owners_of(table, [row['case'] for row in volumes_of_scans])
-    result['volumes'] = masks.summary(volumes_of_scans, owners)
+  return results.with_volumes(result, parts)
+
+
+def _numbers_of_class(test, point, part):
+  prevalences = test.config.evaluate.prevalences
+  result = results.numbers(test.task.type, part.table, prevalences)
+  if test.dataset.patient_labels:
+    result = results.without_slices(result)
+  if part.patients is not None:
+    result['patient'] = results.patient_numbers(part.patients, point.patient.about(), prevalences)
+  else:
+    result['patient'] = results.no_patient_numbers(
+      operating_point.NO_RULE_FOR_OTHER_DATA if test.dataset.by_patient else operating_point.UNKNOWN_PATIENTS
+    )
+  result['operating_point'] = point.about() | result['operating_point']
   return result
 
 
@@ -388,42 +427,68 @@ def _needs_scans(score_name):
   )
 
 
-def score_volumes(run: predictor.Predictor, scans, patients: list[str]) -> list[dict]:
-  """Compares the run's mask with the reference mask: a row of `masks.volume` per patient."""
-  rows = []
+def score_volumes(run: predictor.Predictor, scans, patients: list[str]) -> dict[str, list[dict]]:
+  """Compares the run's masks with the reference masks: for each class, a row of `masks.volume` per patient."""
+  rows = {name: [] for name in run.points}
   for patient in progress.bar(patients, desc='Testing volumes', unit='scans'):
     scan, truth = scans[patient]()
-    rows.append({'case': patient, **masks.volume(run(scan).mask, truth, scan)})
+    for name, (mask, true_mask) in _masks(run(scan), truth).items():
+      rows[name].append({'case': patient, **masks.volume(mask, true_mask, scan)})
   return rows
 
 
-def _true_volumes(run, read):
-  scan, truth = read()
-  return postprocessing.true_volumes(run(scan).mask, truth, scan.voxel_ml)
+def _masks(prediction, truth):
+  """Returns the predicted and the true mask {0, 1} of each class, without the pixels whose truth is unknown.
+
+  Args:
+    prediction: of a scan.
+    truth: the reference mask of the scan, as bits (`scans.classes`).
+  """
+  known = ~is_ignored(truth)
+  return {name: (mask * known, of_class(truth, number)) for number, (name, mask) in enumerate(prediction.masks.items())}
 
 
-def _pictures(test, table, point, volumes_of_scans):
-  """Returns functions that draw some slices to a path, by the names of the files.
+def _with_pictures(test, points, parts):
+  """Returns the parts with functions that draw some slices to a path, by the names of the files.
 
   They compute on one device of this process alone: the other processes do not read them. Where labels are of patients,
   it is not known what a slice should show, and none is drawn.
   """
   if test.dataset.patient_labels:
-    return {}
-  config, task, dataset = test.config, test.task, test.dataset
+    return parts
   variables = jax.tree.map(lambda x: x.addressable_data(0), test.variables)
-  options = point.temperature, point.flips
-  probabilities = jax.jit(lambda variables, slices: task.probabilities(variables, slices, *options))
-  shown = window.black_and_white(config.data.intensity, config.data.window)
-  volumes = {row['case']: row for row in volumes_of_scans or []}
+  temperatures = np.array([point.temperature for point in points.values()], np.float32)
+  compute = jax.jit(lambda variables, slices: test.task.probabilities(variables, slices, temperatures, _flips(points)))
 
   @functools.cache
+  def slice_and_probabilities(row):
+    example = test.dataset.test.source[row]
+    probability = np.asarray(compute(variables, example['image'][None])[0]) if test.task.type.has_masks else None
+    return middle(example['image']), example['mask'] if test.dataset.masks else None, probability
+
+  return {
+    name: part._replace(pictures=_pictures(test, points[name], part, number, slice_and_probabilities))
+    for number, (name, part) in enumerate(parts.items())
+  }
+
+
+def _pictures(test, point, part, number, slice_and_probabilities):
+  """Returns functions that draw slices with the mask of class `number`.
+
+  Args:
+    test: the test.
+    point, part: the operating point of the class, and what was found for it.
+    number: the number of the class.
+    slice_and_probabilities: returns a row's slice, its reference mask and its probabilities, or None for each of these.
+  """
+  config, task, table = test.config, test.task, part.table
+  shown = window.black_and_white(config.data.intensity, config.data.window)
+  volumes = {row['case']: row for row in part.volumes or []}
+
   def slice_and_predictions(row):
-    example = dataset.test.source[row]
-    predictions = {}
-    if task.type.has_masks:
-      predictions['run'] = np.asarray(probabilities(variables, example['image'][None])[0] >= point.threshold)
-    return middle(example['image']), example['mask'] if dataset.masks else None, predictions
+    values, mask, probability = slice_and_probabilities(row)
+    predictions = {} if probability is None else {'run': probability[..., number] >= point.threshold}
+    return values, None if mask is None else of_class(mask, number), predictions
 
   def overlay(row, path):
     values, mask, predictions = slice_and_predictions(row)

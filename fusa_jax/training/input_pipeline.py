@@ -5,7 +5,7 @@ Grain computes each entry directly. So a run needs no saved iterator state, and 
 hosts. Each host reads only its own rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import grain
 import jax
@@ -19,19 +19,24 @@ from fusa_jax.training.datasets import Split
 _READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=32)
 
 
-def sampled_indices(label: np.ndarray, seed: int, balanced: bool) -> grain.MapDataset:
+def sampled_indices(groups: Mapping[str, np.ndarray], seed: int, balanced: bool) -> grain.MapDataset:
   """Returns the endless training order of the slices: indices into a split, with random access.
 
-  If balanced, slices with and without lesion alternate (paper, section III-B: up-sampling). Otherwise all slices are
-  one group. Each group is shuffled in a new order in each of its epochs.
+  If balanced, slices of the groups alternate, for example those with and without lesion (paper, section III-B:
+  up-sampling). Otherwise all slices are one group. Each group is shuffled in a new order in each of its epochs.
+
+  Args:
+    groups: bool [N] by name, as `Split.groups`.
+    seed: the seed of the order.
+    balanced: whether to draw from each group equally often.
 
   Raises:
     UserError: `balanced` is set, but one of the groups is empty.
   """
-  pools = [np.flatnonzero(label), np.flatnonzero(~label)] if balanced else [np.arange(len(label))]
-  for group, pool in zip(('with', 'without'), pools, strict=False):
+  pools = [*map(np.flatnonzero, groups.values())] if balanced else [np.arange(len(next(iter(groups.values()))))]
+  for group, pool in zip(groups, pools, strict=False):
     if balanced and not len(pool):
-      raise UserError(f'data.balanced: the training slices include none {group} lesion; set data.balanced=False')
+      raise UserError(f'data.balanced: the training slices include none {group}; set data.balanced=False')
   # Grain shuffles epoch e with seed + e. These seeds are far apart, so runs with seeds 0 and 1 share no order.
   seeds = np.random.SeedSequence(seed).generate_state(len(pools))
   streams = [grain.MapDataset.source(pool).shuffle(seed=int(s)).repeat() for pool, s in zip(pools, seeds, strict=True)]
@@ -43,10 +48,11 @@ def train_batches(
 ) -> Iterator[dict[str, jax.Array]]:
   """Yields the batches of steps first_step .. last_step - 1: image int16 [B, H, W], mask uint8 [B, H, W], label [B].
 
-  If the split's source gives slices with their neighbours (`stacks.Stacks`), image is [B, H, W, C].
+  Mask and label are bits of classes (`scans.classes`). If the split's source gives slices with their neighbours
+  (`stacks.Stacks`), image is [B, H, W, C].
   """
   rows = meshes.local_rows(mesh, batch_size)
-  order = sampled_indices(split.label, seed, balanced)
+  order = sampled_indices(split.groups, seed, balanced)
 
   def indices(number):
     step, row = divmod(number, len(rows))
@@ -77,7 +83,7 @@ def _batches(indices, split, mesh, batch_size, rows):
     return {
       'image': example['image'],
       'mask': example['mask'],
-      'label': np.int32(example['label']),
+      'label': split.bits[index % len(split)],
       'index': np.int32(index if index < len(split) else -1),
     }
 

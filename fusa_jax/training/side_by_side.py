@@ -9,7 +9,8 @@ import numpy as np
 from fusa_jax import tasks
 from fusa_jax.inference import trained
 from fusa_jax.inference.predictor import Predictor
-from fusa_jax.runs import figures, results, run_config
+from fusa_jax.runs import figures, result_files, run_config
+from fusa_jax.scans.classes import of_class
 from fusa_jax.scans.neighbours import middle
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
@@ -29,7 +30,7 @@ def pictures(
     most: the largest number of slices.
 
   Raises:
-    UserError: the runs have no masks, or differ in image size, intensity, fold or neighbours (data.context).
+    UserError: the runs have no masks, or differ in image size, intensity, fold, classes or neighbours (data.context).
   """
   config, other = (run_config.load_config(one) for one in (workdir, against))
   if not tasks.type_of(config.task).has_masks:
@@ -37,7 +38,11 @@ def pictures(
   for key in ('image_size', 'intensity', 'fold', 'context', *(['context_mm'] if config.data.context else [])):
     if config.data[key] != other.data[key]:
       raise UserError(f'overlays: the runs differ in data.{key} ({config.data[key]}, {other.data[key]}); leave it out')
-  chosen = slices_that_differ(*(results.read_table(one) for one in (workdir, against)), most)
+  classes = [tasks.classes_of(one).names for one in (config, other)]
+  if classes[0] != classes[1]:
+    raise UserError('overlays: the runs differ in data.classes; leave it out')
+  parts = [result_files.read_parts(one, classes[0]) for one in (workdir, against)]
+  chosen = {name: slices_that_differ(*(of_run[name].table for of_run in parts), most) for name in classes[0]}
   names = [f'{number} {one.resolve().name}' for number, one in enumerate((workdir, against), 1)]
   shown = window.black_and_white(config.data.intensity, config.data.window)
   writers = {}
@@ -45,24 +50,28 @@ def pictures(
   for runs in folds:
     fold = run_config.load_config(runs[0]).data.fold
     split = datasets.load_dataset(data_dir, fold, config.data.image_size, tasks.context_of(config)).test
-    rows = [row for row, key in enumerate(_keys({'patient': split.patient, 'slice': split.slice})) if key in chosen]
+    keys, wanted = _keys({'patient': split.patient, 'slice': split.slice}), set().union(*chosen.values())
+    rows = [row for row, key in enumerate(keys) if key in wanted]
     if not rows:
       continue
     examples = [split.source[row] for row in rows]
     images = np.stack([example['image'] for example in examples])
     masks = [_masks(run, images) for run in runs]
     for k, (row, example) in enumerate(zip(rows, examples, strict=True)):
-      patient, number = split.patient[row], split.slice[row]
-      predictions = {name: mask[k] for name, mask in zip(names, masks, strict=True)}
-      writers[f'{patient}_{number:03d}.png'] = functools.partial(
-        figures.write_overlay,
-        values=middle(example['image']),
-        mask=example['mask'],
-        predictions=predictions,
-        black_and_white=shown,
-        intensity=config.data.intensity,
-        title=f'patient {patient}, slice {number}',
-      )
+      patient, number = keys[row]
+      for which, name in enumerate(classes[0]):
+        if keys[row] not in chosen[name]:
+          continue
+        folder = result_files.folder_of(pathlib.PurePosixPath(), name, classes[0])
+        writers[str(folder / f'{patient}_{number:03d}.png')] = functools.partial(
+          figures.write_overlay,
+          values=middle(example['image']),
+          mask=of_class(example['mask'], which),
+          predictions={run: mask[k, ..., which] for run, mask in zip(names, masks, strict=True)},
+          black_and_white=shown,
+          intensity=config.data.intensity,
+          title=f'patient {patient}, slice {number}{f", {name}" if len(classes[0]) > 1 else ""}',
+        )
   return writers
 
 
@@ -85,7 +94,9 @@ def _keys(table):
 
 
 def _masks(run, images):
-  """Returns the masks of a run for slices of a prepared dataset, at the run's operating point."""
+  """Returns the masks of a run for slices of a prepared dataset, at the run's operating points: bool [B, H, W, C]."""
   mesh = meshes.create_mesh()
-  model, point = trained.load_model([run], mesh)
-  return Predictor(model, point, mesh).probabilities(images) >= point.threshold
+  model, points = trained.load_model([run], mesh)
+  thresholds = np.array([point.threshold for point in points.values()])
+  probability = Predictor(model, points, mesh).probabilities(images)
+  return probability.reshape(*images.shape[:3], len(points)) >= thresholds

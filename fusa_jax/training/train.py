@@ -91,6 +91,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
   meshes.check_divides(mesh, config.train.batch_size, config.data.image_size)
   dataset = datasets.load_dataset_for(config, data_dir)
   datasets.check_labels(config, dataset)
+  datasets.check_trainable(config, dataset)
   planned = config
   config = length.with_steps(config, dataset)
   task = tasks.create(config, jax.default_backend())
@@ -185,12 +186,12 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, data_dir: pa
       if evaluating:
         score = None
         if dataset.validation is not None:
-          table = validation.table(state.tested, dataset.validation)
+          tables = validation.tables(state.tested, dataset.validation)
           if dataset.patient_labels:
-            summary, selection = results.patient_summary(table), results.PATIENT_SELECTION
+            summary, selection = results.patient_summary(tables), results.PATIENT_SELECTION
             shown = f'{selection} {statistics.shown(summary[selection])}'
           else:
-            summary, selection = results.summary(task.type, table), task.type.selection
+            summary, selection = results.summary(task.type, tables, task.exclusive), task.type.selection
             shown = results.one_line(task.type, summary)
           score = summary[selection]
           log.write(step, {f'validation/{name}': value for name, value in summary.items()})

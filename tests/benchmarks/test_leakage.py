@@ -12,7 +12,7 @@ from benchmarks import leakage
 from configs import cls
 from data import prepare, survey
 from data.cohorts import covid19_20
-from fusa_jax.runs import results
+from fusa_jax.runs import result_files
 from fusa_jax.scans import volume_files
 from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
@@ -112,8 +112,8 @@ def test_shuffled_labels_must_have_0_5_in_their_interval(interval, control, no_l
 def test_finished_runs_make_the_table(config, tmp_path, monkeypatch):
 
   def finished(config, run, data_dir):
-    table = {run / 'test' / results.TABLE: lambda path: path.touch()}
-    own_files.write_together(run / 'test' / results.NUMBERS, result(0.5, [0.4, 0.6]), table, ())
+    table = {run / 'test' / result_files.TABLE: lambda path: path.touch()}
+    own_files.write_together(run / 'test' / result_files.NUMBERS, result(0.5, [0.4, 0.6]), table, ())
 
   monkeypatch.setattr(prepare, 'prepare', lambda raw_dir, *_: raw_dir)
   monkeypatch.setattr(cross_validation, 'train_and_test', finished)

@@ -9,13 +9,14 @@ import subprocess
 import sys
 
 import numpy as np
+import one_class
 import pytest
 from conftest import PATIENTS, SIZE, SLICES, tiny
 
 from benchmarks import ablation, jobs, power, study, study_table
 from configs import seg
 from fusa_jax.measures import crossed, metrics
-from fusa_jax.runs import compare, results
+from fusa_jax.runs import compare, result_files, results
 from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import SEGMENTATION
@@ -222,7 +223,7 @@ def test_unfinished_folds_are_resumed(all_folds, data_dir, tmp_path, monkeypatch
   (run / 'fold2' / 'test' / 'metrics.json').unlink()
 
   def note(config, *rest):
-    done.append((config.data.fold, results.is_complete(run / 'test')))
+    done.append((config.data.fold, result_files.is_complete(run / 'test')))
     original(config, *rest)
 
   monkeypatch.setattr(train, 'train', note)
@@ -309,9 +310,9 @@ def test_two_jobs_at_a_time_from_the_command_line(data_dir, tmp_path):
   tables = []
   for name in ('fusa_resunet', 'resunet'):
     run = tmp_path / f'{name}-seed0'
-    tables.append(results.read_table(run))
+    tables.append(one_class.part(run).table)
     assert len(metrics.by_patient(tables[-1])) == PATIENTS
-    assert all(results.is_complete(run / f'fold{k}' / 'test') for k in range(5))
+    assert all(result_files.is_complete(run / f'fold{k}' / 'test') for k in range(5))
   (found,) = json.loads((tmp_path / 'differences.json').read_text())
   expected = compare.paired(SEGMENTATION, *([table] for table in tables))
   assert found == {'run': 'fusa_resunet', 'against': 'resunet', 'fold': 'all', 'seeds': [0], **expected}

@@ -282,7 +282,7 @@ def test_folders_that_cannot_be_written(raw_dir, tmp_path, monkeypatch):
   advice = 'set XDG_CACHE_HOME to a folder that you may write to'
   for start in (
     lambda: prepare.prepare(str(raw_dir), '', SIZE),
-    lambda: prepare.prepare_phantom(str(tmp_path / 'data'), 32, 2, 16, 0),
+    lambda: prepare.prepare_phantom(str(tmp_path / 'data'), 32, patients=2, slices=16, seed=0),
   ):
     with pytest.raises(UserError, match=rf'^{out}.*: cannot be written \(Not a directory\); {advice}$'):
       start()

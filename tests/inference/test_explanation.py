@@ -1,5 +1,6 @@
 """Class-activation maps equal those of PyTorch by hooks, and predict writes them as explanations, not as masks."""
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -102,23 +103,30 @@ def test_maps_equal_pytorchs(name):
 
 
 def test_the_cells_add_up_to_the_logit():
-  """For a head of mean and dense layer: map = relu(F w) / cells, and without relu its sum is logit - bias (float64)."""
+  """For a head of mean and dense layer: map = relu(F w) / cells, and without relu its sum is logit - bias (float64).
+
+  So is the map of each of several logits.
+  """
   slices = slices_of((3, SIZE, SIZE))
   with jax.enable_x64(True):
     task = tasks.create(tiny(cls, **{'model.dtype': 'float64'}))
+    task = dataclasses.replace(task, model=task.model.clone(num_classes=2))
     variables = with_weights(task, 0)
-    variables['params']['head']['kernel'] = np.random.default_rng(1).normal(size=(4, 1))
-    got = np.asarray(explanation.activation_maps(task, variables, slices)['gradcam'])
+    variables['params']['head']['kernel'] = np.random.default_rng(1).normal(size=(4, 1)) * (1, -2)
+    got = [
+      np.asarray(explanation.activation_maps(task, variables, slices, number=number)['gradcam']) for number in (0, 1)
+    ]
     encoder = Encoder((1,), BasicBlock, 4, task.model.attention, dtype=np.float64)
     of_encoder = {name: tree['encoder'] for name, tree in variables.items()}
     features = np.asarray(encoder.apply(of_encoder, task.inputs(slices), False)[-1])
     logits = np.asarray(task.logits(variables, slices))
   head = {name: np.asarray(value, np.float64) for name, value in variables['params']['head'].items()}
   cells = features.shape[1] * features.shape[2]
-  signed = features @ head['kernel'][:, 0] / cells
-  assert signed.min() < 0 < signed.max()
-  np.testing.assert_allclose(got, np.maximum(signed, 0), rtol=1e-9, atol=1e-12)
-  np.testing.assert_allclose(signed.sum((1, 2)) + head['bias'], logits, rtol=1e-6)
+  for number in (0, 1):
+    signed = features @ head['kernel'][:, number] / cells
+    assert signed.min() < 0 < signed.max()
+    np.testing.assert_allclose(got[number], np.maximum(signed, 0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(signed.sum((1, 2)) + head['bias'][number], logits[:, number], rtol=1e-6)
 
 
 def test_the_mean_of_networks_and_flips():
@@ -129,7 +137,7 @@ def test_the_mean_of_networks_and_flips():
     config.model.stage_sizes = (1, 1) if name == 'resnet18' else (1,)
     task = tasks.create(config)
     variables = with_weights(task, number)
-    networks.append(trained.Network(config, number, variables, temperature))
+    networks.append(trained.Network(config, number, variables, (temperature,)))
     maps = jax.jit(lambda variables, slices, task=task: explanation.activation_maps(task, variables, slices))
     plain, mirrored = (
       {key: np.asarray(value, np.float64) for key, value in maps(variables, x).items()}
@@ -155,7 +163,7 @@ def test_a_slice_with_its_neighbours_is_mirrored_along_its_columns():
   """With flips, a stack and its mirror image have mirrored maps; a mirrored order of the neighbours would not."""
   config = tiny(cls, **{'model.name': QUICK, 'data.context': 1, 'data.context_mm': 30.0})
   task = tasks.create(config)
-  model = trained.create([trained.Network(config, 0, with_weights(task, 0), 1.0)], flips=True)
+  model = trained.create([trained.Network(config, 0, with_weights(task, 0), (1.0,))], flips=True)
   maps, slices = jax.jit(model.explainer.function), slices_of((2, SIZE, SIZE, 3))
   one, other = maps(model.variables, slices), maps(model.variables, slices[:, :, ::-1])
   for name, values in one.items():
@@ -262,9 +270,9 @@ def test_pictures_have_overlays_but_no_volumes(tmp_path, rows):
   """Two pictures of different sizes and scores, predicted together: each has its own maps."""
   config = tiny(cls, **{'data.intensity': 'grey'})
   task = tasks.create(config)
-  networks = [trained.Network(config, 3, with_weights(task, 0), 1.0)]
+  networks = [trained.Network(config, 3, with_weights(task, 0), (1.0,))]
   point = operating_point.OperatingPoint(threshold=0.0)
-  run = predictor.Predictor(trained.create(networks, False, 'digest'), point, meshes.create_mesh())
+  run = predictor.Predictor(trained.create(networks, False, 'digest'), {'lesion': point}, meshes.create_mesh())
   for name, shape in (('a', (40, 50)), ('b', (SIZE, SIZE))):
     values = np.random.default_rng(len(rows)).integers(0, 256, shape).astype(np.uint8)
     Image.fromarray(values).save(tmp_path / f'{name}.png')

@@ -89,7 +89,7 @@ def test_the_mean_of_networks_and_flips(bundles, runs, raw_dir):
   assert np.ptp(prediction.probability) > 0.01
   for key in ('threshold', 'flips', 'smallest_ml', 'chosen_by', 'model', 'step'):
     assert prediction.numbers[key] == expected.numbers[key]
-  assert bundle.point.flips and bundle.point.threshold == 0.25
+  assert bundle.points['lesion'].flips and bundle.points['lesion'].threshold == 0.25
 
 
 @pytest.mark.parametrize(('count', 'height', 'width'), [(1, 70, 90), (3, 40, 53)])
@@ -128,7 +128,7 @@ def test_every_model_can_be_exported(name):
   config.data.intensity = 'grey'
   shapes = jax.eval_shape(lambda: tasks.create(config).init(jax.random.key(0), SIZE))
   variables = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
-  exported = export.program([trained.Network(config, 0, variables, 1.0)], flips=False)
+  exported = export.program([trained.Network(config, 0, variables, (1.0,))], flips=False)
   assert exported.platforms == ('cpu', 'cuda', 'tpu')
   text = exported.mlir_module()
   assert 'HIGHEST' in text and 'DEFAULT' not in text
@@ -209,11 +209,12 @@ def change(path, **values):
     (lambda b: (b / 'bundle.json').write_text('{'), r'b/bundle.json: not from a bundle of fusa_jax; give a folder'),
     (lambda b: (b / 'bundle.json').write_text('[1]'), r'b/bundle.json: not from a bundle of fusa_jax'),
     (lambda b: change(b / 'bundle.json', format='other'), r'b/bundle.json: not from a bundle of fusa_jax'),
-    (lambda b: change(b / 'bundle.json', version=3), r'b/bundle.json: has format 3, but this fusa_jax reads 2'),
+    (lambda b: change(b / 'bundle.json', version=4), r'b/bundle.json: has format 4, but this fusa_jax reads 3'),
     (lambda b: change(b / 'bundle.json', operating_point={'curve': 1, 'new': 2}), r'b/bundle.json: damaged \(.*new'),
     (lambda b: change(b / 'bundle.json', sha256=['a']), r'b/bundle.json: damaged \('),
     (lambda b: change(b / 'bundle.json', version='1'), r'b/bundle.json: damaged \(parts'),
     (lambda b: change(b / 'bundle.json', version=2), r'b/bundle.json: damaged \(parts'),  # without its context
+    (lambda b: change(b / 'bundle.json', version=3), r'b/bundle.json: damaged \(parts'),  # without its classes
     (lambda b: change(b / 'bundle.json', version=2, context={'mm': 'a', 'no': 1}), r'b/bundle.json: damaged \(.*no'),
     (lambda b: change(b / 'bundle.json', sha256={}), r'b/bundle.json: damaged \(parts are missing\)'),
     (
@@ -259,7 +260,7 @@ def test_invalid_uses_of_a_bundle_are_refused(bundles, runs, tmp_path):
     run_config.load_config(bundles['seg'])
   with refused(r'cls: exists already; give a new folder, or delete this one'):
     export.write_bundle([runs['seg']], bundles['cls'])
-  assert predictor.load_predictor(bundles['seg'], flips=False, threshold=0.9).point.threshold == 0.9
+  assert predictor.load_predictor(bundles['seg'], flips=False, threshold=0.9).points['lesion'].threshold == 0.9
   assert list(tmp_path.iterdir()) == []
 
 

@@ -23,6 +23,7 @@ import dicom_series
 import jax
 import nibabel as nib
 import numpy as np
+import one_class
 import pydicom
 import pytest
 import several_hosts
@@ -106,7 +107,7 @@ def test_the_answer_for_a_patient_is_that_of_the_test(predictors, runs, raw_dir,
   """The score and the call of a scan equal those of patients.csv, which were computed from logits."""
   with (runs[kind] / 'test' / 'patients.csv').open(newline='') as file:
     tested = list(csv.DictReader(file))
-  rule = operating_point.load_point(runs[kind]).patient
+  rule = one_class.point(runs[kind]).patient
   for row in tested:
     answer = predictors[kind](raw_dir / f'{row["patient"]}_ct.nii.gz').numbers['patient']
     assert answer['score'] == pytest.approx(float(row['score']), rel=1e-4)
@@ -467,8 +468,8 @@ def test_a_flag_decides_where_runs_differ(runs, tmp_path):
   (other / 'operating_point.json').write_text(json.dumps(point | {'lungs': True}))
   both = [runs['seg'], other]
   assert (
-    predictor.load_predictor(both, lungs=True).point.lungs
-    and not predictor.load_predictor(both, lungs=False).point.lungs
+    predictor.load_predictor(both, lungs=True).points['lesion'].lungs
+    and not predictor.load_predictor(both, lungs=False).points['lesion'].lungs
   )
   with pytest.raises(UserError, match=r'workdir: the runs differ in evaluate.lungs; give --lungs or --nolungs'):
     predictor.load_predictor(both)

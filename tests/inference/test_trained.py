@@ -22,9 +22,9 @@ def test_the_mean_of_networks_and_flips():
     config = tiny(seg, **{'model.name': name})
     task = tasks.create(config)
     variables = jax.jit(lambda key, task=task: task.init(key, SIZE))(jax.random.key(number))
-    networks.append(trained.Network(config, number, variables, temperature))
+    networks.append(trained.Network(config, number, variables, (temperature,)))
     logits = jax.jit(task.logits)
-    plain, mirrored = (np.asarray(logits(variables, x), np.float64) for x in (slices, slices[:, :, ::-1]))
+    plain, mirrored = (np.asarray(logits(variables, x)[..., 0], np.float64) for x in (slices, slices[:, :, ::-1]))
     mean = (special.expit(plain) + special.expit(mirrored)[:, :, ::-1]) / 2
     expected.append(special.expit(special.logit(mean) / temperature))
     assert np.abs(plain - mirrored[:, :, ::-1]).max() > 1e-3
@@ -48,6 +48,10 @@ def test_the_mean_of_flips_is_exact_where_probabilities_are_1():
   [
     ({'data.image_size': 2 * SIZE}, rf'workdir: .*b has data.image_size {2 * SIZE}, but .*a has {SIZE}; give'),
     ({'data.intensity': 'grey'}, r'workdir: .*b has data.intensity grey, but .*a has hu'),
+    (
+      {'data.classes': (('mass', (2,)), ('lesion', (1,)))},
+      r'workdir: .*b has data.classes mass \(2,\), lesion \(1,\), but .*a has lesion \(\); give runs',
+    ),
   ],
 )
 def test_incompatible_runs_are_refused(tmp_path, other, reason):

@@ -1,9 +1,7 @@
 """HTML pages of scans and masks: their contents, read with other libraries, and their display in a browser."""
 
-import base64
 import gzip
 import hashlib
-import html.parser
 import io
 import json
 import os
@@ -17,9 +15,11 @@ import numpy as np
 import pytest
 from nibabel import orientations
 from PIL import Image
+from viewer_page import Page
 
 from fusa_jax.inference import viewer
 from fusa_jax.scans import dicom
+from fusa_jax.scans.classes import COLOURS
 from fusa_jax.system import pages
 from fusa_jax.system.errors import UserError
 
@@ -31,34 +31,6 @@ POSITIVE = [3, 4, 8]
 # The lesion, in the patient's right side at the back.
 BOX = np.s_[5:11, 26:33, 3:5]
 MARKER = 'Markername'
-
-
-class Page(html.parser.HTMLParser):
-  """A parsed page: tags, attributes that can load something, script texts and the other text."""
-
-  def __init__(self, path):
-    super().__init__()
-    self.tags, self.links, self.scripts, self.text, self.script = [], [], {}, '', None
-    self.feed(path.read_text())
-    self.close()
-
-  def handle_starttag(self, tag, attributes):
-    self.tags.append((tag, dict(attributes)))
-    self.links += [value for name, value in attributes if name in ('src', 'srcset', 'href', 'data', 'action')]
-    if tag == 'script':
-      self.script = dict(attributes).get('id', len(self.scripts))
-
-  def handle_endtag(self, tag):
-    self.script = None
-
-  def handle_data(self, data):
-    if self.script is None:
-      self.text += data
-    else:
-      self.scripts[self.script] = self.scripts.get(self.script, '') + data
-
-  def volume(self, name):
-    return nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(self.scripts[name], validate=True)))
 
 
 def stored(values, codes, affine=AFFINE):
@@ -110,7 +82,7 @@ def test_a_page_holds_scan_and_mask_but_no_patient_name(tmp_path):
   (path,) = viewer.view(source, masks)
   assert path == masks / 'a.html' and sorted(p.name for p in masks.iterdir()) == ['a.html', 'a.json', 'a_mask.nii.gz']
   page = Page(path)
-  for name, values in (('scan', hu()), ('mask', lesion())):
+  for name, values in (('scan', hu()), ('mask0', lesion())):
     volume = page.volume(name)
     np.testing.assert_array_equal(np.asarray(volume.dataobj), values)
     assert volume.get_data_dtype() == values.dtype
@@ -126,7 +98,7 @@ def test_the_list_has_every_slice_from_superior_to_inferior(tmp_path):
   rows = [attributes for tag, attributes in Page(path).tags if tag == 'li']
   assert [int(row['data-slice']) for row in rows] == list(range(SHAPE[2]))[::-1]
   assert [int(row['data-slice']) for row in rows if 'positive' in row['class']] == POSITIVE[::-1]
-  listed = re.findall(r'<span>(\d+)</span>.*?<span>([\d.]+)</span>', path.read_text())
+  listed = re.findall(r'<span>(\d+)</span>.*?<span class="score[^"]*">([\d.]+)</span>', path.read_text())
   assert [(int(index), float(score)) for index, score in listed] == list(enumerate(SCORES))[::-1]
 
 
@@ -168,7 +140,7 @@ def test_several_scans_get_an_index_page(tmp_path):
   assert cells == [('a', '1.3', '3'), ('b c', '1.3', '3'), ('d', '', '2')]
   assert 'fusa_resunet, step 7, 9, threshold' in Page(written[1]).text
   without_mask = Page(written[2])
-  assert 'mask' not in without_mask.scripts and 'mL' not in without_mask.text
+  assert 'mask0' not in without_mask.scripts and 'mL' not in without_mask.text
   np.testing.assert_array_equal(np.asarray(without_mask.volume('scan').dataobj), hu())
 
 
@@ -195,7 +167,7 @@ def test_a_dicom_series_is_shown_without_patient_names(tmp_path):
   page = Page(path)
   np.testing.assert_array_equal(np.asarray(page.volume('scan').dataobj), hu())
   np.testing.assert_allclose(page.volume('scan').affine, AFFINE, atol=1e-4)
-  content = path.read_bytes() + b''.join(page.volume(name).to_bytes() for name in ('scan', 'mask'))
+  content = path.read_bytes() + b''.join(page.volume(name).to_bytes() for name in ('scan', 'mask0'))
   for personal in (MARKER, *dicom_series.PERSONAL.values()):
     assert personal.encode() not in content
 
@@ -303,7 +275,7 @@ def test_a_browser_shows_the_page(tmp_path):
     # In the axial view, the patient's right is on the left and the front is above. The lesion lies at the mask.
     *_, width, height = tile = page.value('[...nv.screenSlices[0].leftTopWidthHeight]')
     shown = pixels(page, tile)
-    page.click('element("shown")')
+    page.click('element("shown0")')
     hidden = pixels(page, tile)
     marked = np.argwhere(np.abs(shown - hidden).max(axis=2) > 20)
     scale = np.array([height / SHAPE[1], width / SHAPE[0]])
@@ -313,10 +285,10 @@ def test_a_browser_shows_the_page(tmp_path):
     assert 0.8 * np.prod(expected[1] - expected[0]) < len(marked) < 1.2 * np.prod(expected[1] - expected[0])
     (red, green, blue) = np.median(shown[tuple(marked.T)], axis=0)
     assert red > green > blue + 20
-    page.click('element("shown")')
+    page.click('element("shown0")')
     np.testing.assert_array_equal(pixels(page, tile), shown)
     page.value('element("opacity").value = 1, element("opacity").dispatchEvent(new Event("input"))')
-    assert np.median(pixels(page, tile)[tuple(marked.T)], axis=0) == pytest.approx(viewer._COLOUR, abs=3)
+    assert np.median(pixels(page, tile)[tuple(marked.T)], axis=0) == pytest.approx(COLOURS[0], abs=3)
 
     # Grey values at three places in each window.
     for title, centre, across in (('Mediastinum', 40, 400), ('Lung', -600, 1500)):
@@ -350,4 +322,54 @@ def test_a_browser_shows_the_page(tmp_path):
     low, high = page.value('[nv.volumes[0].cal_min, nv.volumes[0].cal_max]')
     assert (low, high) != (75, 125)
     assert page.value('+element("width").value') == pytest.approx(high - low, abs=0.06)
+    assert page.problems == []
+
+
+def test_classes_of_slices_have_no_masks(tmp_path):
+  """As from a classifier of nine classes: colours repeat, and no mask is looked for."""
+  source, masks = case(tmp_path, mask=False)
+  numbers = json.loads((masks / 'a.json').read_text())
+  one = {key: numbers.pop(key) for key in ('threshold', 'positive_slices', 'slice_scores')}
+  del numbers['lesion_ml']
+  numbers['classes'] = {f'kind {k}': one for k in range(9)}
+  (masks / 'a.json').write_text(json.dumps(numbers))
+  (path,) = viewer.view(source, masks)
+  page = Page(path)
+  assert 'mask0' not in page.scripts and 'kind 8' in page.text and 'mL' not in page.text
+  assert f'.class8 {{ --colour: rgb({",".join(map(str, COLOURS[1]))})' in page.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.CHROMIUM is None, reason='no Chromium or Chrome: see CONTRIBUTING.md')
+def test_a_browser_hides_one_class_at_a_time(tmp_path):
+  """Two classes in boxes side by side: hiding one leaves the other as it is, in both orders."""
+  source, masks = case(tmp_path)
+  left, right = (np.zeros(SHAPE, np.uint8) for _ in range(2))
+  left[5:11, 26:33, 3:5], right[20:26, 26:33, 3:5] = 1, 1
+  nib.save(stored(2 * left + 5 * right, 'IPL'), masks / 'a_mask.nii.gz')
+  numbers = json.loads((masks / 'a.json').read_text())
+  of_class = {key: numbers.pop(key) for key in ('threshold', 'lesion_ml', 'positive_slices', 'slice_scores')}
+  numbers['classes'] = {
+    name: of_class | {'mask_values': [value], 'colour': list(colour)}
+    for name, value, colour in (('left', 2, COLOURS[0]), ('right', 5, COLOURS[1]))
+  }
+  (masks / 'a.json').write_text(json.dumps(numbers))
+  (path,) = viewer.view(source, masks)
+  with browser.opened(path, tmp_path / 'profile', size=(960, 800)) as page:
+    page.wait('document.body?.dataset.state')
+    assert page.value('document.body.dataset.state') == 'shown', page.value('document.body.innerText')
+    *_, width, height = tile = page.value('[...nv.screenSlices[0].leftTopWidthHeight]')
+    scale = np.array([height / SHAPE[1], width / SHAPE[0]])
+    # The crosshair runs through the middle of a box, so look two voxels beside it.
+    middle = lambda mask: np.argwhere(mask[:, :, 3]).mean(axis=0)[::-1] + 0.5
+    places = [tuple(np.rint((middle(box) - 2) * scale).astype(int)) for box in (left, right)]
+    seen = lambda: [pixels(page, tile)[place].tolist() for place in places]
+    both = seen()
+    assert both[0][0] > both[0][2] + 20 and both[1][2] > both[1][0] + 20  # orange and blue
+    for number, other in ((0, 1), (1, 0)):
+      page.click(f'element("shown{number}")')
+      hidden = seen()
+      assert hidden[other] == both[other] and np.ptp(hidden[number]) <= 3  # grey
+      page.click(f'element("shown{number}")')
+      assert seen() == both
     assert page.problems == []

@@ -11,7 +11,7 @@ from scipy import ndimage
 from sklearn.metrics import f1_score
 
 from fusa_jax.measures import masks, score, statistics, surface
-from fusa_jax.scans import volume_files
+from fusa_jax.scans import classes, volume_files
 from fusa_jax.scans.volumes import Grid
 from fusa_jax.system import files, own_files
 from fusa_jax.system.errors import UserError
@@ -280,7 +280,8 @@ def test_all_problems_are_reported_at_once(folders, tmp_path):
     'p0_seg.nii.gz has (6, 20, 18); save the mask on the grid of its reference mask',
     f'{source}/p1_ct_mask.nii.gz: the affines of the mask and its reference mask p1_seg.nii.gz differ (corners up to '
     '3 mm apart); save the mask on the grid of its reference mask',
-    f'{source}/p2_ct_mask.nii.gz: mask values must be 0 and 1, but are 0, 2; save one lesion label as 1',
+    f'{source}/p2_ct_mask.nii.gz: mask values must be 0 and 1, but are 0, 2; save one lesion label as 1, or '
+    'name the values of each class with --classes',
     *(line for line in lines if line.startswith(f'{source}/p3_ct_mask.nii.gz: not a NIfTI file')),
     f'{source}/p4_ct_mask.nii.gz: same case as p4.nii.gz (p4); keep one of the two',
     f'{truth}/missed_seg.nii.gz: no prediction for case missed in {source}; add it, or remove the reference mask',
@@ -307,6 +308,137 @@ def test_no_file_is_left_incomplete(folders, tmp_path, monkeypatch):
   with pytest.raises(UserError, match='disk full'):
     score.score(*folders, tmp_path / 'out')
   assert not list((tmp_path / 'out').iterdir())
+
+
+# Regions: consolidation is a part of lesion. 9 is unknown, 4 is background.
+REGIONS = {'lesion': (1, 2), 'Consolidation, dense': (2,), 'background': (4,)}
+
+
+@pytest.fixture
+def labelled(tmp_path):
+  """Predicted and reference masks of six cases with the values of REGIONS, and their arrays [S, H, W]."""
+  arrays, folder = [], tmp_path / 'labelled'
+  for seed in range(6):
+    rng = np.random.default_rng(seed)
+    both = [np.where(mask, 1, 0) for mask in blobs(seed)]
+    for labels in both:
+      labels[(labels == 1) & (rng.random(labels.shape) < 0.1)] = 2
+      labels[(labels == 0) & (rng.random(labels.shape) < 0.1)] = 4
+    both[1][:, 5:9, 3:12] = 9
+    arrays.append(both)
+    save(folder / 'true' / f'p{seed}_seg.nii.gz', both[1])
+    save(folder / 'predicted' / f'p{seed}_ct_mask.nii.gz', both[0])
+  return folder / 'predicted', folder / 'true', arrays
+
+
+def in_numpy(arrays, values):
+  """Dice and volumes of the voxels with these values, without those that the reference mask leaves out."""
+  of_cases = {'dice': [], 'predicted_ml': [], 'true_ml': []}
+  for predicted, true in arrays:
+    known = true != 9
+    one, other = np.isin(predicted, values) & known, np.isin(true, values) & known
+    of_cases['dice'].append(f1_score(other[known], one[known]))
+    of_cases['predicted_ml'].append(one.sum() * 0.0028), of_cases['true_ml'].append(other.sum() * 0.0028)
+  return of_cases
+
+
+def test_classes_and_ignored_voxels(labelled, tmp_path):
+  source, truth, arrays = labelled
+  result = score.score(source, truth, tmp_path / 'out', classes=classes.chosen(REGIONS, 9))
+  with (tmp_path / 'out' / 'volumes.csv').open() as file:
+    rows = list(csv.DictReader(file))
+  assert [(row['case'], row['class']) for row in rows[:3]] == [
+    ('p0', 'lesion'), ('p0', 'Consolidation, dense'), ('p1', 'lesion')
+  ]  # fmt: skip
+  assert list(rows[0]) == ['case', 'class', *masks.DEFINITIONS] and len(rows) == 12
+  assert list(result['classes']) == ['lesion', 'Consolidation, dense'] and result['num_volumes'] == 6
+  expected = {name: in_numpy(arrays, REGIONS[name]) for name in result['classes']}
+  for name, one in result['classes'].items():
+    assert one['values'] == list(REGIONS[name])
+    own = [row for row in rows if row['class'] == name]
+    for measure, values in expected[name].items():
+      np.testing.assert_allclose([float(row[measure]) for row in own], values, rtol=1e-5)
+      assert one['measures'][measure]['mean'] == pytest.approx(np.mean(values), rel=1e-5)
+      interval = statistics.mean_interval(np.array([float(row[measure]) for row in own]), masks.SUPPORT[measure])
+      assert one['measures'][measure]['mean_interval'] == pytest.approx(interval)
+  # The interval of the average is that of each case's average: a case is drawn with both classes.
+  columns = np.array([[float(row['dice']) for row in rows if row['class'] == name] for name in expected])
+  dice = result['measures']['dice']
+  assert dice['mean'] == pytest.approx(columns.mean())
+  assert dice['mean_interval'] == pytest.approx(statistics.mean_interval(columns.mean(axis=0), (0, 1)))
+  draws = np.random.default_rng(statistics.SEED)
+  drawn = np.concatenate([draws.multinomial(6, np.full(6, 1 / 6), size=250) for _ in range(8)])
+  averages = [np.median(np.repeat(columns, row, axis=1), axis=1).mean() for row in drawn]
+  tail = statistics.expanded_tail(6)
+  assert dice['median'] == pytest.approx(np.median(columns, axis=1).mean())
+  assert dice['median_interval'] == pytest.approx(np.quantile(averages, [tail, 1 - tail]))
+  assert (result['ignore_label'], 'background in both masks' in result['ignored']) == (9, True)
+  assert 'over_classes' in result['intervals']
+
+
+def test_ignored_voxels_count_as_background_for_distances_and_lesions(labelled, tmp_path):
+  source, truth, arrays = labelled
+  score.score(source, truth, tmp_path / 'out', classes=classes.chosen(REGIONS, 9))
+  for number, both in enumerate(arrays):
+    for array, folder in zip(both, ('one', 'other'), strict=True):
+      save(tmp_path / folder / f'p{number}.nii.gz', np.isin(array, (1, 2)) & (both[1] != 9))
+  score.score(tmp_path / 'one', tmp_path / 'other', tmp_path / 'binary')
+  tables = []
+  for folder in ('out', 'binary'):
+    with (tmp_path / folder / 'volumes.csv').open() as file:
+      tables.append([row for row in csv.DictReader(file) if row.pop('class', 'lesion') == 'lesion'])
+  assert tables[0] == tables[1]
+
+
+def test_one_class_is_scored_as_before(folders, labelled, tmp_path):
+  """One class with a name or without it: the same files. With other values, the same numbers."""
+  score.score(*folders, tmp_path / 'out')
+  score.score(*folders, tmp_path / 'named', classes=classes.chosen({'anything': (1,)}, None))
+  read = lambda folder: [path.read_bytes() for path in sorted((tmp_path / folder).iterdir())]
+  assert read('out') == read('named')
+  source, truth, _ = labelled
+  both = score.score(source, truth, tmp_path / 'both', classes=classes.chosen(REGIONS, 9))
+  dense = REGIONS | {'background': (1, 4)}
+  del dense['lesion']
+  one = score.score(source, truth, tmp_path / 'one', classes=classes.chosen(dense, 9))
+  assert 'classes' not in one and one['measures'] == both['classes']['Consolidation, dense']['measures']
+
+
+def test_a_class_without_voxels_has_no_average(labelled, tmp_path, caplog):
+  source, truth, _ = labelled
+  named = classes.chosen(REGIONS | {'effusion': (3,)}, 9)
+  result = score.score(source, truth, tmp_path / 'out', classes=named)
+  assert result['classes']['effusion']['measures']['dice']['defined'] == 0
+  assert result['measures']['dice']['mean'] is None and result['measures']['dice']['mean_interval'] is None
+  assert result['measures']['true_ml']['mean'] == pytest.approx(
+    np.mean([one['measures']['true_ml']['mean'] for one in result['classes'].values()])
+  )
+  assert [record.message for record in caplog.records if record.levelname == 'WARNING'] == [
+    'effusion: no reference mask has this class'
+  ]
+
+
+def test_values_without_a_meaning_are_refused(labelled, tmp_path):
+  source, truth, arrays = labelled
+  named = classes.chosen({'lesion': (1, 2), 'background': (4,)}, 9, classes.Keys('--classes', '--ignore_label'))
+  save(source / 'p0_ct_mask.nii.gz', np.where(arrays[0][0] == 4, 7, arrays[0][0]))
+  outside = arrays[1][0].copy()
+  outside[0, 0, 0] = 9
+  save(source / 'p1_ct_mask.nii.gz', outside)
+  with pytest.raises(UserError) as caught:
+    score.score(source, truth, tmp_path / 'out', classes=named)
+  lines = str(caught.value).splitlines()
+  assert lines[0] == (
+    f'{source}/p0_ct_mask.nii.gz: the mask value 7 belongs to no class of --classes; add it to a class, to '
+    "'background', or give it as --ignore_label"
+  )
+  assert not (tmp_path / 'out').exists()
+  save(source / 'p0_ct_mask.nii.gz', arrays[0][0])
+  with pytest.raises(UserError, match='p1_ct_mask.nii.gz: the prediction has the value 9 of --ignore_label where its'):
+    score.score(source, truth, tmp_path / 'out', classes=named)
+  outside[0, 0, 0], outside[:, 5:9, 3:12] = 0, 9  # where the reference mask leaves voxels out, it may have the value
+  save(source / 'p1_ct_mask.nii.gz', outside)
+  score.score(source, truth, tmp_path / 'out', classes=named)
 
 
 @pytest.mark.slow

@@ -204,3 +204,18 @@ def test_coverage(patients, monkeypatch):
   print(patients, {name: float(count) / 1000 for name, count in inside.items()})
   assert 0.94 <= inside.pop('dice_per_patient') / 1000 <= 0.995
   assert all(0.90 <= count / 1000 <= 0.98 for count in inside.values()), inside
+
+
+def test_values_of_an_average_of_means():
+  """Complete columns: the average of each patient. With gaps: mean and standard error are those of a bootstrap."""
+  rng = np.random.default_rng(5)
+  columns = rng.normal(size=200) + rng.normal(size=(3, 200))
+  np.testing.assert_allclose(statistics.average_of_means(columns), columns.mean(axis=0), rtol=1e-12)
+  columns[rng.random(columns.shape) < [[0.0], [0.3], [0.7]]] = np.nan
+  values = statistics.average_of_means(columns)
+  assert values.mean() == pytest.approx(np.nanmean(columns, axis=1).mean())
+  drawn = rng.integers(200, size=(4000, 200))
+  averages = np.mean([np.nanmean(column[drawn], axis=1) for column in columns], axis=0)
+  assert values.std(ddof=1) / np.sqrt(200) == pytest.approx(averages.std(), rel=0.05)
+  columns[1, 1:] = np.nan
+  assert np.isnan(statistics.average_of_means(columns)).all()

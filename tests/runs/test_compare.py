@@ -3,13 +3,14 @@
 import shutil
 
 import numpy as np
+import one_class
 import pytest
 from conftest import tiny
 from scipy import stats
 from sklearn import metrics as sk
 
 from fusa_jax.measures import metrics
-from fusa_jax.runs import compare, results, run_config
+from fusa_jax.runs import compare, result_files, run_config
 from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import CLASSIFICATION, SEGMENTATION
@@ -192,20 +193,21 @@ def other_run(runs, tmp_path):
 
 def change(run, **columns):
   """Writes the test of a run with another table."""
-  result = results.read_numbers(run)
-  results.write_test(run / 'test', results.read_table(run) | columns, result, results.read_volumes(run), {})
+  result = result_files.read_numbers(run)
+  part = one_class.part(run)
+  result_files.write_test(run / 'test', result, {'lesion': part._replace(table=part.table | columns, patients=None)})
 
 
 def test_two_runs_from_their_folders(runs, other_run, caplog):
   caplog.set_level('INFO')
   result = compare.compare(runs['seg'], other_run)
-  assert result['made_of']['run'] == results.read_numbers(runs['seg'])['made_of']
+  assert result['made_of']['run'] == result_files.read_numbers(runs['seg'])['made_of']
   assert 'per patient, Dice: 0.0000 [+0.0000, +0.0000], sign-flip p 1.0000' in caplog.text
 
 
 def test_aucs_of_patients_are_compared_by_the_same_draws(runs, other_run, caplog):
   """Twelve patients: the difference is scikit-learn's, in any order of the patients; the interval holds it."""
-  rng, result = np.random.default_rng(4), results.read_numbers(runs['seg'])
+  rng, result = np.random.default_rng(4), result_files.read_numbers(runs['seg'])
   label, names = np.repeat([0, 1], 6), np.array([f'p{k}' for k in range(12)])
   tables = [{'owner': names, 'label': label, 'score': rng.normal(label, width)} for width in (0.5, 2.0)]
   areas = [sk.roc_auc_score(one['label'], one['score']) for one in tables]
@@ -233,7 +235,7 @@ def test_aucs_of_patients_are_compared_by_the_same_draws(runs, other_run, caplog
 
 def test_other_test_sets_are_refused(runs, other_run):
   refused = lambda reason: pytest.raises(UserError, match=f'against: .* the test sets differ .{reason}')
-  table = results.read_table(other_run)
+  table = one_class.part(other_run).table
   change(other_run, patient=np.char.add(table['patient'], 'x'))
   with refused('2 patients are only in the first, 2 only in the second'):
     compare.compare(runs['seg'], other_run)

@@ -72,14 +72,43 @@ def test_presets_are_accepted(module, preset):
   config_checks.check(module.get_config(preset))
 
 
+@pytest.mark.parametrize(
+  ('options', 'reason'),
+  [
+    ({'classes': (('a', (1,)), ('b', ()))}, r"data.classes: 'b' has \(\), but needs a name and values"),
+    ({'classes': (('a', (1, 2)), ('b', (2, 1)))}, "data.classes: 'a' and 'b' have the same mask values"),
+    ({'classes': (('a b', (1,)), ('A_b', (2,)))}, r"'a b' and 'A_b' would have the same files \(a_b\); rename"),
+    ({'classes': (('Background', (1,)),)}, "'background' and 'Background' would have the same files"),
+    ({'classes': (('../a', (1,)),)}, "data.classes: '../a' is not a name for files; begin it with a letter or digit"),
+    ({'classes': (('a' * 65, (1,)),)}, 'use at most 64 characters'),
+    ({'classes': (('a', (1, 9)),), 'ignore_label': 9}, "data.ignore_label: 9 belongs to the class 'a'"),
+    ({'ignore_label': 9}, 'data.ignore_label: needs data.classes'),
+    ({'classes': (('a', (1,)),), 'lesion_labels': (1,)}, 'data.classes and data.lesion_labels: both name mask values'),
+    ({'classes': 'lesion'}, "data.classes: 'lesion' are not mask values by name"),
+  ],
+)
+def test_wrong_classes_are_refused(options, reason):
+  config = tiny()
+  config.data.update(options)
+  with pytest.raises(UserError, match=reason):
+    config_checks.check(config)
+
+
+def test_classes_are_a_preset_of_segmentation():
+  config_checks.check(seg.get_config('demo-classes'))
+  with pytest.raises(ValueError, match=r"^configs/cls.py has no preset 'demo-classes'"):
+    cls.get_config('demo-classes')
+
+
 def test_the_names_of_presets():
-  read = lambda preset: base.read_preset(preset, 'configs/seg.py', ('resunet', 'linknet'))
-  assert read('paper') == (False, False, None)
-  assert read('resunet') == (False, False, 'resunet')
-  assert read('demo-linknet') == (True, False, 'linknet')
-  assert read('strong-resunet') == (False, True, 'resunet')
-  assert read('demo-strong-resunet') == (True, True, 'resunet')
-  for preset in ('', 'huge', 'paper-resunet', 'strong-demo', 'demo-', 'resunet-linknet', 'demo-demo'):
+  read = lambda preset: base.read_preset(preset, 'configs/seg.py', ('resunet', 'linknet'), classes=True)
+  assert read('paper') == (False, False, False, None)
+  assert read('resunet') == (False, False, False, 'resunet')
+  assert read('demo-linknet') == (True, False, False, 'linknet')
+  assert read('strong-resunet') == (False, True, False, 'resunet')
+  assert read('demo-strong-resunet') == (True, True, False, 'resunet')
+  assert read('demo-classes') == (True, False, True, None)
+  for preset in ('', 'huge', 'paper-resunet', 'strong-demo', 'demo-', 'resunet-linknet', 'demo-demo', 'classes'):
     with pytest.raises(ValueError, match=rf"^configs/seg.py has no preset '{preset}'; give paper, demo, strong,"):
       read(preset)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import cls, seg
-from fusa_jax.runs import experiment, run_config
+from fusa_jax.runs import arguments, experiment, run_config
 from fusa_jax.system.errors import UserError
 
 
@@ -92,6 +92,23 @@ def test_evaluation_may_change_only_some_keys():
     experiment.check_changes({'train.steps': 3}, ('evaluate.', 'data.dir'))
   experiment.check_changes({'evaluate.flips': True, 'data.dir': 'x'}, ('evaluate.', 'data.dir'))
   assert experiment.to_evaluate(config, None).mesh.to_dict() == {'data': -1, 'space': 1}
+
+
+def test_evaluation_may_change_the_mask_values_of_classes_but_not_the_classes():
+  """Another cohort may mark the same classes with other values."""
+
+  def changed(classes):
+    config, other = seg.get_config('demo-classes'), seg.get_config('demo')
+    overrides = {'data.classes': classes, 'data.ignore_label': 9}
+    other.update_from_flattened_dict(overrides)
+    return experiment.to_evaluate(config, arguments.Named(other, 'configs/seg.py', 'demo', overrides))
+
+  config = changed((('ground glass', (3,)), ('consolidation', (4, 5))))
+  assert tuple(config.data.classes) == (('ground glass', (3,)), ('consolidation', (4, 5)))
+  assert config.data.ignore_label == 9
+  for classes in ((('consolidation', (2,)), ('ground glass', (1,))), (('ground glass', (1,)),)):
+    with pytest.raises(UserError, match='but the run has ground glass, consolidation; give other mask values of t'):
+      changed(classes)
 
 
 @pytest.mark.parametrize('name', ['test', 'log.jsonl', 'checkpoints'])

@@ -1,6 +1,7 @@
 """The chosen threshold is the best one in a search over the pixels of the validation fold."""
 
 import numpy as np
+import one_class
 import pytest
 from scipy import optimize, special
 from sklearn import metrics as sk
@@ -69,12 +70,12 @@ def test_temperature_maximises_the_likelihood_and_changes_no_mask(validation):
 
 def test_saved_and_loaded(validation, tmp_path):
   point = choose(validation[2])
-  point.save(tmp_path)
-  assert operating_point.load_point(tmp_path) == point
-  assert operating_point.load_point(tmp_path / 'none').threshold == 0.5
+  operating_point.save_points(tmp_path, {'lesion': point})
+  assert one_class.point(tmp_path) == point
+  assert one_class.point(tmp_path / 'none').threshold == 0.5
   (tmp_path / operating_point.FILE).write_text('{"threshold":')
   with pytest.raises(UserError, match=r'operating_point.json: damaged .*; choose it again with --mode=evaluate'):
-    operating_point.load_point(tmp_path)
+    one_class.point(tmp_path)
 
 
 def test_default_threshold_without_both_classes(validation):
@@ -127,7 +128,24 @@ def test_points_of_several_runs():
   points = [
     operating_point.OperatingPoint(threshold=t, smallest_ml=s, temperature=1 + t) for t, s in ((0.2, 0), (0.6, 1))
   ]
-  mean = operating_point.mean(points)
+  (mean,) = operating_point.mean([{'lesion': point} for point in points]).values()
   assert (mean.threshold, mean.smallest_ml, mean.temperature) == (pytest.approx(0.4), 0.5, (1.2, 1.6))
   with pytest.raises(UserError, match=r'workdir: the runs differ in evaluate.lungs; give --lungs or --nolungs'):
-    operating_point.mean([points[0], points[1].with_options(lungs=True)])
+    operating_point.mean([{'lesion': points[0]}, {'lesion': points[1].with_options(lungs=True)}])
+
+
+def test_several_classes_have_a_point_each(validation, tmp_path):
+  points = {'ground glass': choose(validation[2]), 'consolidation': operating_point.OperatingPoint(0.25)}
+  operating_point.save_points(tmp_path, points)
+  assert operating_point.load_points(tmp_path, list(points)) == points
+  with pytest.raises(UserError, match=r'operating_point.json: damaged .*they are for ground glass, consolidation'):
+    operating_point.load_points(tmp_path, ['consolidation'])
+  changed = operating_point.with_options(points, {'consolidation': 0.5}, flips=True)
+  assert changed['ground glass'].threshold == points['ground glass'].threshold
+  assert changed['consolidation'].threshold == 0.5 and all(point.flips for point in changed.values())
+  with pytest.raises(UserError, match='threshold: 0.5 is for one class, but the model has 2 .*give it for each class'):
+    operating_point.with_options(points, 0.5)
+  with pytest.raises(UserError, match="smallest_ml: the model has no class 'effusion'; give one of ground glass, cons"):
+    operating_point.with_options(points, smallest_ml={'effusion': 1.0})
+  assert list(operating_point.about(points)['classes']) == list(points)
+  assert operating_point.about({'lesion': points['consolidation']}) == points['consolidation'].about()

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import one_class
 import pytest
 from scipy import special
 from sklearn import metrics as sk
@@ -118,22 +119,21 @@ def test_mean_of_several_runs():
   mixed = patient_rule.mean([*rules, PatientRule('lesion_ml', 3, 2.0)])
   assert mixed.threshold is None and 'different scores of patients (lesion_ml, noisy_or)' in mixed.chosen_by
   points = [operating_point.OperatingPoint(patient=rule) for rule in rules]
-  assert operating_point.mean(points).patient == mean
+  of_classes = [{'lesion': point} for point in points]
+  assert operating_point.mean(of_classes)['lesion'].patient == mean
 
 
 def test_the_operating_point_keeps_the_rule(tmp_path):
   rule = patient_rule.choose(validation(), 'mean_of_highest')
   point = operating_point.OperatingPoint(patient=rule)
-  point.save(tmp_path)
-  assert operating_point.load_point(tmp_path) == operating_point.OperatingPoint(
-    **json.loads(json.dumps(vars_of(point)))
-  )
-  assert operating_point.load_point(tmp_path).patient.threshold == rule.threshold
+  operating_point.save_points(tmp_path, {'lesion': point})
+  assert one_class.point(tmp_path) == operating_point.OperatingPoint(**json.loads(json.dumps(vars_of(point))))
+  assert one_class.point(tmp_path).patient.threshold == rule.threshold
   old = json.loads((tmp_path / 'operating_point.json').read_text())
   del old['patient']
   (tmp_path / 'operating_point.json').write_text(json.dumps(old))
-  assert operating_point.load_point(tmp_path).patient is None
-  assert 'patient' not in operating_point.load_point(tmp_path).about()
+  assert one_class.point(tmp_path).patient is None
+  assert 'patient' not in one_class.point(tmp_path).about()
 
 
 def vars_of(point):

@@ -42,7 +42,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.mark.parametrize('kind', ['seg', 'cls'])
 def test_page_is_complete_and_loads_no_other_file(runs, data_dir, kind):
-  path = report.write_report(runs[kind], datasets.card(data_dir, 0))
+  path = report.write_report(runs[kind], [datasets.card(data_dir, 0)])
   text = path.read_text()
   page = Page(text)
   assert not page.open
@@ -80,7 +80,7 @@ def test_the_training_decides_which_score_is_said_to_choose_the_checkpoint(runs,
   log, drawn, draw = tmp_path / 'run' / 'log.jsonl', [], figures.learning_curves
   monkeypatch.setattr(figures, 'learning_curves', lambda logs, score: drawn.append(score) or draw(logs, score))
   card = datasets.card(data_dir, 0) | {'validated': False}  # the tested data may have too few folds
-  words = lambda: report.write_report(tmp_path / 'run', card).read_text()
+  words = lambda: report.write_report(tmp_path / 'run', [card]).read_text()
   assert words().count('best score (AUC) on validation patients') == 2
   log.write_text(log.read_text().replace('"validation/auc"', '"validation/patient_auc"'))
   assert words().count('best score (AUC of patients) on validation patients') == 2
@@ -121,7 +121,7 @@ def test_every_number_has_a_label_and_a_definition(runs):
 
 
 def test_the_same_run_gives_the_same_page(runs, data_dir):
-  pages = [report.write_report(runs['seg'], datasets.card(data_dir, 0)).read_text() for _ in range(2)]
+  pages = [report.write_report(runs['seg'], [datasets.card(data_dir, 0)]).read_text() for _ in range(2)]
   assert pages[0] == pages[1]
   (runs['seg'] / 'test' / 'report.html').unlink()
 
@@ -129,4 +129,4 @@ def test_the_same_run_gives_the_same_page(runs, data_dir):
 def test_a_run_without_evaluation_is_refused(data_dir, tmp_path):
   run_config.save_config(tmp_path, seg.get_config('demo'))
   with pytest.raises(UserError, match='evaluate the run with --mode=evaluate'):
-    report.write_report(tmp_path, datasets.card(data_dir, 0))
+    report.write_report(tmp_path, [datasets.card(data_dir, 0)])

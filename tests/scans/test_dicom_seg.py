@@ -16,7 +16,8 @@ from nifti_files import chest
 from pydicom import uid
 from pydicom.sr.codedict import codes
 
-from fusa_jax.scans import dicom, dicom_seg, formats, nifti, volumes
+from fusa_jax.scans import classes, dicom, dicom_seg, formats, nifti, volumes
+from fusa_jax.scans.classes import of_lesion
 from fusa_jax.system.errors import UserError
 
 ABOUT = {'model': 'fusa_resunet', 'step': 2400, 'threshold': 0.43}
@@ -51,7 +52,7 @@ def mask_of(scan):
 
 
 def saved(path, scan, mask):
-  dicom_seg.write_seg(path, mask, scan, ABOUT)
+  dicom_seg.write_seg(path, {'Lesion': mask}, scan, {'Lesion': ABOUT})
   return pydicom.dcmread(path)
 
 
@@ -122,12 +123,48 @@ def test_headers_of_the_seg(tmp_path, series):
 
 def test_options_of_the_mask_are_in_the_headers(tmp_path, series):
   about = ABOUT | {'temperature': (1.25, 0.8), 'flips': True, 'lungs': True, 'smallest_ml': 0.05, 'threshold': 0.4375}
-  dicom_seg.write_seg(tmp_path / 'a.dcm', series[1], series[0], about)
+  dicom_seg.write_seg(tmp_path / 'a.dcm', {'Lesion': series[1]}, series[0], {'Lesion': about})
   seg = pydicom.dcmread(tmp_path / 'a.dcm')
   assert seg.ContentDescription == 'Lesions, probability >= 0.438, in lungs, >= 0.05 mL'
   parameters = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters
   for setting in ('temperature=(1.25, 0.8)', 'flips=True', 'lungs=True', 'smallest_ml=0.05'):
     assert setting in parameters
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_several_segments_overlap_and_may_be_empty(tmp_path, series):
+  """Each segment against its mask, by highdicom; codes, labels and parameters of each."""
+  scan, mask = series
+  other = np.roll(mask, 1, axis=2)
+  masks = {'Pleural effusion': mask, 'white spots': other, 'ground glass': 0 * mask}
+  about = {name: ABOUT | {'threshold': threshold} for name, threshold in zip(masks, (0.1, 0.2, 0.3), strict=True)}
+  dicom_seg.write_seg(tmp_path / 'a.dcm', masks, scan, about)
+  seg = highdicom.seg.segread(tmp_path / 'a.dcm')
+  uids = [header.SOPInstanceUID for header in scan.path.grid[0]]
+  frames = seg.get_pixels_by_source_instance(
+    uids, segment_numbers=[1, 2, 3], combine_segments=False, assert_missing_frames_are_empty=True
+  )
+  for number, (name, expected) in enumerate(masks.items(), 1):
+    np.testing.assert_array_equal(frames[..., number - 1], volumes.to_own_axes(expected, scan).transpose(2, 1, 0))
+    described = seg.get_segment_description(number)
+    assert described.segment_label == name
+    parameters = described.SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters
+    assert f'threshold={about[name]["threshold"]}' in parameters
+  assert (mask & other).any()
+  types = [seg.get_segment_description(number).segmented_property_type for number in (1, 2, 3)]
+  assert types == [codes.SCT.PleuralEffusion, codes.SCT.Lesion, codes.DCM.GroundGlassOpacity]
+  assert pydicom.dcmread(tmp_path / 'a.dcm').ContentDescription == '3 classes; each segment has its threshold'
+  chosen = classes.chosen({'effusion': (1,), 'spots': (2,), 'any': (1, 2, 3)}, None)
+  expected = mask + 2 * other + 4 * (mask | other)
+  np.testing.assert_array_equal(dicom_seg.read_seg(tmp_path / 'a.dcm', scan, chosen), expected)
+
+
+def test_every_code_is_in_a_dictionary():
+  """The codes of pydicom's dictionary; the others have a value, a scheme and a meaning."""
+  for name in dicom_seg._CODES:
+    code = dicom_seg._code(name)
+    assert code.value.isdigit() and code.scheme_designator in ('SCT', 'DCM') and code.meaning
+  assert dicom_seg._code('something else') == codes.SCT.Lesion
 
 
 def test_slices_without_preamble_have_segs(tmp_path, series):
@@ -175,7 +212,7 @@ def test_invalid_headers_are_copied_without_warnings(tmp_path, monkeypatch, capl
   with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter('always')
     mask = mask_of(scan)
-    dicom_seg.write_seg(tmp_path / 'a.dcm', mask, scan, ABOUT)
+    dicom_seg.write_seg(tmp_path / 'a.dcm', {'Lesion': mask}, scan, {'Lesion': ABOUT})
   assert not warned and not caplog.messages and capfd.readouterr() == ('', '')
   seg = pydicom.dcmread(tmp_path / 'a.dcm')
   assert {key: seg.get(key) for key in odd} == odd and seg.SeriesNumber == 1000
@@ -264,9 +301,9 @@ def test_segs_of_other_programs(tmp_path, series):
   """SEGs of other programs: chosen segments, and the reason of each refusal."""
   scan, mask = series
   path = of_others(tmp_path / 'IM1', tmp_path / 'in', mask)
-  np.testing.assert_array_equal(dicom_seg.read_seg(path, scan, (1,)), mask)
-  np.testing.assert_array_equal(dicom_seg.read_seg(path, scan, (2, 7)), 1 - mask)
-  assert dicom_seg.read_seg(path, scan, (1, 2)).all()
+  np.testing.assert_array_equal(dicom_seg.read_seg(path, scan, of_lesion((1,))), mask)
+  np.testing.assert_array_equal(dicom_seg.read_seg(path, scan, of_lesion((2, 7))), 1 - mask)
+  assert dicom_seg.read_seg(path, scan, of_lesion((1, 2))).all()
   assert dicom_seg.find_segs([*sorted((tmp_path / 'in').iterdir()), path]) == [path]
 
   def refused(reason, change=lambda seg: None, labels=(1,), **options):
@@ -275,7 +312,7 @@ def test_segs_of_other_programs(tmp_path, series):
     change(seg)
     seg.save_as(other)
     with pytest.raises(UserError, match=rf'^IM2: {reason}'):
-      dicom_seg.read_seg(other, scan, labels)
+      dicom_seg.read_seg(other, scan, of_lesion(labels))
 
   several = r'the DICOM SEG has several segments \(1, 2\); name the lesion segments, for example --config'
   refused(rf'{several}.data.lesion_labels="\(1,\)"$', labels=())
@@ -305,7 +342,7 @@ def test_segs_of_other_programs(tmp_path, series):
 
 def test_damaged_segs_are_read_or_refused(tmp_path, series):
   scan, mask = series
-  dicom_seg.write_seg(tmp_path / 'a.dcm', mask, scan, ABOUT)
+  dicom_seg.write_seg(tmp_path / 'a.dcm', {'Lesion': mask}, scan, {'Lesion': ABOUT})
   whole, rng, outcomes = (tmp_path / 'a.dcm').read_bytes(), np.random.default_rng(0), set()
   for _ in range(100):
     raw = bytearray(whole)

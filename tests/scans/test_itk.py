@@ -12,6 +12,7 @@ from nifti_files import chest, save
 from data.cohorts import pairs
 from fusa_jax.measures import score
 from fusa_jax.scans import itk, nifti, sources, volume_files
+from fusa_jax.scans.classes import of_lesion
 from fusa_jax.system.errors import UserError
 
 sitk = pytest.importorskip('SimpleITK')
@@ -166,7 +167,7 @@ def test_masks_of_every_format(tmp_path, name):
   assert result['measures']['true_ml']['mean'] == pytest.approx(MASK.sum() * 0.7 * 0.8 * 5 / 1000, rel=1e-5)
   if 'hdr' not in name and 'nii' not in name:
     write(path, labels)
-    mask, values = volume_files.read_mask_and_values(path, scan, (3,))
+    mask, values = volume_files.read_mask_and_values(path, scan, of_lesion((3,)))
     np.testing.assert_array_equal(mask, scan.values > 100)
     assert values == (0, 3)
 

@@ -11,6 +11,7 @@ from nibabel import affines, orientations
 from nifti_files import SHAPE, chest, save
 
 from fusa_jax.scans import nifti, volume_files, volumes
+from fusa_jax.scans.classes import of_lesion
 from fusa_jax.system.errors import UserError
 
 ORIENTATIONS = [
@@ -268,10 +269,10 @@ def test_labels_that_a_scaling_rounded_are_whole_numbers(tmp_path, stored, scali
       path.write_bytes(raw)
     read = nib.load(path).get_fdata()
     assert not np.array_equal(read, labels) and np.abs(read - labels).max() <= 1e-3
-    mask, distinct = volume_files.read_mask_and_values(path, scan, (1,))
+    mask, distinct = volume_files.read_mask_and_values(path, scan, of_lesion((1,)))
     np.testing.assert_array_equal(mask, (labels == 1).transpose(2, 1, 0))
     assert mask.dtype == np.uint8 and distinct == values
-    np.testing.assert_array_equal(volume_files.read_mask(path, scan, (1,)), mask)
+    np.testing.assert_array_equal(volume_files.read_mask(path, scan, of_lesion((1,))), mask)
   path = tmp_path / '2.nii'
   mask = volume_files.read_labels(path).mask
   np.testing.assert_array_equal(volume_files.read_mask_and_values(path, scan)[0], mask)
@@ -285,7 +286,10 @@ def test_labels_that_are_not_whole_numbers_are_refused(tmp_path, value, shown):
   mask[1, 2, 3] = value
   path = save(tmp_path / 'a_seg.nii', mask)
   for function, refusal in (
-    (lambda: volume_files.read_mask(path, scan, (1,)), 'labels in a mask must be whole numbers, but values are'),
+    (
+      lambda: volume_files.read_mask(path, scan, of_lesion((1,))),
+      'labels in a mask must be whole numbers, but values are',
+    ),
     (lambda: volume_files.read_mask(path, scan), 'mask values must be 0 and 1, but are'),
     (lambda: volume_files.read_labels(path), 'mask values must be 0 and 1, but are'),
   ):
@@ -301,7 +305,7 @@ def test_distinct_values_of_a_mask(tmp_path):
     for values in ((0,), (0, 255), (-1, 0, 3, 7), (1, 2)):
       labels = np.random.default_rng(0).choice(values, SHAPE).astype(dtype)
       path = save(tmp_path / 'a_seg.nii', labels)
-      mask, distinct = volume_files.read_mask_and_values(path, scan, (3,))
+      mask, distinct = volume_files.read_mask_and_values(path, scan, of_lesion((3,)))
       assert distinct == tuple(np.unique(labels)) == values and all(type(value) is int for value in distinct)
       assert mask.sum() == np.count_nonzero(labels == 3)
 

@@ -19,6 +19,7 @@ from data import prepare
 from data.cohorts import CohortOptions
 from fusa_jax.inference import predict, predictor
 from fusa_jax.scans import nifti, pictures, volume_files
+from fusa_jax.scans.classes import of_lesion
 from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import evaluate, train
@@ -185,9 +186,9 @@ def test_pictures_are_read_as_shown(tmp_path):
   labels = Image.fromarray((ramp % 4).astype(np.uint8), 'L').convert('P')
   labels.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
   labels.save(tmp_path / 'labels.png')
-  found = pictures.read_mask(tmp_path / 'labels.png', (16, 16), (1, 3))
+  found = pictures.read_mask(tmp_path / 'labels.png', (16, 16), of_lesion((1, 3)))
   np.testing.assert_array_equal(found, np.isin(np.asarray(Image.open(tmp_path / 'labels.png')), (1, 3)))
-  mask, distinct = pictures.read_mask_and_values(tmp_path / 'labels.png', (16, 16), (1, 3))
+  mask, distinct = pictures.read_mask_and_values(tmp_path / 'labels.png', (16, 16), of_lesion((1, 3)))
   np.testing.assert_array_equal(mask, found)
   assert distinct == (0, 1, 2, 3)
   # A palette of greys gives grey values for any order of its indices; here white comes first.
@@ -352,7 +353,7 @@ def test_masks_drawn_on_a_transparent_ground(tmp_path, image):
 
 def test_labels_drawn_on_a_transparent_ground(tmp_path):
   on_transparent((3, 3, 3)).save(tmp_path / 'a.png')
-  mask, values = pictures.read_mask_and_values(tmp_path / 'a.png', (16, 24), (3,))
+  mask, values = pictures.read_mask_and_values(tmp_path / 'a.png', (16, 24), of_lesion((3,)))
   np.testing.assert_array_equal(mask, SQUARE)
   assert values == (0, 3)
   # Indices of a palette stay the labels if one of them is transparent.
@@ -360,7 +361,7 @@ def test_labels_drawn_on_a_transparent_ground(tmp_path):
   labels.putdata(list((SQUARE * 2).ravel()))
   labels.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
   labels.save(tmp_path / 'b.png', transparency=0)
-  assert pictures.read_mask_and_values(tmp_path / 'b.png', (16, 24), (2,))[1] == (0, 2)
+  assert pictures.read_mask_and_values(tmp_path / 'b.png', (16, 24), of_lesion((2,)))[1] == (0, 2)
 
 
 def slice_of(size=128):

@@ -75,6 +75,22 @@ def test_each_loss_equals_its_formula_for_masks_and_labels(batch, name, truth):
 
 
 @pytest.mark.parametrize('name', losses.LOSSES)
+def test_several_classes_and_unknown_pixels(name):
+  """The mean over the classes of the loss of one class, without the pixels of unknown truth."""
+  rng = np.random.default_rng(2)
+  bits = rng.choice(np.array([0, 1, 2, 3, 128], np.uint8), (3, 8, 8))
+  logits = jnp.asarray(rng.normal(scale=3, size=(3, 8, 8, 2)), jnp.float32)
+  known = bits < 128
+  one = losses.get_loss(name)
+  expected = [one(logits[..., k][known][:, None], jnp.asarray(bits[known] >> k & 1)) for k in (0, 1)]
+  loss = losses.get_loss(name, has_ignored=True)
+  np.testing.assert_allclose(loss(logits, jnp.asarray(bits)), np.mean(expected), rtol=1e-5)
+  gradient = jax.grad(loss)(logits, jnp.asarray(bits))
+  assert np.isfinite(gradient).all() and not gradient[~known].any() and gradient[known].all()
+  assert not np.isnan(loss(logits, jnp.full_like(bits, 128)))
+
+
+@pytest.mark.parametrize('name', losses.LOSSES)
 def test_each_loss_equals_monais(batch, name):
   """MONAI adds `smooth` to sums that are twice those of optax, and its arrays have channels second."""
   torch, monai = pytest.importorskip('torch'), pytest.importorskip('monai.losses')

@@ -27,8 +27,17 @@ def test_the_loss_is_the_weighted_mean_over_the_levels():
     expected += weight * cross_entropy(logits, area.mean(axis=0) >= 0.5)
   full, *deep = (jnp.asarray(logits, jnp.float32) for logits in outputs)
   deep = dict(zip(('level1', 'level2'), deep, strict=True))
-  got = supervision.loss(losses.cross_entropy, full, deep, jnp.asarray(mask))
+  got = supervision.loss(losses.get_loss('cross_entropy'), full, deep, jnp.asarray(mask))
   np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_levels_of_several_classes_and_unknown_pixels():
+  """Each class has its own majority. A block with an unknown pixel is unknown."""
+  mask = np.array([[1, 1, 3, 0], [1, 2, 0, 0], [2, 2, 128, 3], [2, 2, 3, 3]], np.uint8)[None]
+  seen = []
+  outputs = [jnp.zeros((1, side, side, 2)) for side in (4, 2)]
+  supervision.loss(lambda _, truth: seen.append(truth) or 0.0, outputs[0], {'level1': outputs[1]}, mask, True)
+  np.testing.assert_array_equal(seen[1][0], [[1, 0], [2, 3 + 128]])
 
 
 @pytest.fixture(scope='module')

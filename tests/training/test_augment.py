@@ -59,6 +59,16 @@ def test_without_lesion_the_crop_shows_tissue():
   assert (out.max(axis=(1, 2)) > -500).all()
 
 
+def test_a_crop_is_not_placed_on_unknown_pixels():
+  """Lesion pixels and pixels of unknown truth are in opposite corners; each crop contains lesion."""
+  mask = np.zeros((16, 64, 64), np.uint8)
+  mask[:, :4, :4], mask[:, -16:, -16:] = 2, 1 << 7
+  image = jnp.full(mask.shape, -1000, jnp.int16)
+  options = augment.Augmentation(crop_probability=1.0, crop_fractions=(1 / 4,), has_ignored=True)
+  _, out = augment.augment(jax.random.key(0), image, jnp.asarray(mask), options)
+  assert set(np.unique(out)) <= {0, 2} and (out == 2).any(axis=(1, 2)).all()
+
+
 def test_an_image_does_not_depend_on_its_batch():
   image, mask = batch()
   parts = {f'{part}_probability': 0.5 for part in PARTS}

@@ -16,6 +16,7 @@ import jax
 import layouts
 import nibabel as nib
 import numpy as np
+import one_class
 import pytest
 from conftest import PATIENTS, SIZE, SLICES, tiny
 from PIL import Image
@@ -26,7 +27,7 @@ from data import prepare
 from data.cohorts import CohortOptions
 from fusa_jax import tasks
 from fusa_jax.inference import export, predict, predictor, trained
-from fusa_jax.runs import results, run_config
+from fusa_jax.runs import run_config
 from fusa_jax.scans import pictures, volume_files, volumes
 from fusa_jax.scans.neighbours import Context
 from fusa_jax.system import meshes
@@ -244,7 +245,7 @@ def test_prediction_equals_the_model_on_a_hand_made_stack(run, loaded, raw_dir, 
 
 
 def test_the_test_fold_is_scored_with_its_neighbours(run, dataset, scans):
-  table = results.read_table(run)
+  table = one_class.part(run).table
   for row in (0, 5, len(table['score']) - 1):
     scan, number = scans[str(table['patient'][row])], int(table['slice'][row])
     highest = expected_probability(run, by_hand(scan, number)[None]).max()
@@ -297,7 +298,7 @@ def test_a_bundles_program_takes_slices_of_any_size(run, tmp_path):
 
 
 def test_pictures_are_refused(loaded, tmp_path):
-  grey = predictor.Predictor(dataclasses.replace(loaded.model, values='grey'), loaded.point, meshes.create_mesh())
+  grey = predictor.Predictor(dataclasses.replace(loaded.model, values='grey'), loaded.points, meshes.create_mesh())
   picture = np.random.default_rng(0).integers(0, 255, (40, 40)).astype(np.uint8)
   (tmp_path / 'in').mkdir()
   pictures.write_picture(tmp_path / 'in' / 'P1.png', picture)

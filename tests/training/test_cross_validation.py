@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import one_class
 import pytest
 from conftest import PATIENTS, SIZE, SLICES, tiny
 from sklearn import metrics as sk
@@ -14,7 +15,7 @@ from configs import cls
 from data import prepare
 from fusa_jax.inference import export, predictor
 from fusa_jax.measures import patients
-from fusa_jax.runs import operating_point, report, results, run_config
+from fusa_jax.runs import operating_point, report, result_files, results, run_config
 from fusa_jax.runs.patient_rule import PatientRule
 from fusa_jax.scans import volume_files
 from fusa_jax.system.errors import UserError
@@ -77,8 +78,8 @@ def test_patients_keep_the_rule_of_their_own_fold(made):
   assert got['sensitivity'] is None and got['reason'] == 'not chosen: all validation patients have a lesion'
   for key in ('num_patients', 'num_with_lesion'):
     assert got[key] == sum(one[key] for one in folds)
-  table = results.read_patients(made)
-  called = np.concatenate([results.read_patients(made / f'fold{k}')['positive'] for k in range(5)])
+  table = one_class.part(made).patients
+  called = np.concatenate([one_class.part(made / f'fold{k}').patients['positive'] for k in range(5)])
   np.testing.assert_array_equal(table['positive'], called)
   assert got['auc'] == pytest.approx(sk.roc_auc_score(table['label'], table['score']), abs=1e-9)
   assert len(table['label']) == PATIENTS
@@ -159,8 +160,8 @@ def test_a_cohort_that_changed_between_folds_is_refused(made, data_dir, tmp_path
   """Two folds tested the same patients and none tested the others, as after files were added."""
   workdir = tmp_path / 'folds'
   shutil.copytree(made, workdir)
-  table, result = results.read_table(workdir / 'fold0'), results.read_numbers(workdir / 'fold1')
-  results.write_test(workdir / 'fold1' / 'test', table, result, None, {})
+  table, result = one_class.part(workdir / 'fold0').table, result_files.read_numbers(workdir / 'fold1')
+  result_files.write_test(workdir / 'fold1' / 'test', result, {'lesion': results.Part(table)})
   (workdir / 'test' / 'metrics.json').unlink()
   with pytest.raises(UserError, match='the folds do not test each patient of .* once, because files were added'):
     cross_validation.cross_validate(protocol(), workdir, data_dir)
@@ -171,7 +172,7 @@ def test_evaluate_again_and_report(made, data_dir):
   before = result_of(made)
   cross_validation.evaluate_again(protocol(), made, data_dir)
   assert result_of(made) == before
-  text = report.write_report(made, datasets.card(data_dir, 'all')).read_text()
+  text = report.write_report(made, [datasets.card(data_dir, 'all')]).read_text()
   assert 'all folds, each patient tested once' in text
   assert 'The folds share training patients, so they are not independent.' in text
 
@@ -185,12 +186,13 @@ def test_the_pool_on_other_data_follows_the_operating_points_of_the_folds(made, 
     path.write_text(json.dumps(json.loads(path.read_text()) | {'sha256': 'other'}))
   cross_validation.evaluate_again(protocol(), workdir, data_dir)
   (test,) = workdir.glob('test-*')
-  point = operating_point.load_point(workdir / 'fold1')
-  dataclasses.replace(point, threshold=0.0, bin=0).save(workdir / 'fold1')
+  point = one_class.point(workdir / 'fold1')
+  changed = dataclasses.replace(point, threshold=0.0, bin=0)
+  operating_point.save_points(workdir / 'fold1', {'lesion': changed})
   before = json.loads((test / 'metrics.json').read_text())
   after = cross_validation.evaluate_again(protocol(), workdir, data_dir)
   assert after['operating_point']['threshold'][1] == 0 and before['operating_point']['threshold'][1] > 0
-  folds = [results.read_numbers(workdir / f'fold{k}', test.name) for k in range(5)]
+  folds = [result_files.read_numbers(workdir / f'fold{k}', test.name) for k in range(5)]
   assert after['operating_point']['tp'] == sum(one['operating_point']['tp'] for one in folds)
   assert json.loads((test / 'metrics.json').read_text())['operating_point'] == after['operating_point']
 
@@ -207,7 +209,8 @@ def test_prediction_is_the_mean_of_the_folds(made, raw_dir):
   each = [scores(fold) for fold in folds]
   assert np.std(each, axis=0).min() > 1e-4
   np.testing.assert_allclose(scores(together), np.mean(each, axis=0, dtype=np.float64), atol=1e-6)
-  assert together.point.threshold == pytest.approx(np.mean([fold.point.threshold for fold in folds]))
+  threshold = lambda run: run.points['lesion'].threshold
+  assert threshold(together) == pytest.approx(np.mean([threshold(fold) for fold in folds]))
   assert together(scan).numbers['step'] == [fold.model.step for fold in folds]
 
 

@@ -8,6 +8,7 @@ import shutil
 
 import jax
 import numpy as np
+import one_class
 import pytest
 from conftest import SIZE, SLICES, tiny
 from PIL import Image
@@ -19,7 +20,7 @@ from data import prepare
 from fusa_jax import tasks
 from fusa_jax.inference import predict, predictor, trained
 from fusa_jax.measures import histogram, statistics
-from fusa_jax.runs import figures, operating_point, results, run_config, split
+from fusa_jax.runs import figures, operating_point, result_files, run_config, split
 from fusa_jax.scans import lungs, volume_files
 from fusa_jax.system import files, meshes, own_files, provenance
 from fusa_jax.system.errors import UserError
@@ -64,14 +65,14 @@ def test_segmentation_numbers_follow_from_the_masks(runs, data_dir):
   assert result['dice_macro'] == pytest.approx(sk.f1_score(truth, predicted, average='macro'), abs=1e-4)
   assert result['recall'] == pytest.approx(sk.recall_score(truth, predicted), abs=1e-4)
   scores = np.array([float(r['score']) for r in rows])
-  np.testing.assert_allclose(scores, probability.max(axis=(1, 2)), atol=1e-4)
+  np.testing.assert_allclose(scores, probability.max(axis=(1, 2, 3)), atol=1e-4)
 
 
 def test_classification_numbers_follow_from_the_table(runs):
   rows, result = read(runs['cls'])
   label, score = (np.array([float(r[key]) for r in rows]) for key in ('label', 'score'))
   # The ranking uses logits: probabilities near 0 and 1 round to the same number.
-  logit = results.read_table(runs['cls'])['logit']
+  logit = one_class.part(runs['cls']).table['logit']
   np.testing.assert_allclose(1 / (1 + np.exp(-logit)), score, atol=1e-6)
   assert result['auc'] == pytest.approx(sk.roc_auc_score(label, logit))
   assert result['accuracy'] == pytest.approx(sk.accuracy_score(label, score >= 0.5))
@@ -89,9 +90,9 @@ def test_table_does_not_depend_on_batch_size_or_devices(runs, data_dir, batch_si
   _, variables = trained.load_best(config, task, runs['cls'], mesh)
   split = datasets.load_dataset(data_dir, 0, SIZE).test
   # A bin in the middle of the logits, so that both its sides have slices.
-  stored = results.read_table(runs['cls'])
+  stored = one_class.part(runs['cls']).table
   chosen = int(np.median(stored['logit']) * 16) + histogram.HALF
-  table = scorer.Scorer(task, mesh, batch_size).table(variables, split, bin=chosen)
+  table = scorer.Scorer(task, mesh, batch_size).tables(variables, split, bins={'lesion': chosen})['lesion']
   # The histogram of all slices, counted again from the logits, without the rows that fill the last batch.
   bins = np.clip(np.floor(table['logit'] * 16) + histogram.HALF, 0, histogram.BINS - 1).astype(int)
   expected = [np.bincount(bins[table['label'] == truth], minlength=histogram.BINS) for truth in (0, 1)]
@@ -140,8 +141,8 @@ def test_every_number_has_an_interval_or_none(runs):
 @pytest.mark.parametrize('kind', ['seg', 'cls'])
 def test_numbers_of_patients_follow_from_the_written_tables(runs, kind):
   """Aggregates the saved logits and volumes by hand, and compares with scikit-learn."""
-  table, result = results.read_table(runs[kind]), read(runs[kind])[1]
-  got, rule = result['patient'], operating_point.load_point(runs[kind]).patient
+  table, result = one_class.part(runs[kind]).table, read(runs[kind])[1]
+  got, rule = result['patient'], one_class.point(runs[kind]).patient
   assert rule.about() == {name: got[name] for name in rule.about()} == result['operating_point']['patient']
   assert rule.score_name == {'seg': 'lesion_ml', 'cls': 'mean_of_highest'}[kind]
   names = list(dict.fromkeys(table['patient'].tolist()))
@@ -155,7 +156,7 @@ def test_numbers_of_patients_follow_from_the_written_tables(runs, kind):
     'maximum': [one[0] for one in probability],
   }
   if kind == 'seg':
-    volumes = {row['case']: row['predicted_ml'] for row in results.read_volumes(runs[kind])}
+    volumes = {row['case']: row['predicted_ml'] for row in one_class.part(runs[kind]).volumes}
     scores['lesion_ml'] = [volumes[name] for name in names]
   with (runs[kind] / 'test' / 'patients.csv').open(newline='') as file:
     rows = list(csv.DictReader(file))
@@ -218,8 +219,8 @@ def test_the_test_fold_is_not_read_before_the_threshold_is_saved(runs, raw_dir, 
   monkeypatch.setattr(datasets, 'load_dataset', hidden)
   with pytest.raises(AssertionError, match='the test fold was looked at'):
     evaluate.evaluate(tiny(), tmp_path, data_dir, prepare.scans(raw_dir))
-  point = operating_point.load_point(tmp_path)
-  assert point == operating_point.load_point(runs['seg'])
+  point = one_class.point(tmp_path)
+  assert point == one_class.point(runs['seg'])
   assert point.validation['chosen']['dice'] >= point.validation['half']['dice']
 
 
@@ -265,12 +266,12 @@ def test_on_another_cohort_the_run_keeps_its_own_operating_point_and_test(runs, 
   shutil.copytree(runs['seg'], workdir)
   changed_split(workdir, **renamed(split.load_split(workdir)))
   own = {path: path.read_bytes() for path in (workdir / 'test').rglob('*') if path.is_file()}
-  before = operating_point.load_point(workdir)
+  before = one_class.point(workdir)
   (workdir / 'operating_point.json').write_text(
     json.dumps(dataclasses.asdict(before) | {'threshold': 0.75, 'bin': 273, 'flips': True})
   )
   result = evaluate.evaluate(tiny(), workdir, data_dir)
-  kept = operating_point.load_point(workdir)
+  kept = one_class.point(workdir)
   assert result['operating_point']['threshold'] == kept.threshold == 0.75
   assert result['operating_point']['flips'] and kept.flips
   assert result['brier'] != read(runs['seg'])[1]['brier']  # with flips
@@ -279,7 +280,7 @@ def test_on_another_cohort_the_run_keeps_its_own_operating_point_and_test(runs, 
   assert result['patient']['auc'] is None and 'unknown for all test patients' in result['patient']['reason']
   (folder,) = workdir.glob('test-*')
   assert folder.name.startswith(f'test-{data_dir.name}-')
-  assert results.read_numbers(workdir, folder.name)['brier'] == result['brier']
+  assert result_files.read_numbers(workdir, folder.name)['brier'] == result['brier']
   assert {path: path.read_bytes() for path in own} == own
   with pytest.raises(UserError, match='evaluate.target_sensitivity: the operating point is chosen on the validation'):
     evaluate.evaluate(tiny(**{'evaluate.target_sensitivity': 0.9}), workdir, data_dir)
@@ -332,7 +333,7 @@ def test_the_share_of_the_lungs_can_be_the_score(runs, raw_dir, data_dir, tmp_pa
   config = tiny(seg, **{'evaluate.patient_score': 'lung_share'})
   got = evaluate.evaluate(config, workdir, data_dir, prepare.scans(raw_dir))['patient']
   run = predictor.load_predictor(workdir)
-  table = results.read_patients(workdir)
+  table = one_class.part(workdir).patients
   shares = []
   for name in table['owner']:
     scan = volume_files.read_scan(raw_dir / f'{name}_ct.nii.gz')
@@ -404,23 +405,24 @@ def test_a_run_with_another_operating_point_than_its_test_is_not_finished(runs, 
   """An evaluation that is killed after it saved the operating point leaves the test at the point before."""
   workdir = copy_of(runs['cls'], tmp_path / 'run')
   path = workdir / 'operating_point.json'
-  point = operating_point.load_point(workdir)
+  point = one_class.point(workdir)
   if content == 'other point':
-    dataclasses.replace(point, threshold=0.25, bin=point.bin - 1).save(workdir)
+    changed = dataclasses.replace(point, threshold=0.25, bin=point.bin - 1)
+    operating_point.save_points(workdir, {'lesion': changed})
   else:
     path.write_text('{') if content == 'damaged' else path.unlink()
   assert not evaluate.is_finished(tiny(cls), workdir, data_dir)
   evaluate.evaluate(tiny(cls), workdir, data_dir)
-  assert operating_point.load_point(workdir) == point and evaluate.is_finished(tiny(cls), workdir, data_dir)
+  assert one_class.point(workdir) == point and evaluate.is_finished(tiny(cls), workdir, data_dir)
 
 
-def test_volumes_that_were_edited_are_not_used(tmp_path):
-  path, row = tmp_path / 'test' / 'volumes.csv', {'case': 'P1', 'dice': 0.5}
-  own_files.write_together(path.with_name('metrics.json'), {}, {path: lambda part: files.write_csv(part, [row])}, ())
-  assert results.read_volumes(tmp_path) == [row]
-  path.write_text(path.read_text().replace('0.5', '0.9'))
+def test_volumes_that_were_edited_are_not_used(runs, tmp_path):
+  shutil.copytree(runs['seg'] / 'test', tmp_path / 'test')
+  path, rows = tmp_path / 'test' / 'volumes.csv', one_class.part(tmp_path).volumes
+  assert len(rows) == 2 and rows[0]['true_ml'] > 0
+  path.write_text(path.read_text().replace('0.', '1.', 1))
   with pytest.raises(UserError, match='volumes.csv: was changed since the test; restore it, or replace it with'):
-    results.read_volumes(tmp_path)
+    one_class.part(tmp_path)
 
 
 @pytest.mark.parametrize('is_link', [False, True])
@@ -464,9 +466,9 @@ def test_an_interrupted_test_is_written_again(runs, data_dir, tmp_path, monkeypa
     patch.setattr(files.os, 'replace', full)
     with pytest.raises(UserError, match='cannot be written'):
       evaluate.evaluate(tiny(cls), workdir, data_dir)
-  assert not results.is_complete(workdir / 'test')
+  assert not result_files.is_complete(workdir / 'test')
   evaluate.evaluate(tiny(cls), workdir, data_dir)
-  assert results.is_complete(workdir / 'test')
+  assert result_files.is_complete(workdir / 'test')
   assert not list((workdir / 'test').rglob('.*'))
 
 
@@ -495,14 +497,14 @@ def test_logits_that_are_not_finite_are_an_error(runs, data_dir):
   broken = jax.tree.map(lambda x: x * np.nan, variables)
   split = datasets.load_dataset(data_dir, 0, SIZE).test
   with pytest.raises(UserError, match='the model gives 32 of 32 slices a logit that is not finite'):
-    scorer.Scorer(task, mesh, 8).table(broken, split)
+    scorer.Scorer(task, mesh, 8).tables(broken, split)
 
 
 def test_a_target_sensitivity_is_met_on_the_validation_fold(runs, data_dir, tmp_path):
   shutil.copytree(runs['cls'] / 'checkpoints', tmp_path / 'checkpoints')
   config = tiny(cls, **{'evaluate.target_sensitivity': 0.9, 'evaluate.fit_temperature': True})
   result = evaluate.evaluate(config, tmp_path, data_dir)
-  point = operating_point.load_point(tmp_path)
+  point = one_class.point(tmp_path)
   assert point.validation['chosen']['sensitivity'] >= 0.9
   assert result['operating_point']['chosen_by'] == 'sensitivity of at least 0.9 on the validation fold'
   assert result['operating_point']['temperature'] == point.temperature != 1
@@ -536,13 +538,14 @@ def test_flips_lungs_and_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
   overrides = {f'evaluate.{key}': True for key in ('flips', 'lungs', 'fit_smallest')}
   config, scans = tiny(**overrides), prepare.scans(raw_dir)
   result = evaluate.evaluate(config, tmp_path / 'run', data_dir, scans)
-  point = operating_point.load_point(tmp_path / 'run')
+  point = one_class.point(tmp_path / 'run')
   assert point.flips and point.lungs and len(point.validation['dice_of_volumes']) == len(operating_point.SMALLEST_ML)
   assert result['operating_point']['smallest_ml'] == point.smallest_ml
 
   task = tasks.create(config)
   _, variables = trained.load_best(config, task, runs['seg'], meshes.create_mesh())
-  test, probabilities = datasets.load_dataset(data_dir, 0, SIZE).test, jax.jit(task.probabilities)
+  test, program = datasets.load_dataset(data_dir, 0, SIZE).test, jax.jit(task.probabilities)
+  probabilities = lambda *inputs: program(*inputs)[..., 0]
   images = np.stack([test.source[i]['image'] for i in range(len(test))])
   both = [probabilities(variables, images), probabilities(variables, images[:, :, ::-1])[:, :, ::-1]]
   scores = np.array([float(row['score']) for row in read(tmp_path / 'run')[0]])
@@ -554,7 +557,7 @@ def test_flips_lungs_and_smallest_lesion(runs, raw_dir, data_dir, tmp_path):
   (name,) = list(scans)[:1]
   scan, _ = scans[name]()
   marked, field = whole(scan).mask, lungs.field(scan)
-  whole.point = whole.point.with_options(lungs=True, smallest_ml=20)
+  whole.points = operating_point.with_options(whole.points, lungs=True, smallest_ml=20)
   labels, count = ndimage.label(marked & field, np.ones((3, 3, 3)))
   sizes = ndimage.sum_labels(np.full(labels.shape, scan.voxel_ml), labels, np.arange(1, count + 1))
   kept = np.isin(labels, 1 + np.flatnonzero(sizes >= 20))
@@ -661,17 +664,16 @@ def test_files_of_an_earlier_evaluation_are_removed(runs, data_dir, tmp_path):
 
 def test_a_missing_or_damaged_table_is_one_line(runs, tmp_path):
   expected = r'test: the run was not evaluated, .*; evaluate the run with --mode=evaluate'
-  for read_part in (results.read_table, results.read_numbers):
-    with pytest.raises(UserError, match=expected):
-      read_part(tmp_path)
+  with pytest.raises(UserError, match=expected):
+    one_class.part(tmp_path)
   shutil.copytree(runs['cls'] / 'test', tmp_path / 'test')
-  whole = (tmp_path / 'test' / results.TABLE).read_bytes()
+  whole = (tmp_path / 'test' / result_files.TABLE).read_bytes()
   for content in (b'', whole[:200], whole[: len(whole) // 2], b'no archive'):
-    (tmp_path / 'test' / results.TABLE).write_bytes(content)
+    (tmp_path / 'test' / result_files.TABLE).write_bytes(content)
     with pytest.raises(UserError, match=expected):
-      results.read_table(tmp_path)
-  (tmp_path / 'test' / results.TABLE).write_bytes(whole)
-  results.read_table(tmp_path)
+      one_class.part(tmp_path)
+  (tmp_path / 'test' / result_files.TABLE).write_bytes(whole)
+  one_class.part(tmp_path)
   (tmp_path / 'test' / 'metrics.json').write_text('{')
   with pytest.raises(UserError, match=expected):
-    results.read_numbers(tmp_path)
+    result_files.read_numbers(tmp_path)

@@ -151,6 +151,16 @@ def test_invalid_data_options_are_refused(data_dir, tmp_path, options, reason):
 
 
 def test_balanced_sampling_needs_positives_and_negatives():
+  groups = {'with lesion': np.zeros(5, bool), 'without lesion': np.ones(5, bool)}
   with pytest.raises(UserError, match='data.balanced: the training slices include none with lesion'):
-    input_pipeline.sampled_indices(np.zeros(5, bool), 0, True)
-  assert isinstance(input_pipeline.sampled_indices(np.zeros(5, bool), 0, False), grain.MapDataset)
+    input_pipeline.sampled_indices(groups, 0, True)
+  assert isinstance(input_pipeline.sampled_indices(groups, 0, False), grain.MapDataset)
+
+
+def test_balanced_sampling_draws_each_exclusive_class_equally_often():
+  number = np.repeat([0, 1, 2], [20, 5, 2])
+  groups = {str(k): number == k for k in range(3)}
+  order = input_pipeline.sampled_indices(groups, 0, True)
+  drawn = [int(order[k]) for k in range(60)]
+  np.testing.assert_array_equal(np.bincount(number[drawn]), [20, 20, 20])
+  assert set(drawn) == set(range(27))  # twenty draws visit every slice of each class

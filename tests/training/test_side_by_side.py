@@ -3,10 +3,11 @@
 import shutil
 
 import numpy as np
+import one_class
 import pytest
 from PIL import Image
 
-from fusa_jax.runs import operating_point, results, run_config
+from fusa_jax.runs import run_config
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import evaluate, side_by_side
 
@@ -17,12 +18,12 @@ def test_coloured_pixels_equal_the_saved_counts(runs, data_dir, tmp_path):
   """One run is evaluated at two thresholds; the coloured pixels must equal the counts of each evaluation."""
   tables, workdirs = [], [runs['seg'], tmp_path / 'other']
   shutil.copytree(runs['seg'], workdirs[1])
-  point = operating_point.load_point(workdirs[1])
+  point = one_class.point(workdirs[1])
   config = run_config.load_config(workdirs[1])
   config.evaluate.target_sensitivity = 0.2
   evaluate.evaluate(config, workdirs[1], data_dir)
-  assert operating_point.load_point(workdirs[1]).threshold != point.threshold
-  tables = [results.read_table(workdir) for workdir in workdirs]
+  assert one_class.point(workdirs[1]).threshold != point.threshold
+  tables = [one_class.part(workdir).table for workdir in workdirs]
   (tmp_path / 'pictures').mkdir()
   for name, write in side_by_side.pictures(*workdirs, data_dir, 2).items():
     write(tmp_path / 'pictures' / name)

@@ -218,7 +218,7 @@ def test_step_and_scores_are_compiled_with_the_options_of_train_deterministic(mo
     train.lower_step(task, optimizer, config, mesh, shapes).compile()
   split = datasets.load_dataset(data_dir, config.data.fold, SIZE).test
   with pytest.raises(jax.errors.JaxRuntimeError, match='No such compile option'):
-    scorer.Scorer(task, mesh, 8, deterministic=True).table(
+    scorer.Scorer(task, mesh, 8, deterministic=True).tables(
       train.initial_state(task, optimizer, config).variables, split
     )
 
@@ -353,7 +353,7 @@ def test_the_average_is_validated_and_tested(averaged, data_dir):
   task = tasks.create(config)
   validation = datasets.load_dataset(data_dir, config.data.fold, SIZE).validation
   score = scorer.Scorer(task, mesh, 8)
-  of = lambda variables: results.summary(task.type, score.table(variables, validation))['dice']
+  of = lambda variables: results.summary(task.type, score.tables(variables, validation))['dice']
   logged = {e['step']: e['validation/dice'] for e in log_of(averaged) if 'validation/dice' in e}
   assert logged[4] == of(items['variables']) != of(items['optimizer']['variables'])
   step, best = trained.load_best(config, task, averaged, mesh)

@@ -23,7 +23,7 @@ from scipy import ndimage
 
 from data.cohorts.phantom import build
 from data.cohorts.phantom.body import anatomy
-from data.cohorts.phantom.lesions import lesions
+from data.cohorts.phantom.lesions import DENSE, lesions
 from data.cohorts.phantom.lungs import branches, parenchyma
 from data.cohorts.phantom.shapes import STEP, Atlas, fill, paint
 from data.cohorts.phantom.surroundings import cloth, couch
@@ -43,7 +43,9 @@ def _build(seed, number):
   return build.draw(np.random.default_rng([seed, number, 0]))
 
 
-def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def patient(
+  seed: int, number: int, *, size: int, slices: int, kinds: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Draws a patient of the cohort. Equal arguments give equal arrays.
 
   Args:
@@ -51,11 +53,12 @@ def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarr
     number: number of the patient, 1 or more. Every fifth patient has no lesion.
     size: rows and columns of a slice. The field of view is 270 to 490 mm; it depends on the patient, not on `size`.
     slices: number of slices. They cover 280 to 560 mm of the body; the length depends on the patient, not on `slices`.
+    kinds: mark consolidations, the dense parts of lesions, with 2.
 
   Returns:
     hu: int16 [slices, size, size], inferior to superior, anterior to posterior, and from the
       patient's right to left. Voxels outside a round field of view are -1024 or -2048, as on scanners.
-    mask: uint8 of the same shape, 1 in lesions (including the vessels that cross them).
+    mask: uint8 of the same shape, 1 in lesions (including the vessels that cross them); 2 in consolidations if `kinds`.
     lungs: uint8 of the same shape, 1 in the lungs, including lesions.
 
   Raises:
@@ -120,6 +123,8 @@ def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarr
     paint(hu, air[slab], -985)
     lungs[slab] = at['lungs'] > 0
     mask[slab] = (at['lesion'] > 0) & (at['lungs'] > 0)
+    if kinds:
+      mask[slab] *= np.where(at['lift'] > DENSE, 2, 1).astype(np.uint8)
 
     # Motion blur of the beating heart, then the blur of the focal spot, then the noise of the scanner.
     beat = motion * np.exp(-((at['heart'] / 9) ** 2))
@@ -136,9 +141,11 @@ def patient(seed: int, number: int, *, size: int, slices: int) -> tuple[np.ndarr
   return scan, mask, lungs
 
 
-def write_patient(raw_dir: pathlib.Path, number: int, seed: int, size: int, slices: int) -> pathlib.Path:
+def write_patient(
+  raw_dir: pathlib.Path, number: int, seed: int, size: int, slices: int, kinds: bool = False
+) -> pathlib.Path:
   """Writes the scan and the mask of one patient, as `write_phantoms` does, and returns the path of the scan."""
-  hu, mask, _ = patient(seed, number, size=size, slices=slices)
+  hu, mask, _ = patient(seed, number, size=size, slices=slices, kinds=kinds)
   thickness, height, width = spacing(seed, number, size=size, slices=slices)
   affine = np.diag([-width, -height, thickness, 1])  # world axes of NIfTI are R, A, S
   affine[:3, 3] = np.array([width, height, 0]) * (size - 1) / 2
@@ -160,18 +167,20 @@ def write_phantoms(
   size: int = 512,
   slices: int = 48,
   seed: int = 0,
+  kinds: bool = False,
   progress: Callable[..., Iterable] = silent,
 ) -> None:
   """Writes a cohort in the layout of the COVID-19-20 challenge.
 
   Each patient n, counted from 1, has two files: `volume-phantom-A-NNNN_ct.nii.gz` (int16 HU) and
-  `..._seg.nii.gz` (uint8, 0 or 1). They depend on (seed, n, size, slices) only. Arrays are stored in
-  L, P, S order, those of every fourth patient in R, A, S. The affine is in the qform, as in the challenge.
+  `..._seg.nii.gz` (uint8, 0 or 1; 2 in consolidations if `kinds`). They depend on (seed, n, size, slices, kinds) only.
+  Arrays are stored in L, P, S order, those of every fourth patient in R, A, S. The affine is in the qform, as in the
+  challenge.
 
   Args:
     raw_dir: output folder. It is created if it does not exist; files of the same names are replaced.
     patients: number of patients; they are numbered 1 to `patients`.
-    size, slices, seed: as in `patient`.
+    size, slices, seed, kinds: as in `patient`.
     progress: wraps an iterable that yields one item per patient, as tqdm does.
 
   Raises:
@@ -182,7 +191,7 @@ def write_phantoms(
   raw_dir = pathlib.Path(raw_dir)
   raw_dir.mkdir(parents=True, exist_ok=True)
   numbers = range(1, patients + 1)
-  jobs = [[value] * patients for value in (seed, size, slices)]
+  jobs = [[value] * patients for value in (seed, size, slices, kinds)]
   with pool(patients) as run:
     written = run(write_patient, [raw_dir] * patients, numbers, *jobs)
     for _ in progress(written, total=patients, desc='Drawing phantoms', unit='patients'):

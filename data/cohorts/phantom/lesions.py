@@ -4,6 +4,9 @@ import numpy as np
 
 from data.cohorts.phantom.shapes import Atlas
 
+# HU added to the lung: ground glass adds 140 to 280, consolidation 620 to 860, before their texture.
+DENSE = 450
+
 
 def lesions(rng: np.random.Generator, atlas: Atlas, region: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
   """Draws lesions on the atlas. Returns the depth inside them, in widths of their soft edge, and the HU they add."""

@@ -65,7 +65,7 @@ def test_trained_one_step_and_evaluated(laid, tmp_path, name, options, module):
   scored = [patient for patient in set(tested.patient.tolist()) if scans and patient in scans]
   assert result.get('volumes', {}).get('num_volumes', 0) == len(scored)
   assert (len(scored) > 0) == (name not in ('slices', 'classes'))
-  page = report.write_report(tmp_path / 'run', datasets.card(data_dir, 0)).read_text()
+  page = report.write_report(tmp_path / 'run', [datasets.card(data_dir, 0)]).read_text()
   assert ('Not tested on new patients' in page) == (options.patients == 'each_slice')
   assert ('8-bit values 0 to 255' in page) == (options.intensity == 'grey')
 
@@ -135,7 +135,7 @@ def test_options_select_intensity_and_patients(laid, caplog):
     owners = [{patient.case.owner for patient in fold} for fold in folds]
     assert sum(map(len, owners)) == 8 and sum(map(len, folds)) == 10
   named = find(laid['medseg'])[1]
-  assert len(named) == PATIENTS and all(case.lesion_labels == (1, 2) for case in named)
+  assert len(named) == PATIENTS and all(case.classes.values == ((1, 2),) for case in named)
   assert '100 slices without patient IDs are left out; --config.data.patients=each_slice includes' in caplog.text
   every = find(laid['medseg'], CohortOptions(patients='each_slice'))[1]
   assert len(every) == PATIENTS + 100

@@ -8,6 +8,7 @@ import shutil
 import dicom_series
 import nibabel as nib
 import numpy as np
+import one_class
 import pytest
 from conftest import SIZE, SLICES, tiny
 from sklearn import metrics as sk
@@ -17,7 +18,7 @@ from data import prepare, survey
 from data.cohorts import patient_labels
 from data.find import find
 from fusa_jax.inference import export, predictor
-from fusa_jax.runs import compare, operating_point, report, results
+from fusa_jax.runs import compare, operating_point, report, result_files, results
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import cross_validation, datasets, evaluate, train
 
@@ -95,14 +96,14 @@ def test_every_slice_inherits_the_label_of_its_patient(cohort, prepared, caplog)
 
 def test_only_patients_are_scored(run, cohort):
   workdir, _ = run
-  result = results.read_numbers(workdir)
+  result = result_files.read_numbers(workdir)
   assert result['labels'].startswith('of patients: each slice has the label of its patient')
   assert [result[name] for name in ('auc', 'accuracy', 'recall', 'tp', 'brier')] == [None] * 5
   point = result['operating_point']
   assert point['slices']['auc'] is None and point['slices']['at_prevalence'] == [] and point['precision'] is None
   assert not any(value for key, value in result['intervals'].items() if key in ('auc', 'accuracy', 'brier'))
   assert point['threshold'] == 0.5 and point['chosen_by'] == operating_point.NO_SLICE_LABELS
-  table = results.read_patients(workdir)
+  table = one_class.part(workdir).patients
   assert table['label'].tolist() == [cohort[1][owner] for owner in table['owner'].tolist()]
   assert result['patient']['auc'] == pytest.approx(sk.roc_auc_score(table['label'], table['score']), abs=1e-9)
   assert result['patient']['sensitivity'] is not None
@@ -121,7 +122,7 @@ def test_only_patients_are_scored(run, cohort):
 
 def test_report_comparison_prediction_and_card_have_no_numbers_of_slices(run, prepared, cohort, tmp_path):
   workdir, config = run
-  text = report.write_report(workdir, datasets.card(prepared, config.data.fold)).read_text()
+  text = report.write_report(workdir, [datasets.card(prepared, config.data.fold)]).read_text()
   assert 'Labels are of patients' in text and 'Detection of patients with lesion' in text
   for absent in ('Detection of slices', 'Thresholds and calibration', 'slices with lesion</th>', 'Threshold 0.5'):
     assert absent not in text
@@ -155,9 +156,9 @@ def test_cross_validation_pools_patients_only(prepared, cohort, tmp_path):
   config = tiny(cls, **{'data.fold': 'all', 'train.steps': 2})
   result = cross_validation.cross_validate(config, tmp_path, prepared)
   assert result['auc'] is None and results.scores_slices(result) is False
-  table = results.read_patients(tmp_path)
+  table = one_class.part(tmp_path).patients
   assert sorted(table['owner'].tolist()) == sorted(cohort[1]) and result['patient']['auc'] is not None
-  assert 'Labels are of patients' in report.write_report(tmp_path, datasets.card(prepared, 'all')).read_text()
+  assert 'Labels are of patients' in report.write_report(tmp_path, [datasets.card(prepared, 'all')]).read_text()
 
 
 def small(folder, rows, scans=('a', 'b', 'c'), columns='patient,class'):
@@ -219,6 +220,34 @@ def test_results_beside_scans_are_no_scans(tmp_path):
   for name in ('a_probability', 'a_gradcam_explanation'):
     (folder / f'{name}.nii.gz').write_bytes(b'')
   assert [case.patient for case in find(folder)[1]] == ['a', 'b']
+
+
+def test_severities_of_mosmed_are_labels_of_patients(raw_dir, tmp_path, caplog):
+  """CT-0 is without lesion. With `masks`, these decide. A list of the user overrides the folders."""
+  caplog.set_level(logging.INFO)
+  for number, path in enumerate(sorted(raw_dir.glob('*_ct.nii.gz'))):
+    folder = tmp_path / 'studies' / f'CT-{number % 5}'
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, folder / f'study_{number:04d}.nii.gz')
+  (tmp_path / 'LICENSE.txt').write_text('x')
+  for place in (tmp_path, tmp_path / 'studies'):
+    name, cases = find(place)
+    assert name == 'patient_labels'
+    assert [case.patient_label for case in cases] == [int(number % 5 > 0) for number in range(10)]
+    assert [case.patient for case in cases] == [f'study_{number:04d}' for number in range(10)]
+  assert 'studies: patients with lesion: CT-1, CT-2, CT-3, CT-4; without: CT-0' in caplog.text
+  prepared = prepare.prepare(str(tmp_path), str(tmp_path / 'out'), SIZE)
+  assert datasets.load_dataset(prepared, 0, SIZE).patient_labels
+  write_labels(tmp_path / 'studies', [(case.patient, 1 - case.patient_label) for case in cases])
+  assert [case.patient_label for case in find(tmp_path / 'studies')[1]] == [1 - case.patient_label for case in cases]
+  (tmp_path / 'studies' / 'labels.csv').unlink()
+  twice = tmp_path / 'studies' / 'CT-1' / 'study_0000.nii.gz'
+  shutil.copy(tmp_path / 'studies' / 'CT-2' / 'study_0002.nii.gz', twice)
+  with pytest.raises(UserError, match=r'CT-1/study_0000.nii.gz: same patient as .*CT-0/study_0000.nii.gz; remove one'):
+    find(tmp_path)
+  twice.unlink()
+  (tmp_path / 'masks').mkdir()
+  assert find(tmp_path)[0] == 'mosmed'
 
 
 def test_scans_of_one_person_cannot_have_two_classes(tmp_path):

@@ -1,4 +1,4 @@
-"""python run.py SLICES.npy PROBABILITY.npy{{ mm }}: runs this bundle with jax and NumPy. README.md describes the arrays."""
+"""python run.py SLICES.npy PROBABILITY.npy{{ ' ' ~ arguments | join(' ') if arguments }}: runs this bundle with jax and NumPy. README.md describes the arrays."""
 
 import hashlib
 import json
@@ -37,3 +37,16 @@ for begin in range(0, len(slices), size):
   filled = np.concatenate([part, part[:1].repeat(size - len(part), axis=0)])  # one shape: compiles once
   results.append(np.asarray(probability(weights, filled))[: len(part)])
 np.save(sys.argv[2], np.concatenate(results))
+# % if has_values
+# The mask: bit k of a pixel is class k, and mask_values has the value of a pixel by its bits.
+points = list(bundle['operating_point'].get('classes', {'': bundle['operating_point']}).values())
+of_each = np.moveaxis(np.concatenate(results).reshape(*slices.shape, len(points)), -1, 0)
+bits = sum((each >= point['threshold']) * (1 << k) for k, (each, point) in enumerate(zip(of_each, points, strict=True)))
+values = np.array(bundle['mask_values'])
+# % if context.slices
+path = sys.argv[4]
+# % else
+path = sys.argv[3]
+# % endif
+np.save(path, values.astype(np.min_scalar_type(values.max()))[bits])
+# % endif
