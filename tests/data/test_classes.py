@@ -87,8 +87,9 @@ def test_a_class_that_training_lacks_is_named_before_anything_is_written(kinds_d
   for fold in range(5):
     config = tiny(**{'data.fold': fold})
     config.data.classes = tuple(classes.items())
+    dataset = datasets.load_dataset_for(config, prepared)  # another model may be tested on it
     try:
-      datasets.load_dataset_for(config, prepared)
+      datasets.check_trainable(config, dataset)
     except UserError as error:
       lacking[fold] = str(error)
   assert len(lacking) == 2  # the test fold and the validation fold
