@@ -251,8 +251,10 @@ def test_a_class_without_training_patients_is_refused(cohort, tmp_path):
   (folder / 'slices.csv').write_text(f'{rows}\nr,p9')
   place = prepare.prepare(str(folder), str(tmp_path / 'out'), SIZE, options=AUTO)
   fold = next(k for k, one in enumerate(datasets.folds(place)) if 'p9' in [patient['patient'] for patient in one])
+  config = config_of(**{'data.fold': fold})
+  dataset = datasets.load_dataset_for(config, place)  # another model may be tested on it
   with pytest.raises(UserError, match=rf"^data.classes: no training patient of fold {fold} has the class 'rare'"):
-    datasets.load_dataset_for(config_of(**{'data.fold': fold}), place)
+    datasets.check_trainable(config, dataset)
 
 
 def test_a_slice_in_two_classes_is_refused_with_both_files(cohort, tmp_path):
