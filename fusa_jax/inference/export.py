@@ -253,14 +253,13 @@ def _tests(workdir, step, classes):
 
   [{}] if it was not tested.
   """
-  if not result_files.is_complete(workdir / split.TEST) or result_files.read_numbers(workdir)['step'] != step:
+  if not result_files.is_complete(workdir / split.TEST):
     return [{}]
   result = result_files.read_numbers(workdir)
-  if len(classes) == 1:
-    return [_test(result)]
-  shared = {key: value for key, value in result.items() if key != operating_point.CLASSES}
-  of_classes = result.get(operating_point.CLASSES, {})
-  return [{'class': name, **_test(shared | of_classes[name])} for name in classes if name in of_classes] or [{}]
+  if result['step'] != step:
+    return [{}]
+  of_classes = results.by_class(result, classes)
+  return [{'class': name if len(classes) > 1 else '', **_test(numbers)} for name, numbers in of_classes.items()]
 
 
 def _test(result):

@@ -326,13 +326,13 @@ class Predictor:
   def _results_of_scan(self, scan, probability, resized, masks, field):
     """Returns the results by class."""
     results = {}
-    for name, each in self._by_class(probability).items():
+    for number, (name, each) in enumerate(self._by_class(probability).items()):
       highest = each.reshape(len(each), -1).max(axis=1)  # in the network's size, as for the choice
       numbers, mask = {}, None
       if masks is None:
         positive, scores = each >= self.points[name].threshold, each
       else:
-        mask, number = masks[name], len(results)
+        mask = masks[name]
         positive, scores = mask.any(axis=(1, 2)), resized[..., number].max(axis=(1, 2))
         numbers['lesion_ml'] = float(mask.sum(dtype=np.int64) * scan.voxel_ml)
       # Slice 0 is the most inferior one, for any order of slices in the file.

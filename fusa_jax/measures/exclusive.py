@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import special
 
-from fusa_jax.measures import metrics, statistics
+from fusa_jax.measures import metrics, patients, statistics
 from fusa_jax.measures.statistics import ratio
 
 # The definition of each number. It is undefined if a class that it needs does not occur, never a mean over the others.
@@ -142,15 +142,9 @@ def of_patients(tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dic
     if ((with_class > 0) & (with_class < slices)).any():
       return None
     of_owners = np.split(np.asarray(table['logit'], np.float64)[grouped], ends)
-    logit = np.array([mean_logit(logits) for logits in of_owners])
+    logit = np.array([patients.mean_logit(logits) for logits in of_owners])
     columns = {'patient': owners, 'owner': owners, 'label': (with_class > 0).astype(np.int64), 'logit': logit}
     columns |= {'score': special.expit(logit), 'reliability': nothing, 'squared_error': nothing}
     columns |= dict.fromkeys(metrics.COUNTS, nothing)  # `metrics.by_patient` needs them; there is no threshold
     found[name] = {key: values[in_order] for key, values in columns.items()}
   return found
-
-
-def mean_logit(logits: np.ndarray) -> float:
-  """The log-odds of the mean probability of slices, for their logits [S]; exact where these round to 0 or 1."""
-  of_class, of_others = (special.logsumexp(special.log_expit(sign * logits)) for sign in (1, -1))
-  return float(of_class - of_others)

@@ -28,9 +28,13 @@ def mean_of_highest(logits: np.ndarray, highest: float) -> float:
     highest: as in HIGHEST. A share of the slices is rounded up; a scan with fewer slices uses all of them.
   """
   count = int(np.ceil(highest * len(logits))) if highest < 1 else int(highest)
-  top = np.sort(np.asarray(logits, np.float64))[::-1][:count]
-  lesion, background = (special.logsumexp(special.log_expit(sign * top)) for sign in (1, -1))
-  return float(lesion - background)
+  return mean_logit(np.sort(np.asarray(logits, np.float64))[::-1][:count])
+
+
+def mean_logit(logits: np.ndarray) -> float:
+  """The log-odds of the mean of probabilities, for their logits [S]; exact where these round to 0 or 1."""
+  positive, negative = (special.logsumexp(special.log_expit(sign * logits)) for sign in (1, -1))
+  return float(positive - negative)
 
 
 def noisy_or(logits: np.ndarray) -> float:

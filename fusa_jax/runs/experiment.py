@@ -13,9 +13,8 @@ from fusa_jax.system import home, progress  # noqa: F401 (importing home makes d
 from fusa_jax.system.errors import UserError
 
 # Keys that --mode=evaluate may change.
-_OF_EVALUATION = (
-  *('evaluate.', 'data.patients', 'data.lesion_labels', 'data.classes', 'data.ignore_label'),
-  'data.coloured',
+_OF_EVALUATION = ('evaluate.',) + tuple(
+  f'data.{key}' for key in ('patients', 'lesion_labels', 'classes', 'ignore_label', 'coloured')
 )
 
 
@@ -150,10 +149,10 @@ def to_evaluate(config: ml_collections.ConfigDict, named) -> ml_collections.Conf
   """
   from fusa_jax import tasks
 
-  own = tasks.classes_of(config)
   config.mesh.update(data=-1, space=1)
   if named is None:
     return config
+  own = tasks.classes_of(config)
   check_changes(named.overrides, (*_OF_EVALUATION, 'data.raw_dir', 'data.dir', 'mesh.'))
   config.mesh.update(named.config.mesh)
   if names_data(named.config):

@@ -68,7 +68,10 @@ def write_report(workdir: pathlib.Path, data_cards: Sequence[dict], test: str = 
       labels=metrics.LABELS,
       definitions=metrics.DEFINITIONS,
       exclusive_labels=exclusive.LABELS,
-      confusion=_confusion(result),
+      confusion={
+        counted: figures.svg(figure, f'Confusion matrix of {counted}')
+        for counted, figure in result_files.confusion_matrices(result).items()
+      },
       caveat=results.caveat(result),
       has_slices=results.scores_slices(result),
       is_phantom='phantom' in result['dataset'],
@@ -76,19 +79,6 @@ def write_report(workdir: pathlib.Path, data_cards: Sequence[dict], test: str = 
       today=datetime.date.today(),
     )
   return workdir / test / result_files.REPORT
-
-
-def _confusion(result):
-  """Returns the confusion matrices of exclusive classes as SVG elements, by what they count."""
-  found = result.get(results.EXCLUSIVE, {})
-  return {
-    counted: figures.svg(
-      figures.confusion_matrix(numbers['confusion'], numbers['classes'], f'{counted}, highest probability'),
-      f'Confusion matrix of {counted}',
-    )
-    for counted in ('slices', 'patients')
-    if (numbers := found.get(counted))
-  }
 
 
 def _write(path, template, **values):

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from fusa_jax.measures import metrics, patients
 from fusa_jax.runs import figures, results
@@ -66,14 +67,20 @@ def write_test(folder: pathlib.Path, result: dict, parts: Mapping[str, results.P
     for each in (of_class, of_class / 'figures'):
       remove_partials(each)
     files |= {of_class / file: write for file, write in _writers(numbers, parts[name]).items()}
-  for counted, numbers in result.get(results.EXCLUSIVE, {}).items():
-    if counted in ('slices', 'patients') and numbers:
-      figure = figures.confusion_matrix(numbers['confusion'], numbers['classes'], f'{counted}, highest probability')
-      files[folder / 'figures' / f'confusion_matrix_of_{counted}.png'] = figures.writer(figure)
+  for counted, figure in confusion_matrices(result).items():
+    files[folder / 'figures' / f'confusion_matrix_of_{counted}.png'] = figures.writer(figure)
   own_files.write_together(folder / NUMBERS, result, files, _old_files(folder))
   for path in sorted(folder.glob('against-*/**/'), reverse=True):  # inner folders first
     if not any(path.iterdir()):
       path.rmdir()
+
+
+def confusion_matrices(result: dict) -> dict[str, Figure]:
+  """Draws the confusion matrices of exclusive classes, by what they count: 'slices' or 'patients'."""
+  return {
+    counted: figures.confusion_matrix(numbers['confusion'], numbers['classes'], f'{counted}, highest probability')
+    for counted, numbers in results.called(result).items()
+  }
 
 
 def _writers(result, part):

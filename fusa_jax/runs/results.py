@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fusa_jax.measures import exclusive, masks, metrics, patients, statistics
+from fusa_jax.runs.operating_point import CLASSES
 from fusa_jax.tasks import TaskType
 
-CLASSES = 'classes'  # the key of the numbers of several classes
 EXCLUSIVE = 'exclusive'  # the key of what is known of exclusive classes together
 # The texts that describe the split of a test.
 BY_PATIENT, BY_SLICE = 'by patient', 'by slice, not by patient: the patients of the slices are unknown'
@@ -228,6 +228,12 @@ def _exclusive(tables, has_slices):
   }
 
 
+def called(result: dict) -> dict[str, dict]:
+  """Returns the numbers of the class with the highest probability by what they count, 'slices' or 'patients'."""
+  found = result.get(EXCLUSIVE, {})
+  return {counted: found[counted] for counted in ('slices', 'patients') if found.get(counted)}
+
+
 def _means(task_type, tables, suffix):
   summed = [metrics.by_patient(table, suffix) for table in tables.values()]
   count = len(summed[0])
@@ -247,16 +253,16 @@ def with_volumes(result: dict, parts: Mapping[str, Part]) -> dict:
 
   Of several classes, the averages of the classes' means and medians are above them.
   """
-  if CLASSES in result and all(part.volumes for part in parts.values()):
-    first = next(iter(parts.values()))
-    owners = owners_of(first.table, [row['case'] for row in first.volumes])
+  first = next(iter(parts.values()))
+  if not first.volumes:  # all classes have the same scans
+    return result
+  owners = owners_of(first.table, [row['case'] for row in first.volumes])
+  if CLASSES in result:
     rows = {name: part.volumes for name, part in parts.items()}
     result['volumes'] = {'num_volumes': len(first.volumes), 'measures': masks.over_classes(rows, owners)}
   for name, part in parts.items():
-    if part.volumes:
-      numbers = result[CLASSES][name] if CLASSES in result else result
-      owners = owners_of(part.table, [row['case'] for row in part.volumes])
-      numbers['volumes'] = masks.summary(part.volumes, owners)
+    numbers = result[CLASSES][name] if CLASSES in result else result
+    numbers['volumes'] = masks.summary(part.volumes, owners)
   return result
 
 
@@ -350,12 +356,11 @@ def lines(task_type: TaskType, result: dict) -> list[tuple[str, str]]:
   if scores_slices(result):
     found.append(('', one_line(task_type, result)))
     found += [(name, one_line(task_type, each)) for name, each in of_each.items() if name]
-  for counted, numbers in result.get(EXCLUSIVE, {}).items():
-    if counted in ('slices', 'patients') and numbers:
-      text = ', '.join(
-        f'{name} {statistics.shown(numbers[name], interval)}' for name, interval in numbers['intervals'].items()
-      )
-      found.append((f'class with the highest probability, {counted}', text + caveat(result)))
+  for counted, numbers in called(result).items():
+    text = ', '.join(
+      f'{name} {statistics.shown(numbers[name], interval)}' for name, interval in numbers['intervals'].items()
+    )
+    found.append((f'class with the highest probability, {counted}', text + caveat(result)))
   for name, each in of_each.items():
     found.append((f'{name}, patients' if name else 'patients', patient_line({**result, **each})))
   return found

@@ -194,8 +194,8 @@ def chosen(named: Mapping[str, Sequence[int]] | Sequence, ignored: int | None, k
     keys: where the user gave them, for messages.
 
   Raises:
-    UserError: there is no class, or there are too many; a name is not a name, is given twice, or gives the same files
-      as another; a class has no value, or the same values as another; a value is not a whole number above 0; the
+    UserError: there is no class, or there are too many; a name cannot be used in names of files, or is used twice
+      there; a class has no value, or the same values as another; a value is not a whole number above 0; the
       ignored value belongs to a class.
   """
   key, example = keys.classes, keys.example

@@ -231,10 +231,11 @@ class _Test(NamedTuple):
   def predictor(self, points: operating_point.Points) -> predictor.Predictor:
     """Returns a predictor at operating points. Those of the same temperatures and flips share a compiled program."""
     temperatures = tuple(point.temperature for point in points.values())
-    program = temperatures, _flips(points)
+    flips = operating_point.shared(points).flips
+    program = temperatures, flips
     if program not in self.predictors:
       network = trained.Network(self.config, self.step, self.variables, temperatures)
-      self.predictors[program] = predictor.Predictor(trained.create([network], _flips(points)), points, self.mesh)
+      self.predictors[program] = predictor.Predictor(trained.create([network], flips), points, self.mesh)
     one = copy.copy(self.predictors[program])
     one.points = points
     return one
@@ -242,10 +243,6 @@ class _Test(NamedTuple):
   def scanned(self, part: datasets.Split) -> list[str]:
     """Returns the patients of a split that have a scan, in its order. Pictures and single slices are not scans."""
     return [patient for patient in dict.fromkeys(part.patient.tolist()) if patient in self.scans]
-
-
-def _flips(points):
-  return next(iter(points.values())).flips  # the same for all classes
 
 
 def _choose_points(test):
@@ -258,8 +255,8 @@ def _choose_points(test):
   points = {} if test.is_own else operating_point.load_points(workdir, classes)
   if any(point.step != test.step for point in points.values()) or not points:
     points = {name: operating_point.OperatingPoint(step=test.step) for name in classes}
-  one = points[classes[0]]
-  flips, lungs = (config.evaluate[key] if test.is_own else getattr(one, key) for key in ('flips', 'lungs'))
+  same = operating_point.shared(points)
+  flips, lungs = (config.evaluate[key] if test.is_own else getattr(same, key) for key in ('flips', 'lungs'))
   scorer = Scorer(test.task, test.mesh, config.train.batch_size, flips, config.train.deterministic)
   if not test.is_own:
     return points, scorer
@@ -458,7 +455,8 @@ def _with_pictures(test, points, parts):
     return parts
   variables = jax.tree.map(lambda x: x.addressable_data(0), test.variables)
   temperatures = np.array([point.temperature for point in points.values()], np.float32)
-  compute = jax.jit(lambda variables, slices: test.task.probabilities(variables, slices, temperatures, _flips(points)))
+  flips = operating_point.shared(points).flips
+  compute = jax.jit(lambda variables, slices: test.task.probabilities(variables, slices, temperatures, flips))
 
   @functools.cache
   def slice_and_probabilities(row):
