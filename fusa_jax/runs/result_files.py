@@ -70,9 +70,6 @@ def write_test(folder: pathlib.Path, result: dict, parts: Mapping[str, results.P
   for counted, figure in confusion_matrices(result).items():
     files[folder / 'figures' / f'confusion_matrix_of_{counted}.png'] = figures.writer(figure)
   own_files.write_together(folder / NUMBERS, result, files, _old_files(folder))
-  for path in sorted(folder.glob('against-*/**/'), reverse=True):  # inner folders first
-    if not any(path.iterdir()):
-      path.rmdir()
 
 
 def confusion_matrices(result: dict) -> dict[str, Figure]:

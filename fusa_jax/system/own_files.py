@@ -8,12 +8,12 @@ import contextlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fusa_jax.system.errors import UserError
 from fusa_jax.system.files import replacing, sha256, sha256_of
-from fusa_jax.system.paths import exists
+from fusa_jax.system.paths import exists, remove_empty_folder
 
 _KEY = 'sha256_of_this_record'
 _SEAL = re.compile(rb'<!-- fusa_jax sha256 ([0-9a-f]{64}) -->\n\Z')
@@ -36,7 +36,7 @@ def write_record(path: pathlib.Path, value: dict, files: Mapping[str, str]) -> N
 
 
 def write_together(
-  record: pathlib.Path, value: dict, files: Mapping[pathlib.Path, Callable[[pathlib.Path], None]], remove: Iterable[str]
+  record: pathlib.Path, value: dict, files: Mapping[pathlib.Path, Callable[[pathlib.Path], None]], remove: Sequence[str]
 ) -> None:
   """Writes a record and the files that belong to it.
 
@@ -47,7 +47,8 @@ def write_together(
     record: the JSON file.
     value: the object to write.
     files: for each file, in the folder of the record or below, a function that writes it to a temporary path.
-    remove: files of an earlier record, by their paths from that folder, in the order in which they are removed.
+    remove: files of an earlier record, by their paths from that folder, in the order in which they are removed. Folders
+      that this empties are removed as well.
 
   Raises:
     UserError: a file cannot be written.
@@ -61,6 +62,9 @@ def write_together(
     for name in dict.fromkeys([*digests, *remove]):
       (record.parent / name).unlink(missing_ok=True)
     write_record(record, value, digests)
+  folders = {folder for name in remove for folder in pathlib.PurePosixPath(name).parents if folder.name}
+  for folder in sorted(folders, reverse=True):  # inner folders first
+    remove_empty_folder(record.parent / folder)
 
 
 def read_record(path: pathlib.Path) -> dict[str, Any] | None:

@@ -75,6 +75,12 @@ def remove_folder(folder: pathlib.Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_empty_folder(folder: pathlib.Path) -> None:
+  """Removes a folder if nothing is in it; does nothing if it does not exist. A bucket has no empty folders."""
+  if not in_bucket(folder) and folder.is_dir() and not any(folder.iterdir()):
+    folder.rmdir()
+
+
 def move_folder(folder: pathlib.Path, target: pathlib.Path) -> None:
   """Moves a folder to a new name. In a bucket it copies each file first."""
   if not in_bucket(folder):
