@@ -91,7 +91,7 @@ def test_killed_many_times(data_dir, tmp_path, elastic):
   assert code == 0, printed
   rng, workdir, inside = random.Random(0), tmp_path / 'run', 0
   arguments = command(data_dir, workdir, **settings)
-  kills = 6 if elastic else 10
+  kills = 4 if elastic else 6
   for attempt in range(kills):
     before = saved(workdir)
     first, begun = before[-1] if before else 0, half_saved(workdir)

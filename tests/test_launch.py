@@ -13,6 +13,7 @@ from conftest import SIZE
 
 TINY = [
   '--config.model.width=4',
+  '--config.model.multiples=(1,2)',
   f'--config.data.image_size={SIZE}',
   '--config.data.phantom.patients=5',
   '--config.data.phantom.slices=16',

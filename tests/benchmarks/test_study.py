@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pathlib
 import shutil
 import statistics
 import subprocess
@@ -16,7 +17,7 @@ from conftest import PATIENTS, SIZE, SLICES, tiny
 from benchmarks import ablation, jobs, power, study, study_table
 from configs import seg
 from fusa_jax.measures import crossed, metrics
-from fusa_jax.runs import compare, result_files, results
+from fusa_jax.runs import compare, result_files, results, run_config
 from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
 from fusa_jax.tasks import SEGMENTATION
@@ -188,29 +189,68 @@ def test_labels_of_patients_give_no_comparison_of_slices(made, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def all_folds(data_dir, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('folds')
-  make(workdir, data_dir, ['resunet'], [3], **{'data.fold': 'all'})
-  return workdir
+def command(data_dir, tmp_path_factory):
+  """The command of a study of both models on all folds, two runs at a time."""
+  if len(jobs._cores()) < 2:
+    pytest.skip('each job has a core of its own')
+  return [
+    *(sys.executable, '-m', 'benchmarks.study', '--config=configs/seg.py:demo', '--models=resunet,fusa_resunet'),
+    *('--folds=all', '--jobs=2', f'--workdir={tmp_path_factory.mktemp("folds")}', f'--config.data.dir={data_dir}'),
+    *('--config.model.width=4', '--config.model.multiples=(1,2)', f'--config.data.image_size={SIZE}'),
+    *('--config.train.steps=2', '--config.train.batch_size=8', '--config.train.warmup_steps=1'),
+    *('--config.train.log_every=1', '--config.evaluate.num_overlays=1'),
+  ]
+
+
+@pytest.fixture(scope='module')
+def all_folds(command):
+  """The folder of that study, and what the command printed."""
+  done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=600)
+  assert done.returncode == 0, done.stderr
+  (workdir,) = (flag.removeprefix('--workdir=') for flag in command if flag.startswith('--workdir='))
+  return pathlib.Path(workdir), done.stderr
+
+
+@pytest.mark.slow
+def test_two_jobs_at_a_time_from_the_command_line(command, all_folds):
+  """Two workers run both models on all folds; the pooled results are complete, and a second call has nothing to do."""
+  workdir, printed = all_folds
+  ends = [line for line in printed.splitlines() if line.startswith('[')]
+  assert [line.split(']')[0] for line in ends if 'all folds' not in line] == [f'[{k}/10' for k in range(1, 11)]
+  assert sum('all folds: ' in line for line in ends) == 2
+  assert 'Training' not in printed and 'compiled' not in printed and 'leaked' not in printed
+  tables = []
+  for name in ('fusa_resunet', 'resunet'):
+    run = workdir / f'{name}-seed0'
+    tables.append(one_class.part(run).table)
+    assert len(metrics.by_patient(tables[-1])) == PATIENTS
+    assert all(result_files.is_complete(run / f'fold{k}' / 'test') for k in range(5))
+  (found,) = json.loads((workdir / 'differences.json').read_text())
+  expected = compare.paired(SEGMENTATION, *([table] for table in tables))
+  assert found == {'run': 'fusa_resunet', 'against': 'resunet', 'fold': 'all', 'seeds': [0], **expected}
+  assert 'shared by 2 runs at a time' in (workdir / 'table.md').read_text()
+  again = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=600)
+  assert again.returncode == 0, again.stderr
+  assert again.stderr == '10 of 10 runs are finished\n'
 
 
 @pytest.mark.slow
 def test_all_folds_are_a_cross_validation(all_folds, data_dir):
-  run = all_folds / 'resunet-seed3'
+  workdir, _ = all_folds
+  run = workdir / 'resunet-seed0'
   with (run / 'test' / 'slices.csv').open(newline='') as file:
     rows = list(csv.DictReader(file))
   assert len({(row['patient'], row['slice']) for row in rows}) == len(rows) == PATIENTS * SLICES
   assert all((folder / 'test' / 'report.html').exists() for folder in (run, *(run / f'fold{k}' for k in range(5))))
-  (row,) = csv.DictReader((all_folds / 'table.csv').open())
-  assert float(row['Dice']) == numbers(run)['dice']
-  text = (all_folds / 'table.md').read_text()
+  row, _ = csv.DictReader((workdir / 'table.csv').open())
+  assert (row['name'], float(row['Dice'])) == ('resunet', numbers(run)['dice'])
+  text = (workdir / 'table.md').read_text()
   assert f'all folds, each patient tested once: {PATIENTS * SLICES} test slices of {PATIENTS} patients' in text
   # With the same config, launch.py has nothing to do.
   before = (run / 'test' / 'metrics.json').read_bytes()
-  whole = study_table.row_config(protocol(**{'data.fold': 'all'}), 'resunet', 3)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train, 'train', None)
-    cross_validation.cross_validate(whole, run, data_dir)
+    cross_validation.cross_validate(run_config.load_config(run), run, data_dir)
   assert (run / 'test' / 'metrics.json').read_bytes() == before
 
 
@@ -218,8 +258,8 @@ def test_all_folds_are_a_cross_validation(all_folds, data_dir):
 def test_unfinished_folds_are_resumed(all_folds, data_dir, tmp_path, monkeypatch):
   """One fold is not tested: only this fold is run, then all are pooled. The old pooled results are removed before."""
   workdir = tmp_path / 'study'
-  shutil.copytree(all_folds, workdir)
-  run, done, original = workdir / 'resunet-seed3', [], train.train
+  shutil.copytree(all_folds[0], workdir)
+  run, done, original = workdir / 'resunet-seed0', [], train.train
   (run / 'fold2' / 'test' / 'metrics.json').unlink()
 
   def note(config, *rest):
@@ -227,12 +267,14 @@ def test_unfinished_folds_are_resumed(all_folds, data_dir, tmp_path, monkeypatch
     original(config, *rest)
 
   monkeypatch.setattr(train, 'train', note)
-  make(workdir, data_dir, ['resunet'], [3], **{'data.fold': 'all'})
+  config = run_config.load_config(run)
+  study.make(config, ['resunet'], [0], workdir, data_dir, jobs.machine(), [])
   assert done == [(2, True)]  # the old pooled results stay until the new ones
   without_commit = lambda folder: {key: value for key, value in numbers(folder).items() if key != 'commit'}
-  assert without_commit(run) == without_commit(all_folds / 'resunet-seed3')
-  with pytest.raises(UserError, match=r'resunet-seed3 holds a run with another config: data.fold \(all -> 1\)'):
-    make(workdir, data_dir, ['resunet'], [3], **{'data.fold': 1})
+  assert without_commit(run) == without_commit(all_folds[0] / 'resunet-seed0')
+  config.data.fold = 1
+  with pytest.raises(UserError, match=r'resunet-seed0 holds a run with another config: data.fold \(all -> 1\)'):
+    study.make(config, ['resunet'], [0], workdir, data_dir, jobs.machine(), [])
 
 
 def refused(*arguments):
@@ -283,43 +325,6 @@ def test_folds_are_all_or_one():
   for text in ('0,1', 'some', '-1', ''):
     with pytest.raises(UserError, match=f"^--folds: '{text}' must be 'all' or one fold number; for example"):
       study.read_fold(text, None)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(len(jobs._cores()) < 2, reason='each job has a core of its own')
-def test_two_jobs_at_a_time_from_the_command_line(data_dir, tmp_path):
-  """Two workers run both models on all folds; the pooled results are complete, and a second call has nothing to do."""
-  command = [
-    *(sys.executable, '-m', 'benchmarks.study', '--config=configs/seg.py:demo', '--models=resunet,fusa_resunet'),
-    *('--folds=all', '--jobs=2', f'--workdir={tmp_path}', f'--config.data.dir={data_dir}'),
-    *('--config.model.width=4', '--config.model.multiples=(1,2)', f'--config.data.image_size={SIZE}'),
-    *(
-      '--config.train.steps=2',
-      '--config.train.batch_size=8',
-      '--config.train.warmup_steps=1',
-      '--config.train.log_every=1',
-    ),
-    '--config.evaluate.num_overlays=1',
-  ]
-  done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=600)
-  assert done.returncode == 0, done.stderr
-  ends = [line for line in done.stderr.splitlines() if line.startswith('[')]
-  assert [line.split(']')[0] for line in ends if 'all folds' not in line] == [f'[{k}/10' for k in range(1, 11)]
-  assert sum('all folds: ' in line for line in ends) == 2
-  assert 'Training' not in done.stderr and 'compiled' not in done.stderr and 'leaked' not in done.stderr
-  tables = []
-  for name in ('fusa_resunet', 'resunet'):
-    run = tmp_path / f'{name}-seed0'
-    tables.append(one_class.part(run).table)
-    assert len(metrics.by_patient(tables[-1])) == PATIENTS
-    assert all(result_files.is_complete(run / f'fold{k}' / 'test') for k in range(5))
-  (found,) = json.loads((tmp_path / 'differences.json').read_text())
-  expected = compare.paired(SEGMENTATION, *([table] for table in tables))
-  assert found == {'run': 'fusa_resunet', 'against': 'resunet', 'fold': 'all', 'seeds': [0], **expected}
-  assert 'shared by 2 runs at a time' in (tmp_path / 'table.md').read_text()
-  again = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=600)
-  assert again.returncode == 0, again.stderr
-  assert again.stderr == '10 of 10 runs are finished\n'
 
 
 def test_power_of_a_study(tmp_path):

@@ -210,10 +210,10 @@ def test_shards_are_few_and_hold_everything_once(seed):
 
 @pytest.mark.slow
 def test_few_open_files_are_enough(raw_dir, tmp_path):
-  """250 scans of 32 slices are prepared, trained on and evaluated with at most 80 open files."""
+  """100 scans of 32 slices are prepared, trained on and evaluated with at most 80 open files."""
   raw, rng = tmp_path / 'raw', np.random.default_rng(0)
   raw.mkdir()
-  for number in range(250):
+  for number in range(100):
     images = [nib.load(raw_dir / f'{NAME(1 + number % 10)}_{kind}.nii.gz') for kind in ('ct', 'seg')]
     ct, mask = (np.repeat(np.asarray(image.dataobj), 2, axis=2) for image in images)
     ct, shift = ct + rng.integers(-400, 400, ct.shape), rng.integers(0, SIZE, 2)  # so that no two look alike
