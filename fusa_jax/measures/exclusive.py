@@ -15,18 +15,27 @@ from fusa_jax.measures.statistics import ratio
 
 # The definition of each number. It is undefined if a class that it needs does not occur, never a mean over the others.
 DEFINITIONS = {
-  'accuracy': 'share of the slices of which the class with the highest probability is the true class',
+  'accuracy': 'share of the slices (or patients) of which the class with the highest probability is the true class',
   'balanced_accuracy': 'mean over the classes of the recall, at the class with the highest probability',
+  'macro_precision': 'mean over the classes of the precision, at the class with the highest probability',
   'macro_f1': 'mean over the classes of F1, at the class with the highest probability',
-  'weighted_f1': 'as macro_f1, but each class weighs by its number of slices',
+  'weighted_f1': 'as macro_f1, but each class weighs by its number of slices (or patients)',
   'macro_auc': 'mean over the classes of the AUC of the class against all others',
 }
 LABELS = {
   'accuracy': 'Accuracy',
   'balanced_accuracy': 'Balanced accuracy',
+  'macro_precision': 'Precision, mean of classes',
   'macro_f1': 'F1, mean of classes',
-  'weighted_f1': 'F1, weighted by slices',
+  'weighted_f1': 'F1, weighted by size of class',
   'macro_auc': 'AUC, mean of classes',
+}
+# Names of numbers of one class, and the number of all classes that stands in their place.
+IN_PLACE_OF_MEANS = {
+  'accuracy': 'accuracy',
+  'recall': 'balanced_accuracy',
+  'precision': 'macro_precision',
+  'f1': 'macro_f1',
 }
 # The numbers of each class at the class with the highest probability.
 OF_CLASS = ('precision', 'recall', 'f1')
@@ -49,6 +58,10 @@ class Calls:
   def __len__(self) -> int:
     return len(self.confusion)
 
+  def accuracy(self) -> np.ndarray:
+    """Returns the share of the slices of each patient [P] that are called rightly."""
+    return np.trace(self.confusion, axis1=1, axis2=2) / self.confusion.sum(axis=(1, 2))
+
   def statistic(self, weights: np.ndarray) -> dict[str, np.ndarray]:
     """The numbers of DEFINITIONS, and OF_CLASS as 'precision NUMBER' and so on, for weights [draws, P] of patients.
 
@@ -65,6 +78,7 @@ class Calls:
     values = {
       'accuracy': ratio(right.sum(axis=0), total),
       'balanced_accuracy': ratio(right, true).mean(axis=0),
+      'macro_precision': ratio(right, called).mean(axis=0),
       'macro_f1': f1.mean(axis=0),
       'weighted_f1': ratio(weighted, total),
       'macro_auc': np.mean(areas, axis=0),

@@ -130,7 +130,7 @@ def summary(rows: list[dict[str, float]], owners: Sequence[str] | None = None) -
 
 
 def over_classes(rows: Mapping[str, list[dict[str, float]]], owners: Sequence[str] | None = None) -> dict:
-  """Averages the means, and the medians, of several classes.
+  """Averages the means, and the medians, over the classes that a volume defines a measure for.
 
   The intervals are those of `summary`, of the averages: a person is drawn with all scans and all classes.
 
@@ -139,20 +139,24 @@ def over_classes(rows: Mapping[str, list[dict[str, float]]], owners: Sequence[st
     owners: the person of each volume; None if each is of a different person.
 
   Returns:
-    For each measure: mean and median, with their intervals. None means undefined, as an average is if one class has no
-    value.
+    For each measure: mean and median, with their intervals, and `mean_over`, the classes of the average. None means
+    undefined.
   """
-  columns = [_columns(each) for each in rows.values()]
-  num_volumes = len(columns[0]['dice'])
+  columns = {name: _columns(each) for name, each in rows.items()}
+  num_volumes = len(next(iter(rows.values())))
   persons = _persons(num_volumes, owners)
   count = persons.max() + 1
   means, medians = (
-    statistics.average([_statistic(average, values, persons) for values in columns])
+    statistics.average_of_defined([_statistic(average, values, persons) for values in columns.values()], count)
     for average in (statistics.mean, statistics.median)
   )
+  mean_over = {
+    name: [one for one, values in columns.items() if np.isfinite(values[name]).any()] for name in DEFINITIONS
+  }
+  of_persons = lambda name: statistics.average_of_means([columns[one][name] for one in mean_over[name]])
   mean_intervals = (
     {
-      name: statistics.mean_interval(statistics.average_of_means([values[name] for values in columns]), SUPPORT[name])
+      name: statistics.mean_interval(of_persons(name), SUPPORT[name]) if mean_over[name] else None
       for name in DEFINITIONS
     }
     if count == num_volumes
@@ -166,6 +170,7 @@ def over_classes(rows: Mapping[str, list[dict[str, float]]], owners: Sequence[st
       'mean_interval': mean_intervals[name],
       'median': medians[name],
       'median_interval': median_intervals[name],
+      'mean_over': mean_over[name],
     }
     for name in DEFINITIONS
   }

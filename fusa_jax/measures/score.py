@@ -23,8 +23,8 @@ _ENDINGS = ('_mask', '_seg', '_ct', '_pred', '_label', '_gt', '_0000')
 _ADVICE = 'save one lesion label as 1, or name the values of each class with --classes'
 _IGNORED = 'voxels with this value in the reference mask count as background in both masks, for all measures'
 _OVER_CLASSES = (
-  'average of the means (or medians) of the classes, undefined if one of these is; its intervals draw cases, each with '
-  'all classes'
+  'average of the means (or medians) of the classes that have one (mean_over); its intervals draw cases, each with all '
+  'classes'
 )
 # Threads are enough: nibabel, NumPy and scipy release the lock. Each holds one case, 0.4 GB for 512 x 512 x 291.
 _THREADS = min(os.cpu_count() or 1, 16)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusa_jax import tasks
-from fusa_jax.measures import crossed, metrics, patients, statistics
+from fusa_jax.measures import crossed, exclusive, metrics, patients, statistics
 from fusa_jax.runs import result_files, results, run_config
 from fusa_jax.runs.split import TEST
 from fusa_jax.system.errors import UserError
@@ -22,7 +22,8 @@ def compare(workdir: pathlib.Path, against: pathlib.Path) -> dict:
   """Computes the differences between two runs, with intervals.
 
   Runs of several classes are compared class by class, under `classes`, in the classes that both have. If these are all
-  classes of both, the differences of the means over the classes stand above them.
+  classes of both, the differences of the means over the classes stand above them. Of exclusive classes, `exclusive` has
+  the differences of what `measures.exclusive` says of the class with the highest probability.
 
   Args:
     workdir: the folder of an evaluated run or cross-validation.
@@ -73,7 +74,8 @@ def compare(workdir: pathlib.Path, against: pathlib.Path) -> dict:
     result |= of_classes[shared[0]]
   else:
     if set(classes[0]) == set(classes[1]):
-      result |= _of_means(task_type, [[of_run[name].table for name in shared] for of_run in parts], tests)
+      tables = [{name: _sorted(of_run[name].table) for name in shared} for of_run in parts]
+      result |= _of_all(task_type, tables, tests)
     result[results.CLASSES] = of_classes
   logging.info('%s', report(result))
   return result
@@ -87,22 +89,45 @@ def _of_class(task_type, tables, tests):
   return differences
 
 
-def _of_means(task_type, tables, tests):
-  """Returns the differences of the means over the classes, as `paired` returns those of one class.
+def _of_all(task_type, tables, tests):
+  """Returns the differences of the numbers of all classes together.
 
   Args:
     task_type: the type of task of both.
-    tables: of each run, the tables of slices of the classes.
+    tables: of each run, the tables of slices of the classes, by name.
     tests: metrics.json of both.
   """
-  if not all(map(results.scores_slices, tests)):
-    return {}
-  sides = [[metrics.by_patient(_sorted(table)) for table in of_run] for of_run in tables]
-  count = len(sides[0][0])
+  calls, found = {}, {}
+  if all(results.EXCLUSIVE in test for test in tests):
+    calls = {'slices': tables, 'patients': [exclusive.of_patients(of_run) for of_run in tables]}
+    if not all(map(results.scores_slices, tests)):
+      calls['slices'] = [None, None]
+    calls = {name: [exclusive.calls(one) for one in sides] for name, sides in calls.items() if None not in sides}
+    found[results.EXCLUSIVE] = {name: _of_calls(*sides, name) for name, sides in calls.items()}
+  if all(map(results.scores_slices, tests)):
+    sides = [[metrics.by_patient(table) for table in of_run.values()] for of_run in tables]
+    statistic = [
+      results.mean_statistic(task_type, *each) for each in zip(sides, calls.get('slices', (None, None)), strict=True)
+    ]
+    found |= {'threshold': 0.5, 'numbers': _differences(*statistic, len(sides[0][0]))}
+  return found | {'intervals': statistics.method()}
+
+
+def _of_calls(one, other, counted):
+  """Returns the differences of the numbers of all classes, and of the accuracy of each patient, of exclusive classes.
+
+  Args:
+    one: the calls of the first run (`exclusive.Calls`).
+    other: those of the second run, of the same patients in the same order.
+    counted: 'slices' or 'patients'.
+  """
   statistic = [
-    statistics.average_of_defined([each.statistic(task_type.definition) for each in side], count) for side in sides
+    lambda weights, calls=calls: {name: calls.statistic(weights)[name] for name in exclusive.DEFINITIONS}
+    for calls in (one, other)
   ]
-  return {'threshold': 0.5, 'numbers': _differences(*statistic, count), 'intervals': statistics.method()}
+  gains = one.accuracy() - other.accuracy()
+  score = 'slice accuracy' if counted == 'slices' else 'accuracy'
+  return {'numbers': _differences(*statistic, len(one)), 'per_patient': _per_patient(score, gains)}
 
 
 def _differences(one, other, count):
@@ -207,22 +232,29 @@ def paired(
   statistic = [statistics.average([each.statistic(task_type.definition) for each in side]) for side in sides]
   scores = [np.stack([task_type.patient_score(each.sums) for each in side]) for side in sides]
   gains = scores[0].mean(axis=0) - scores[1].mean(axis=0)
-  mean = lambda weights: {'difference': statistics.mean(gains, weights)}
   return {
     'threshold': 0.5,
     'numbers': _differences(*statistic, patients),
     'per_patient': {
-      'score': task_type.patient_score_name,
-      'patients': int(np.isfinite(gains).sum()),
-      'left_out': int((~np.isfinite(gains)).sum()),
-      'better': int((gains > 0).sum()),
-      'worse': int((gains < 0).sum()),
-      **statistics.estimates(mean, len(gains)),
-      'interval': statistics.mean_interval(gains, (-np.inf, np.inf)),
-      'p': statistics.sign_flip_p(gains),
+      **_per_patient(task_type.patient_score_name, gains),
       **(_with_other_runs(scores[0] - scores[1]) if len(one) == len(other) > 1 else {}),
     },
     'intervals': statistics.method(),
+  }
+
+
+def _per_patient(name, gains):
+  """Returns `per_patient` of a comparison, from the difference of the scores of each patient; NaN is left out."""
+  mean = lambda weights: {'difference': statistics.mean(gains, weights)}
+  return {
+    'score': name,
+    'patients': int(np.isfinite(gains).sum()),
+    'left_out': int((~np.isfinite(gains)).sum()),
+    'better': int((gains > 0).sum()),
+    'worse': int((gains < 0).sum()),
+    **statistics.estimates(mean, len(gains)),
+    'interval': statistics.mean_interval(gains, (-np.inf, np.inf)),
+    'p': statistics.sign_flip_p(gains),
   }
 
 
@@ -246,6 +278,9 @@ def report(result: dict) -> str:
   if results.CLASSES in result:
     of_classes = [f'{name}\n{_table({**result, **each})}' for name, each in result[results.CLASSES].items()]
     means = ['mean over the classes', *_numbers(result['numbers'])] if 'numbers' in result else []
+    for counted, differences in result.get(results.EXCLUSIVE, {}).items():
+      means += [f'{counted}, class with the highest probability', *_numbers(differences['numbers'])]
+      means.append(f'per patient, {per_patient_line(differences["per_patient"])}')
     return '\n'.join([*means, *of_classes])
   return _table(result)
 

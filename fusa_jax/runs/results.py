@@ -23,8 +23,6 @@ LABELS_OF_PATIENTS = 'of patients: each slice has the label of its patient in tr
 # The validation score that selects the checkpoint where labels are of patients.
 PATIENT_SELECTION = 'patient_auc'
 _PATIENT_NUMBERS = ('auc', 'sensitivity', 'specificity', 'ppv', 'npv')
-# Numbers of exclusive classes together, and their names in `measures.exclusive`.
-_OF_CALLS = {'accuracy': 'accuracy', 'recall': 'balanced_accuracy', 'f1': 'macro_f1'}
 # Numbers that do not depend on the threshold.
 _WITHOUT_THRESHOLD = ('auc', 'brier', 'ece')
 
@@ -69,7 +67,7 @@ def summary(
   if is_exclusive:
     calls = exclusive.calls(tables)
     values = statistics.estimates(calls.statistic, len(calls))
-    means |= {name: values[own] for name, own in _OF_CALLS.items()}
+    means |= {name: values[own] for name, own in exclusive.IN_PLACE_OF_MEANS.items()}
   return means
 
 
@@ -178,19 +176,18 @@ def with_classes(
     return next(iter(numbers.values()))
   first = next(iter(numbers.values()))
   of_all = {key: first[key] for key in ('counted', 'threshold', 'num_slices', 'num_patients', 'num_scans')}
-  half, chosen = (_means(task_type, tables, suffix) for suffix in ('', '_chosen'))
+  has_slices = scores_slices(first)
+  calls = exclusive.calls(tables) if is_exclusive and has_slices else None
+  half, chosen = _means(task_type, tables, '', calls), _means(task_type, tables, '_chosen')
   for name in _WITHOUT_THRESHOLD:
     chosen.pop(name, None)
     chosen['intervals'].pop(name, None)
   counted = {
     name: [key for key, each in numbers.items() if each[name] is not None] for name in half if name != 'intervals'
   }
-  has_slices = scores_slices(first)
   if not has_slices:  # inherited labels must not be counted in means either
     half, chosen = ({**dict.fromkeys(part), 'intervals': dict.fromkeys(part['intervals'])} for part in (half, chosen))
   together = {EXCLUSIVE: _exclusive(tables, has_slices)} if is_exclusive else {}
-  if is_exclusive and has_slices:
-    _use_calls(half, together[EXCLUSIVE]['slices'])
   return {
     **{name: value for name, value in half.items() if name != 'intervals'},
     **of_all,
@@ -201,22 +198,6 @@ def with_classes(
     **({'labels': first['labels']} if 'labels' in first else {}),
     **together,
   }
-
-
-def _use_calls(part, called):
-  """Replaces means of yes-or-no questions by what holds of the class with the highest probability.
-
-  A mean of the accuracies of K questions is high whatever the model does.
-
-  Args:
-    part: numbers with `intervals`, which are changed.
-    called: from `exclusive.numbers`.
-  """
-  for name, own in _OF_CALLS.items():
-    part[name], part['intervals'][name] = called[own], called['intervals'][own]
-  precisions = [each['precision'] for each in called['of_classes'].values()]
-  part['precision'] = None if None in precisions else float(np.mean(precisions))
-  part['intervals']['precision'] = None
 
 
 def _exclusive(tables, has_slices):
@@ -234,10 +215,32 @@ def called(result: dict) -> dict[str, dict]:
   return {counted: found[counted] for counted in ('slices', 'patients') if found.get(counted)}
 
 
-def _means(task_type, tables, suffix):
+def mean_statistic(
+  task_type: TaskType, summed: Sequence[metrics.Patients], calls: exclusive.Calls | None = None
+) -> statistics.Statistic:
+  """Returns the statistic of the means over the classes that define a number.
+
+  Args:
+    task_type: the type of task.
+    summed: the table of each class, summed per patient.
+    calls: of exclusive classes, their calls. Accuracy, recall, precision and F1 are then of the class with the highest
+      probability: a mean of the accuracies of K questions is high whatever the model does.
+  """
+  statistic = statistics.average_of_defined([each.statistic(task_type.definition) for each in summed], len(summed[0]))
+  if calls is None:
+    return statistic
+
+  def of_calls(weights):
+    values = calls.statistic(weights)
+    return statistic(weights) | {name: values[own] for name, own in exclusive.IN_PLACE_OF_MEANS.items()}
+
+  return of_calls
+
+
+def _means(task_type, tables, suffix, calls=None):
   summed = [metrics.by_patient(table, suffix) for table in tables.values()]
   count = len(summed[0])
-  statistic = statistics.average_of_defined([each.statistic(task_type.definition) for each in summed], count)
+  statistic = mean_statistic(task_type, summed, calls)
   estimates, bounds = statistics.estimates(statistic, count), statistics.intervals(statistic, count)
   for name in metrics.MEANS.keys() & bounds.keys():
     scores, is_defined = metrics.MEANS[name]
@@ -259,7 +262,11 @@ def with_volumes(result: dict, parts: Mapping[str, Part]) -> dict:
   owners = owners_of(first.table, [row['case'] for row in first.volumes])
   if CLASSES in result:
     rows = {name: part.volumes for name, part in parts.items()}
-    result['volumes'] = {'num_volumes': len(first.volumes), 'measures': masks.over_classes(rows, owners)}
+    measures = masks.over_classes(rows, owners)
+    result['volumes'] = {
+      **{'num_volumes': len(first.volumes), 'measures': measures},
+      **{'intervals': statistics.method(), 'definitions': masks.DEFINITIONS},
+    }
   for name, part in parts.items():
     numbers = result[CLASSES][name] if CLASSES in result else result
     numbers['volumes'] = masks.summary(part.volumes, owners)

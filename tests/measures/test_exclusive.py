@@ -37,6 +37,7 @@ def expected(truth, probability):
   return {
     'accuracy': sk.accuracy_score(truth, called),
     'balanced_accuracy': sk.balanced_accuracy_score(truth, called),
+    'macro_precision': sk.precision_score(truth, called, average='macro', labels=labels),
     'macro_f1': f1('macro'),
     'weighted_f1': f1('weighted'),
     'macro_auc': sk.roc_auc_score(truth, probability, multi_class='ovr', average='macro'),

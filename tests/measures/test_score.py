@@ -373,7 +373,7 @@ def test_classes_and_ignored_voxels(labelled, tmp_path):
   assert dice['median'] == pytest.approx(np.median(columns, axis=1).mean())
   assert dice['median_interval'] == pytest.approx(np.quantile(averages, [tail, 1 - tail]))
   assert (result['ignore_label'], 'background in both masks' in result['ignored']) == (9, True)
-  assert 'over_classes' in result['intervals']
+  assert 'over_classes' in result['intervals'] and dice['mean_over'] == list(expected)
 
 
 def test_ignored_voxels_count_as_background_for_distances_and_lesions(labelled, tmp_path):
@@ -404,12 +404,16 @@ def test_one_class_is_scored_as_before(folders, labelled, tmp_path):
   assert 'classes' not in one and one['measures'] == both['classes']['Consolidation, dense']['measures']
 
 
-def test_a_class_without_voxels_has_no_average(labelled, tmp_path, caplog):
+def test_a_class_without_voxels_is_left_out_of_averages(labelled, tmp_path, caplog):
   source, truth, _ = labelled
   named = classes.chosen(REGIONS | {'effusion': (3,)}, 9)
   result = score.score(source, truth, tmp_path / 'out', classes=named)
   assert result['classes']['effusion']['measures']['dice']['defined'] == 0
-  assert result['measures']['dice']['mean'] is None and result['measures']['dice']['mean_interval'] is None
+  without = score.score(source, truth, tmp_path / 'without', classes=classes.chosen(REGIONS, 9))
+  for name in ('dice', 'hd95_mm'):
+    assert result['measures'][name] == without['measures'][name]
+    assert result['measures'][name]['mean_over'] == list(without['classes'])
+  assert result['measures']['true_ml']['mean_over'] == list(result['classes'])
   assert result['measures']['true_ml']['mean'] == pytest.approx(
     np.mean([one['measures']['true_ml']['mean'] for one in result['classes'].values()])
   )

@@ -1,5 +1,7 @@
 """A classifier of three exclusive classes from pictures to its report, compared with scikit-learn on its own logits."""
 
+import shutil
+
 import jax
 import layouts
 import numpy as np
@@ -12,7 +14,7 @@ from data import prepare
 from data.cohorts import CohortOptions, phantom
 from fusa_jax import tasks
 from fusa_jax.inference import predictor, trained
-from fusa_jax.runs import report, result_files
+from fusa_jax.runs import compare, report, result_files, results
 from fusa_jax.system import meshes
 from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, evaluate, train
@@ -56,6 +58,50 @@ def test_numbers_equal_scikit_learns(made):
   assert result['intervals']['f1'] == got['intervals']['macro_f1']
   assert result['auc'] == pytest.approx(got['macro_auc'])  # the mean over the classes selects the checkpoint
   assert result['exclusive']['patients'] is None  # slices of a patient have several classes
+
+
+def test_differences_are_of_the_class_with_the_highest_probability(made, tmp_path, caplog):
+  """Compared with a run of other logits: each number and difference is scikit-learn's."""
+  caplog.set_level('INFO')
+  run, rng = made[0], np.random.default_rng(0)
+  shutil.copytree(run, tmp_path / 'other')
+  parts, record = result_files.read_parts(run, KINDS), result_files.read_numbers(run)
+  tables = {name: dict(part.table) for name, part in parts.items()}
+  order = rng.permutation(len(tables[KINDS[0]]['label']))
+  for table in tables.values():
+    table['logit'] = table['logit'][order] + 0.2 * table['label']
+  numbers = {name: results.numbers(tasks.CLASSIFICATION, table) for name, table in tables.items()}
+  for name, each in numbers.items():
+    each['patient'] = record['classes'][name]['patient']
+  result = results.with_classes(tasks.CLASSIFICATION, numbers, tables, is_exclusive=True)
+  result |= {key: record[key] for key in ('made_of', 'split')}
+  changed = {name: part._replace(table=tables[name]) for name, part in parts.items()}
+  result_files.write_test(tmp_path / 'other' / 'test', result, changed)
+
+  got = compare.compare(tmp_path / 'other', run)
+  truth, *called = (
+    np.argmax([table[key] for table in of_run], axis=0)
+    for of_run, key in (
+      (tables.values(), 'label'),
+      (tables.values(), 'logit'),
+      ([p.table for p in parts.values()], 'logit'),
+    )
+  )
+  of_slices = got['exclusive']['slices']
+  for name, score in (('accuracy', sk.accuracy_score), ('balanced_accuracy', sk.balanced_accuracy_score)):
+    values = [score(truth, one) for one in called]
+    row = of_slices['numbers'][name]
+    assert [row['run'], row['against']] == pytest.approx(values)
+    assert row['difference'] == pytest.approx(np.subtract(*values))
+  assert got['numbers']['accuracy'] == of_slices['numbers']['accuracy']
+  for name in ('recall', 'precision'):
+    assert got['numbers'][name]['run'] == result[name]
+  owner = tables[KINDS[0]]['owner']
+  gains = [np.subtract(*((one == truth)[owner == name].mean() for one in called)) for name in dict.fromkeys(owner)]
+  assert of_slices['per_patient']['difference'] == pytest.approx(np.mean(gains))
+  assert of_slices['per_patient']['better'] == np.sum(np.array(gains) > 0)
+  assert list(got['exclusive']) == ['slices']  # slices of a patient have several classes
+  assert 'slices, class with the highest probability' in caplog.text
 
 
 def test_report_shows_the_confusion_matrix(made):
