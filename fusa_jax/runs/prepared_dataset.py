@@ -1,10 +1,12 @@
 """Opens a prepared dataset, and takes the classes of a config from it."""
 
 import pathlib
+from collections.abc import Sequence
 
 import ml_collections
 import tensorflow_datasets as tfds
 
+from fusa_jax import tasks
 from fusa_jax.scans.classes import AUTO
 from fusa_jax.system.errors import UserError
 
@@ -29,7 +31,7 @@ def fill_classes(config: ml_collections.ConfigDict, data_dir: str | pathlib.Path
   """Replaces data.classes='auto' in a config by the classes of a prepared dataset; () is one class.
 
   Raises:
-    UserError: as `open_dataset`.
+    UserError: as `open_dataset` and `check_ignored`.
   """
   if config.data.classes != AUTO:
     return
@@ -40,5 +42,17 @@ def fill_classes(config: ml_collections.ConfigDict, data_dir: str | pathlib.Path
       config.data.classes = tuple(name for name, _ in named)
       return
     config.data.classes = tuple((name, tuple(values)) for name, values in named if values)
+    check_ignored(config, metadata.get('ignore_label'), data_dir)
     if metadata.get('ignore_label'):
       (config.data.ignore_label,) = metadata['ignore_label']
+
+
+def check_ignored(
+  config: ml_collections.ConfigDict, ignored: Sequence[int] | None, data_dir: str | pathlib.Path
+) -> None:
+  """Raises a UserError if a task that scores whole slices has a dataset in which pixels are left out."""
+  if ignored and not tasks.type_of(config.task).has_masks:
+    raise UserError(
+      f'data.dir: {data_dir} was prepared with data.ignore_label={ignored[0]}, which leaves out pixels, but '
+      f'{config.task} scores whole slices; prepare the scans again without it, in another folder'
+    )

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from fusa_jax import tasks
-from fusa_jax.runs.prepared_dataset import fill_classes, open_dataset
+from fusa_jax.runs.prepared_dataset import check_ignored, fill_classes, open_dataset
 from fusa_jax.runs.split import PARTS
 from fusa_jax.scans.classes import BACKGROUND, LESION
 from fusa_jax.scans.neighbours import SLICE_ALONE, Context
@@ -94,6 +94,7 @@ class Dataset:
     masks: whether it has masks; False if it has only labels.
     patient_labels: whether the labels are of patients; each slice then inherits the label of its patient.
     classes: the names and the mask values of its classes, as in data.classes; [] if there is one class.
+    lesion_labels: the mask values of that one class; [] if the cohort has no masks, or with `classes`.
     exclusive: whether these are exclusive classes of slices. They have no mask values.
     ignored: the mask values of pixels that are left out.
     sha256: the digest of its content: size, intensity, classes, and the folds with the scans and lesion masks of their
@@ -110,6 +111,7 @@ class Dataset:
   masks: bool
   patient_labels: bool
   classes: list
+  lesion_labels: list[int]
   exclusive: bool
   ignored: list[int]
   sha256: str
@@ -173,6 +175,7 @@ def _check_classes(config, dataset, data_dir):
       f'data.classes: {", ".join(names)} ({kind[own.exclusive]}), but {data_dir} has {", ".join(theirs)} '
       f'({kind[dataset.exclusive]}); leave data.classes out, or prepare the scans again in another folder'
     )
+  check_ignored(config, dataset.ignored, data_dir)
   if names != theirs or (config.data.ignore_label is not None) != bool(dataset.ignored):
     shown = lambda each: ', '.join(each)
     raise UserError(
@@ -180,18 +183,17 @@ def _check_classes(config, dataset, data_dir):
       f'{" and other ignored values" if names == theirs else ""}; set data.classes and data.ignore_label as in '
       'preparation, or prepare the scans again in another folder'
     )
-  if own.background is not None:  # data.classes gives mask values
-    values = dict(zip(names, own.values, strict=True))
-    differ = next((name for name, each in dataset.classes if name in values and tuple(each) != values[name]), None)
-    if differ or own.ignored != tuple(dataset.ignored):
-      key, mine, stored = (
-        (f'data.classes: {differ!r} is', values[differ], tuple(dict(dataset.classes)[differ]))
-        if differ
-        else ('data.ignore_label:', own.ignored[0], dataset.ignored[0])
-      )
+  stored = {name: tuple(values) for name, values in dataset.classes} or {names[0]: tuple(dataset.lesion_labels)}
+  given = [(f'data.classes: {name!r} is', values, stored[name]) for name, values in zip(names, own.values, strict=True)]
+  if own.background is None:  # data.classes gives no mask values
+    labels = tuple(config.data.lesion_labels)
+    given = [('data.lesion_labels:', labels, stored[names[0]])] if labels else []
+  given += [('data.ignore_label:', *each) for each in zip(own.ignored, dataset.ignored, strict=True)]
+  for key, values, prepared in given:
+    if values != prepared:
+      reason = f'{prepared}; give the values of preparation' if prepared else 'any value of a mask; leave the key out'
       raise UserError(
-        f'{key} {mine}, but {data_dir} was prepared with {stored}; give the values of preparation, or prepare the '
-        'scans again in another folder'
+        f'{key} {values}, but {data_dir} was prepared with {reason}, or prepare the scans again in another folder'
       )
 
 
@@ -226,7 +228,7 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int, conte
   """
   builder = open_dataset(data_dir)
   metadata = builder.info.metadata
-  missing = {'folds', *_OF_CONTENT} - metadata.keys()
+  missing = {'folds', 'lesion_labels', *_OF_CONTENT} - metadata.keys()
   if not missing:
     missing = set(Identity._fields) - metadata['folds']['fold0'][0].keys()
   if missing:
@@ -265,6 +267,7 @@ def load_dataset(data_dir: str | pathlib.Path, fold: int, image_size: int, conte
     masks=metadata['masks'],
     patient_labels=patient_labels,
     classes=classes,
+    lesion_labels=metadata['lesion_labels'],
     exclusive=exclusive,
     ignored=metadata.get('ignore_label', []),
     sha256=digest,

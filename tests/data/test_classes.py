@@ -1,5 +1,6 @@
 """Cohorts with several classes: what the prepared dataset holds, and wrong cohorts."""
 
+import json
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import tensorflow_datasets as tfds
 from conftest import SIZE, tiny
 from layouts import relabel
 
+from configs import cls
 from data import prepare
 from data.cohorts import CohortOptions, phantom
 from fusa_jax.system.errors import UserError
@@ -74,6 +76,40 @@ def test_a_dataset_of_other_classes_is_refused(prepared, options, reason):
   config.data.update(options)
   with pytest.raises(UserError, match=reason):
     datasets.load_dataset_for(config, prepared)
+
+
+def test_one_class_of_other_values_is_refused(kinds_dir, data_dir, tmp_path):
+  options = CohortOptions(lesion_labels=(1, 2))
+  whole = prepare.prepare(str(kinds_dir), str(tmp_path / 'whole'), SIZE, options=options)
+  named = lambda *values: {'classes': (('lesion', values),)}
+  labels = lambda *values: {'lesion_labels': values}
+  of_whole, of_any = r'was prepared with \(1, 2\); give the', 'was prepared with any value of a mask; leave the key out'
+  for folder, given, reason in (
+    (whole, named(2), f"data.classes: 'lesion' is \\(2,\\), but .* {of_whole}"),
+    (whole, labels(1), f'data.lesion_labels: \\(1,\\), but .* {of_whole}'),
+    (data_dir, named(1), f"data.classes: 'lesion' is \\(1,\\), but .* {of_any}"),
+    (data_dir, labels(2), f'data.lesion_labels: \\(2,\\), but .* {of_any}'),
+  ):
+    config = tiny()
+    config.data.update(given)
+    with pytest.raises(UserError, match=reason):
+      datasets.load_dataset_for(config, folder)
+  for given in (named(1, 2), labels(1, 2), {}):
+    config = tiny()
+    config.data.update(given)
+    datasets.load_dataset_for(config, whole)
+
+
+@pytest.mark.parametrize('named', ['auto', tuple(KINDS.items())])
+def test_a_classifier_of_slices_with_ignored_pixels_is_refused(prepared, tmp_path, named):
+  """The advice must help: data.ignore_label comes from the preparation."""
+  shutil.copytree(prepared, tmp_path / 'data')
+  (info,) = (tmp_path / 'data').rglob('metadata.json')
+  info.write_text(json.dumps(json.loads(info.read_text()) | {'ignore_label': [9]}))
+  config = tiny(cls)
+  config.data.classes = named
+  with pytest.raises(UserError, match='was prepared with data.ignore_label=9, .* prepare the scans again without it'):
+    datasets.load_dataset_for(config, tmp_path / 'data')
 
 
 def test_a_class_that_training_lacks_is_named_before_anything_is_written(kinds_dir, tmp_path):
