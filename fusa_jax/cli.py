@@ -8,6 +8,7 @@ from typing import NamedTuple
 from absl import flags
 
 from fusa_jax.runs import arguments, config_checks, experiment, next_steps
+from fusa_jax.scans.classes import AUTO
 from fusa_jax.system import home, paths, program
 from fusa_jax.system.errors import PartlyRefused, UserError
 
@@ -145,10 +146,16 @@ def compile_ahead() -> None:
   import jax
 
   from fusa_jax.chips import aot, topology
+  from fusa_jax.runs import prepared_dataset
 
   jax.config.update('jax_platforms', 'cpu')  # the step is compiled for other devices than this machine's
   named = arguments.named_config()
   config_checks.check(named.config)
+  if named.config.data.classes == AUTO:
+    if named.config.data.dir:
+      prepared_dataset.fill_classes(named.config, named.config.data.dir)
+    else:
+      logging.info("data.classes='auto': compiled for one class, because data.dir is not given")
   name = f'{pathlib.Path(named.path).stem}-{pathlib.Path(named.preset).stem}'
   chips = topology.parse(FLAGS.topology, FLAGS.slices)
   if FLAGS.sweep:

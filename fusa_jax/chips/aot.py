@@ -99,6 +99,8 @@ def report(config: ml_collections.ConfigDict, topology: Topology) -> dict:
     'chips': topology.chips,
     'mesh': dict(mesh.shape),
     'image_size': config.data.image_size,
+    'channels': tasks.context_of(config).channels,
+    'classes': list(tasks.classes_of(config).names),
     'batch_size': config.train.batch_size,
     'batch_per_device': config.train.batch_size / topology.chips,
     'memory': {
@@ -197,6 +199,7 @@ def table(result: dict) -> str:
   memory, seconds = result['memory'], result['seconds']
   rows = [
     ('model', f'{result["task"]}, {result["model"]}, {result["image_size"]} x {result["image_size"]}'),
+    ('channels, classes', f'{result["channels"]}, {len(result["classes"])}: {", ".join(result["classes"])}'),
     ('topology', f'{result["topology"]}, {result["chips"]} chips, mesh {_mesh(result)}'),
     ('batch', f'{result["batch_size"]}, {result["batch_per_device"]:g} per device'),
     *_step_rows(result),

@@ -45,12 +45,14 @@ def launch(*arguments):
 def test_a_tiny_config_compiles_for_v5e(tmp_path):
   """Runs the command as a user does and compares the report with the numbers of the model."""
   arguments = ['--config=configs/cls.py:demo', '--config.data.image_size=32', '--config.model.width=4']
-  arguments += ['--config.model.stage_sizes=(1,)']
+  arguments += ['--config.model.stage_sizes=(1,)', '--config.data.context=1', '--config.data.classes=("a","b","c")']
   result = launch(*arguments, '--topology=v5e:2x4', f'--output={tmp_path}')
   assert result.returncode == 0, result.stderr
   report = json.loads((tmp_path / 'cls-demo-v5e_2x4.json').read_text())
-  task = tasks.create(tiny(cls))
+  task = tasks.create(tiny(cls, **{'data.context': 1, 'data.classes': ('a', 'b', 'c')}))
   params = jax.eval_shape(lambda: task.init(jax.random.key(0), 32))['params']
+  assert params['encoder']['conv1']['kernel'].shape[2] == params['head']['bias'].shape[0] == 3
+  assert report['channels'] == 3 and report['classes'] == ['a', 'b', 'c']
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert report['memory']['parameters'] == 4 * size
   assert report['memory']['optimizer_and_statistics'] > 2 * 4 * size  # Adam's two moments

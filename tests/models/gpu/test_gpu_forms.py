@@ -123,8 +123,8 @@ def test_a_projection_on_several_devices_sees_the_whole_batch():
 def test_a_whole_model(name, channels, monkeypatch, request):
   """Loss, gradients and statistics of a small model, in float64, with all forms for GPUs and with none."""
   options = {'multiples': (1, 2)} if name == 'resunet' else {'stage_sizes': (2, 2)}
-  # With 4 channels, all of them can be 0 after a ReLU at several pixels. FUSA's maximum then has ties, and rounding, which
-  # differs between machines, decides which pixel gets the gradient.
+  # With 4 channels, all of them can be 0 after a ReLU at several pixels. FUSA's maximum then has ties, and rounding,
+  # which differs between machines, decides which pixel gets the gradient.
   module = models.create(name, width=8 if name == 'fusa_resnet50' else 4, **options)
   with jax.enable_x64(True):
     images, targets = normal((2, 16, 16, channels), (2, 16, 16, 1) if name == 'resunet' else (2, 1))
