@@ -100,6 +100,9 @@ class _Noting:
     self._read.append(int(index))
     return self._source[index]
 
+  def __getattr__(self, name):
+    return getattr(self._source, name)
+
 
 class _WithoutTorch(importlib.abc.MetaPathFinder):
   """Hides PyTorch: tensorboardX would import it, which takes longer than the training of a test."""

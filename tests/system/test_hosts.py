@@ -34,6 +34,8 @@ def results(workdir) -> tuple[np.ndarray, list[dict]]:
 
 
 FLOAT64 = {'JAX_ENABLE_X64': '1'}
+# In float64, and with neighbouring slices as channels.
+WITH_NEIGHBOURS = {'model.dtype': 'float64', 'data.context': 1, 'data.context_mm': 25.0}
 
 
 def one_process(data_dir, folder, environment, **settings):
@@ -50,7 +52,7 @@ def one_host(data_dir, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def one_host_float64(data_dir, tmp_path_factory):
-  return one_process(data_dir, tmp_path_factory.mktemp('float64'), FLOAT64, **{'model.dtype': 'float64'})
+  return one_process(data_dir, tmp_path_factory.mktemp('float64'), FLOAT64, **WITH_NEIGHBOURS)
 
 
 @pytest.mark.slow
@@ -58,7 +60,7 @@ def one_host_float64(data_dir, tmp_path_factory):
 def test_the_result_does_not_depend_on_the_hosts(data_dir, tmp_path, request, processes, devices, space, float64):
   """In float32 the results agree up to rounding, which 20 steps of Adam enlarge; in float64 to many more digits."""
   workdir, alone = request.getfixturevalue('one_host_float64' if float64 else 'one_host')
-  settings = {'mesh.space': space} | ({'model.dtype': 'float64'} if float64 else {})
+  settings = {'mesh.space': space} | (WITH_NEIGHBOURS if float64 else {})
   run = arguments(data_dir, tmp_path / 'run', **settings)
   with several_hosts.Hosts(processes, devices, run, tmp_path, **(FLOAT64 if float64 else {})) as several:
     assert several.wait() == [0] * processes, several.log(0)
