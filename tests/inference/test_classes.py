@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 import types
 
@@ -444,6 +445,22 @@ def test_dicom_seg_has_a_segment_per_class(loaded, raw_dir, tmp_path):
   numbered = classes.chosen({'ground glass': (1,), 'consolidation': (2,)}, None)
   bits = masks['ground glass'] + 2 * masks['consolidation']
   np.testing.assert_array_equal(dicom_seg.read_seg(path, scan, numbered), bits)
+
+  # dcmqi reads the same voxels at the same places in the patient. It leaves out the empty slices at both ends.
+  command = ['segimage2itkimage', '--inputDICOM', path, '--outputDirectory', tmp_path, '-t', 'nifti', '-p', 'dcmqi']
+  subprocess.run(command, check=True, capture_output=True, timeout=120)
+  (written,) = (tmp_path / 'out').glob('*_mask.nii.gz')
+  affine = nib.load(written).affine
+  about = json.loads((tmp_path / 'dcmqi-meta.json').read_text())['segmentAttributes']
+  assert [one[0]['SegmentLabel'] for one in about] == list(NAMES)
+  for number, name in enumerate(NAMES, 1):
+    theirs = nib.load(tmp_path / f'dcmqi-{number}.nii.gz')
+    ours = dicom_seg.volumes.to_own_axes(masks[name], scan)
+    places = [
+      nib.affines.apply_affine(matrix, np.argwhere(voxels))
+      for matrix, voxels in ((theirs.affine, theirs.dataobj), (affine, ours))
+    ]
+    np.testing.assert_allclose(*(np.array(sorted(map(tuple, one.round(2)))) for one in places), atol=0.02)
 
 
 # ---- pages
