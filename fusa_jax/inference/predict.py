@@ -132,8 +132,9 @@ def predict(
 
 
 def _predict(job, sources, overwrite, strict):
-  output = job.files.folder
-  rows = manifest.Manifest(output, hosts.number(), job.run.model.classes.names)
+  output, model = job.files.folder, job.run.model
+  columns = manifest.columns_of(model.classes, tasks.type_of(model.task).has_masks)
+  rows = manifest.Manifest(output, hosts.number(), columns)
 
   def check():
     if strict:

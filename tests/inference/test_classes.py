@@ -325,21 +325,22 @@ def test_nothing_is_written_for_an_input_that_is_refused(loaded, tmp_path):
 def test_rows_of_a_killed_prediction(tmp_path):
   """Rows of the same classes are joined; those of other classes, with as many columns, are refused."""
   values = {'input': 'a', 'input_sha256': '0', 'status': 'predicted', 'reason': '', 'seconds': 1, 'run_sha256': '1'}
-  killed = manifest.Manifest(tmp_path, 0, NAMES)
+  named = lambda *names: manifest.columns_of(classes.Classes(names), has_masks=True)
+  killed = manifest.Manifest(tmp_path, 0, named(*NAMES))
   killed.add({**values, 'lesion_ml_ground_glass': 1.5, 'patient_positive_consolidation': 1})
   killed.close()
-  other = manifest.Manifest(tmp_path, 0, ('mass', 'nodule'))
+  other = manifest.Manifest(tmp_path, 0, named('mass', 'nodule'))
   for rows in (other, manifest.Manifest(tmp_path, 0)):
     with pytest.raises(UserError, match=r'.predictions.0.csv: exists, and this program did not write it'):
       rows.check_own()
-  again = manifest.Manifest(tmp_path, 0, NAMES)
+  again = manifest.Manifest(tmp_path, 0, named(*NAMES))
   again.check_own()
   again.begin()
   (row,) = csv.DictReader((tmp_path / 'predictions.csv').open())
   assert (row['lesion_ml_ground_glass'], row['lesion_ml_consolidation']) == ('1.5', '')
   assert row['patient_positive_consolidation'] == '1'
   with pytest.raises(UserError, match=r'/predictions.csv: exists, and'):
-    manifest.Manifest(tmp_path, 0, ('mass', 'nodule')).check_own()
+    manifest.Manifest(tmp_path, 0, named('mass', 'nodule')).check_own()
   assert manifest.refused(tmp_path) == set()
 
 
@@ -366,26 +367,44 @@ def test_one_class_with_a_value_of_its_own(scan, raw_dir, tmp_path):
   np.testing.assert_array_equal(predictor.load_predictor(tmp_path / 'bundle')(scan).mask, prediction.mask)
 
 
-def test_classes_of_slices_have_numbers_but_no_masks_and_labels(raw_dir, scan, tmp_path):
-  """A classifier that answers a question per class."""
+@pytest.mark.parametrize('is_exclusive', [False, True], ids=['a question per class', 'exclusive'])
+def test_classes_of_slices_have_numbers_but_no_masks_and_labels(raw_dir, scan, tmp_path, is_exclusive):
+  """Numbers and table of a classifier: a sigmoid and temperature per class, or a softmax and the highest class."""
   config = tiny(cls)
-  config.data.classes = KINDS
+  config.data.classes = NAMES if is_exclusive else KINDS
   task = tasks.create(config)
   variables = jax.jit(lambda key: task.init(key, SIZE))(jax.random.key(0))
-  model = trained.create([trained.Network(config, 0, variables, TEMPERATURES)], flips=False)
-  points = dict.fromkeys(NAMES, operating_point.OperatingPoint(threshold=0.5))
+  temperatures = (1.0, 1.0) if is_exclusive else TEMPERATURES
+  model = trained.create([trained.Network(config, 0, variables, temperatures)], flips=False)
+  rule = patient_rule.PatientRule('maximum', 1, 0.5, 'made')
+  points = dict.fromkeys(NAMES, operating_point.OperatingPoint(threshold=0.5, patient=rule))
   one = predictor.Predictor(model, points, meshes.create_mesh())
   predict.predict(one, raw_dir / SCAN, tmp_path)
   stem = SCAN.removesuffix('.nii.gz')
   assert {path.name for path in tmp_path.glob('[!.]*')} == {f'{stem}.json', 'predictions.csv'}
-  logits = np.asarray(jax.jit(task.logits)(variables, scan.values), np.float64)
+  images = task.inputs(scan.values)
+  logits = np.asarray(jax.jit(lambda x: task.model.apply(variables, x, train=False))(images), np.float64)
+  expected = special.softmax(logits, axis=1) if is_exclusive else special.expit(logits / temperatures)
+  record = own_files.read_record(tmp_path / f'{stem}.json')
+  (row,) = csv.DictReader((tmp_path / 'predictions.csv').open())
+  assert list(row) == [
+    *('input', 'input_sha256', 'status', 'reason', 'seconds', 'run_sha256'),
+    *(('predicted_class',) if is_exclusive else ()),
+    *('patient_score_ground_glass', 'patient_positive_ground_glass'),
+    *('patient_score_consolidation', 'patient_positive_consolidation'),
+  ]
   for k, name in enumerate(NAMES):
-    numbers = own_files.read_record(tmp_path / f'{stem}.json')['classes'][name]
-    np.testing.assert_allclose(numbers['slice_scores'], special.expit(logits[:, k] / TEMPERATURES[k]), atol=6e-5)
+    numbers = record['classes'][name]
+    np.testing.assert_allclose(numbers['slice_scores'], expected[:, k], atol=6e-5)
     assert numbers['positive_slices'] == [i for i, score in enumerate(numbers['slice_scores']) if score >= 0.5]
     assert 'lesion_ml' not in numbers
-  (row,) = csv.DictReader((tmp_path / 'predictions.csv').open())
-  assert row['lesion_ml_consolidation'] == ''
+    assert float(row[f'patient_score_{classes.file_name(name)}']) == pytest.approx(expected[:, k].max(), abs=1e-4)
+  if is_exclusive:
+    highest = NAMES[int(expected.mean(axis=0).argmax())]
+    assert row['predicted_class'] == record['predicted_class'] == highest
+  # A result that was complete keeps its row.
+  predict.predict(one, raw_dir / SCAN, tmp_path)
+  assert [*csv.DictReader((tmp_path / 'predictions.csv').open())] == [row]
   assert viewer.view(raw_dir / SCAN, tmp_path)
 
 
