@@ -59,8 +59,9 @@ class Outputs:
     self._has_values = self._has_masks and self._classes.are_given  # masks hold the values of data.classes
     # The ending of the name, as in `sources.RESULTS`, says that it is a result.
     names = self._classes.names
-    endings = [f'_{file_name(name)}_probability' for name in names] if len(names) > 1 else ['_probability']
-    self._of_probability = dict(zip(endings, range(len(endings)), strict=True))
+    self._of_classes = [f'_{file_name(name)}' for name in names] if len(names) > 1 else ['']
+    self._of_probability = {f'{ending}_probability': number for number, ending in enumerate(self._of_classes)}
+    self._of_picture = {f'{ending}_explanation.png': number for number, ending in enumerate(self._of_classes)}
 
   @functools.cached_property
   def run_sha256(self) -> str:
@@ -74,10 +75,19 @@ class Outputs:
       probabilities = [f'{name}{ending}' for name in self._of_probability] if self._probabilities else []
       names += [f'_mask{ending}', *probabilities, *(['_mask.dcm'] if self._as_dicom else [])]
     if self._explain:
-      names.append('_explanation.png')
+      names += self._of_picture
     if self._explain == explanation.VOLUMES:
-      names += [f'_{name}_explanation.nii.gz' for name in self.run.map_names]
+      names += self._of_map
     return self.folder / f'{source.stem}.json', [self.folder / f'{source.stem}{name}' for name in names]
+
+  @functools.cached_property
+  def _of_map(self):
+    """The map and the number of the class by the ending of a volume. A map that classes share is written once."""
+    return {
+      f'{ending}_{name}_explanation.nii.gz': (name, number)
+      for name in self.run.map_names
+      for number, ending in enumerate(self._of_classes if explanation.MAPS[name].of_class else [''])
+    }
 
   @property
   def _label_file(self) -> pathlib.Path:
@@ -162,17 +172,16 @@ class Outputs:
     if path.suffix == '.dcm':
       self._write_seg(partial, image, prediction)
       return
-    ending, description = path.name.removeprefix(f'{source.stem}_'), ''
-    if ending == 'explanation.png':
-      shown = self.run.model.explainer.black_and_white
-      title, numbers = printable(source.name), prediction.numbers
-      explanation.write_picture(partial, title, image, numbers, prediction.maps, shown)
+    ending, description = path.name.removeprefix(source.stem), ''
+    if ending in self._of_picture:
+      self._write_picture(partial, source, image, prediction, self._of_picture[ending])
       return
-    is_mask, number = ending.startswith('mask.'), self._of_probability.get(f'_{ending.partition(".")[0]}')
+    is_mask, number = ending.startswith('_mask.'), self._of_probability.get(ending.partition('.')[0])
     if self._explain:
-      name = ending.removesuffix('_explanation.nii.gz')
-      values = volumes.resize(prediction.maps[name], image.values.shape[1:])
-      description = explanation.description(name)
+      name, number = self._of_map[ending]
+      values = explanation.of_class(prediction.maps, number)[name]
+      values = volumes.resize(values, image.values.shape[1:])
+      description = explanation.description(name, self._class_name(number))
     elif is_mask:
       values = prediction.mask
     else:
@@ -183,6 +192,17 @@ class Outputs:
     else:
       with partial.open('wb') as file:
         nifti.write_volume_to(file, values, image, compressed=True, description=description)
+
+  def _write_picture(self, path, source, image, prediction, number):
+    """Draws the maps of class `number`."""
+    numbers = {**prediction.numbers, **list(by_class(prediction.numbers).values())[number]}
+    maps, shown = explanation.of_class(prediction.maps, number), self.run.model.explainer.black_and_white
+    name = self._class_name(number)
+    explanation.write_picture(path, printable(source.name), image, numbers, maps, shown, name)
+
+  def _class_name(self, number):
+    """The name of one class of several; '' if there is only one."""
+    return self._classes.names[number] if len(self._of_classes) > 1 else ''
 
   def _write_seg(self, path, scan, prediction):
     """Writes a segment per class; that of the only class without a name is called Lesion."""
