@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import pathlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,10 +17,10 @@ from fusa_jax.inference.class_numbers import by_class
 from fusa_jax.inference.predictor import Prediction, Predictor
 from fusa_jax.scans import dicom_seg, nifti, pictures, volumes
 from fusa_jax.scans.classes import file_name, label_file
-from fusa_jax.scans.formats import Source
+from fusa_jax.scans.formats import Refused, Source
 from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import printable, replacing, sha256
+from fusa_jax.system.files import LONGEST_NAME, printable, replacing, sha256
 
 # The label description of ITK-SNAP for the masks of several classes.
 LABELS = 'labels.txt'
@@ -100,6 +101,30 @@ class Outputs:
       raise UserError(
         f'{pictured[0]}: the mask of a picture holds values up to 255, but data.classes of the run has '
         f'{self._classes.written.max()}; give scans'
+      )
+
+  def check_names(self, sources: Sequence[Source]) -> None:
+    """Raises a UserError if the name of a result is too long for file systems, or two inputs would have the same."""
+    sources = [source for source in sources if not isinstance(source, Refused)]
+    too_long, source_of = [], {}
+    for source in sources:
+      path, others = self.paths(source)
+      excess = max(len(os.fsencode(each.name)) for each in (path, *others)) - LONGEST_NAME
+      too_long += [(source, len(os.fsencode(source.stem)) - excess)] if excess > 0 else []
+      for other in others:
+        # Some file systems do not distinguish capitals, or forms of ü.
+        first = source_of.setdefault(unicodedata.normalize('NFC', other.name).casefold(), source)
+        if first is not source:
+          raise UserError(
+            f'input: {first} and {source} would have the same result, {other.name}, because of the names of the '
+            'classes; rename one of the two'
+          )
+    if too_long:
+      source, room = too_long[0]
+      more = f' and {len(too_long) - 1} more' if len(too_long) > 1 else ''
+      raise UserError(
+        f'input: {source}{more}: the names of its results, with those of the classes, would be longer than '
+        f'{LONGEST_NAME} bytes; give it a name of at most {room} bytes without the ending'
       )
 
   def check(self, sources: Sequence[Source]) -> None:

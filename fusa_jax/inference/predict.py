@@ -32,6 +32,7 @@ from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import hosts, preemption, progress
 from fusa_jax.system.errors import HostLost, Terminated, UserError, one_line
 from fusa_jax.system.files import printable, sha256
+from fusa_jax.system.paths import exists
 
 # Number of pictures that are predicted together.
 _TOGETHER = 64
@@ -126,6 +127,7 @@ def predict(
     of_inputs = source if source.is_dir() else source.parent
     files = outputs.Outputs(run, output, of_inputs, probabilities, as_dicom, explain)
     files.check_pictures(sources)
+    files.check_names(sources)
     job = _Job(run, files, explain is not None, of_inputs, has_one_input=len(sources) == 1)
     with manifest.locked(output) if hosts.is_main() else contextlib.nullcontext():
       return _predict(job, sources, overwrite, strict)
@@ -351,7 +353,7 @@ class _Job:
       details = None if isinstance(error, MemoryError | OSError) else error
     # The place is the same for all hosts, and without temporary folders of archives.
     reason = printable(reason.replace(str(source), source.place) if isinstance(source, FileSource) else reason)
-    if (path := self.files.paths(source)[0]).exists():
+    if exists(path := self.files.paths(source)[0]):
       reason += f' (an earlier result remains, {path.name})'
     # The error of a single input is the error of the command.
     logging.log(logging.DEBUG if self._has_one_input else logging.WARNING, '%s: %s', status, reason, exc_info=details)

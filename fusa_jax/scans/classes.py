@@ -35,8 +35,10 @@ COLOURS = (
 )
 # The folders in the folder of a test, where each class has a folder: of pictures, and of comparisons (`against-...`).
 _RESERVED = re.compile('figures|against-.*')
-# The longest name: that of a segment in DICOM (SegmentLabel).
+# The longest name, in characters: that of a segment in DICOM (SegmentLabel). And in bytes, as it is in names of files:
+# all but rare characters have at most three. It leaves 35 bytes for the name of a scan in the longest name of a result.
 _LONGEST = 64
+_LONGEST_IN_FILES = 3 * _LONGEST
 
 
 class Keys(NamedTuple):
@@ -252,10 +254,11 @@ def _check_names(names, key):
   by_file = {BACKGROUND: BACKGROUND}
   for name in names:
     in_files = file_name(name)
-    if len(name) > _LONGEST or not name.isprintable() or not in_files[0].isalnum():
+    is_too_long = len(name) > _LONGEST or len(in_files.encode()) > _LONGEST_IN_FILES
+    if is_too_long or not name.isprintable() or not in_files[0].isalnum():
       raise UserError(
         f'{key}: {name!r} is not a name for files; begin it with a letter or digit, and use at most {_LONGEST} '
-        'characters'
+        f'characters and {_LONGEST_IN_FILES} bytes'
       )
     other = by_file.setdefault(in_files, name)
     if _RESERVED.fullmatch(in_files):

@@ -23,7 +23,7 @@ from viewer_page import Page
 
 from configs import cls, seg
 from fusa_jax import tasks
-from fusa_jax.inference import bundle, export, manifest, predict, predictor, trained, viewer
+from fusa_jax.inference import bundle, export, manifest, outputs, predict, predictor, trained, viewer
 from fusa_jax.measures import masks as measured
 from fusa_jax.runs import arguments, checkpoint, operating_point, patient_rule, run_config
 from fusa_jax.scans import classes, dicom, dicom_seg, pictures, volume_files
@@ -320,6 +320,38 @@ def test_nothing_is_written_for_an_input_that_is_refused(loaded, tmp_path):
   with pytest.raises(UserError, match='not a NIfTI file'):
     predict.predict(loaded, tmp_path / 'a.nii.gz', tmp_path / 'out')
   assert not [path for path in (tmp_path / 'out').glob('*') if not path.name.startswith('.')]
+
+
+def test_names_that_would_be_too_long_or_the_same_are_refused_first(loaded, predicted, tmp_path):
+  """The limit of file systems is 255 bytes; a class of 64 characters may have 192 of them."""
+  folder, out = tmp_path / 'in', tmp_path / 'out'
+  folder.mkdir()
+  longest = 255 - len('_consolidation_probability.nii.gz')
+  for stem in ('a' * longest, 'b' * (longest + 1)):
+    shutil.copy(predicted[0] / 'a.nii.gz', folder / f'{stem}.nii.gz')
+  reason = rf'^input: .*/b+\.nii\.gz: the names of its .* than 255 bytes; give it a name of at most {longest} bytes'
+  with pytest.raises(UserError, match=reason):
+    predict.predict(loaded, folder, out, probabilities=True)
+  assert not out.exists()
+
+  def check(names, stems):
+    kinds = classes.chosen({name: (k + 1,) for k, name in enumerate(names)}, None)
+    model = types.SimpleNamespace(task='segmentation', classes=kinds)
+    found = [volume_files.VolumeFile(tmp_path / f'{stem}.nii') for stem in stems]
+    outputs.Outputs(types.SimpleNamespace(model=model), out, tmp_path, probabilities=True).check_names(found)
+
+  with pytest.raises(UserError, match=r'^input: .*/x.nii and .*/x_Ground.nii would have the same result, x_Ground_gl'):
+    check(('ground glass', 'glass'), ('x', 'x_Ground'))
+  longest = 255 - len(f'_{"肺" * 64}_probability.nii.gz'.encode())
+  check(('肺' * 64, 'mass'), ('a' * longest,))
+  with pytest.raises(UserError, match=f'at most {longest} bytes'):
+    check(('肺' * 64, 'mass'), ('a' * (longest + 1),))
+  with pytest.raises(UserError, match='is not a name for files; .* at most 64 characters and 192 bytes'):
+    check(('\U00020000' * 49, 'mass'), ('a',))
+  # An archive is refused without a result: its long name is no error.
+  (folder / f'{"z" * 250}.zip').write_bytes(b'no archive')
+  shutil.copy(predicted[0] / 'a.nii.gz', folder / 'c.nii.gz')
+  assert predict.predict(loaded, folder, out) == (3, 1, 0)
 
 
 def test_rows_of_a_killed_prediction(tmp_path):
