@@ -97,7 +97,7 @@ class Manifest:
       self.rows |= self._read(folder / NAME)
 
   def check_own(self) -> None:
-    """Raises a UserError if predictions.csv has other columns, or rows of another form: it was changed.
+    """Raises a UserError if predictions.csv is for other classes or another task, or was changed.
 
     The rows of a killed prediction for other classes are refused, too.
     """
@@ -106,15 +106,20 @@ class Manifest:
       with path.open(newline='', encoding='utf-8') as file:
         first, *others = csv.reader(file)
       columns = tuple(first)
-      is_own = columns in self._readable and all(_is_row(cells, columns) for cells in others)
+      is_own = _is_table(columns) and all(_is_row(cells, columns) for cells in others)
     except FileNotFoundError:
-      is_own = True
+      is_own, columns = True, self._columns
     except (ValueError, csv.Error, OSError):
       is_own = False
-    foreign = [] if is_own else [path]
+    own_files.refuse([] if is_own else [path])
+    other = [] if columns in self._readable else [path]
     for part in sorted(self._folder.glob(_PARTS)) if self._folder.is_dir() else []:
-      foreign += [part] if any(columns not in self._readable for columns, _ in _rows(part)) else []
-    own_files.refuse(foreign)
+      other += [part] if any(columns not in self._readable for columns, _ in _rows(part)) else []
+    if other:
+      raise UserError(
+        f'{other[0]}: has rows of a run with other classes or another task, and other columns; give another folder, or '
+        'add --overwrite to replace it'
+      )
 
   @property
   def _readable(self):
@@ -201,6 +206,16 @@ def _rows(path):
       elif _is_row(cells, columns):
         rows.append((columns, dict(zip(columns, cells, strict=True))))
   return rows
+
+
+def _is_table(columns):
+  """Whether these are the columns of a table for any classes (`columns_of`)."""
+  shared = tuple(column for column in COLUMNS if column not in OF_CLASS)
+  of_classes = columns[len(shared) :]
+  if columns[: len(shared)] != shared or not of_classes:
+    return columns in (COLUMNS, _FIRST_COLUMNS)
+  beginnings = tuple(f'{column}_' for column in OF_CLASS)
+  return all(column == CALLED or column.startswith(beginnings) for column in of_classes)
 
 
 def _is_row(cells, columns):

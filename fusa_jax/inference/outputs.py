@@ -16,7 +16,7 @@ from fusa_jax.inference import explanation
 from fusa_jax.inference.class_numbers import by_class
 from fusa_jax.inference.predictor import Prediction, Predictor
 from fusa_jax.scans import dicom_seg, nifti, pictures, volumes
-from fusa_jax.scans.classes import file_name, label_file
+from fusa_jax.scans.classes import file_name, label_file, labels_in
 from fusa_jax.scans.formats import Refused, Source
 from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
@@ -131,9 +131,7 @@ class Outputs:
     """Raises a UserError if a result would replace a file of others, or that of another input with the same name."""
     own_files.refuse(path for source in sources for path in own_files.changed(*self.paths(source)))
     if self._has_values and self._label_file.exists():
-      # It has no record: a file of others, or for other classes, differs from what would be written.
-      content = self._label_file.read_bytes() if self._label_file.is_file() else b''
-      own_files.refuse([self._label_file] if content != self._labels else [])
+      self._check_labels()
     lines = []
     for source in sources:
       path, _ = self.paths(source)
@@ -145,6 +143,20 @@ class Outputs:
           lines.append(f'{path}: the result of another {source.name}; give another folder, or add --overwrite')
     if lines:
       raise UserError('\n'.join(lines))
+
+  def _check_labels(self):
+    """Raises a UserError if the label description differs from what would be written. It has no record."""
+    content = self._label_file.read_bytes() if self._label_file.is_file() else b''
+    if content == self._labels:
+      return
+    theirs, own = (labels_in(text.decode(errors='replace')) for text in (content, self._labels))
+    if theirs is None:
+      own_files.refuse([self._label_file])
+    in_words = lambda labels: ', '.join(f'{value} {name}' for value, name in labels.items()) or 'none'
+    raise UserError(
+      f'{self._label_file}: is for other classes ({in_words(theirs)}) than those of the run ({in_words(own)}); give '
+      'another folder, or add --overwrite to replace it'
+    )
 
   @property
   def _labels(self):

@@ -340,16 +340,34 @@ def label_file(classes: Classes) -> str:
 
   A value of several classes has the colour of the last one.
   """
-  lines = [
-    '# Label description of ITK-SNAP: index, red, green, blue, opacity, visible in slices, visible in 3D, name',
-    _label(0, (0, 0, 0), 0, 'Clear Label'),
-  ]
+  lines = [*_FIRST_LABELS]
   for value in sorted({value for values in classes.values for value in values}):
     numbers = classes.of_value(value)
     lines.append(_label(value, COLOURS[numbers[-1]], 1, ' + '.join(classes.names[number] for number in numbers)))
   return '\n'.join(lines) + '\n'
 
 
+def labels_in(description: str) -> dict[int, str] | None:
+  """Returns the values and names in a text of `label_file`, for any classes; None if it is another text."""
+  *first, last = description.split('\n')
+  if tuple(first[:2]) != _FIRST_LABELS or last:
+    return None
+  labels = {}
+  for line in first[2:]:
+    found = re.fullmatch(r' *(\d{1,10}) .*"(.*)"', line)
+    if not found or line not in {_label(int(found[1]), colour, 1, found[2]) for colour in COLOURS}:
+      return None
+    labels[int(found[1])] = found[2]
+  return labels
+
+
 def _label(value, colour, is_shown, name):
   name = ' '.join(name.replace('"', "'").split())
   return f'{value:5} {colour[0]:5} {colour[1]:4} {colour[2]:4} {is_shown:8} {is_shown:2} {is_shown:2}    "{name}"'
+
+
+# The first lines of each label description.
+_FIRST_LABELS = (
+  '# Label description of ITK-SNAP: index, red, green, blue, opacity, visible in slices, visible in 3D, name',
+  _label(0, (0, 0, 0), 0, 'Clear Label'),
+)

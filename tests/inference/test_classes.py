@@ -301,17 +301,31 @@ def test_files_of_others_and_of_other_classes_are_not_replaced(loaded, predicted
   source, out = predicted[0], tmp_path / 'out'
   shutil.copytree(predicted[1], out)
   files = lambda: {path.name: path.read_bytes() for path in out.iterdir()}
-  (out / 'labels.txt').write_text((out / 'labels.txt').read_text().replace('ground glass', 'GGO'))
-  before = files()
-  with pytest.raises(UserError, match=r'labels.txt: exists, and this program did not write it, or it was changed'):
-    predict.predict(loaded, source, out, probabilities=True)
-  with pytest.raises(UserError, match=r'predictions.csv: exists, and this program did not write it, or it was changed'):
+  labels = (out / 'labels.txt').read_text()
+  own = (
+    r'than those of the run \(3 ground glass, 5 consolidation, 6 consolidation\); give another folder, or add --over'
+  )
+  for text, reason in (
+    (labels.replace('ground glass', 'GGO'), rf'is for other classes \(3 GGO, 5 conso.*n, 6 consolidation\) {own}'),
+    (classes.label_file(classes.chosen({'a': (1,), 'b': (1, 2)}, None)), rf'is for other .* \(1 a \+ b, 2 b\) {own}'),
+    (labels + '\n', 'exists, and this program did not write it, or it was changed'),
+    (labels.replace('    1  1  1', '    1  0  1'), 'exists, and this program did not write it, or it was changed'),
+  ):
+    (out / 'labels.txt').write_text(text)
+    before = files()
+    with pytest.raises(UserError, match=f'^{out}/labels.txt: {reason}'):
+      predict.predict(loaded, source, out, probabilities=True)
+    assert files() == before
+  other = (
+    r'/predictions.csv: has rows of a run with other classes or another task, and other columns; give another folder'
+  )
+  with pytest.raises(UserError, match=other):
     predict.predict(predictors['seg'], source, out)  # one class has other columns
   assert files() == before
   predict.predict(loaded, source, out, probabilities=True, overwrite=True)
   assert (out / 'labels.txt').read_bytes() == (predicted[1] / 'labels.txt').read_bytes()
   predict.predict(predictors['seg'], source, tmp_path / 'one')
-  with pytest.raises(UserError, match=r'predictions.csv: exists, and this program did not write it, or it was changed'):
+  with pytest.raises(UserError, match=other):
     predict.predict(loaded, source, tmp_path / 'one')
 
 
@@ -363,7 +377,7 @@ def test_rows_of_a_killed_prediction(tmp_path):
   killed.close()
   other = manifest.Manifest(tmp_path, 0, named('mass', 'nodule'))
   for rows in (other, manifest.Manifest(tmp_path, 0)):
-    with pytest.raises(UserError, match=r'.predictions.0.csv: exists, and this program did not write it'):
+    with pytest.raises(UserError, match=r'.predictions.0.csv: has rows of a run with other classes or anoth'):
       rows.check_own()
   again = manifest.Manifest(tmp_path, 0, named(*NAMES))
   again.check_own()
@@ -371,7 +385,7 @@ def test_rows_of_a_killed_prediction(tmp_path):
   (row,) = csv.DictReader((tmp_path / 'predictions.csv').open())
   assert (row['lesion_ml_ground_glass'], row['lesion_ml_consolidation']) == ('1.5', '')
   assert row['patient_positive_consolidation'] == '1'
-  with pytest.raises(UserError, match=r'/predictions.csv: exists, and'):
+  with pytest.raises(UserError, match=r'/predictions.csv: has rows of a run with other classes'):
     manifest.Manifest(tmp_path, 0, named('mass', 'nodule')).check_own()
   assert manifest.refused(tmp_path) == set()
 
