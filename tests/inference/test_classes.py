@@ -173,6 +173,18 @@ def test_options_of_each_class(run, loaded, scan):
       r'^threshold: 0.4 is for one class, but the model has 2 \(ground glass, consolidation\)',
     ),
     ({'smallest_ml': {'mass': 1.0}}, r"^smallest_ml: the model has no class 'mass'; give one of ground glass, cons"),
+    *(
+      (
+        {'threshold': {wrong: 0.5}},
+        rf"^threshold: '{wrong}' is not the name of one class; give CLASS:NUMBER for each, separated by commas, for "
+        "example 'ground glass:0.5,consolidation:0.5'$",
+      )
+      for wrong in (
+        'ground glass:0.4;consolidation',
+        'ground glass=0.4,consolidation',
+        'ground glass:0.4 consolidation',
+      )
+    ),
   ):
     with pytest.raises(UserError, match=reason):
       predictor.load_predictor(run, **options)
@@ -187,7 +199,15 @@ def test_options_of_each_class(run, loaded, scan):
     ('0.4', 0.4),
     ('ground glass:0.4,consolidation:0.5', {'ground glass': 0.4, 'consolidation': 0.5}),
     (' a, b : 1e-2 , c:d:.3', {'a, b': 0.01, 'c:d': 0.3}),
-    *((text, UserError) for text in ('high', '', 'a:0.4,b', 'a:0.4,a:0.5', 'a:', ':0.4', 'a:x')),
+    ('high', 'is not a number'),
+    ('', 'is not a number'),
+    ('0,4', 'is not a number'),
+    ('a:0.4,b', "'b' is not CLASS:NUMBER"),
+    ('a:0,4', "'4' is not CLASS:NUMBER"),
+    ('a:0.4,a:0.5', "'a' is given twice"),
+    ('a:', "'a:' is not CLASS:NUMBER"),
+    (':0.4', "':0.4' is not CLASS:NUMBER"),
+    ('a:x', "'x', for 'a', is not a number"),
   ],
 )
 def test_thresholds_in_a_flag(monkeypatch, text, value):
@@ -195,8 +215,11 @@ def test_thresholds_in_a_flag(monkeypatch, text, value):
   flags = {'threshold': flag(text), 'smallest_ml': flag(None)}
   fake = type('Flags', (), {'__getitem__': lambda _, name: flags[name], 'tta': None, 'lungs': True})()
   monkeypatch.setattr(arguments, 'FLAGS', fake)
-  if value is UserError:
-    with pytest.raises(UserError, match=r'^--threshold: .* must be a number or, of several classes, for example --th'):
+  if isinstance(value, str):
+    reason = (
+      f'--threshold: {text!r}: {value}; give a number or, of several classes, CLASS:NUMBER for each, separated by'
+    )
+    with pytest.raises(UserError, match=f'^{re.escape(reason)} commas, for example --threshold="ground glass:0.4,cons'):
       arguments.operating_point()
   else:
     got = arguments.operating_point()
