@@ -31,25 +31,35 @@ _PERTURBATIONS, _INTERMEDIATES = 'perturbations', 'intermediates'
 
 
 class Map(NamedTuple):
-  """One kind of map: its title in pictures and headers, the unit of its values, and the unit's whole range."""
+  """One kind of map.
+
+  Attributes:
+    title: its name in pictures and headers.
+    unit: the unit of its values.
+    limits: the whole range of the unit.
+    of_class: whether each class has its own map. Otherwise all classes have the same.
+  """
 
   title: str
   unit: str
   limits: tuple[float, float | None]
+  of_class: bool
 
 
 MAPS = {
-  'gradcam': Map('Grad-CAM', 'logit per cell', (0.0, None)),
-  'fusa': Map('attention of the last FUSA module', 'mean over channels', (0.0, 1.0)),
+  'gradcam': Map('Grad-CAM', 'logit per cell', (0.0, None), of_class=True),
+  'fusa': Map('attention of the last FUSA module', 'mean over channels', (0.0, 1.0), of_class=False),
 }
+# The most characters of a description in the header of a volume.
+_LONGEST = 79
 
 
 class Explainer(NamedTuple):
   """Computes the maps of a model, and draws slices as the model sees them.
 
   Attributes:
-    function: (variables, slices [B, size, size]) -> {name of MAPS: float32 [B, h, w]}. 'fusa' is missing if a network
-      has no FUSA.
+    function: (variables, slices [B, size, size]) -> {name of MAPS: float32 [B, h, w]}; of several classes, 'gradcam'
+      is [B, h, w, classes]. 'fusa' is missing if a network has no FUSA.
     black_and_white: the values of a slice that are drawn black and white: those that the network clips to.
   """
 
@@ -63,7 +73,6 @@ def activation_maps(
   slices: jax.Array,
   temperature: float | jax.Array = 1.0,
   flips: bool = False,
-  number: int = 0,
 ) -> dict[str, jax.Array]:
   """Returns {name of MAPS: float32 [B, h, w]} for slices [B, H, W] (or with their neighbours), from one classifier.
 
@@ -73,25 +82,27 @@ def activation_maps(
   over space and a dense layer (all models but vgg16), the sum of the map over its cells, without relu, is the logit
   minus the bias of the head.
 
+  Of several classes it is [B, h, w, classes]: a map for the logit of each class. Of exclusive classes this is the logit
+  before the softmax, the score that the paper uses.
+
   'fusa', for models with FUSA: the attention A of the last FUSA module, mean over the channels. It says how much of
-  its input the module lets through, from 0 to 1, in a slice with or without lesion.
+  its input the module lets through, from 0 to 1, in a slice with or without lesion. It is the same for all classes.
 
   Args:
     task: the task of the network.
     variables: {'params', 'batch_stats'} of the network.
     slices: the slices, as `task.inputs` takes them.
-    temperature: the divisor of the logits.
+    temperature: the divisor of the logits; of several classes, one for each class.
     flips: whether the score is that of the slice and its mirror image. Each map is then the mean of both, too.
-    number: of the logit in the network's output.
   """
-  maps = functools.partial(_maps, task, variables, temperature=temperature, number=number)
+  maps = functools.partial(_maps, task, variables, temperature=temperature)
   if not flips:
     return maps(slices)
   both = jax.lax.map(maps, jnp.stack([slices, slices[:, :, ::-1]]))
-  return {name: (plain + mirrored[..., ::-1]) / 2 for name, (plain, mirrored) in both.items()}
+  return {name: (plain + mirrored[:, :, ::-1]) / 2 for name, (plain, mirrored) in both.items()}
 
 
-def _maps(task, variables, slices, temperature, number):
+def _maps(task, variables, slices, temperature):
   images, modules = task.inputs(slices), []
   apply = functools.partial(task.model.apply, images=images, train=False)
   shapes = jax.eval_shape(lambda: apply(variables, mutable=[_PERTURBATIONS])[1])
@@ -102,17 +113,19 @@ def _maps(task, variables, slices, temperature, number):
       modules.append(context.module.path)
     return method(*arguments, **options)
 
-  def logit(perturbations):
+  def logits_of(perturbations):
     with nn.intercept_methods(note):
       logits, stored = apply({**variables, **perturbations}, mutable=[_INTERMEDIATES])
-    # The sum over slices: the logit of a slice depends on its own features only.
-    return logits[:, number].sum(), stored[_INTERMEDIATES]
+    return logits, stored[_INTERMEDIATES]
 
-  gradients, stored = jax.grad(logit, has_aux=True)(zeros)
+  logits, gradients_of, stored = jax.vjp(logits_of, zeros, has_aux=True)
+  # For each class, the gradient of the sum over slices: the logit of a slice depends on its own features only.
+  one_hot = jnp.eye(logits.shape[-1], dtype=logits.dtype)[:, None]
+  (gradients,) = jax.lax.map(gradients_of, jnp.broadcast_to(one_hot, (logits.shape[-1], *logits.shape)))
   (features,), gradient = stored['last_level'], gradients[_PERTURBATIONS]['last_level']
-  weights = wide(gradient).mean((1, 2))
-  gradcam = jnp.einsum('bhwc,bc->bhw', wide(features), weights, precision=HIGHEST)
-  maps = {'gradcam': nn.relu(gradcam) / temperature}
+  weights = wide(gradient).mean((2, 3))
+  gradcam = jnp.einsum('bhwc,kbc->bhwk', wide(features), weights, precision=HIGHEST)
+  maps = {'gradcam': nn.relu(gradcam if gradcam.shape[-1] > 1 else gradcam[..., 0]) / temperature}
   if modules:  # in the order of their calls
     (attention,) = functools.reduce(operator.getitem, modules[-1], stored)['attention']
     maps['fusa'] = wide(attention).mean(-1)
@@ -120,25 +133,33 @@ def _maps(task, variables, slices, temperature, number):
 
 
 def mean_of_networks(maps: Sequence[Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
-  """Returns the mean maps [B, h, w] of several networks, as their score is a mean of theirs.
+  """Returns the mean maps of several networks, as their score is a mean of theirs.
 
   Networks of lower resolution are resized to the highest one. A map that not all networks have is left out.
 
   Args:
-    maps: per group of networks with the same architecture: {name of MAPS: [networks, B, h, w]}.
+    maps: per group of networks with the same architecture: {name of MAPS: [networks, B, h, w] or with classes}.
   """
   out = {}
   for name in MAPS:
     if not all(name in each for each in maps):
       continue
     height, width = (max(each[name].shape[axis] for each in maps) for axis in (2, 3))
-    resize = lambda x, shape=(height, width): jax.image.resize(x, (*x.shape[:2], *shape), 'bilinear', antialias=False)
-    out[name] = jnp.concatenate([resize(each[name]) for each in maps]).mean(0)
+    resized = [
+      jax.image.resize(x, (*x.shape[:2], height, width, *x.shape[4:]), 'bilinear', antialias=False)
+      for x in (each[name] for each in maps)
+    ]
+    out[name] = jnp.concatenate(resized).mean(0)
   return out
 
 
-def about(maps: Mapping[str, np.ndarray], scores: np.ndarray, threshold: float) -> dict:
-  """Returns what the JSON file of a prediction says of its maps.
+def of_class(maps: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+  """Returns the maps of class `number`, {name of MAPS: [S, h, w]}, from those of all classes."""
+  return {name: values[..., number] if values.ndim == 4 else values for name, values in maps.items()}
+
+
+def about(maps: Mapping[str, np.ndarray], scores: np.ndarray, positive: np.ndarray) -> dict:
+  """Returns what the JSON file of a prediction says of the maps of a class.
 
   `slices` are those to draw with their maps: of the positive slices, the SHOWN with the highest scores, highest first.
   A negative slice is not drawn with a map, because its colours would suggest a lesion. `limits` are the values at the
@@ -147,9 +168,9 @@ def about(maps: Mapping[str, np.ndarray], scores: np.ndarray, threshold: float) 
   Args:
     maps: {name of MAPS: [S, h, w]} of all slices of a scan, or of a picture.
     scores: the scores of the slices [S].
-    threshold: the lowest score of a positive slice.
+    positive: whether each slice is positive [S]; of exclusive classes, whether it is called this class.
   """
-  best = np.argsort(-scores, kind='stable')[:SHOWN]
+  best = [int(index) for index in np.argsort(-scores, kind='stable') if positive[index]]
   of_maps = {}
   for name, values in maps.items():
     low, high = MAPS[name].limits
@@ -161,14 +182,18 @@ def about(maps: Mapping[str, np.ndarray], scores: np.ndarray, threshold: float) 
     }
   return {
     'meaning': MEANING,
-    'slices': [int(index) for index in best if scores[index] >= threshold],
+    'slices': best[:SHOWN],
     'maps': of_maps,
   }
 
 
-def description(name: str) -> str:
-  """What the header of a volume says: the map, and that it is no mask; at most 79 characters."""
-  return f'{MAPS[name].title}: {MEANING}'
+def description(name: str, class_name: str = '') -> str:
+  """What the header of a volume says: the map, one class of several, and that it is no mask; at most 79 ASCII signs."""
+  if not (class_name and MAPS[name].of_class):
+    return f'{MAPS[name].title}: {MEANING}'
+  before, after = f'{MAPS[name].title} of ', f': {MEANING}'
+  in_ascii, room = class_name.encode('ascii', 'replace').decode(), _LONGEST - len(before) - len(after)
+  return before + (in_ascii if len(in_ascii) <= room else f'{in_ascii[: room - 3]}...') + after
 
 
 def write_picture(
@@ -178,6 +203,7 @@ def write_picture(
   numbers: Mapping[str, Any],
   maps: Mapping[str, np.ndarray],
   black_and_white: tuple[float, float],
+  class_name: str = '',
 ) -> None:
   """Draws the positive slices with the highest scores, each beside itself with its maps; see `about`.
 
@@ -187,9 +213,10 @@ def write_picture(
     path: the PNG file.
     title: the name of the scan or picture.
     image: the scan or picture [H, W].
-    numbers: the results for the image, with those of `about`.
-    maps: {name of MAPS: [S, h, w]}.
+    numbers: the results for the image, and those of the class, with those of `about`.
+    maps: {name of MAPS: [S, h, w]} of the class.
     black_and_white: of `Explainer`.
+    class_name: the class, if there are several.
   """
   is_scan, drawn = isinstance(image, volumes.Scan), numbers['explanation']
   slices, scores = (image.values, numbers['slice_scores']) if is_scan else ([image], [numbers['score']])
@@ -200,18 +227,32 @@ def write_picture(
     rows.append((named(index), slices[index], resized))
   if not rows:
     highest = int(np.argmax(scores))
-    rows.append((f'{named(highest)}: below the threshold', slices[highest], []))
-  count = ''
-  if is_scan:
-    total = len(numbers['positive_slices'])
-    count = f'{len(drawn["slices"])} of {total} positive slices, ' if total else 'no positive slice, '
+    called = numbers['slice_classes'][highest] if 'slice_classes' in numbers else numbers.get('predicted_class')
+    reason = f'called {called}' if called else 'below the threshold'
+    rows.append((f'{named(highest)}: {reason}', slices[highest], []))
   unit = {'hu': 'HU', 'grey': 'grey'}[numbers['values']]
   black, white = black_and_white
   height, width = next(iter(drawn['maps'].values()))['cells']
+  of_several = f', {class_name}' if class_name else ''
   text = (
-    f'{title}: {MEANING}\n{count}threshold {numbers["threshold"]:.3f}; '
+    f'{title}{of_several}: {MEANING}\n{_which(numbers, class_name, is_scan)}; '
     f'{f"maps of {height} x {width} cells, interpolated" if drawn["slices"] else "no map"}\n'
     f'{unit} {black:g} (black) to {white:g} (white)'
   )
   scales = [(f'{one["map"]}, {one["unit"]}', one['limits']) for one in drawn['maps'].values() if drawn['slices']]
   figures.write_explanation(path, text, rows, scales, black_and_white)
+
+
+def _which(numbers, class_name, is_scan):
+  """Says which slices are drawn with maps."""
+  drawn = len(numbers['explanation']['slices'])
+  if 'predicted_class' in numbers:  # exclusive classes have no threshold
+    if not is_scan:
+      return f'called {numbers["predicted_class"]}'
+    total = numbers['slice_classes'].count(class_name)
+    return f'{drawn} of {total} slices called {class_name}' if total else f'no slice called {class_name}'
+  count, threshold = '', f'threshold {numbers["threshold"]:.3f}'
+  if is_scan:
+    total = len(numbers['positive_slices'])
+    count = f'{drawn} of {total} positive slices, ' if total else 'no positive slice, '
+  return f'{count}{threshold}'

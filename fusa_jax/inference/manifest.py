@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusa_jax.inference import class_numbers
-from fusa_jax.scans.classes import LESION, file_name
+from fusa_jax.scans.classes import Classes, file_name
 from fusa_jax.system import files, locks, own_files
 from fusa_jax.system.errors import UserError
 
@@ -22,18 +22,22 @@ _FIRST_COLUMNS = ('input', 'input_sha256', 'status', 'reason', 'lesion_ml', 'sec
 COLUMNS = (*_FIRST_COLUMNS, 'patient_score', 'patient_positive')
 # The columns that each of several classes has, with the name of the class at the end.
 OF_CLASS = ('lesion_ml', 'patient_score', 'patient_positive')
+# The column of exclusive classes: the class with the highest probability. NAME.json has the same key.
+CALLED = 'predicted_class'
 PREDICTED, REFUSED, FAILED = 'predicted', 'refused', 'failed'
 _PARTS = '.predictions.*.csv'
 # Seconds between two joins while the prediction runs.
 _JOIN_EVERY = 30
 
 
-def columns_of(classes: Sequence[str]) -> tuple[str, ...]:
-  """The columns for the classes of a model, by their names."""
-  if len(classes) == 1:
+def columns_of(classes: Classes, has_masks: bool) -> tuple[str, ...]:
+  """The columns for the classes of a model. Several classes without masks have no volumes."""
+  if len(classes.names) == 1:
     return COLUMNS
   shared = tuple(column for column in COLUMNS if column not in OF_CLASS)
-  return *shared, *(f'{column}_{file_name(name)}' for name in classes for column in OF_CLASS)
+  called = (CALLED,) if classes.exclusive else ()
+  of_class = OF_CLASS if has_masks else tuple(column for column in OF_CLASS if column != 'lesion_ml')
+  return *shared, *called, *(f'{column}_{file_name(name)}' for name in classes.names for column in of_class)
 
 
 def row(
@@ -50,9 +54,13 @@ def row(
   Args:
     place, input_sha256, status, reason, seconds, run_sha256: the values of the columns for the input.
     numbers: its results, as NAME.json holds them; None without a result.
+
+  Returns:
+    The values by column; `Manifest.add` takes those of its own columns.
   """
   shared = place, input_sha256, status, reason, seconds, run_sha256
   found = dict(zip((column for column in COLUMNS if column not in OF_CLASS), shared, strict=True))
+  found[CALLED] = (numbers or {}).get(CALLED)
   of_each = class_numbers.by_class(numbers or {})
   for name, own in of_each.items():
     patient = own.get('patient', {})
@@ -71,15 +79,15 @@ class Manifest:
     new_rows: the same, without the rows of earlier predictions.
   """
 
-  def __init__(self, folder: pathlib.Path, process: int, classes: Sequence[str] = LESION.names):
+  def __init__(self, folder: pathlib.Path, process: int, columns: Sequence[str] = COLUMNS):
     """Opens the manifest of a folder.
 
     Args:
       folder: the output folder.
       process: the number of this process; process 0 reads the existing rows and joins.
-      classes: the names of the classes of the model.
+      columns: the columns for the classes of the model (`columns_of`).
     """
-    self._columns = columns_of(classes)
+    self._columns = tuple(columns)
     self._folder, self._is_main = folder, process == 0
     self._part = folder / _PARTS.replace('*', str(process))
     self._file, self._joined_at = None, time.monotonic()
@@ -89,7 +97,7 @@ class Manifest:
       self.rows |= self._read(folder / NAME)
 
   def check_own(self) -> None:
-    """Raises a UserError if predictions.csv has other columns, or rows of another form: it was changed.
+    """Raises a UserError if predictions.csv is for other classes or another task, or was changed.
 
     The rows of a killed prediction for other classes are refused, too.
     """
@@ -98,15 +106,20 @@ class Manifest:
       with path.open(newline='', encoding='utf-8') as file:
         first, *others = csv.reader(file)
       columns = tuple(first)
-      is_own = columns in self._readable and all(_is_row(cells, columns) for cells in others)
+      is_own = _is_table(columns) and all(_is_row(cells, columns) for cells in others)
     except FileNotFoundError:
-      is_own = True
+      is_own, columns = True, self._columns
     except (ValueError, csv.Error, OSError):
       is_own = False
-    foreign = [] if is_own else [path]
+    own_files.refuse([] if is_own else [path])
+    other = [] if columns in self._readable else [path]
     for part in sorted(self._folder.glob(_PARTS)) if self._folder.is_dir() else []:
-      foreign += [part] if any(columns not in self._readable for columns, _ in _rows(part)) else []
-    own_files.refuse(foreign)
+      other += [part] if any(columns not in self._readable for columns, _ in _rows(part)) else []
+    if other:
+      raise UserError(
+        f'{other[0]}: has rows of a run with other classes or another task, and other columns; give another folder, or '
+        'add --overwrite to replace it'
+      )
 
   @property
   def _readable(self):
@@ -193,6 +206,16 @@ def _rows(path):
       elif _is_row(cells, columns):
         rows.append((columns, dict(zip(columns, cells, strict=True))))
   return rows
+
+
+def _is_table(columns):
+  """Whether these are the columns of a table for any classes (`columns_of`)."""
+  shared = tuple(column for column in COLUMNS if column not in OF_CLASS)
+  of_classes = columns[len(shared) :]
+  if columns[: len(shared)] != shared or not of_classes:
+    return columns in (COLUMNS, _FIRST_COLUMNS)
+  beginnings = tuple(f'{column}_' for column in OF_CLASS)
+  return all(column == CALLED or column.startswith(beginnings) for column in of_classes)
 
 
 def _is_row(cells, columns):

@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import pathlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,11 +16,11 @@ from fusa_jax.inference import explanation
 from fusa_jax.inference.class_numbers import by_class
 from fusa_jax.inference.predictor import Prediction, Predictor
 from fusa_jax.scans import dicom_seg, nifti, pictures, volumes
-from fusa_jax.scans.classes import file_name, label_file
-from fusa_jax.scans.formats import Source
+from fusa_jax.scans.classes import file_name, label_file, labels_in
+from fusa_jax.scans.formats import Refused, Source
 from fusa_jax.system import own_files
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import printable, replacing, sha256
+from fusa_jax.system.files import LONGEST_NAME, printable, replacing, sha256
 
 # The label description of ITK-SNAP for the masks of several classes.
 LABELS = 'labels.txt'
@@ -59,8 +60,9 @@ class Outputs:
     self._has_values = self._has_masks and self._classes.are_given  # masks hold the values of data.classes
     # The ending of the name, as in `sources.RESULTS`, says that it is a result.
     names = self._classes.names
-    endings = [f'_{file_name(name)}_probability' for name in names] if len(names) > 1 else ['_probability']
-    self._of_probability = dict(zip(endings, range(len(endings)), strict=True))
+    self._of_classes = [f'_{file_name(name)}' for name in names] if len(names) > 1 else ['']
+    self._of_probability = {f'{ending}_probability': number for number, ending in enumerate(self._of_classes)}
+    self._of_picture = {f'{ending}_explanation.png': number for number, ending in enumerate(self._of_classes)}
 
   @functools.cached_property
   def run_sha256(self) -> str:
@@ -74,10 +76,19 @@ class Outputs:
       probabilities = [f'{name}{ending}' for name in self._of_probability] if self._probabilities else []
       names += [f'_mask{ending}', *probabilities, *(['_mask.dcm'] if self._as_dicom else [])]
     if self._explain:
-      names.append('_explanation.png')
+      names += self._of_picture
     if self._explain == explanation.VOLUMES:
-      names += [f'_{name}_explanation.nii.gz' for name in self.run.map_names]
+      names += self._of_map
     return self.folder / f'{source.stem}.json', [self.folder / f'{source.stem}{name}' for name in names]
+
+  @functools.cached_property
+  def _of_map(self):
+    """The map and the number of the class by the ending of a volume. A map that classes share is written once."""
+    return {
+      f'{ending}_{name}_explanation.nii.gz': (name, number)
+      for name in self.run.map_names
+      for number, ending in enumerate(self._of_classes if explanation.MAPS[name].of_class else [''])
+    }
 
   @property
   def _label_file(self) -> pathlib.Path:
@@ -92,13 +103,35 @@ class Outputs:
         f'{self._classes.written.max()}; give scans'
       )
 
+  def check_names(self, sources: Sequence[Source]) -> None:
+    """Raises a UserError if the name of a result is too long for file systems, or two inputs would have the same."""
+    sources = [source for source in sources if not isinstance(source, Refused)]
+    too_long, source_of = [], {}
+    for source in sources:
+      path, others = self.paths(source)
+      excess = max(len(os.fsencode(each.name)) for each in (path, *others)) - LONGEST_NAME
+      too_long += [(source, len(os.fsencode(source.stem)) - excess)] if excess > 0 else []
+      for other in others:
+        # Some file systems do not distinguish capitals, or forms of ü.
+        first = source_of.setdefault(unicodedata.normalize('NFC', other.name).casefold(), source)
+        if first is not source:
+          raise UserError(
+            f'input: {first} and {source} would have the same result, {other.name}, because of the names of the '
+            'classes; rename one of the two'
+          )
+    if too_long:
+      source, room = too_long[0]
+      more = f' and {len(too_long) - 1} more' if len(too_long) > 1 else ''
+      raise UserError(
+        f'input: {source}{more}: the names of its results, with those of the classes, would be longer than '
+        f'{LONGEST_NAME} bytes; give it a name of at most {room} bytes without the ending'
+      )
+
   def check(self, sources: Sequence[Source]) -> None:
     """Raises a UserError if a result would replace a file of others, or that of another input with the same name."""
     own_files.refuse(path for source in sources for path in own_files.changed(*self.paths(source)))
     if self._has_values and self._label_file.exists():
-      # It has no record: a file of others, or for other classes, differs from what would be written.
-      content = self._label_file.read_bytes() if self._label_file.is_file() else b''
-      own_files.refuse([self._label_file] if content != self._labels else [])
+      self._check_labels()
     lines = []
     for source in sources:
       path, _ = self.paths(source)
@@ -110,6 +143,20 @@ class Outputs:
           lines.append(f'{path}: the result of another {source.name}; give another folder, or add --overwrite')
     if lines:
       raise UserError('\n'.join(lines))
+
+  def _check_labels(self):
+    """Raises a UserError if the label description differs from what would be written. It has no record."""
+    content = self._label_file.read_bytes() if self._label_file.is_file() else b''
+    if content == self._labels:
+      return
+    theirs, own = (labels_in(text.decode(errors='replace')) for text in (content, self._labels))
+    if theirs is None:
+      own_files.refuse([self._label_file])
+    in_words = lambda labels: ', '.join(f'{value} {name}' for value, name in labels.items()) or 'none'
+    raise UserError(
+      f'{self._label_file}: is for other classes ({in_words(theirs)}) than those of the run ({in_words(own)}); give '
+      'another folder, or add --overwrite to replace it'
+    )
 
   @property
   def _labels(self):
@@ -162,17 +209,16 @@ class Outputs:
     if path.suffix == '.dcm':
       self._write_seg(partial, image, prediction)
       return
-    ending, description = path.name.removeprefix(f'{source.stem}_'), ''
-    if ending == 'explanation.png':
-      shown = self.run.model.explainer.black_and_white
-      title, numbers = printable(source.name), prediction.numbers
-      explanation.write_picture(partial, title, image, numbers, prediction.maps, shown)
+    ending, description = path.name.removeprefix(source.stem), ''
+    if ending in self._of_picture:
+      self._write_picture(partial, source, image, prediction, self._of_picture[ending])
       return
-    is_mask, number = ending.startswith('mask.'), self._of_probability.get(f'_{ending.partition(".")[0]}')
+    is_mask, number = ending.startswith('_mask.'), self._of_probability.get(ending.partition('.')[0])
     if self._explain:
-      name = ending.removesuffix('_explanation.nii.gz')
-      values = volumes.resize(prediction.maps[name], image.values.shape[1:])
-      description = explanation.description(name)
+      name, number = self._of_map[ending]
+      values = explanation.of_class(prediction.maps, number)[name]
+      values = volumes.resize(values, image.values.shape[1:])
+      description = explanation.description(name, self._class_name(number))
     elif is_mask:
       values = prediction.mask
     else:
@@ -183,6 +229,17 @@ class Outputs:
     else:
       with partial.open('wb') as file:
         nifti.write_volume_to(file, values, image, compressed=True, description=description)
+
+  def _write_picture(self, path, source, image, prediction, number):
+    """Draws the maps of class `number`."""
+    numbers = {**prediction.numbers, **list(by_class(prediction.numbers).values())[number]}
+    maps, shown = explanation.of_class(prediction.maps, number), self.run.model.explainer.black_and_white
+    name = self._class_name(number)
+    explanation.write_picture(path, printable(source.name), image, numbers, maps, shown, name)
+
+  def _class_name(self, number):
+    """The name of one class of several; '' if there is only one."""
+    return self._classes.names[number] if len(self._of_classes) > 1 else ''
 
   def _write_seg(self, path, scan, prediction):
     """Writes a segment per class; that of the only class without a name is called Lesion."""

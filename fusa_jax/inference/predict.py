@@ -32,6 +32,7 @@ from fusa_jax.scans.sources import find_sources
 from fusa_jax.system import hosts, preemption, progress
 from fusa_jax.system.errors import HostLost, Terminated, UserError, one_line
 from fusa_jax.system.files import printable, sha256
+from fusa_jax.system.paths import exists
 
 # Number of pictures that are predicted together.
 _TOGETHER = 64
@@ -63,50 +64,63 @@ def predict(
   strict: bool = False,
   explain: str | None = None,
 ) -> Counts:
-  """Finds the lesions in one scan or picture, or in all scans and pictures of a folder or archive.
+  """Predicts one scan or picture, or all scans and pictures of a folder or archive.
 
-  Scans: for `NAME.nii.gz` each model writes `NAME.json` with the positive slices, the slice scores and, if there is a
-  mask, the lesion volume. A segmentation model also writes `NAME_mask.nii.gz` (uint8, on the scan's grid, with its
-  affines and their codes). With `probabilities` it writes `NAME_probability.nii.gz` (float32).
+  NAME is the stem of the input (`find_sources`). Complete results of an earlier prediction, from the same bytes and the
+  same run, are kept.
 
-  Pictures (NAME.png, NAME.jpg): only models trained on 8-bit images read them. The mask is a PNG of 0 and 255 in the
-  picture's size. The probability is a PNG of 0 to 255.
+  Scans: each model writes `NAME.json` with the positive slices, the slice scores, the answer for the patient and, if
+  there is a mask, the lesion volume. A segmentation model also writes `NAME_mask.nii.gz`, on the scan's grid, with its
+  affines and their codes. With `probabilities` it writes `NAME_probability.nii.gz` (float32).
+
+  Pictures: only models trained on 8-bit images read them. `NAME.json` has the score, whether it is positive and, if
+  there is a mask, the number of lesion pixels. The mask is `NAME_mask.png`, in the picture's size. With `probabilities`
+  there is `NAME_probability.png`, of 0 to 255.
 
   DICOM series: the results are those of a scan, on the grid of the series. NAME is `dicom.Series.name`, which does not
   contain the patient's name. With `as_dicom` the mask is also written as a DICOM SEG, `NAME_mask.dcm`; this file does
   contain it.
 
+  Masks hold the values of data.classes (`Classes.written`), and `labels.txt` names them for ITK-SNAP. Their type is
+  uint8 if the values are below 256. If the run has no data.classes, masks of scans hold 0 and 1, and those of pictures
+  0 and 255, without `labels.txt`.
+
   With several classes, `NAME.json` has the results of each class under `classes`, and there is one file of
-  probabilities per class, `NAME_CLASS_probability.nii.gz`. Masks hold the values of data.classes
-  (`Classes.written`), in pictures too, and `labels.txt` names them for ITK-SNAP.
+  probabilities per class, `NAME_CLASS_probability.nii.gz` or `.png`. Of exclusive classes, it also has the class with
+  the highest probability.
 
   With `explain` a classification model also writes class-activation maps (inference/explanation.py):
-  `NAME_explanation.png` shows the positive slices with the highest scores; `NAME_gradcam_explanation.nii.gz` and
-  `NAME_fusa_explanation.nii.gz` (float32) hold the maps of all slices, on the scan's grid.
+  `NAME_explanation.png` shows the positive slices with the highest scores. For scans, `NAME_gradcam_explanation.nii.gz`
+  and, of models with FUSA, `NAME_fusa_explanation.nii.gz` (float32) hold the maps of all slices, on the scan's grid.
+  With several classes, each has `NAME_CLASS_explanation.png` and `NAME_CLASS_gradcam_explanation.nii.gz`.
 
-  `predictions.csv` has a row per input, also for the inputs of earlier predictions into the folder.
+  `predictions.csv` has a row per input, also for the inputs of earlier predictions into the folder. It is not created
+  for a single input that is refused or fails.
 
   Args:
     run: the predictor.
     source: a scan or picture; or a folder or .zip that holds these and DICOM series, at any depth (see `find_sources`).
     output: the folder for the results; it is created if it does not exist.
-    probabilities: also write probabilities.
+    probabilities: also write probabilities, if the model predicts masks.
     as_dicom: also write masks as DICOM SEG.
-    overwrite: replace files that this program did not write, or that were changed since.
-    strict: predict nothing if an input is refused.
-    explain: one of explanation.KINDS: only the picture of maps, or also the volumes; None: neither.
+    overwrite: replace files that this program did not write, that were changed since, or that are results of another
+      input with the same name; and labels.txt and predictions.csv for other classes.
+    strict: read all inputs first, and predict nothing if one is refused.
+    explain: one of explanation.KINDS: only the pictures of maps, or also the volumes; None: neither.
 
   Returns:
-    The counts of all processes.
+    The counts of all processes. Some inputs may be refused or failed, but at least one is predicted.
 
   Raises:
-    UserError: nothing was predicted: the source holds no scans; all are refused; with `strict`, one is refused; the
-      output folder has files that this program did not write, and `overwrite` is not set; or DICOM SEG is requested,
-      but the model predicts no masks or an input is not a DICOM series; or maps are requested, but the model has none,
-      or volumes of them, but an input is a picture; or all inputs are pictures, but the model sees neighbouring slices.
-      Or a result cannot be written.
+    UserError: before anything is predicted: the source holds no scans; with `strict`, an input is refused; the output
+      folder has files that only `overwrite` replaces, or another prediction writes to it, or the processes do not share
+      it; names of results are too long, or the same for two inputs; DICOM SEG is requested, but the model predicts no
+      masks, an input is not a DICOM series, or highdicom is missing; `explain` is unknown, or the model has no maps, or
+      volumes of them are requested and an input is a picture; the mask of a picture would need values above 255; or all
+      inputs are pictures, but the model sees neighbouring slices. At the end: all inputs were refused or failed. At any
+      time: a result cannot be written; earlier results remain.
     HostLost: another process was lost, and some inputs are left.
-    Terminated: on SIGTERM, which stops all processes after the inputs at hand.
+    Terminated: on SIGTERM, which stops all processes after the inputs at hand, if some inputs are left.
   """
   if explain:
     if explain not in explanation.KINDS:
@@ -126,14 +140,16 @@ def predict(
     of_inputs = source if source.is_dir() else source.parent
     files = outputs.Outputs(run, output, of_inputs, probabilities, as_dicom, explain)
     files.check_pictures(sources)
+    files.check_names(sources)
     job = _Job(run, files, explain is not None, of_inputs, has_one_input=len(sources) == 1)
     with manifest.locked(output) if hosts.is_main() else contextlib.nullcontext():
       return _predict(job, sources, overwrite, strict)
 
 
 def _predict(job, sources, overwrite, strict):
-  output = job.files.folder
-  rows = manifest.Manifest(output, hosts.number(), job.run.model.classes.names)
+  output, model = job.files.folder, job.run.model
+  columns = manifest.columns_of(model.classes, tasks.type_of(model.task).has_masks)
+  rows = manifest.Manifest(output, hosts.number(), columns)
 
   def check():
     if strict:
@@ -350,7 +366,7 @@ class _Job:
       details = None if isinstance(error, MemoryError | OSError) else error
     # The place is the same for all hosts, and without temporary folders of archives.
     reason = printable(reason.replace(str(source), source.place) if isinstance(source, FileSource) else reason)
-    if (path := self.files.paths(source)[0]).exists():
+    if exists(path := self.files.paths(source)[0]):
       reason += f' (an earlier result remains, {path.name})'
     # The error of a single input is the error of the command.
     logging.log(logging.DEBUG if self._has_one_input else logging.WARNING, '%s: %s', status, reason, exc_info=details)

@@ -77,7 +77,7 @@ class Prediction(NamedTuple):
       (`Classes.written`); None if the model predicts no masks.
     probability: float32 in the image's shape, of several classes with a last axis for these; None if the model predicts
       no masks.
-    maps: the output of `Predictor.maps` for a scan or picture, if asked for.
+    maps: the output of `Predictor.maps` for a scan or picture, if `explain` was set.
     masks: the mask of each class by its name, uint8 {0, 1}; None if the model predicts no masks.
   """
 
@@ -194,9 +194,6 @@ class Predictor:
 
   def check_explains(self) -> None:
     """Raises a UserError if the model has no class-activation maps."""
-    count = len(self.model.classes.names)
-    if count > 1:
-      raise UserError(f'explain: applies to models of one class, and this model has {count}; leave it out')
     if self.model.explainer is not None:
       return
     if tasks.type_of(self.model.task).has_masks:
@@ -209,7 +206,8 @@ class Predictor:
   def maps(self, images: np.ndarray, spacing: float | None = None) -> dict[str, np.ndarray]:
     """Class-activation maps for the output of `prepare`: {name of explanation.MAPS: float32 [S, h, w]}.
 
-    The maps are coarse; `volumes.resize` brings them to the size of the image, as their pictures and volumes have it.
+    Of several classes, maps that each class has for itself (`explanation.Map.of_class`) are [S, h, w, classes]. The
+    maps are coarse; `volumes.resize` brings them to the size of the image, as their pictures and volumes have it.
 
     Args:
       images, spacing: as in `probabilities`.
@@ -284,6 +282,8 @@ class Predictor:
       results = self._results_of_scan(image, probability, resized, masks, field)
     else:
       results = self._results_of_picture(probability, masks)
+    if maps is not None:
+      self._explain(results, probability, maps)
     if masks and len(masks) > 1:
       name, unit = ('file_ml', image.voxel_ml) if is_scan else ('file_pixels', 1)
       for each, count in zip(results.values(), model.classes.shown(bits), strict=True):
@@ -291,10 +291,6 @@ class Predictor:
     numbers = class_numbers.combined(model.classes, head, options, tail, results)
     if model.classes.exclusive:
       numbers |= _highest(model.classes.names, probability)
-    if maps is not None:
-      # A model with maps is a classifier, so there is one class.
-      threshold = operating_point.shared(self.points).threshold
-      numbers['explanation'] = explanation.about(maps, np.atleast_1d(probability), threshold)
     if masks is None:
       return Prediction(numbers, maps=maps)
     return Prediction(numbers, model.classes.labels(bits), resized if len(masks) > 1 else resized[..., 0], maps, masks)
@@ -351,6 +347,14 @@ class Predictor:
       in_lungs = field() if rule.score_name == 'lung_share' else None
       of_mask = postprocessing.score_of_mask(mask, scan, rule.score_name, in_lungs)
     return rule.answer(highest, of_mask)
+
+  def _explain(self, results, probability, maps):
+    """Adds to the results of each class what they say of its maps."""
+    called = np.atleast_2d(probability).argmax(axis=1) if self.model.classes.exclusive else None
+    for number, (name, each) in enumerate(self._by_class(probability).items()):
+      scores = np.atleast_1d(each)
+      positive = scores >= self.points[name].threshold if called is None else called == number
+      results[name]['explanation'] = explanation.about(explanation.of_class(maps, number), scores, positive)
 
   def _results_of_picture(self, probability, masks):
     """Returns the results by class."""

@@ -206,21 +206,38 @@ def _by_class(name):
   text = FLAGS[name].value
   if text is None:
     return None
-  wrong = UserError(
-    f'--{name}: {text!r} must be a number or, of several classes, for example '
-    f'--{name}="ground glass:0.4,consolidation:0.5"'
-  )
-  try:
-    if ':' not in text:
-      return float(text)
-    # A name may contain commas and colons; a number ends the part of its class.
-    parts = list(re.finditer(r'\s*(.+?)\s*:\s*([^\s,:]+)\s*(?:,|$)', text))
-    values = {part[1]: float(part[2]) for part in parts}
-  except ValueError:
-    raise wrong from None
-  if not parts or parts[-1].end() < len(text) or len(values) < len(parts):
-    raise wrong
+
+  def wrong(reason):
+    return UserError(
+      f'--{name}: {text!r}: {reason}; give a number or, of several classes, CLASS:NUMBER for each, separated by '
+      f'commas, for example --{name}="ground glass:0.4,consolidation:0.5"'
+    )
+
+  if ':' not in text:
+    number = _number(text)
+    if number is None:
+      raise wrong('is not a number')
+    return number
+  # A name may contain commas and colons; a number ends the part of its class.
+  values, end = {}, 0
+  for part in re.finditer(r'\s*(.+?)\s*:\s*([^\s,:]+)\s*(?:,|$)', text):
+    number, end = _number(part[2]), part.end()
+    if number is None:
+      raise wrong(f'{part[2]!r}, for {part[1]!r}, is not a number')
+    if part[1] in values:
+      raise wrong(f'{part[1]!r} is given twice')
+    values[part[1]] = number
+  if end < len(text):
+    raise wrong(f'{text[end:].strip()!r} is not CLASS:NUMBER')
   return values
+
+
+def _number(text):
+  """The number that a text states, or None."""
+  try:
+    return float(text)
+  except ValueError:
+    return None
 
 
 def parse_flags(argv: list[str]) -> list[str]:

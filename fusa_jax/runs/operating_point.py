@@ -200,8 +200,15 @@ def _by_class(points, name, value):
       )
     return dict.fromkeys(points, value)
   for given in value:
-    if given not in points:
-      raise UserError(f'{name}: the model has no class {given!r}; give one of {", ".join(points)}')
+    if given in points:
+      continue
+    if any(sign in given for sign in ',;:='):  # the separators of a list with errors are in the name
+      numbers = ','.join(f'{of_class}:{value[given]:g}' for of_class in points)
+      raise UserError(
+        f'{name}: {given!r} is not the name of one class; give CLASS:NUMBER for each, separated by commas, for example '
+        f"'{numbers}'"
+      )
+    raise UserError(f'{name}: the model has no class {given!r}; give one of {", ".join(points)}')
   return dict(value)
 
 

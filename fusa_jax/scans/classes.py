@@ -35,8 +35,10 @@ COLOURS = (
 )
 # The folders in the folder of a test, where each class has a folder: of pictures, and of comparisons (`against-...`).
 _RESERVED = re.compile('figures|against-.*')
-# The longest name: that of a segment in DICOM (SegmentLabel).
+# The longest name, in characters: that of a segment in DICOM (SegmentLabel). And in bytes, as it is in names of files:
+# all but rare characters have at most three. It leaves 35 bytes for the name of a scan in the longest name of a result.
 _LONGEST = 64
+_LONGEST_IN_FILES = 3 * _LONGEST
 
 
 class Keys(NamedTuple):
@@ -252,10 +254,11 @@ def _check_names(names, key):
   by_file = {BACKGROUND: BACKGROUND}
   for name in names:
     in_files = file_name(name)
-    if len(name) > _LONGEST or not name.isprintable() or not in_files[0].isalnum():
+    is_too_long = len(name) > _LONGEST or len(in_files.encode()) > _LONGEST_IN_FILES
+    if is_too_long or not name.isprintable() or not in_files[0].isalnum():
       raise UserError(
         f'{key}: {name!r} is not a name for files; begin it with a letter or digit, and use at most {_LONGEST} '
-        'characters'
+        f'characters and {_LONGEST_IN_FILES} bytes'
       )
     other = by_file.setdefault(in_files, name)
     if _RESERVED.fullmatch(in_files):
@@ -337,16 +340,34 @@ def label_file(classes: Classes) -> str:
 
   A value of several classes has the colour of the last one.
   """
-  lines = [
-    '# Label description of ITK-SNAP: index, red, green, blue, opacity, visible in slices, visible in 3D, name',
-    _label(0, (0, 0, 0), 0, 'Clear Label'),
-  ]
+  lines = [*_FIRST_LABELS]
   for value in sorted({value for values in classes.values for value in values}):
     numbers = classes.of_value(value)
     lines.append(_label(value, COLOURS[numbers[-1]], 1, ' + '.join(classes.names[number] for number in numbers)))
   return '\n'.join(lines) + '\n'
 
 
+def labels_in(description: str) -> dict[int, str] | None:
+  """Returns the values and names in a text of `label_file`, for any classes; None if it is another text."""
+  *first, last = description.split('\n')
+  if tuple(first[:2]) != _FIRST_LABELS or last:
+    return None
+  labels = {}
+  for line in first[2:]:
+    found = re.fullmatch(r' *(\d{1,10}) .*"(.*)"', line)
+    if not found or line not in {_label(int(found[1]), colour, 1, found[2]) for colour in COLOURS}:
+      return None
+    labels[int(found[1])] = found[2]
+  return labels
+
+
 def _label(value, colour, is_shown, name):
   name = ' '.join(name.replace('"', "'").split())
   return f'{value:5} {colour[0]:5} {colour[1]:4} {colour[2]:4} {is_shown:8} {is_shown:2} {is_shown:2}    "{name}"'
+
+
+# The first lines of each label description.
+_FIRST_LABELS = (
+  '# Label description of ITK-SNAP: index, red, green, blue, opacity, visible in slices, visible in 3D, name',
+  _label(0, (0, 0, 0), 0, 'Clear Label'),
+)

@@ -13,14 +13,16 @@ from fusa_jax.scans import dicom, pictures, volume_files
 from fusa_jax.scans.archives import place_of, within
 from fusa_jax.scans.formats import FileSource, Refused, Source
 from fusa_jax.system.errors import UserError
-from fusa_jax.system.files import printable, sha256
+from fusa_jax.system.files import LONGEST_NAME, printable, sha256
 
 # A file belongs to the first format that claims it. Formats that check only names come before those that open files.
 FORMATS: tuple[type[Source], ...] = (volume_files.VolumeFile, pictures.PictureFile, dicom.Series)
 # Endings of the names of masks and results, which often lie beside scans.
 RESULTS = ('_seg', '_mask', '_probability', '_explanation')
-# The longest stem of results in bytes: file names have at most 255, and this is the longest ending.
-_LONGEST = 255 - len('_gradcam_explanation.nii.gz')
+# The longest stem of results in bytes, with the longest ending of one class. Of several classes, the name of the class
+# is in the ending, too: `inference.outputs` refuses stems that are too long for it. A stem must not depend on the
+# classes, because the viewer finds results by their stems.
+_LONGEST = LONGEST_NAME - len('_gradcam_explanation.nii.gz')
 # Number of left-out files whose names are shown.
 _LISTED = 6
 

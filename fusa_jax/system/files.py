@@ -20,6 +20,8 @@ from typing import Any
 from fusa_jax.system import paths
 from fusa_jax.system.errors import UserError, one_line
 
+# The longest name of a file, in bytes, on most file systems.
+LONGEST_NAME = 255
 # The names of `_partial`.
 _PARTIAL = re.compile(r'\.\d+\.[0-9a-f]{16}(\.[\w.]*)?')
 # What to do about errors that no free space cures.

@@ -24,7 +24,7 @@ from viewer_page import Page
 
 from configs import cls, seg
 from fusa_jax import tasks
-from fusa_jax.inference import bundle, export, manifest, predict, predictor, trained, viewer
+from fusa_jax.inference import bundle, export, manifest, outputs, predict, predictor, trained, viewer
 from fusa_jax.measures import masks as measured
 from fusa_jax.runs import arguments, checkpoint, operating_point, patient_rule, run_config
 from fusa_jax.scans import classes, dicom, dicom_seg, pictures, volume_files
@@ -174,6 +174,18 @@ def test_options_of_each_class(run, loaded, scan):
       r'^threshold: 0.4 is for one class, but the model has 2 \(ground glass, consolidation\)',
     ),
     ({'smallest_ml': {'mass': 1.0}}, r"^smallest_ml: the model has no class 'mass'; give one of ground glass, cons"),
+    *(
+      (
+        {'threshold': {wrong: 0.5}},
+        rf"^threshold: '{wrong}' is not the name of one class; give CLASS:NUMBER for each, separated by commas, for "
+        "example 'ground glass:0.5,consolidation:0.5'$",
+      )
+      for wrong in (
+        'ground glass:0.4;consolidation',
+        'ground glass=0.4,consolidation',
+        'ground glass:0.4 consolidation',
+      )
+    ),
   ):
     with pytest.raises(UserError, match=reason):
       predictor.load_predictor(run, **options)
@@ -188,7 +200,15 @@ def test_options_of_each_class(run, loaded, scan):
     ('0.4', 0.4),
     ('ground glass:0.4,consolidation:0.5', {'ground glass': 0.4, 'consolidation': 0.5}),
     (' a, b : 1e-2 , c:d:.3', {'a, b': 0.01, 'c:d': 0.3}),
-    *((text, UserError) for text in ('high', '', 'a:0.4,b', 'a:0.4,a:0.5', 'a:', ':0.4', 'a:x')),
+    ('high', 'is not a number'),
+    ('', 'is not a number'),
+    ('0,4', 'is not a number'),
+    ('a:0.4,b', "'b' is not CLASS:NUMBER"),
+    ('a:0,4', "'4' is not CLASS:NUMBER"),
+    ('a:0.4,a:0.5', "'a' is given twice"),
+    ('a:', "'a:' is not CLASS:NUMBER"),
+    (':0.4', "':0.4' is not CLASS:NUMBER"),
+    ('a:x', "'x', for 'a', is not a number"),
   ],
 )
 def test_thresholds_in_a_flag(monkeypatch, text, value):
@@ -196,8 +216,11 @@ def test_thresholds_in_a_flag(monkeypatch, text, value):
   flags = {'threshold': flag(text), 'smallest_ml': flag(None)}
   fake = type('Flags', (), {'__getitem__': lambda _, name: flags[name], 'tta': None, 'lungs': True})()
   monkeypatch.setattr(arguments, 'FLAGS', fake)
-  if value is UserError:
-    with pytest.raises(UserError, match=r'^--threshold: .* must be a number or, of several classes, for example --th'):
+  if isinstance(value, str):
+    reason = (
+      f'--threshold: {text!r}: {value}; give a number or, of several classes, CLASS:NUMBER for each, separated by'
+    )
+    with pytest.raises(UserError, match=f'^{re.escape(reason)} commas, for example --threshold="ground glass:0.4,cons'):
       arguments.operating_point()
   else:
     got = arguments.operating_point()
@@ -302,17 +325,31 @@ def test_files_of_others_and_of_other_classes_are_not_replaced(loaded, predicted
   source, out = predicted[0], tmp_path / 'out'
   shutil.copytree(predicted[1], out)
   files = lambda: {path.name: path.read_bytes() for path in out.iterdir()}
-  (out / 'labels.txt').write_text((out / 'labels.txt').read_text().replace('ground glass', 'GGO'))
-  before = files()
-  with pytest.raises(UserError, match=r'labels.txt: exists, and this program did not write it, or it was changed'):
-    predict.predict(loaded, source, out, probabilities=True)
-  with pytest.raises(UserError, match=r'predictions.csv: exists, and this program did not write it, or it was changed'):
+  labels = (out / 'labels.txt').read_text()
+  own = (
+    r'than those of the run \(3 ground glass, 5 consolidation, 6 consolidation\); give another folder, or add --over'
+  )
+  for text, reason in (
+    (labels.replace('ground glass', 'GGO'), rf'is for other classes \(3 GGO, 5 conso.*n, 6 consolidation\) {own}'),
+    (classes.label_file(classes.chosen({'a': (1,), 'b': (1, 2)}, None)), rf'is for other .* \(1 a \+ b, 2 b\) {own}'),
+    (labels + '\n', 'exists, and this program did not write it, or it was changed'),
+    (labels.replace('    1  1  1', '    1  0  1'), 'exists, and this program did not write it, or it was changed'),
+  ):
+    (out / 'labels.txt').write_text(text)
+    before = files()
+    with pytest.raises(UserError, match=f'^{out}/labels.txt: {reason}'):
+      predict.predict(loaded, source, out, probabilities=True)
+    assert files() == before
+  other = (
+    r'/predictions.csv: has rows of a run with other classes or another task, and other columns; give another folder'
+  )
+  with pytest.raises(UserError, match=other):
     predict.predict(predictors['seg'], source, out)  # one class has other columns
   assert files() == before
   predict.predict(loaded, source, out, probabilities=True, overwrite=True)
   assert (out / 'labels.txt').read_bytes() == (predicted[1] / 'labels.txt').read_bytes()
   predict.predict(predictors['seg'], source, tmp_path / 'one')
-  with pytest.raises(UserError, match=r'predictions.csv: exists, and this program did not write it, or it was changed'):
+  with pytest.raises(UserError, match=other):
     predict.predict(loaded, source, tmp_path / 'one')
 
 
@@ -323,24 +360,57 @@ def test_nothing_is_written_for_an_input_that_is_refused(loaded, tmp_path):
   assert not [path for path in (tmp_path / 'out').glob('*') if not path.name.startswith('.')]
 
 
+def test_names_that_would_be_too_long_or_the_same_are_refused_first(loaded, predicted, tmp_path):
+  """The limit of file systems is 255 bytes; a class of 64 characters may have 192 of them."""
+  folder, out = tmp_path / 'in', tmp_path / 'out'
+  folder.mkdir()
+  longest = 255 - len('_consolidation_probability.nii.gz')
+  for stem in ('a' * longest, 'b' * (longest + 1)):
+    shutil.copy(predicted[0] / 'a.nii.gz', folder / f'{stem}.nii.gz')
+  reason = rf'^input: .*/b+\.nii\.gz: the names of its .* than 255 bytes; give it a name of at most {longest} bytes'
+  with pytest.raises(UserError, match=reason):
+    predict.predict(loaded, folder, out, probabilities=True)
+  assert not out.exists()
+
+  def check(names, stems):
+    kinds = classes.chosen({name: (k + 1,) for k, name in enumerate(names)}, None)
+    model = types.SimpleNamespace(task='segmentation', classes=kinds)
+    found = [volume_files.VolumeFile(tmp_path / f'{stem}.nii') for stem in stems]
+    outputs.Outputs(types.SimpleNamespace(model=model), out, tmp_path, probabilities=True).check_names(found)
+
+  with pytest.raises(UserError, match=r'^input: .*/x.nii and .*/x_Ground.nii would have the same result, x_Ground_gl'):
+    check(('ground glass', 'glass'), ('x', 'x_Ground'))
+  longest = 255 - len(f'_{"肺" * 64}_probability.nii.gz'.encode())
+  check(('肺' * 64, 'mass'), ('a' * longest,))
+  with pytest.raises(UserError, match=f'at most {longest} bytes'):
+    check(('肺' * 64, 'mass'), ('a' * (longest + 1),))
+  with pytest.raises(UserError, match='is not a name for files; .* at most 64 characters and 192 bytes'):
+    check(('\U00020000' * 49, 'mass'), ('a',))
+  # An archive is refused without a result: its long name is no error.
+  (folder / f'{"z" * 250}.zip').write_bytes(b'no archive')
+  shutil.copy(predicted[0] / 'a.nii.gz', folder / 'c.nii.gz')
+  assert predict.predict(loaded, folder, out) == (3, 1, 0)
+
+
 def test_rows_of_a_killed_prediction(tmp_path):
   """Rows of the same classes are joined; those of other classes, with as many columns, are refused."""
   values = {'input': 'a', 'input_sha256': '0', 'status': 'predicted', 'reason': '', 'seconds': 1, 'run_sha256': '1'}
-  killed = manifest.Manifest(tmp_path, 0, NAMES)
+  named = lambda *names: manifest.columns_of(classes.Classes(names), has_masks=True)
+  killed = manifest.Manifest(tmp_path, 0, named(*NAMES))
   killed.add({**values, 'lesion_ml_ground_glass': 1.5, 'patient_positive_consolidation': 1})
   killed.close()
-  other = manifest.Manifest(tmp_path, 0, ('mass', 'nodule'))
+  other = manifest.Manifest(tmp_path, 0, named('mass', 'nodule'))
   for rows in (other, manifest.Manifest(tmp_path, 0)):
-    with pytest.raises(UserError, match=r'.predictions.0.csv: exists, and this program did not write it'):
+    with pytest.raises(UserError, match=r'.predictions.0.csv: has rows of a run with other classes or anoth'):
       rows.check_own()
-  again = manifest.Manifest(tmp_path, 0, NAMES)
+  again = manifest.Manifest(tmp_path, 0, named(*NAMES))
   again.check_own()
   again.begin()
   (row,) = csv.DictReader((tmp_path / 'predictions.csv').open())
   assert (row['lesion_ml_ground_glass'], row['lesion_ml_consolidation']) == ('1.5', '')
   assert row['patient_positive_consolidation'] == '1'
-  with pytest.raises(UserError, match=r'/predictions.csv: exists, and'):
-    manifest.Manifest(tmp_path, 0, ('mass', 'nodule')).check_own()
+  with pytest.raises(UserError, match=r'/predictions.csv: has rows of a run with other classes'):
+    manifest.Manifest(tmp_path, 0, named('mass', 'nodule')).check_own()
   assert manifest.refused(tmp_path) == set()
 
 
@@ -367,26 +437,44 @@ def test_one_class_with_a_value_of_its_own(scan, raw_dir, tmp_path):
   np.testing.assert_array_equal(predictor.load_predictor(tmp_path / 'bundle')(scan).mask, prediction.mask)
 
 
-def test_classes_of_slices_have_numbers_but_no_masks_and_labels(raw_dir, scan, tmp_path):
-  """A classifier that answers a question per class."""
+@pytest.mark.parametrize('is_exclusive', [False, True], ids=['a question per class', 'exclusive'])
+def test_classes_of_slices_have_numbers_but_no_masks_and_labels(raw_dir, scan, tmp_path, is_exclusive):
+  """Numbers and table of a classifier: a sigmoid and temperature per class, or a softmax and the highest class."""
   config = tiny(cls)
-  config.data.classes = KINDS
+  config.data.classes = NAMES if is_exclusive else KINDS
   task = tasks.create(config)
   variables = jax.jit(lambda key: task.init(key, SIZE))(jax.random.key(0))
-  model = trained.create([trained.Network(config, 0, variables, TEMPERATURES)], flips=False)
-  points = dict.fromkeys(NAMES, operating_point.OperatingPoint(threshold=0.5))
+  temperatures = (1.0, 1.0) if is_exclusive else TEMPERATURES
+  model = trained.create([trained.Network(config, 0, variables, temperatures)], flips=False)
+  rule = patient_rule.PatientRule('maximum', 1, 0.5, 'made')
+  points = dict.fromkeys(NAMES, operating_point.OperatingPoint(threshold=0.5, patient=rule))
   one = predictor.Predictor(model, points, meshes.create_mesh())
   predict.predict(one, raw_dir / SCAN, tmp_path)
   stem = SCAN.removesuffix('.nii.gz')
   assert {path.name for path in tmp_path.glob('[!.]*')} == {f'{stem}.json', 'predictions.csv'}
-  logits = np.asarray(jax.jit(task.logits)(variables, scan.values), np.float64)
+  images = task.inputs(scan.values)
+  logits = np.asarray(jax.jit(lambda x: task.model.apply(variables, x, train=False))(images), np.float64)
+  expected = special.softmax(logits, axis=1) if is_exclusive else special.expit(logits / temperatures)
+  record = own_files.read_record(tmp_path / f'{stem}.json')
+  (row,) = csv.DictReader((tmp_path / 'predictions.csv').open())
+  assert list(row) == [
+    *('input', 'input_sha256', 'status', 'reason', 'seconds', 'run_sha256'),
+    *(('predicted_class',) if is_exclusive else ()),
+    *('patient_score_ground_glass', 'patient_positive_ground_glass'),
+    *('patient_score_consolidation', 'patient_positive_consolidation'),
+  ]
   for k, name in enumerate(NAMES):
-    numbers = own_files.read_record(tmp_path / f'{stem}.json')['classes'][name]
-    np.testing.assert_allclose(numbers['slice_scores'], special.expit(logits[:, k] / TEMPERATURES[k]), atol=6e-5)
+    numbers = record['classes'][name]
+    np.testing.assert_allclose(numbers['slice_scores'], expected[:, k], atol=6e-5)
     assert numbers['positive_slices'] == [i for i, score in enumerate(numbers['slice_scores']) if score >= 0.5]
     assert 'lesion_ml' not in numbers
-  (row,) = csv.DictReader((tmp_path / 'predictions.csv').open())
-  assert row['lesion_ml_consolidation'] == ''
+    assert float(row[f'patient_score_{classes.file_name(name)}']) == pytest.approx(expected[:, k].max(), abs=1e-4)
+  if is_exclusive:
+    highest = NAMES[int(expected.mean(axis=0).argmax())]
+    assert row['predicted_class'] == record['predicted_class'] == highest
+  # A result that was complete keeps its row.
+  predict.predict(one, raw_dir / SCAN, tmp_path)
+  assert [*csv.DictReader((tmp_path / 'predictions.csv').open())] == [row]
   assert viewer.view(raw_dir / SCAN, tmp_path)
 
 

@@ -25,6 +25,7 @@ from fusa_jax.system.errors import UserError
 
 SCAN = 'volume-phantom-A-0001_ct.nii.gz'
 STEM = SCAN.removesuffix('.nii.gz')
+GRADCAM = '_gradcam_explanation.nii.gz'
 
 
 def slices_of(shape, seed=0):
@@ -55,18 +56,22 @@ QUICK = 'fusa_resnet18'  # the others take 5 to 20 s each
 
 @pytest.mark.parametrize('name', [pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in LAST])
 def test_maps_equal_pytorchs(name):
-  """Grad-CAM by PyTorch's own hooks and gradients, and FUSA's attention written from the paper's text, in float64."""
+  """Grad-CAM by PyTorch's own hooks and gradients, and FUSA's attention written from the paper's text, in float64.
+
+  Of exclusive classes, the gradient is that of the logit of each class, before the softmax.
+  """
   torch = pytest.importorskip('torch')
   from originals import as_torch, original
 
   from fusa_jax.torch_weights import from_torch
 
-  theirs = original(name, num_classes=1, in_channels=1).double().eval()
+  theirs = original(name, num_classes=3, in_channels=1).double().eval()
   variables, slices = from_torch(name, theirs.state_dict()), slices_of((2, 64, 96))
   with jax.enable_x64(True):
     config = cls.get_config(name)
-    config.model.dtype = 'float64'
+    config.model.dtype, config.data.classes = 'float64', ('normal', 'ground glass', 'mass')
     task = tasks.create(config)
+    assert task.exclusive
     x = np.asarray(task.inputs(slices), np.float64)
     run = jax.jit(lambda variables, slices: explanation.activation_maps(task, variables, slices))
     got = {key: np.asarray(value) for key, value in run(variables, slices).items()}
@@ -86,11 +91,14 @@ def test_maps_equal_pytorchs(name):
     logits = theirs.classifier(features.mean((2, 3)))
   else:
     logits = theirs(as_torch(x))
-  logits[:, 0].sum().backward()
-  weights = kept['gradient'].mean((2, 3), keepdim=True)
-  expected = torch.relu((weights * kept['features']).sum(1)).detach().numpy()
+  expected = []
+  for number in range(3):
+    logits[:, number].sum().backward(retain_graph=True)
+    weights = kept['gradient'].mean((2, 3), keepdim=True)
+    expected.append(torch.relu((weights * kept['features']).sum(1)).detach().numpy())
+  expected = np.stack(expected, axis=-1)
   assert got['gradcam'].shape == expected.shape
-  assert expected.max() > 0
+  assert (expected.max(axis=(0, 1, 2)) > 0).sum() >= 2  # a relu may leave nothing of a class
   np.testing.assert_allclose(got['gradcam'], expected, rtol=1e-7, atol=1e-9 * expected.max())
 
   assert ('fusa' in got) == name.startswith('fusa_')
@@ -105,17 +113,19 @@ def test_maps_equal_pytorchs(name):
 def test_the_cells_add_up_to_the_logit():
   """For a head of mean and dense layer: map = relu(F w) / cells, and without relu its sum is logit - bias (float64).
 
-  So is the map of each of several logits.
+  So is the map of each of several logits, divided by the temperature of its class.
   """
-  slices = slices_of((3, SIZE, SIZE))
+  slices, temperatures = slices_of((3, SIZE, SIZE)), np.array([1.0, 4.0])
   with jax.enable_x64(True):
     task = tasks.create(tiny(cls, **{'model.dtype': 'float64'}))
     task = dataclasses.replace(task, model=task.model.clone(num_classes=2))
     variables = with_weights(task, 0)
     variables['params']['head']['kernel'] = np.random.default_rng(1).normal(size=(4, 1)) * (1, -2)
-    got = [
-      np.asarray(explanation.activation_maps(task, variables, slices, number=number)['gradcam']) for number in (0, 1)
-    ]
+    got = np.asarray(explanation.activation_maps(task, variables, slices, temperatures)['gradcam'])
+    only = jax.tree.map(lambda x: x, variables)
+    only['params']['head'] = jax.tree.map(lambda x: x[..., :1], variables['params']['head'])
+    one = dataclasses.replace(task, model=task.model.clone(num_classes=1))
+    of_one = np.asarray(explanation.activation_maps(one, only, slices)['gradcam'])
     encoder = Encoder((1,), BasicBlock, 4, task.model.attention, dtype=np.float64)
     of_encoder = {name: tree['encoder'] for name, tree in variables.items()}
     features = np.asarray(encoder.apply(of_encoder, task.inputs(slices), False)[-1])
@@ -125,7 +135,10 @@ def test_the_cells_add_up_to_the_logit():
   for number in (0, 1):
     signed = features @ head['kernel'][:, number] / cells
     assert signed.min() < 0 < signed.max()
-    np.testing.assert_allclose(got[number], np.maximum(signed, 0), rtol=1e-9, atol=1e-12)
+    expected = np.maximum(signed, 0)
+    np.testing.assert_allclose(got[..., number] * temperatures[number], expected, rtol=1e-9, atol=1e-12)
+    if number == 0:
+      np.testing.assert_allclose(of_one, expected, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(signed.sum((1, 2)) + head['bias'][number], logits[:, number], rtol=1e-6)
 
 
@@ -226,6 +239,46 @@ def test_files_of_an_explanation(predictors, raw_dir, tmp_path, rows):
   }
 
 
+@pytest.mark.parametrize('is_exclusive', [False, True], ids=['a question per class', 'exclusive'])
+def test_files_of_several_classes(raw_dir, tmp_path, rows, is_exclusive):
+  """A picture and a volume of Grad-CAM per class; the attention, which is no matter of classes, once."""
+  names, config = ('ground glass', 'mass'), tiny(cls)
+  config.data.classes = names if is_exclusive else (('ground glass', (1,)), ('mass', (2,)))
+  task = tasks.create(config)
+  variables, scan = with_weights(task, 0), volume_files.read_scan(raw_dir / SCAN)
+  variables['params']['head']['kernel'] = np.random.default_rng(1).normal(size=(4, 1)) * (1, -2)
+  logits = np.asarray(jax.jit(task.logits)(variables, scan.values), np.float64)
+  variables['params']['head']['bias'] = -np.median(logits, axis=0) * (1, 0 if is_exclusive else 1)
+  probability = np.asarray(jax.jit(task.probabilities)(variables, scan.values), np.float64)
+  model = trained.create([trained.Network(config, 0, variables, (1.0, 1.0))], False, 'digest')
+  points = dict.fromkeys(names, operating_point.OperatingPoint(threshold=0.5))
+  run = predictor.Predictor(model, points, meshes.create_mesh())
+  predict.predict(run, raw_dir / SCAN, tmp_path, explain='volumes')
+  endings = ['.json', '_fusa_explanation.nii.gz']
+  endings += [f'_{name}{end}' for name in ('ground_glass', 'mass') for end in ('_explanation.png', GRADCAM)]
+  assert listed(tmp_path) == sorted(f'{STEM}{end}' for end in endings)
+  record, maps = json.loads((tmp_path / f'{STEM}.json').read_text()), run(scan, explain=True).maps
+  assert maps['gradcam'].shape == (*maps['fusa'].shape, 2)
+  for k, (name, in_files) in enumerate(zip(names, ('ground_glass', 'mass'), strict=True)):
+    image = nib.load(tmp_path / f'{STEM}_{in_files}{GRADCAM}')
+    assert image.header['descrip'].item().decode() == f'Grad-CAM of {name}: an explanation of the score, not a mask'
+    expected = volumes.to_own_axes(volumes.resize(maps['gradcam'][..., k], scan.values.shape[1:]), scan)
+    np.testing.assert_allclose(image.get_fdata(), expected, rtol=1e-5, atol=1e-6)
+    about = record['classes'][name]['explanation']
+    positive = probability.argmax(axis=1) == k if is_exclusive else probability[:, k] >= 0.5
+    best = [index for index in np.argsort(-probability[:, k], kind='stable') if positive[index]][:4]
+    assert best and sorted(about['slices']) == sorted(best)
+    np.testing.assert_allclose(about['maps']['gradcam']['limits'], [0, maps['gradcam'][..., k].max()], rtol=1e-5)
+    title, drawn, _ = rows[k]
+    count = f'{len(best)} of {positive.sum()} '
+    which = f'{count}slices called {name}' if is_exclusive else f'{count}positive slices, threshold 0.500'
+    assert title.startswith(f'{SCAN}, {name}: an explanation of the score, not a mask\n{which}; maps of')
+    for index, (_, _, shown) in zip(about['slices'], drawn, strict=True):
+      of_slice = volumes.resize(maps['gradcam'][[index], ..., k], scan.values.shape[1:])[0]
+      np.testing.assert_allclose(shown[0], of_slice, rtol=1e-5, atol=1e-6)
+  assert 'explanation' not in record and len(explanation.description('gradcam', 'ü' * 64).encode()) == 79
+
+
 def test_another_choice_replaces_only_own_files(predictors, raw_dir, tmp_path):
   run = predictors['cls']
   (tmp_path / 'in').mkdir()
@@ -262,7 +315,7 @@ def test_colours_follow_the_value_not_the_slice():
   np.testing.assert_array_equal(drawn[0, 0], plain[0, 0])
   np.testing.assert_allclose(drawn[1, 1], 0.4 * 0.25 + 0.6 * np.array([0.940015, 0.975158, 0.131326]), atol=1e-5)
   np.testing.assert_array_equal(figures._under_map(plain, np.zeros((2, 2)), (0.0, 3.0)), plain)
-  about = explanation.about({'gradcam': np.zeros((1, 2, 2))}, np.ones(1), 0.5)
+  about = explanation.about({'gradcam': np.zeros((1, 2, 2))}, np.ones(1), np.ones(1, bool))
   assert about['maps']['gradcam']['limits'] == [0, 1]
 
 

@@ -16,7 +16,6 @@ from fusa_jax import tasks
 from fusa_jax.inference import predictor, trained
 from fusa_jax.runs import compare, report, result_files, results
 from fusa_jax.system import meshes
-from fusa_jax.system.errors import UserError
 from fusa_jax.training import datasets, evaluate, train
 
 KINDS = layouts.KINDS
@@ -123,5 +122,3 @@ def test_a_picture_has_the_class_with_the_highest_probability(made):
     scores = {name: each['score'] for name, each in numbers['classes'].items()}
     assert numbers['predicted_class'] == max(scores, key=scores.get)
     assert numbers['probabilities'] == pytest.approx(scores, abs=1e-4) and 'mask' not in str(numbers)
-  with pytest.raises(UserError, match='explain: applies to models of one class, and this model has 3; leave it out'):
-    model(image, explain=True)
