@@ -101,7 +101,7 @@ def predict(
     run: the predictor.
     source: a scan or picture; or a folder or .zip that holds these and DICOM series, at any depth (see `find_sources`).
     output: the folder for the results; it is created if it does not exist.
-    probabilities: also write probabilities, if the model predicts masks.
+    probabilities: also write the probabilities of masks.
     as_dicom: also write masks as DICOM SEG.
     overwrite: replace files that this program did not write, that were changed since, or that are results of another
       input with the same name; and labels.txt and predictions.csv for other classes.
@@ -114,8 +114,9 @@ def predict(
   Raises:
     UserError: before anything is predicted: the source holds no scans; with `strict`, an input is refused; the output
       folder has files that only `overwrite` replaces, or another prediction writes to it, or the processes do not share
-      it; names of results are too long, or the same for two inputs; DICOM SEG is requested, but the model predicts no
-      masks, an input is not a DICOM series, or highdicom is missing; `explain` is unknown, or the model has no maps, or
+      it; names of results are too long, or the same for two inputs; probabilities or DICOM SEG are requested, but the
+      model predicts no masks; DICOM SEG is requested, but an input is not a DICOM series, or highdicom is missing;
+      `explain` is unknown, or the model has no maps, or
       volumes of them are requested and an input is a picture; the mask of a picture would need values above 255; or all
       inputs are pictures, but the model sees neighbouring slices. At the end: all inputs were refused or failed. At any
       time: a result cannot be written; earlier results remain.
@@ -126,6 +127,8 @@ def predict(
     if explain not in explanation.KINDS:
       raise UserError(f'explain: {explain!r} is unknown; give one of {", ".join(explanation.KINDS)}')
     run.check_explains()
+  if probabilities and not tasks.type_of(run.model.task).has_masks:
+    raise UserError('probabilities: applies to masks only, and this model gives none; leave it out')
   with unpacking() as unpacked:
     sources = find_sources(source, run.model.values, unpacked)
     pictured = [source for source in sources if source.is_picture]

@@ -333,17 +333,16 @@ def test_dicom_seg_beside_the_mask_and_nothing_else_names_the_patient(
     assert all(f'{key}={result[key]}' in parameters for key in ('model', 'step', 'threshold', 'flips', 'smallest_ml'))
 
 
-def test_dicom_seg_without_dicom_or_masks_is_refused_first(predictors, of_dicom, dicom_only, tmp_path):
-  for run, source, reason in (
-    (
-      'seg',
-      of_dicom[0],
-      r'^dicom: phantom.nii.gz is not a DICOM series; give only DICOM series, or leave out --dicom$',
-    ),
-    ('cls', dicom_only, r'^dicom: applies to masks only, and this model gives none; leave it out$'),
+def test_options_that_do_not_apply_are_refused_first(predictors, of_dicom, dicom_only, tmp_path):
+  no_series = r'^dicom: phantom.nii.gz is not a DICOM series; give only DICOM series, or leave out --dicom$'
+  no_masks = 'applies to masks only, and this model gives none; leave it out$'
+  for run, source, option, reason in (
+    ('seg', of_dicom[0], 'as_dicom', no_series),
+    ('cls', dicom_only, 'as_dicom', f'^dicom: {no_masks}'),
+    ('cls', dicom_only, 'probabilities', f'^probabilities: {no_masks}'),
   ):
     with pytest.raises(UserError, match=reason):
-      predict.predict(predictors[run], source, tmp_path / 'out', as_dicom=True)
+      predict.predict(predictors[run], source, tmp_path / 'out', **{option: True})
     assert not (tmp_path / 'out').exists()
 
 
