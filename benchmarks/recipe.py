@@ -75,7 +75,7 @@ def steps() -> dict:
     'demo': {},
     'with the augmentation of strong': {'augment': strong.augment.to_dict()},
     'with clip_norm': {'train': {'clip_norm': strong.train.clip_norm}},
-    'with ema': {'train': {'ema': strong.train.ema}},
+    'with ema': {'train': {'ema': 0.999}},
     'with deep_supervision': {'train': {'deep_supervision': True}},
     'demo-strong': {'augment': strong.augment.to_dict(), 'train': strong.train.to_dict()},
   }

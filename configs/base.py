@@ -213,4 +213,3 @@ def strong(config: ml_collections.ConfigDict) -> None:
   config.augment.contrast_probability = 0.15
   config.augment.gamma_probability = 0.3
   config.train.clip_norm = 12.0
-  config.train.ema = 0.999
