@@ -112,8 +112,9 @@ class EarlierDataset:
       The results by name; {} if the thumbnails do not fit the metadata.
     """
     entries = {entry['patient']: entry for fold in self._folds for entry in fold}
-    of_patients = self.metadata.get('patient_labels', False)  # all are scans, and have no volumes
-    scans = sorted(name for name, entry in entries.items() if of_patients or entry['lesion_ml'] is not None)
+    # Scans with labels of patients have no volumes, like pictures.
+    all_scans = self.metadata.get('patient_labels') and not self.metadata.get('pictures')
+    scans = sorted(name for name, entry in entries.items() if all_scans or entry['lesion_ml'] is not None)
     rows = {name: row for row, name in enumerate(scans)}
     try:
       thumbnails = np.load(self.path / THUMBNAILS, mmap_mode='r') if scans else []

@@ -117,7 +117,7 @@ def _is_label(label):
 
 def _lists(cohort):
   """The names of the lists that a cohort may have."""
-  return (identity.LIST, *(getattr(cohort, name) for name in ('LIST', 'LABELS') if hasattr(cohort, name)))
+  return (identity.LIST, *(getattr(cohort, name) for name in ('LIST', 'LABELS', 'SLICES') if hasattr(cohort, name)))
 
 
 def _check_kind(place, cases, options):

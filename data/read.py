@@ -241,8 +241,8 @@ def _pictures(case):
   if lines:
     raise UserError('\n'.join(lines))
   spacing = (float('nan'),) * 3
-  if case.labels:
-    counts = _counts_of_labels(case, case.labels)
+  if case.has_labels:
+    counts = _counts_of_labels(case, case.labels or (case.patient_label,) * len(case.ct))
     return Slices(images, masks, counts[0], spacing, None, values, counts[1])
   voxels = tuple(int(of_any(mask).sum()) for mask in masks)
   return Slices(images, masks, voxels, spacing, None, values, _class_voxels(case, masks))

@@ -1,8 +1,8 @@
 """Scans without masks, and `labels.csv` (patient,class) or MosMed's folders CT-0 to CT-4: the class of each patient.
 
 Scans lie at any depth: `X.nii.gz` or `X_ct.nii.gz`; or per patient a folder `X` or `X.zip` of DICOM. Results such as
-`X_probability.nii.gz` are no scans. A patient is a scan, or a person in `patients.csv`. All slices of a patient inherit
-the label.
+`X_probability.nii.gz` are not scans. A patient is a scan, or a person in `patients.csv`. In place of scans there may be
+pictures, with `slices.csv` (name,patient). All slices of a patient inherit the label.
 """
 
 import pathlib
@@ -32,7 +32,7 @@ from fusa_jax.scans.archives import in_folder, is_archive
 
 # Layouts in which the names of the masks do not say that they are masks.
 _WITH_MASKS = (zenodo_20, mosmed, medseg, decathlon, nnunet)
-LIST = 'labels.csv'
+LIST, SLICES = slices.LABELS, slices.LIST
 COLUMNS = ('patient', 'class')
 
 
@@ -45,6 +45,8 @@ def recognises(folder: pathlib.Path) -> bool:
   path = entry(folder, LIST)
   if path is None or not path.is_file():
     return bool(mosmed.studies(folder)) and not _has_masks(folder)
+  if _are_pictures(folder):
+    return lists.has_columns(path, COLUMNS)
   if not _scans(folder) or _has_masks(folder):
     return False
   if slices.recognises(folder) and not lists.has_columns(path, COLUMNS):  # a .zip beside pictures counts as a scan
@@ -54,14 +56,16 @@ def recognises(folder: pathlib.Path) -> bool:
 
 
 def find(folder: pathlib.Path) -> list[Case]:
-  """One case per scan, without its label: see `labelled`.
+  """One case per scan, or per patient of pictures, without its label: see `labelled`.
 
   Raises:
-    UserError: two studies of MosMed have the same name, one line each.
+    UserError: two studies of MosMed have the same name, one line each; as `slices.of_patients`.
   """
   if entry(folder, LIST) is None:
     found = unique((name, path) for name, path, _ in mosmed.studies(folder))
     return [Case(name, path, None) for name, path in sorted(found.items())]
+  if _are_pictures(folder):
+    return slices.of_patients(folder)
   return [Case(name, path, None, intensity=intensity) for name, path, intensity in sorted(_scans(folder))]
 
 
@@ -74,17 +78,18 @@ def labelled(cases: Sequence[Case], folder: pathlib.Path, named: Sequence | str 
     named: the value of data.classes (`labels.meaning`).
 
   Raises:
-    UserError: one line each: a patient has two classes, no class or no scan; a scan has no patient in the list; as
-      `labels.meaning`.
+    UserError: one line each: a patient has two classes, no class, or no scan or picture; a scan has no patient in the
+      list; as `labels.meaning`.
   """
   path, rows = _listed(folder)
   classes, listed, lines = {}, set(), []
   known = {name for case in cases for name in (case.owner, case.patient) if name}
+  kind = 'picture' if isinstance(cases[0].ct, tuple) else 'scan'
   for line, (patient, name) in rows:
     where = f'{path}: line {line}: '
     listed.add(patient)
     if patient not in known:
-      lines.append(f'{where}no scan of the patient {patient!r}; correct the name, or remove the line')
+      lines.append(f'{where}no {kind} of the patient {patient!r}; correct the name, or remove the line')
     elif not name:
       lines.append(f'{where}{patient!r} has no class; add it, or remove the patient')
     elif classes.setdefault(patient, name) != name:
@@ -120,6 +125,11 @@ def _listed(folder):
   if path is not None:
     return path, lists.read(path, COLUMNS)
   return folder, [(0, (name, severity)) for name, _, severity in mosmed.studies(folder)]
+
+
+def _are_pictures(folder):
+  """Whether the labels are of pictures, also if an archive of them lies there."""
+  return slices.has_pictures(folder) and (entry(folder, SLICES) is not None or not _scans(folder))
 
 
 def _scans(folder):

@@ -71,6 +71,28 @@ def has_masks(folder: pathlib.Path) -> bool:
   return bool(_images_and_masks(folder))
 
 
+def has_pictures(folder: pathlib.Path) -> bool:
+  """Whether there are pictures without masks and without folders of classes."""
+  return bool(_places(folder)) and not _images_and_masks(folder) and not _classes(folder)
+
+
+def of_patients(folder: pathlib.Path) -> list[Case]:
+  """One case per patient in slices.csv, without labels: `patient_labels` adds those of the patients.
+
+  Raises:
+    UserError: there is no slices.csv; a picture is not in it, or a name in it has no picture, one line each.
+  """
+  if entry(folder, LIST) is None:
+    raise UserError(
+      f'{folder / LABELS}: has classes of patients; add {LIST} (name,patient) with the patient of each picture'
+    )
+  paths = list(_beside_list(folder).values())
+  patients, grouped = _patients(folder, paths), defaultdict(list)
+  for path in paths:
+    grouped[patients[path]].append(path)
+  return [Case(patient, tuple(group), None, intensity='grey') for patient, group in sorted(grouped.items())]
+
+
 def _lonely(paths, partners, folder, kind, own):
   """A line for each picture without a partner in a folder. It names a partner of a format that cannot be read."""
   others = {name_of(path.stem): path.name for path in entries(folder)}
@@ -136,14 +158,22 @@ def _listed(folder):
   Folders of classes, and masks, are tested before.
   """
   path = entry(folder, LABELS)
-  if path is None or not path.is_file():
+  if path is None or not path.is_file() or not _places(folder) or not lists.has_columns(path, _COLUMNS):
     return {}
+  return _beside_list(folder)
+
+
+def _places(folder):
+  """The folders that may hold the pictures of a list, and do: its own, and the folder `images` in it."""
   inner = [one for one in entries(folder) if one.is_dir() and _is_named(one, 'image')]
-  places = [place for place in (folder, *inner) if any(map(pictures.is_picture_file, entries(place)))]
-  if not places or not lists.has_columns(path, _COLUMNS):
-    return {}
+  return [place for place in (folder, *inner) if any(map(pictures.is_picture_file, entries(place)))]
+
+
+def _beside_list(folder):
+  """The pictures of a list, by name."""
+  places = _places(folder)
   if len(places) > 1:
-    raise UserError(f'{folder}: has pictures, and so has {inner[0].name}; put all of them into one of the two')
+    raise UserError(f'{folder}: has pictures, and so has {places[1].name}; put all of them into one of the two')
   return _by_stem(places[0])
 
 

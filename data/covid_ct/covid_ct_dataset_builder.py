@@ -153,6 +153,8 @@ class Builder(tfds.core.ShardBasedBuilder):
     self.info.metadata['masks'] = not any(case.has_labels for case in self.cases)
     if of_patients:  # only then: the content of other datasets stays as it was
       self.info.metadata['patient_labels'] = True
+      if all(isinstance(case.ct, tuple) for case in self.cases):
+        self.info.metadata['pictures'] = True
     self.info.metadata['folds'] = {
       f'fold{k}': [
         {

@@ -11,11 +11,12 @@ import numpy as np
 import one_class
 import pytest
 from conftest import SIZE, SLICES, tiny
+from PIL import Image
 from sklearn import metrics as sk
 
 from configs import cls, seg
 from data import prepare, survey
-from data.cohorts import patient_labels
+from data.cohorts import CohortOptions, patient_labels
 from data.find import find
 from fusa_jax.inference import export, predictor
 from fusa_jax.runs import compare, operating_point, report, result_files, results
@@ -48,6 +49,66 @@ def cohort(raw_dir, tmp_path_factory):
 @pytest.fixture(scope='module')
 def prepared(cohort, tmp_path_factory):
   return prepare.prepare(str(cohort[0]), str(tmp_path_factory.mktemp('prepared')), SIZE)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+  """Three noisy pictures of each of six patients, in the folder `images`."""
+  rng, lines = np.random.default_rng(0), ['name,patient']
+  (tmp_path / 'cohort' / 'images').mkdir(parents=True)
+  for number in range(18):
+    values = rng.integers(0, 256, (SIZE, SIZE), np.uint8)
+    Image.fromarray(values).save(tmp_path / 'cohort' / 'images' / f's{number:02d}.png')
+    lines.append(f's{number:02d}.png,p{number // 3}')
+  (tmp_path / 'cohort' / 'slices.csv').write_text('\n'.join(lines) + '\n')
+  return tmp_path / 'cohort'
+
+
+@pytest.mark.parametrize('names', [('healthy', 'COVID'), ('normal', 'COVID', 'CAP')])
+def test_pictures_inherit_the_label_of_their_patient(pictures, tmp_path, names, caplog):
+  """Two classes, and three exclusive ones. With a new patient, the others keep their folds."""
+  caplog.set_level(logging.INFO)
+  write_labels(pictures, [(f'p{number}', names[number % len(names)]) for number in range(6)])
+  (pictures / 'originals.zip').write_bytes(b'')
+  options = CohortOptions(intensity='grey', classes='auto')
+  data_dir = prepare.prepare(str(pictures), str(tmp_path / 'data'), SIZE, options=options)
+  assert 'left out: 1 file (originals.zip)' in caplog.text
+  dataset = datasets.load_dataset(data_dir, 0, SIZE)
+  order = names if len(names) == 2 else ('normal', 'CAP', 'COVID')
+  for part in (dataset.train, dataset.validation, dataset.test):
+    for row, (patient, number, bits) in enumerate(zip(part.patient, part.slice, part.bits.tolist(), strict=True)):
+      true = names[int(patient[1:]) % len(names)]
+      assert bits == (order.index(true) if len(names) == 2 else 1 << order.index(true))
+      picture = pictures / 'images' / f's{3 * int(patient[1:]) + number:02d}.png'
+      np.testing.assert_array_equal(part.source[row]['image'], np.asarray(Image.open(picture)))
+  assert dataset.patient_labels and dataset.by_patient and not dataset.masks
+  config = tiny(cls, **{'data.intensity': 'grey', 'data.context': 1})
+  config.data.classes = 'auto'
+  datasets.load_dataset_for(config, data_dir)  # the pictures of a patient are neighbours
+
+  Image.fromarray(np.eye(SIZE, dtype=np.uint8)).save(pictures / 'images' / 'new.png')
+  with (pictures / 'slices.csv').open('a') as slices, (pictures / 'labels.csv').open('a') as labels:
+    slices.write('new.png,p6\n')
+    labels.write(f'p6,{names[0]}\n')
+  caplog.clear()
+  grown = prepare.prepare(str(pictures), str(tmp_path / 'grown'), SIZE, options=options)
+  assert '6 of 7 patients keep their folds' in caplog.text and 'damaged' not in caplog.text
+  assert sum(len(part) for part in vars(datasets.load_dataset(grown, 0, SIZE)).values() if hasattr(part, 'bits')) == 19
+
+
+def test_pictures_of_unknown_patients_are_refused(pictures):
+  rows = [(f'p{number}', number % 2) for number in range(6)]
+  for listed, columns, reason in (
+    ([*rows, ('p9', 1)], 'patient,class', "labels.csv: line 8: no picture of the patient 'p9'; correct the name"),
+    (rows[1:], 'patient,class', 's00.png: its patient is not in labels.csv; add p0, or remove it'),
+  ):
+    write_labels(pictures, listed, columns)
+    with pytest.raises(UserError, match=reason):
+      find(pictures, CohortOptions(intensity='grey'))
+  write_labels(pictures, rows)
+  (pictures / 'slices.csv').unlink()
+  with pytest.raises(UserError, match=r'labels.csv: has classes of patients; add slices.csv \(name,patient\) with the'):
+    find(pictures, CohortOptions(intensity='grey'))
 
 
 def test_scans_with_labels_of_patients_have_neighbours(prepared, caplog):
