@@ -383,6 +383,7 @@ def write_explanation(
     colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*limits), _OF_MAPS)
     figure.colorbar(colours, cax=bar, orientation='horizontal').set_label(name, fontsize=8)
     bar.tick_params(labelsize=8)
+    bar.locator_params(axis='x', nbins=5)  # long numbers would touch each other
   per_line = int(13 * figure.get_figwidth())  # characters
   lines = [part for line in title.splitlines() for part in textwrap.wrap(line, per_line)]
   figure.suptitle('\n'.join(lines), fontsize=9, parse_math=False)
