@@ -10,8 +10,8 @@ def get_config(preset: str = 'paper') -> ml_collections.ConfigDict:
   """Returns the config of a preset.
 
   `paper` is FUSA-ResUnet on 512 x 512 slices. `demo` is a narrow FUSA-ResUnet, small enough for two CPU cores.
-  `strong` is the paper's network under a modern recipe (docs/recipe.md); `demo-strong` has demo size, and
-  three times as many steps as `demo`.
+  `strong` is the paper's network under a modern recipe (docs/recipe.md); `demo-strong` has demo size,
+  and three times as many steps as `demo`.
   The name of another model, for example `resunet`, trains that model as in `paper`; `demo-resunet`, `strong-resunet`
   and `demo-strong-resunet` as in those presets. `demo-classes` is the demo with two classes of lesions.
   """

@@ -55,11 +55,7 @@ def find(folder: pathlib.Path, named: Sequence | str = ()) -> list[Case]:
     classes, label = labels.meaning(names.values(), named, where, 'slices', advice)
     found = [(path, None, label[name]) for path, name in names.items()]
   if entry(folder, LIST):
-    patients = _patients(folder, [path for path, *_ in found])
-    grouped = defaultdict(list)
-    for one in found:
-      grouped[patients[one[0]]].append(one)
-    cases = [_case(patient, group, named=True) for patient, group in sorted(grouped.items())]
+    cases = [_case(patient, group, named=True) for patient, group in _by_patient(folder, found)]
   else:
     # Slices of two folders may have the same name.
     name = lambda path: name_of(f'{path.parent.name}-{path.stem}' if folders else path.stem)
@@ -80,17 +76,14 @@ def of_patients(folder: pathlib.Path) -> list[Case]:
   """One case per patient in slices.csv, without labels: `patient_labels` adds those of the patients.
 
   Raises:
-    UserError: there is no slices.csv; a picture is not in it, or a name in it has no picture, one line each.
+    UserError: slices.csv is missing. Or, one line each: it lacks a picture, or names one that does not exist.
   """
   if entry(folder, LIST) is None:
     raise UserError(
       f'{folder / LABELS}: has classes of patients; add {LIST} (name,patient) with the patient of each picture'
     )
-  paths = list(_beside_list(folder).values())
-  patients, grouped = _patients(folder, paths), defaultdict(list)
-  for path in paths:
-    grouped[patients[path]].append(path)
-  return [Case(patient, tuple(group), None, intensity='grey') for patient, group in sorted(grouped.items())]
+  groups = _by_patient(folder, [(path,) for path in _beside_list(folder).values()])
+  return [Case(patient, tuple(path for (path,) in group), None, intensity='grey') for patient, group in groups]
 
 
 def _lonely(paths, partners, folder, kind, own):
@@ -215,6 +208,14 @@ def _by_stem(folder):
       by_stem[name] = path
   refuse(lines)
   return by_stem
+
+
+def _by_patient(folder, found):
+  """The patients in slices.csv, sorted, each with its items of `found`, which begin with the path of a picture."""
+  patients, grouped = _patients(folder, [path for path, *_ in found]), defaultdict(list)
+  for one in found:
+    grouped[patients[one[0]]].append(one)
+  return sorted(grouped.items())
 
 
 def _patients(folder, paths):

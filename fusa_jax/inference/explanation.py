@@ -50,7 +50,7 @@ MAPS = {
   'gradcam': Map('Grad-CAM', 'logit per cell', (0.0, None), of_class=True),
   'fusa': Map('attention of the last FUSA module', 'mean over channels', (0.0, 1.0), of_class=False),
 }
-# The most characters of a description in the header of a volume.
+# The most characters, all ASCII, of a description in the header of a volume.
 _LONGEST = 79
 
 
@@ -188,7 +188,7 @@ def about(maps: Mapping[str, np.ndarray], scores: np.ndarray, positive: np.ndarr
 
 
 def description(name: str, class_name: str = '') -> str:
-  """What the header of a volume says: the map, one class of several, and that it is no mask; at most 79 ASCII signs."""
+  """The text in the header of a volume: the map, its class if there are several, and that it is not a mask."""
   if not (class_name and MAPS[name].of_class):
     return f'{MAPS[name].title}: {MEANING}'
   before, after = f'{MAPS[name].title} of ', f': {MEANING}'

@@ -97,14 +97,15 @@ def _of_all(task_type, tables, tests):
     tables: of each run, the tables of slices of the classes, by name.
     tests: metrics.json of both.
   """
-  calls, found = {}, {}
+  has_slices, calls, found = all(map(results.scores_slices, tests)), {}, {}
   if all(results.EXCLUSIVE in test for test in tests):
-    calls = {'slices': tables, 'patients': [exclusive.of_patients(of_run) for of_run in tables]}
-    if not all(map(results.scores_slices, tests)):
-      calls['slices'] = [None, None]
-    calls = {name: [exclusive.calls(one) for one in sides] for name, sides in calls.items() if None not in sides}
+    counted = {'slices': tables} if has_slices else {}
+    of_patients = [exclusive.of_patients(of_run) for of_run in tables]
+    if None not in of_patients:
+      counted['patients'] = of_patients
+    calls = {name: [exclusive.calls(one) for one in sides] for name, sides in counted.items()}
     found[results.EXCLUSIVE] = {name: _of_calls(*sides, name) for name, sides in calls.items()}
-  if all(map(results.scores_slices, tests)):
+  if has_slices:
     sides = [[metrics.by_patient(table) for table in of_run.values()] for of_run in tables]
     statistic = [
       results.mean_statistic(task_type, *each) for each in zip(sides, calls.get('slices', (None, None)), strict=True)
@@ -121,13 +122,18 @@ def _of_calls(one, other, counted):
     other: those of the second run, of the same patients in the same order.
     counted: 'slices' or 'patients'.
   """
-  statistic = [
-    lambda weights, calls=calls: {name: calls.statistic(weights)[name] for name in exclusive.DEFINITIONS}
-    for calls in (one, other)
-  ]
+
+  def statistic(calls):
+    def of_weights(weights):
+      values = calls.statistic(weights)
+      return {name: values[name] for name in exclusive.DEFINITIONS}
+
+    return of_weights
+
   gains = one.accuracy() - other.accuracy()
   score = 'slice accuracy' if counted == 'slices' else 'accuracy'
-  return {'numbers': _differences(*statistic, len(one)), 'per_patient': _per_patient(score, gains)}
+  numbers = _differences(statistic(one), statistic(other), len(one))
+  return {'numbers': numbers, 'per_patient': _per_patient(score, gains)}
 
 
 def _differences(one, other, count):

@@ -196,9 +196,9 @@ def chosen(named: Mapping[str, Sequence[int]] | Sequence, ignored: int | None, k
     keys: where the user gave them, for messages.
 
   Raises:
-    UserError: there is no class, or there are too many; a name cannot be used in names of files, or is used twice
-      there; a class has no value, or the same values as another; a value is not a whole number above 0; the
-      ignored value belongs to a class.
+    UserError: there is no class, or there are too many; a name does not fit into a file name; two classes would have
+      the same file names; a class has no value, or the same values as another; a value is not a whole number above 0;
+      the ignored value belongs to a class.
   """
   key, example = keys.classes, keys.example
   try:

@@ -386,7 +386,7 @@ def test_names_that_would_be_too_long_or_the_same_are_refused_first(loaded, pred
     check(('肺' * 64, 'mass'), ('a' * (longest + 1),))
   with pytest.raises(UserError, match='is not a name for files; .* at most 64 characters and 192 bytes'):
     check(('\U00020000' * 49, 'mass'), ('a',))
-  # An archive is refused without a result: its long name is no error.
+  # A refused archive has no result, so its name may be long.
   (folder / f'{"z" * 250}.zip').write_bytes(b'no archive')
   shutil.copy(predicted[0] / 'a.nii.gz', folder / 'c.nii.gz')
   assert predict.predict(loaded, folder, out) == (3, 1, 0)

@@ -241,7 +241,7 @@ def test_files_of_an_explanation(predictors, raw_dir, tmp_path, rows):
 
 @pytest.mark.parametrize('is_exclusive', [False, True], ids=['a question per class', 'exclusive'])
 def test_files_of_several_classes(raw_dir, tmp_path, rows, is_exclusive):
-  """A picture and a volume of Grad-CAM per class; the attention, which is no matter of classes, once."""
+  """A picture and a volume of Grad-CAM per class; the attention does not depend on the class and is written once."""
   names, config = ('ground glass', 'mass'), tiny(cls)
   config.data.classes = names if is_exclusive else (('ground glass', (1,)), ('mass', (2,)))
   task = tasks.create(config)
